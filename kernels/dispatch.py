@@ -1,0 +1,44 @@
+"""The one place that chooses between a Triton kernel and the plain PyTorch reference."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+# Operation -> the file of this folder that holds its Triton implementation, under the reference's
+# name.
+KERNEL_FILES: dict[str, str] = {}
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def use_kernels(x: Tensor) -> bool:
+    """True where the Triton kernels serve a tensor: on a CUDA device, in bf16, fp16 or fp32, with
+    triton installed.
+    """
+    return x.is_cuda and x.dtype in _KERNEL_DTYPES and _has_triton()
+
+
+def implementation(
+    name: str,
+    x: Tensor,
+) -> Callable[..., Any]:
+    """The function that computes operation `name` for tensors like x: a Triton kernel's host
+    function or the reference.
+    """
+    if name in KERNEL_FILES and use_kernels(x):
+        # Imported here, so that a machine without triton can use everything else.
+        return getattr(importlib.import_module(f"{__package__}.{KERNEL_FILES[name]}"), name)  # type: ignore[no-any-return]
+    return getattr(reference, name)  # type: ignore[no-any-return]

@@ -1,0 +1,305 @@
+"""The public operations: custom ops with fake and autograd registrations over
+`dispatch.implementation`.
+
+Legend: N tokens, D d_in, F d_sae (of this shard), K k.  The Functions here hold no arithmetic of
+their own: kernels and reference do, so both can be tested without autograd.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dispatch import implementation
+from .reference import accumulate_dtype
+
+
+class TopK(NamedTuple):
+    """The active latents of each token."""
+
+    values: Tensor  # [N, K] float32 (float64 for float64 inputs), descending, >= 0
+    indices: Tensor  # [N, K] int32
+
+
+class TopKAux(NamedTuple):
+    """The active latents of each token, and its best latents within a mask."""
+
+    values: Tensor  # [N, K] float32/64, descending, >= 0
+    indices: Tensor  # [N, K] int32
+    aux_values: Tensor  # [N, k_aux] float32/64, descending, no ReLU; -inf where the mask ran out
+    aux_indices: Tensor  # [N, k_aux] int32; 0 where the mask ran out
+
+
+def _centred(x: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if b_dec is None else (x.to(b_dec.dtype) - b_dec).to(dtype)
+
+
+@torch.library.custom_op("flash_sae_dist::topk_encode", mutates_args=())
+def _topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    xc = _centred(x, b_dec, W_enc.dtype).contiguous()
+    values, indices = implementation("topk_encode", W_enc)(xc, W_enc, b_enc, k)
+    return values, indices
+
+
+@_topk_encode.register_fake
+def _(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    values = W_enc.new_empty((x.shape[0], k), dtype=accumulate_dtype(W_enc.dtype))
+    return values, torch.empty_like(values, dtype=torch.int32)
+
+
+@torch.library.custom_op("flash_sae_dist::topk_encode_aux", mutates_args=())
+def _topk_encode_aux(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    k: int,
+    aux_mask: Tensor,
+    k_aux: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    xc = _centred(x, b_dec, W_enc.dtype).contiguous()
+    out = implementation("topk_encode_aux", W_enc)(xc, W_enc, b_enc, k, aux_mask, k_aux)
+    return out[0], out[1], out[2], out[3]
+
+
+@_topk_encode_aux.register_fake
+def _(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    k: int,
+    aux_mask: Tensor,
+    k_aux: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    values = W_enc.new_empty((x.shape[0], k), dtype=accumulate_dtype(W_enc.dtype))
+    aux = values.new_empty((x.shape[0], k_aux))
+    return (
+        values,
+        torch.empty_like(values, dtype=torch.int32),
+        aux,
+        torch.empty_like(aux, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("flash_sae_dist::sparse_decode", mutates_args=())
+def _sparse_decode(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
+    out: Tensor = implementation("sparse_decode", W_dec)(top_acts, top_idx, W_dec)
+    return out
+
+
+@_sparse_decode.register_fake
+def _(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
+    return W_dec.new_empty((top_acts.shape[0], W_dec.shape[1]))
+
+
+@torch.library.custom_op("flash_sae_dist::gathered_dots", mutates_args=())
+def gathered_dots(grad: Tensor, top_idx: Tensor, W: Tensor) -> Tensor:
+    """`reference.gathered_dots`, by kernel where there is one."""
+    out: Tensor = implementation("gathered_dots", W)(grad, top_idx, W)
+    return out
+
+
+@gathered_dots.register_fake
+def _(grad: Tensor, top_idx: Tensor, W: Tensor) -> Tensor:
+    return W.new_empty(top_idx.shape, dtype=accumulate_dtype(W.dtype))
+
+
+@torch.library.custom_op("flash_sae_dist::scatter_rows", mutates_args=())
+def scatter_rows(coef: Tensor, top_idx: Tensor, rows: Tensor, num_latents: int) -> Tensor:
+    """`reference.scatter_rows`, by kernel where there is one."""
+    out: Tensor = implementation("scatter_rows", rows)(coef, top_idx, rows, num_latents)
+    return out
+
+
+@scatter_rows.register_fake
+def _(coef: Tensor, top_idx: Tensor, rows: Tensor, num_latents: int) -> Tensor:
+    return rows.new_empty((num_latents, rows.shape[1]), dtype=accumulate_dtype(rows.dtype))
+
+
+@torch.library.custom_op("flash_sae_dist::scatter_values", mutates_args=())
+def scatter_values(coef: Tensor, top_idx: Tensor, num_latents: int) -> Tensor:
+    """`reference.scatter_values`, by kernel where there is one."""
+    out: Tensor = implementation("scatter_values", coef)(coef, top_idx, num_latents)
+    return out
+
+
+@scatter_values.register_fake
+def _(coef: Tensor, top_idx: Tensor, num_latents: int) -> Tensor:
+    return coef.new_empty((num_latents,), dtype=accumulate_dtype(coef.dtype))
+
+
+def _encode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, W_enc, b_enc, b_dec = inputs[:4]
+    ctx.mark_non_differentiable(*output[1::2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, W_enc, b_enc, b_dec, *output)
+
+
+def _encode_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, W_enc, b_enc and b_dec from those of the one or two value lists, over the
+    selected pairs alone.
+
+    `grad_b_dec = -(sum over tokens of grad_pre) @ W_enc` costs F*D: no [N, D] gradient is made
+    unless x needs one.
+    """
+    x, W_enc, b_enc, b_dec, *lists = ctx.saved_tensors
+    coefs, indices = [], []
+    if grads[0] is not None:
+        coefs.append(grads[0] * (lists[0] > 0))  # ReLU's gradient; a padded slot has value 0
+        indices.append(lists[1])
+    if len(lists) == 4 and grads[2] is not None:
+        coefs.append(grads[2].masked_fill(lists[2] == -torch.inf, 0))
+        indices.append(lists[3])
+    if not coefs:
+        return None, None, None, None
+    coef, idx = torch.cat(coefs, dim=1), torch.cat(indices, dim=1)
+    need_x, need_W, need_b, need_b_dec = ctx.needs_input_grad[:4]
+    grad_x = grad_W = grad_b = grad_b_dec = None
+    if need_W:
+        xc = _centred(x, b_dec, W_enc.dtype).contiguous()
+        grad_W = scatter_rows(coef, idx, xc, W_enc.shape[0]).to(W_enc.dtype)
+    if need_b or need_b_dec:
+        sums = scatter_values(coef, idx, W_enc.shape[0])
+        grad_b = sums.to(b_enc.dtype) if need_b else None
+        if need_b_dec:
+            grad_b_dec = -(sums.to(W_enc.dtype) @ W_enc).to(b_dec.dtype)
+    if need_x:
+        grad_x = sparse_decode(coef, idx, W_enc).to(x.dtype)
+    return grad_x, grad_W, grad_b, grad_b_dec
+
+
+def _topk_encode_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_encode_backward(ctx, *grads), None
+
+
+def _topk_encode_aux_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_encode_backward(ctx, *grads), None, None, None
+
+
+_topk_encode.register_autograd(_topk_encode_backward, setup_context=_encode_setup)
+_topk_encode_aux.register_autograd(_topk_encode_aux_backward, setup_context=_encode_setup)
+
+
+def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    top_acts, top_idx, W_dec = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_acts = (
+        gathered_dots(grad, top_idx, W_dec).to(top_acts.dtype) if ctx.needs_input_grad[0] else None
+    )
+    grad_W = (
+        scatter_rows(top_acts, top_idx, grad, W_dec.shape[0]).to(W_dec.dtype)
+        if ctx.needs_input_grad[2]
+        else None
+    )
+    return grad_acts, None, grad_W
+
+
+_sparse_decode.register_autograd(_decode_backward, setup_context=_decode_setup)
+
+
+def _check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int) -> None:
+    if x.ndim != 2 or W_enc.ndim != 2 or x.shape[1] != W_enc.shape[1]:
+        raise ValueError(
+            f"x must be [N, D] and W_enc [F, D] with one D, not {list(x.shape)} and "
+            f"{list(W_enc.shape)}; flatten batch dims, and store a latent as a row of W_enc"
+        )
+    if b_enc.shape != W_enc.shape[:1]:
+        raise ValueError(
+            f"b_enc must be [F] = [{W_enc.shape[0]}], one a row of W_enc, not {list(b_enc.shape)}"
+        )
+    if b_dec is not None and b_dec.shape != W_enc.shape[1:]:
+        raise ValueError(f"b_dec must be [D] = [{W_enc.shape[1]}], not {list(b_dec.shape)}")
+    if not 1 <= k <= W_enc.shape[0]:
+        raise ValueError(
+            f"k={k} is outside 1..{W_enc.shape[0]}, the number of latents; change k or widen W_enc"
+        )
+    for name, tensor in (("x", x), ("W_enc", W_enc), ("b_enc", b_enc), ("b_dec", b_dec)):
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} must be a floating-point tensor, not {tensor.dtype}; convert it first"
+            )
+        if tensor.device != W_enc.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but W_enc on {W_enc.device}; move them to one device"
+            )
+
+
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, b_dec: Tensor | None = None
+) -> TopK:
+    """The k largest activations `relu((x - b_dec) @ W_enc.T + b_enc)` of each token, exactly.
+
+    x [N, D] is cast to W_enc's dtype (float64, float32, bfloat16 or float16), W_enc [F, D], b_enc
+    [F], b_dec [D]; sums and the selection are float32 (float64 for float64). Values descend; equal
+    values go to the lowest index, so a row with fewer than k positive activations ends in zeros at
+    the lowest indices whose activation is zero. NaN sorts above +inf, as in `torch.topk`, so that
+    it reaches the loss instead of hiding. Differentiable in x, W_enc, b_enc and b_dec; a zero
+    value passes no gradient. Raises ValueError on shapes, dtypes, devices or k that do not fit.
+    """
+    _check_encode(x, W_enc, b_enc, b_dec, k)
+    return TopK(*_topk_encode(x, W_enc, b_enc, b_dec, k))
+
+
+def topk_encode_aux(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    aux_mask: Tensor,
+    k_aux: int,
+    *,
+    b_dec: Tensor | None = None,
+) -> TopKAux:
+    """`topk_encode`, and from the same pass the k_aux largest pre-activations of the latents in
+    aux_mask [F] bool.
+
+    The second list keeps its signs (AuxK applies ReLU, ghost gradients exp); where the mask holds
+    fewer than k_aux latents it ends in -inf at index 0, which passes no gradient. Raises
+    ValueError as `topk_encode` does.
+    """
+    _check_encode(x, W_enc, b_enc, b_dec, k)
+    if aux_mask.shape != W_enc.shape[:1] or aux_mask.dtype != torch.bool:
+        raise ValueError(
+            f"aux_mask must be bool [{W_enc.shape[0]}], not {aux_mask.dtype} {list(aux_mask.shape)}"
+        )
+    if not 1 <= k_aux <= W_enc.shape[0]:
+        raise ValueError(
+            f"k_aux={k_aux} is outside 1..{W_enc.shape[0]}, the number of latents; lower k_aux"
+        )
+    return TopKAux(*_topk_encode_aux(x, W_enc, b_enc, b_dec, k, aux_mask, k_aux))
+
+
+def sparse_decode(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
+    """`recon[n] = sum_j top_acts[n, j] * W_dec[top_idx[n, j]]` [N, D], in W_dec's dtype,
+    accumulated in float32.
+
+    top_acts [N, K] floating point, top_idx [N, K] int32 or int64 in [0, F), W_dec [F, D].
+    Differentiable in top_acts and W_dec (float64: accumulated in float64); deterministic. Raises
+    ValueError on shapes or dtypes that do not fit.
+    """
+    if top_acts.ndim != 2 or top_acts.shape != top_idx.shape:
+        raise ValueError(
+            "top_acts and top_idx must both be [N, K], "
+            f"not {list(top_acts.shape)} and {list(top_idx.shape)}"
+        )
+    if top_idx.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"top_idx must be int32 or int64, not {top_idx.dtype}; use the indices of topk_encode"
+        )
+    if W_dec.ndim != 2:
+        raise ValueError(f"W_dec must be [F, D], a latent a row, not {list(W_dec.shape)}")
+    out: Tensor = _sparse_decode(top_acts, top_idx, W_dec)
+    return out
