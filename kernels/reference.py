@@ -61,7 +61,7 @@ def topk_encode(
     lowest index.
     """
     values, indices = [], []
-    for rows in x.split(max(1, _MAX_BLOCK_ELEMENTS // W_enc.shape[0])):
+    for rows in torch.split(x, max(1, _MAX_BLOCK_ELEMENTS // W_enc.shape[0])):
         v, i = select_topk(pre_activations(rows, W_enc, b_enc).relu_(), k)
         values.append(v)
         indices.append(i.to(torch.int32))
@@ -83,7 +83,7 @@ def topk_encode_aux(
     Where the mask holds fewer than k_aux latents, the rest of the second list is -inf at index 0.
     """
     out: list[tuple[Tensor, ...]] = []
-    for rows in x.split(max(1, _MAX_BLOCK_ELEMENTS // W_enc.shape[0])):
+    for rows in torch.split(x, max(1, _MAX_BLOCK_ELEMENTS // W_enc.shape[0])):
         pre = pre_activations(rows, W_enc, b_enc)
         aux_values, aux_indices = select_topk(pre.masked_fill(~aux_mask, -torch.inf), k_aux)
         aux_indices = aux_indices.masked_fill(aux_values == -torch.inf, 0)
@@ -120,7 +120,7 @@ def gathered_dots(
     """
     dtype = accumulate_dtype(W.dtype)
     out = []
-    for g, idx in zip(grad.split(256), top_idx.split(256), strict=True):
+    for g, idx in zip(torch.split(grad, 256), torch.split(top_idx, 256), strict=True):
         out.append(torch.einsum("nkd,nd->nk", W[idx.long()].to(dtype), g.to(dtype)))
     return torch.cat(out)
 

@@ -1,0 +1,398 @@
+"""Strict, frozen configuration: YAML in, one clear sentence out when something does not fit.
+
+One file describes a whole run; each verb reads the sections it needs. A field's docstring is its
+help text.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+Precision = Literal["auto", "float64", "float32", "bfloat16"]
+ExportFormat = Literal["sae_lens", "sparsify"]
+
+
+class ConfigError(ValueError):
+    """A mistake in a config or on the command line, told in one sentence: the key, the value, the
+    fix.
+    """
+
+
+class StrictModel(BaseModel):
+    """A section: unknown keys and wrong types are refused, values never change after birth."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yaml_types(cls, value: Any) -> Any:
+        # YAML has lists and reads 1e-4 as a string; strict fields are tuples and floats.
+        if isinstance(value, list):
+            return tuple(cls._yaml_types(v) for v in value)
+        if isinstance(value, dict):
+            return {name: cls._yaml_types(v) for name, v in value.items()}
+        if isinstance(value, str) and _is_exponent_number(value):
+            return float(value)
+        return value
+
+
+def _is_exponent_number(text: str) -> bool:
+    mantissa, e, exponent = text.lower().partition("e")
+    return bool(e) and mantissa.replace(".", "", 1).isdigit() and exponent.lstrip("+-").isdigit()
+
+
+class ModelConfig(StrictModel):
+    """The language model whose activations are read."""
+
+    name: str
+    """Hub name or local folder of a Hugging Face model, or `package:NAME` for a model that an
+    installed Python package carries.
+    """
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    gguf_file: str | None = None
+    """File inside `name` when the weights are in GGUF form."""
+    task: Literal["auto", "causal-lm", "masked-lm"] = "auto"
+    """Head used to measure the loss recovered; auto reads the model's own config."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights of the language model; auto is bfloat16 where the device computes in it, else
+    float32.
+    """
+
+
+class TextConfig(StrictModel):
+    """The text that is run through the model."""
+
+    source: Literal["hub", "files", "pydoc"]
+    """hub: a Hugging Face dataset; files: local .txt, .jsonl or .parquet; pydoc: the manual pages
+    inside Python itself.
+    """
+    name: str | None = None
+    """Dataset name on the hub, or a local dataset folder (source: hub)."""
+    subset: str | None = None
+    """Dataset configuration (source: hub)."""
+    split: str = "train"
+    """Dataset split (source: hub)."""
+    column: str = "text"
+    """Column or JSON key that holds the text."""
+    paths: tuple[str, ...] = ()
+    """Files or glob patterns (source: files)."""
+    streaming: bool = True
+    """Read a hub dataset as a stream instead of downloading it whole."""
+
+    @model_validator(mode="after")
+    def _source_has_its_input(self) -> Self:
+        if self.source == "hub" and self.name is None:
+            raise ValueError(
+                "text.name is missing: source 'hub' needs a dataset name, such as "
+                "'monology/pile-uncopyrighted'"
+            )
+        if self.source == "files" and not self.paths:
+            raise ValueError(
+                "text.paths is empty: source 'files' needs at least one file or pattern"
+            )
+        return self
+
+
+class CacheConfig(StrictModel):
+    """What is written to the activation store, and how."""
+
+    store: str
+    """Folder or fsspec URL of the Zarr store."""
+    hookpoints: tuple[str, ...] = Field(min_length=1)
+    """Module names, wildcards allowed: `model.layers.*.mlp`; add `:input` to read a module's input
+    instead of its output.
+    """
+    num_tokens: int = Field(gt=0)
+    """Rows to store for each hookpoint; fewer if the text ends first."""
+    context_length: int = Field(default=256, gt=0)
+    """Tokens a sequence."""
+    batch_sequences: int = Field(default=16, gt=0)
+    """Sequences a forward pass."""
+    drop_special_tokens: bool = True
+    """Leave out positions of BOS, EOS and other special tokens, whose activations are outliers."""
+    shard_mib: float = Field(default=128, gt=0)
+    """Size of one file of the store, written whole by one process; 64-256 suits disks and object
+    stores.
+    """
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the stored activations."""
+    seed: int = 0
+    """Seed of the shuffle of sequences and rows."""
+
+
+class SAEConfig(StrictModel):
+    """Shape of a TopK sparse autoencoder."""
+
+    k: int = Field(gt=0)
+    """Active latents a token."""
+    d_sae: int | None = Field(default=None, gt=0)
+    """Latents over all shards; give this or expansion_factor."""
+    expansion_factor: float | None = Field(default=None, gt=0)
+    """d_sae as a multiple of the hookpoint's width."""
+
+    @model_validator(mode="after")
+    def _one_width(self) -> Self:
+        if (self.d_sae is None) == (self.expansion_factor is None):
+            raise ValueError(
+                f"give one of sae.d_sae and sae.expansion_factor, not d_sae={self.d_sae} with "
+                f"expansion_factor={self.expansion_factor}"
+            )
+        if self.d_sae is not None and self.k > self.d_sae:
+            raise ValueError(
+                f"sae.k={self.k} exceeds sae.d_sae={self.d_sae}; lower k or widen the dictionary"
+            )
+        return self
+
+    def width(self, d_in: int) -> int:
+        """Latents for a hookpoint of width d_in. Raises ConfigError where k does not fit."""
+        d_sae = self.d_sae or round((self.expansion_factor or 0) * d_in)
+        if self.k > d_sae:
+            raise ConfigError(
+                f"sae.k={self.k} exceeds the {d_sae} latents of "
+                f"sae.expansion_factor={self.expansion_factor} at width {d_in}; "
+                "lower k or raise expansion_factor"
+            )
+        return d_sae
+
+
+class TrainConfig(StrictModel):
+    """How an SAE is trained from a store."""
+
+    hookpoint: str | None = None
+    """Hookpoint of the store to train on; needed by `train`, set by the grid for its jobs."""
+    num_tokens: int = Field(gt=0)
+    """Tokens to train on; more than the store holds means several epochs."""
+    batch_tokens: int = Field(default=4096, gt=0)
+    """Tokens a step, over all processes that train this SAE."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; left out it is 2e-4 / sqrt(d_sae / 2**14)."""
+    warmup_steps: int = Field(default=1000, ge=0)
+    """Steps of linear warm-up."""
+    decay_fraction: float = Field(default=0.2, ge=0, le=1)
+    """Last part of the steps over which the learning rate falls linearly to zero."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    adam_eps: float = Field(default=6.25e-10, gt=0)
+    """Adam's epsilon; small because the normalised loss has small gradients (OpenAI's value)."""
+    dead_latents: Literal["auxk", "none"] = "auxk"
+    """What revives latents that stopped firing: OpenAI's AuxK loss, or nothing."""
+    auxk_coef: float = Field(default=1 / 32, ge=0)
+    """Weight of the AuxK loss."""
+    k_aux: int | None = Field(default=None, gt=0)
+    """Dead latents that AuxK uses a token; left out it is half of the hookpoint's width."""
+    dead_after_tokens: int = Field(default=10_000_000, gt=0)
+    """Tokens without firing, counted over all processes, after which a latent is dead."""
+    precision: Precision = "auto"
+    """Arithmetic of matmuls and gathers; master weights are float32 (float64 for float64). auto:
+    bfloat16 on GPUs, else float32.
+    """
+    num_shards: int | None = Field(default=None, gt=0)
+    """Processes that share one SAE's latents; left out, all of them."""
+    num_replicas: int = Field(default=1, gt=0)
+    """Copies of the sharded SAE that split each batch."""
+    seed: int = 0
+    """Seed of the order of the data."""
+    log_every: int = Field(default=10, gt=0)
+    """Steps between log lines; the device is read only then."""
+    checkpoint_every: int = Field(default=1000, gt=0)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+    """Newest checkpoints kept."""
+
+
+class GridConfig(StrictModel):
+    """Many SAEs from one store: every hookpoint with every combination of values."""
+
+    hookpoints: tuple[str, ...] = ("*",)
+    """Hookpoints of the store, wildcards allowed."""
+    values: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """Lists of values by dotted key of the sections sae and train, such as `sae.k: [16, 32]`."""
+
+    @field_validator("values")
+    @classmethod
+    def _keys_exist(cls, values: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        known = [f"sae.{n}" for n in SAEConfig.model_fields] + [
+            f"train.{n}" for n in TrainConfig.model_fields
+        ]
+        for key, choices in values.items():
+            if key not in known:
+                raise ValueError(f"grid.values has no use for key {key!r}{_nearest(key, known)}")
+            if not choices:
+                raise ValueError(f"grid.values: {key!r} is an empty list; give at least one value")
+        return values
+
+
+class EvaluateConfig(StrictModel):
+    """What is measured on finished SAEs."""
+
+    num_tokens: int = Field(default=65_536, gt=0)
+    """Stored rows for FVU, cosine, L0, dead fraction and densities."""
+    batch_tokens: int = Field(default=4096, gt=0)
+    """Stored rows a pass."""
+    loss_sequences: int = Field(default=64, ge=0)
+    """Sequences of text for the loss recovered; 0 leaves it out and the model is never loaded."""
+
+
+class ExportConfig(StrictModel):
+    """Files for other libraries."""
+
+    formats: tuple[ExportFormat, ...] = get_args(ExportFormat)
+    """Formats to write."""
+    directory: str | None = None
+    """Where to write; left out, `<output>/export`."""
+
+
+class Config(StrictModel):
+    """A whole run."""
+
+    output: str
+    """Folder of everything that is trained, evaluated and exported."""
+    model: ModelConfig | None = None
+    text: TextConfig | None = None
+    cache: CacheConfig | None = None
+    sae: SAEConfig | None = None
+    train: TrainConfig | None = None
+    grid: GridConfig | None = None
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+    store: str | None = None
+    """Store to train from; left out, `cache.store`."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Trackers of accelerate, by name: tensorboard, wandb, trackio, ...; an empty list logs to
+    files alone.
+    """
+
+    def store_path(self) -> str:
+        """The store that training reads. Raises ConfigError where none is named."""
+        if self.store is not None:
+            return self.store
+        if self.cache is not None:
+            return self.cache.store
+        raise ConfigError(
+            "store is missing: name the activation store, as store: PATH or under cache.store"
+        )
+
+    def need(self, *sections: str, verb: str) -> None:
+        """Raises ConfigError naming the first section that a verb needs and the file lacks."""
+        for section in sections:
+            if getattr(self, section) is None:
+                raise ConfigError(
+                    f"section {section!r} is missing: `{verb}` needs it; "
+                    "see configs/quickstart.yaml"
+                )
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def nearest_name(word: str, known: list[str]) -> str:
+    """The end of an error sentence: the nearest known name, or all of them when none is near."""
+    return _nearest(word, known)
+
+
+def _section_fields(loc: tuple[int | str, ...]) -> list[str]:
+    model: Any = Config
+    for part in loc:
+        annotation = model.model_fields[part].annotation
+        options = [
+            a
+            for a in (*get_args(annotation), annotation)
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
+        model = options[0]
+    return list(model.model_fields)
+
+
+def _sentence(error: ErrorDetails) -> str:
+    loc = tuple(p for p in error["loc"])
+    key = ".".join(str(p) for p in loc)
+    if error["type"] == "extra_forbidden":
+        known = [".".join(map(str, (*loc[:-1], name))) for name in _section_fields(loc[:-1])]
+        return f"unknown key {key!r} (value {error['input']!r}){_nearest(key, known)}"
+    if error["type"] == "missing":
+        return f"key {key!r} is missing; add it"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    if error["type"] == "literal_error":
+        choices = [
+            c.strip("', ") for c in error["ctx"]["expected"].replace(" or ", ", ").split(", ")
+        ]
+        return f"{key}={error['input']!r} is not a choice{_nearest(str(error['input']), choices)}"
+    return f"{key}={error['input']!r} does not fit: {message[0].lower()}{message[1:]}"
+
+
+def parse_config(data: dict[str, Any], source: str = "config") -> Config:
+    """Builds a Config from plain data. Raises ConfigError telling the first mistake."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as e:
+        # A typing mistake (an unknown key) explains the missing one beside it, so it is told first.
+        first = min(e.errors(), key=lambda err: err["type"] != "extra_forbidden")
+        raise ConfigError(f"{source}: {_sentence(first)}") from None
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets one `dotted.key=value` (value read as YAML) in place. Raises ConfigError on a malformed
+    one.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            f"override {override!r} is not of the form key=value, such as train.batch_tokens=4096"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
+    *path, last = key.split(".")
+    if path[:2] == ["grid", "values"]:
+        path, last = path[:2], key.removeprefix("grid.values.")
+    for part in path:
+        if data.get(part) is None:
+            data[part] = {}
+        data = data[part]
+        if not isinstance(data, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is not a section")
+    data[last] = value
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML config and applies `key=value` overrides. Raises ConfigError with one sentence."""
+    file = Path(path)
+    if not file.is_file():
+        near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
+        raise ConfigError(
+            f"config {str(path)!r} does not exist{_nearest(str(path), near) if near else ''}"
+        )
+    try:
+        data = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path}: the file must hold sections, `name: ...`, not {type(data).__name__}"
+        )
+    for override in overrides:
+        apply_override(data, override)
+    return parse_config(data, str(path))
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """A copy of a config with dotted keys replaced, checked anew. Raises ConfigError."""
+    data = config.model_dump(mode="json", exclude_unset=True)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        data[section] = {**(data.get(section) or {}), name: value}
+    return parse_config(data, "grid")

@@ -1,0 +1,175 @@
+"""The TopK sparse autoencoder, whole or one shard of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..kernels import ops
+from ..parallel import comm
+from ..parallel.mesh import Mesh
+
+WEIGHTS_FILE = "sae.safetensors"
+CONFIG_FILE = "config.json"
+
+
+class SAEOutput(NamedTuple):
+    """What one forward pass of an SAE gives."""
+
+    recon: Tensor  # [N, d_in]
+    top_acts: (
+        Tensor  # [N, k] >= 0, descending over all latents; 0 where another shard holds the latent
+    )
+    top_idx: Tensor  # [N, k] int32, rows of this shard
+
+
+class TopKSAE(nn.Module):
+    """`recon = topk(relu((x - b_dec) @ W_enc.T + b_enc)) @ W_dec + b_dec`, an ordinary nn.Module.
+
+    W_enc and W_dec are [d_sae_local, d_in], b_enc is [d_sae_local], b_dec is [d_in]. On a mesh
+    with several shards a rank holds rows `mesh.shard * d_sae_local` onwards, and every method is
+    collective over the shard group. Under autocast the products take autocast's dtype; sums and
+    the selection stay float32.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        *,
+        mesh: Mesh | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_in, self.d_sae, self.k = d_in, d_sae, k
+        self.mesh = mesh if mesh is not None else Mesh.single()
+        if not 1 <= k <= d_sae:
+            raise ValueError(f"k={k} is outside 1..d_sae={d_sae}; lower k or widen the dictionary")
+        if d_sae % self.mesh.num_shards:
+            raise ValueError(
+                f"d_sae={d_sae} is not divisible by the {self.mesh.num_shards} shards; "
+                f"use d_sae={-(-d_sae // self.mesh.num_shards) * self.mesh.num_shards}"
+            )
+        self.d_sae_local = d_sae // self.mesh.num_shards
+        shape = (self.d_sae_local, d_in)
+        self.W_enc = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae_local, dtype=dtype, device=device))
+        self.W_dec = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
+        self.reset_parameters()
+
+    @property
+    def first_latent(self) -> int:
+        """Index over all shards of this rank's first latent."""
+        return self.mesh.shard * self.d_sae_local
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Unit-norm random decoder rows, the encoder equal to them, zero biases.
+
+        A row is drawn from (seed, its index over all shards): the weights do not depend on the
+        number of shards.
+        """
+        for start in range(0, self.d_sae_local, _ROWS_A_SEED):
+            stop = min(start + _ROWS_A_SEED, self.d_sae_local)
+            self.W_dec[start:stop] = _unit_rows(
+                seed, self.first_latent + start, stop - start, self.d_in
+            ).to(self.W_dec)
+        self.W_enc.copy_(self.W_dec)
+        self.b_enc.zero_()
+        self.b_dec.zero_()
+
+    def _compute(self, weight: Tensor) -> Tensor:
+        device = weight.device.type
+        if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
+            return weight.to(torch.get_autocast_dtype(device))
+        return weight
+
+    def encode(self, x: Tensor) -> ops.TopK:
+        """The k active latents of each token over all shards: values [N, k] and local indices [N,
+        k] int32.
+
+        x is [N, d_in]. On several shards a value is 0 wherever the selection left this rank's
+        candidate out. Raises ValueError on a width that does not fit.
+        """
+        if x.ndim != 2 or x.shape[1] != self.d_in:
+            raise ValueError(
+                f"x must be [N, {self.d_in}], not {list(x.shape)}; flatten batch and sequence first"
+            )
+        # A shard narrower than k offers all it has: no more of its latents can be selected.
+        k_local = min(self.k, self.d_sae_local)
+        top = ops.topk_encode(
+            comm.feed_shards(x, self.mesh),
+            self._compute(self.W_enc),
+            self.b_enc,
+            k_local,
+            b_dec=comm.feed_shards(self.b_dec, self.mesh),
+        )
+        keep = comm.global_topk_mask(top.values, top.indices, self.k, self.first_latent, self.mesh)
+        return top if keep is None else ops.TopK(top.values * keep, top.indices)
+
+    def decode(self, top_acts: Tensor, top_idx: Tensor) -> Tensor:
+        """`sum_j top_acts[n, j] * W_dec[top_idx[n, j]] + b_dec` [N, d_in], summed over shards, in
+        the parameters' dtype.
+        """
+        partial = ops.sparse_decode(top_acts, top_idx, self._compute(self.W_dec))
+        return comm.sum_over_shards(partial.to(self.b_dec.dtype), self.mesh) + self.b_dec
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        """Encodes and decodes x [N, d_in]; both parts are differentiable, the selection is not."""
+        top = self.encode(x)
+        return SAEOutput(self.decode(*top), *top)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes this (unsharded) SAE as safetensors and json, each under a temporary name first."""
+        assert self.mesh.num_shards == 1, "gather the shards before saving"
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+        save_file(weights, path / f"{WEIGHTS_FILE}.tmp")
+        os.replace(path / f"{WEIGHTS_FILE}.tmp", path / WEIGHTS_FILE)
+        config = {"architecture": "topk", "d_in": self.d_in, "d_sae": self.d_sae, "k": self.k}
+        (path / f"{CONFIG_FILE}.tmp").write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(path / f"{CONFIG_FILE}.tmp", path / CONFIG_FILE)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Self:
+        """Reads what `save` wrote. Raises ValueError where a file is missing, damaged or does not
+        fit.
+        """
+        path = Path(folder)
+        try:
+            config = json.loads((path / CONFIG_FILE).read_text())
+            weights = load_file(path / WEIGHTS_FILE)
+            sae = cls(config["d_in"], config["d_sae"], config["k"], dtype=weights["W_enc"].dtype)
+            sae.load_state_dict(weights)
+        except (OSError, KeyError, RuntimeError, json.JSONDecodeError, SafetensorError) as e:
+            raise ValueError(
+                f"{path} holds no whole TopK SAE ({e}); train or export it anew"
+            ) from e
+        return sae.to(device)
+
+
+_ROWS_A_SEED = 64
+
+
+def _unit_rows(seed: int, first: int, count: int, d_in: int) -> Tensor:
+    """Rows first .. first+count of the random decoder, unit norm, [count, d_in] float64."""
+    own generator.
+    """
+    rows = []
+    for block in range(first // _ROWS_A_SEED, (first + count - 1) // _ROWS_A_SEED + 1):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
+        rows.append(torch.randn(_ROWS_A_SEED, d_in, generator=generator))
+    offset = first % _ROWS_A_SEED
+    drawn = torch.cat(rows)[offset : offset + count].double()
+    return nn.functional.normalize(drawn, dim=1)

@@ -1,0 +1,122 @@
+"""Collectives with gradients; each is the identity on one rank and returns what it made, waited
+for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kernels import reference
+from .mesh import Mesh
+
+
+def all_gather(local: Tensor, group: dist.ProcessGroup | None, size: int) -> Tensor:
+    """[...] on each of `size` ranks -> [size, ...], in the order of ranks."""
+    if size == 1:
+        return local.unsqueeze(0)
+    out = local.new_empty((size, *local.shape))
+    dist.all_gather_into_tensor(out.view(-1), local.contiguous().view(-1), group=group)
+    return out
+
+
+def all_reduce_(
+    tensor: Tensor,
+    group: dist.ProcessGroup | None,
+    size: int,
+    op: Any = dist.ReduceOp.SUM,
+) -> None:
+    """Reduces a tensor over a group in place."""
+    if size > 1:
+        dist.all_reduce(tensor, op=op, group=group)
+
+
+def gather_batch(x_local: Tensor, mesh: Mesh) -> Tensor:
+    """Rows [N/P, D] that each shard of a replica read -> the replica's batch [N, D]."""
+    if mesh.num_shards == 1:
+        return x_local
+    # gloo has no 16-bit float in every collective, and an all-gather moves bits whatever they mean.
+    bits = x_local.view(torch.int16) if x_local.element_size() == 2 else x_local
+    return all_gather(bits, mesh.shard_group, mesh.num_shards).flatten(0, 1).view(x_local.dtype)
+
+
+class _SumForward(torch.autograd.Function):
+    """All-reduce forward, identity backward: each rank's share of the loss is the whole loss
+    (Megatron's g).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, mesh: Mesh) -> Tensor:
+        total = partial.clone()
+        all_reduce_(total, mesh.shard_group, mesh.num_shards)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def sum_over_shards(partial: Tensor, mesh: Mesh) -> Tensor:
+    """Sums each shard's part [N, D] of a reconstruction; the gradient of the sum is the gradient
+    of every part.
+    """
+    if mesh.num_shards == 1:
+        return partial
+    out: Tensor = _SumForward.apply(partial, mesh)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SumBackward(torch.autograd.Function):
+    """Identity forward, all-reduce backward, for a replicated parameter that feeds sharded work
+    (Megatron's f).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh = mesh
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone()
+        all_reduce_(total, ctx.mesh.shard_group, ctx.mesh.num_shards)
+        return total, None
+
+
+def feed_shards(replicated: Tensor, mesh: Mesh) -> Tensor:
+    """The tensor itself, its gradient summed over the shards that used it."""
+    if mesh.num_shards == 1:
+        return replicated
+    out: Tensor = _SumBackward.apply(replicated, mesh)  # type: ignore[no-untyped-call]
+    return out
+
+
+def global_topk_mask(
+    values: Tensor,  # [N, k_local] this shard's candidates, descending, ties by ascending index
+    indices: Tensor,  # [N, k_local] int32, rows of this shard
+    k: int,
+    first_latent: int,
+    mesh: Mesh,
+) -> Tensor | None:  # [N, k_local] bool; None on one shard
+    """Which of this shard's candidates are among the k largest over all shards: exact, ties to the
+    lowest index.
+
+    One all-gather of values and indices packed into one buffer: N * k_local * 8 bytes a rank for
+    float32, whatever d_sae is.
+    """
+    if mesh.num_shards == 1:
+        return None
+    bits = torch.int64 if values.dtype == torch.float64 else torch.int32
+    ids = indices.to(bits) + first_latent
+    packed = torch.stack([values.detach().contiguous().view(bits), ids])
+    gathered = all_gather(packed, mesh.shard_group, mesh.num_shards)
+    # [P, 2, N, k] -> [N, P*k]: shards in order keep equal values in ascending index order.
+    everyone = gathered.permute(1, 2, 0, 3).flatten(2)
+    all_values, all_ids = everyone[0].contiguous().view(values.dtype), everyone[1]
+    kept, cols = reference.select_topk(all_values, k)
+    last, last_id = kept[:, -1:], all_ids.gather(1, cols[:, -1:])
+    # NaN sorts above everything: a NaN candidate is kept so that it reaches the loss.
+    return (values > last) | ((values == last) & (ids <= last_id)) | values.isnan()

@@ -1,0 +1,99 @@
+"""The only file that makes process groups: the axes "group", "replicate" and "shard"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from ..config import ConfigError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place: which device group it is in, which replica there, which shard of that
+    replica.
+
+    A group trains its own SAEs; its replicas split each batch; a replica's shards split the
+    latents. A size of 1 takes the same path as any other and skips the communication.
+    """
+
+    group: int
+    num_groups: int
+    replica: int
+    num_replicas: int
+    shard: int
+    num_shards: int
+    shard_group: dist.ProcessGroup | None
+    replica_group: dist.ProcessGroup | None
+    member_group: dist.ProcessGroup | None
+
+    @classmethod
+    def single(cls) -> Mesh:
+        """One process that holds everything."""
+        return cls(0, 1, 0, 1, 0, 1, None, None, None)
+
+    @property
+    def members(self) -> int:
+        """Ranks that train one SAE together."""
+        return self.num_replicas * self.num_shards
+
+    @property
+    def member(self) -> int:
+        """This rank's number among them; shards of a replica are neighbours."""
+        return self.replica * self.num_shards + self.shard
+
+    @property
+    def is_lead(self) -> bool:
+        """True on the rank that writes the files of its group."""
+        return self.member == 0
+
+
+def make_mesh(
+    num_shards: int | None,
+    num_replicas: int,
+    *,
+    device: torch.device,
+    several_groups: bool = False,
+) -> Mesh:
+    """Splits the running processes into groups of num_replicas x num_shards; None means all
+    processes are shards.
+
+    Collective. Raises ConfigError where the number of processes does not fit; several_groups
+    allows more processes than one SAE takes (a grid).
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if num_shards is None:
+        if world % num_replicas:
+            raise ConfigError(
+                f"train.num_replicas={num_replicas} does not divide the {world} processes; "
+                "change it or --num_processes"
+            )
+        num_shards = world // num_replicas
+    members = num_shards * num_replicas
+    if world % members or (world != members and not several_groups):
+        raise ConfigError(
+            f"train.num_shards={num_shards} x train.num_replicas={num_replicas} needs {members} "
+            f"processes, but {world} run; set accelerate launch --num_processes {members}"
+        )
+    if world == 1:
+        return Mesh.single()
+    mesh = init_device_mesh(
+        device.type,
+        (world // members, num_replicas, num_shards),
+        mesh_dim_names=("group", "replicate", "shard"),
+    )
+    group, replica, shard = mesh.get_coordinate() or (0, 0, 0)
+    return Mesh(
+        group,
+        world // members,
+        replica,
+        num_replicas,
+        shard,
+        num_shards,
+        mesh.get_group("shard"),
+        mesh.get_group("replicate"),
+        mesh["replicate", "shard"]._flatten("member").get_group(),
+    )
