@@ -130,7 +130,7 @@ class TopKSAE(nn.Module):
         return SAEOutput(self.decode(*top), *top)
 
     def save(self, folder: str | Path) -> None:
-        """Writes this (unsharded) SAE as safetensors and json, each under a temporary name first."""
+        """Writes this (unsharded) SAE as safetensors and json, renamed into place."""
         assert self.mesh.num_shards == 1, "gather the shards before saving"
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
@@ -164,8 +164,6 @@ _ROWS_A_SEED = 64
 
 def _unit_rows(seed: int, first: int, count: int, d_in: int) -> Tensor:
     """Rows first .. first+count of the random decoder, unit norm, [count, d_in] float64."""
-    own generator.
-    """
     rows = []
     for block in range(first // _ROWS_A_SEED, (first + count - 1) // _ROWS_A_SEED + 1):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
