@@ -329,7 +329,8 @@ def _sentence(error: ErrorDetails) -> str:
         choices = [
             c.strip("', ") for c in error["ctx"]["expected"].replace(" or ", ", ").split(", ")
         ]
-        return f"{key}={error['input']!r} is not a choice{_nearest(str(error['input']), choices)}"
+        hint = _nearest(str(error["input"]), choices)
+        return f"{key}={error['input']!r} is not a choice{hint}"
     return f"{key}={error['input']!r} does not fit: {message[0].lower()}{message[1:]}"
 
 
@@ -369,7 +370,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a YAML config and applies `key=value` overrides. Raises ConfigError with one sentence."""
+    """Reads a YAML config and applies `key=value` overrides. Raises ConfigError."""
     file = Path(path)
     if not file.is_file():
         near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []

@@ -117,12 +117,41 @@ class TopKSAE(nn.Module):
         keep = comm.global_topk_mask(top.values, top.indices, self.k, self.first_latent, self.mesh)
         return top if keep is None else ops.TopK(top.values * keep, top.indices)
 
-    def decode(self, top_acts: Tensor, top_idx: Tensor) -> Tensor:
-        """`sum_j top_acts[n, j] * W_dec[top_idx[n, j]] + b_dec` [N, d_in], summed over shards, in
-        the parameters' dtype.
+    def encode_with_aux(self, x: Tensor, aux_mask: Tensor, k_aux: int) -> ops.TopKAux:
+        """`encode`, and from the same pass the k_aux best latents within aux_mask [d_sae_local]
+        over all shards.
+
+        The second list holds raw pre-activations [N, k_aux]: -inf where the mask ran out or
+        another shard's are larger.
         """
+        local = (min(self.k, self.d_sae_local), min(k_aux, self.d_sae_local))
+        top = ops.topk_encode_aux(
+            comm.feed_shards(x, self.mesh),
+            self._compute(self.W_enc),
+            self.b_enc,
+            local[0],
+            aux_mask,
+            local[1],
+            b_dec=comm.feed_shards(self.b_dec, self.mesh),
+        )
+        first = self.first_latent
+        keep = comm.global_topk_mask(top.values, top.indices, self.k, first, self.mesh)
+        if keep is None:
+            return top
+        k_aux = min(k_aux, self.d_sae)
+        keep_aux = comm.global_topk_mask(top.aux_values, top.aux_indices, k_aux, first, self.mesh)
+        assert keep_aux is not None
+        aux_values = top.aux_values.masked_fill(~keep_aux, -torch.inf)
+        return ops.TopKAux(top.values * keep, top.indices, aux_values, top.aux_indices)
+
+    def combine(self, top_acts: Tensor, top_idx: Tensor) -> Tensor:
+        """`sum_j top_acts[n, j] * W_dec[top_idx[n, j]]` [N, d_in], summed over shards: no b_dec."""
         partial = ops.sparse_decode(top_acts, top_idx, self._compute(self.W_dec))
-        return comm.sum_over_shards(partial.to(self.b_dec.dtype), self.mesh) + self.b_dec
+        return comm.sum_over_shards(partial.to(self.b_dec.dtype), self.mesh)
+
+    def decode(self, top_acts: Tensor, top_idx: Tensor) -> Tensor:
+        """`combine(top_acts, top_idx) + b_dec`: the reconstruction [N, d_in]."""
+        return self.combine(top_acts, top_idx) + self.b_dec
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encodes and decodes x [N, d_in]; both parts are differentiable, the selection is not."""

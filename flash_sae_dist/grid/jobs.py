@@ -1,0 +1,56 @@
+"""From a config to its list of jobs."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from pathlib import Path
+
+from ..config import Config, ConfigError, nearest_name, with_values
+from ..training.records import Job
+
+
+def train_job(config: Config, hookpoints: list[str]) -> Job:
+    """The one job of `train`. Raises ConfigError where its hookpoint is not in the store."""
+    config.need("sae", "train", verb="train")
+    assert config.train is not None
+    name = config.train.hookpoint
+    if name is None:
+        raise ConfigError(
+            f"train.hookpoint is missing: name one of the store's: {', '.join(hookpoints)}"
+        )
+    if name not in hookpoints:
+        raise ConfigError(
+            f"train.hookpoint={name!r} is not in the store{nearest_name(name, hookpoints)}"
+        )
+    return Job(name, Path(config.output) / name, config)
+
+
+def expand(config: Config, hookpoints: list[str]) -> list[Job]:
+    """The jobs of `grid`: every hookpoint of the store that a pattern names, with every
+    combination of values.
+
+    Each combination is checked as a config of its own. Raises ConfigError on a pattern that names
+    nothing or a combination that does not fit.
+    """
+    config.need("sae", "train", "grid", verb="grid")
+    assert config.grid is not None
+    matched: list[str] = []
+    for pattern in config.grid.hookpoints:
+        found = fnmatch.filter(hookpoints, pattern)
+        if not found:
+            raise ConfigError(
+                f"grid.hookpoints: {pattern!r} is not in the store"
+                f"{nearest_name(pattern, hookpoints)}"
+            )
+        matched += [name for name in found if name not in matched]
+    keys = list(config.grid.values)
+    jobs = []
+    for hookpoint in matched:
+        for choice in itertools.product(*config.grid.values.values()):
+            values = dict(zip(keys, choice, strict=True))
+            label = ",".join(f"{key.partition('.')[2]}={value}" for key, value in values.items())
+            name = f"{hookpoint}/{label}" if label else hookpoint
+            resolved = with_values(config, {"train.hookpoint": hookpoint, **values})
+            jobs.append(Job(name, Path(config.output) / name, resolved))
+    return jobs

@@ -1,0 +1,124 @@
+"""Trains a list of jobs on the running processes; one job or many take the same path."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..activations.store import ActivationStore
+from ..config import Config, ConfigError
+from ..parallel.mesh import Mesh, make_mesh
+from ..training.records import Job, Status, check_same_job, read_metrics, read_status, write_status
+from ..training.trainer import Trainer, is_finished
+from . import jobs as job_list
+from .placement import Bundle, assign, make_bundles
+
+logger = logging.getLogger(__name__)
+
+
+def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
+    """Trains what a config describes, skipping jobs that are finished; returns the jobs with their
+    folders.
+
+    One job's failure is recorded in its status.json and the others go on. Raises ConfigError
+    before any work when something does not fit, and RuntimeError at the end when a job failed.
+    Collective over all processes.
+    """
+    verb = "grid" if grid else "train"
+    config.need("sae", "train", verb=verb)
+    assert config.train is not None
+    store = ActivationStore.open(config.store_path())
+    found = (
+        job_list.expand(config, store.hookpoints)
+        if grid
+        else [job_list.train_job(config, store.hookpoints)]
+    )
+    device: torch.device = accelerator.device
+    mesh = make_mesh(
+        config.train.num_shards, config.train.num_replicas, device=device, several_groups=grid
+    )
+    _check_fit(found, store, mesh)
+    for job in found:
+        check_same_job(job)
+    open_jobs = [job for job in found if not is_finished(job)]
+    widths = {name: store.width(name) for name in store.hookpoints}
+    bundles = make_bundles(open_jobs, widths, mesh.num_shards, _memory_bytes(device))
+    plan = assign(bundles, mesh.num_groups)
+    # Every rank has looked at what is finished before any rank finishes more.
+    accelerator.wait_for_everyone()
+    for bundle in plan[mesh.group]:
+        _train_bundle(bundle.jobs, store, mesh, accelerator)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _replay_other_groups(plan[1:], accelerator)
+    failed = {
+        j.name: s.error for j in found if (s := read_status(j.folder)) and s.state == "failed"
+    }
+    if failed:
+        told = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        raise RuntimeError(f"{len(failed)} of {len(found)} SAEs failed ({told})")
+    return found
+
+
+def _check_fit(found: list[Job], store: ActivationStore, mesh: Mesh) -> None:
+    for job in found:
+        assert job.config.sae is not None
+        assert job.config.train is not None
+        d_sae = job.config.sae.width(store.width(str(job.config.train.hookpoint)))
+        if d_sae % mesh.num_shards:
+            up = -(-d_sae // mesh.num_shards) * mesh.num_shards
+            raise ConfigError(
+                f"{job.name}: sae.d_sae={d_sae} is not divisible by the {mesh.num_shards} shards; "
+                f"use {up}, or change train.num_shards"
+            )
+        batch = job.config.train.batch_tokens
+        if batch % mesh.members:
+            raise ConfigError(
+                f"train.batch_tokens={batch} is not divisible by the {mesh.members} processes of "
+                f"one SAE; use {-(-batch // mesh.members) * mesh.members}"
+            )
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """What one bundle may take on a rank: most of the free device memory, half of the host's share.
+
+    The least over all ranks, so that all make the same bundles. Collective over all processes.
+    """
+    if device.type == "cuda":
+        usable = int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    else:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        usable = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * local)
+    least = torch.tensor(usable, dtype=torch.int64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)
+
+
+def _train_bundle(jobs: list[Job], store: ActivationStore, mesh: Mesh, accelerator: Any) -> None:
+    def log_metrics(values: dict[str, float], step: int) -> None:
+        accelerator.log(values, step=step)
+
+    try:
+        Trainer(jobs, store, mesh, accelerator.device, log_metrics).run()
+    except (RuntimeError, ValueError, OSError) as e:
+        if len(jobs) == 1 and mesh.num_groups == 1:
+            raise
+        logger.exception("%s failed", ", ".join(job.name for job in jobs))
+        for job in jobs:
+            status = read_status(job.folder) or Status("failed", 0, 0)
+            if mesh.is_lead and status.state != "finished":
+                reason = f"{type(e).__name__}: {e}"
+                write_status(job, Status("failed", status.step, status.total_steps, reason))
+
+
+def _replay_other_groups(others: list[list[Bundle]], accelerator: Any) -> None:
+    """Trackers log on the main process alone: they get what other groups measured at the end."""
+    for job in (job for bundles in others for bundle in bundles for job in bundle.jobs):
+        for line in read_metrics(job.folder / "metrics.jsonl"):
+            values = {f"{job.name}/{k}": v for k, v in line.items() if k not in ("step", "tokens")}
+            accelerator.log(values, step=line["step"])

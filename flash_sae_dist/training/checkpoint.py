@@ -1,0 +1,190 @@
+"""Checkpoints: one safetensors file a shard, checksummed, renamed into place, loadable on any
+number of shards.
+
+A checkpoint is a folder `step-00001000/` with `shard-00000-of-00002.safetensors` ... and
+`manifest.json`, which names each file's crc32c and rows and is written last. No pickles; a flipped
+byte is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..parallel.mesh import Mesh
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+class TrainingState(NamedTuple):
+    """The state of one SAE's training on one rank."""
+
+    rows: dict[str, Tensor]  # [d_sae_local, ...], this shard's rows
+    whole: dict[str, Tensor]  # the same on every rank
+    info: dict[str, Any]  # plain values
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint whose files are missing, torn or changed."""
+
+
+def checksum(path: Path) -> str:
+    """crc32c of a file, in hex."""
+    crc = 0
+    with path.open("rb") as f:
+        while block := f.read(1 << 24):
+            crc = google_crc32c.extend(crc, block)
+    return f"{crc:08x}"
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lives."""
+    return folder / f"step-{step:08d}"
+
+
+def save(folder: Path, state: TrainingState, mesh: Mesh, keep: int) -> None:
+    """Writes a checkpoint of `state.info["step"]` and removes all but the `keep` newest.
+    Collective over the members.
+
+    The folder must be one that every member sees. Replica 0 writes; the rest wait.
+    """
+    final = step_folder(folder, state.info["step"])
+    partial = final.with_suffix(".partial")
+    if mesh.is_lead:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _barrier(mesh)
+    record: dict[str, Any] = {}
+    if mesh.replica == 0:
+        record = _write_shard(partial, state, mesh)
+    records = _gather(record, mesh)
+    if mesh.is_lead:
+        files = [r for r in records if r]
+        manifest = {"format": _FORMAT, "info": state.info, "files": files}
+        _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for old in _found(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    _barrier(mesh)
+
+
+def _write_shard(folder: Path, state: TrainingState, mesh: Mesh) -> dict[str, Any]:
+    name = f"shard-{mesh.shard:05d}-of-{mesh.num_shards:05d}.safetensors"
+    tensors = {f"rows.{n}": t for n, t in state.rows.items()}
+    if mesh.shard == 0:
+        tensors |= {f"whole.{n}": t for n, t in state.whole.items()}
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / name)
+    _sync(folder / name)
+    rows = state.info["d_sae"] // mesh.num_shards
+    return {
+        "name": name,
+        "crc32c": checksum(folder / name),
+        "first_row": mesh.shard * rows,
+        "num_rows": rows,
+    }
+
+
+def _write_synced(path: Path, text: str) -> None:
+    path.write_text(text)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _barrier(mesh: Mesh) -> None:
+    if mesh.members > 1:
+        _gather({}, mesh)
+
+
+def _gather(record: dict[str, Any], mesh: Mesh) -> list[dict[str, Any]]:
+    if mesh.members == 1:
+        return [record]
+    records: list[Any] = [None] * mesh.members
+    dist.all_gather_object(records, record, group=mesh.member_group)
+    return records
+
+
+def _found(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if p.suffix == "" and (p / MANIFEST).is_file())
+
+
+def _verify(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != _FORMAT:
+            raise DamagedCheckpointError(f"{path} has format {manifest['format']}, not {_FORMAT}")
+        for file in manifest["files"]:
+            if checksum(path / file["name"]) != file["crc32c"]:
+                raise DamagedCheckpointError(
+                    f"{path / file['name']} is damaged: its crc32c changed"
+                )
+    except (OSError, KeyError, json.JSONDecodeError) as e:
+        raise DamagedCheckpointError(f"{path} is not a whole checkpoint: {e}") from e
+    return manifest
+
+
+def newest_step(folder: Path, mesh: Mesh) -> int | None:
+    """Step of the newest checkpoint whose checksums hold; damaged ones are passed over with a
+    warning.
+
+    The lead looks and tells the others. Collective over the members.
+    """
+    step: int | None = None
+    if mesh.is_lead:
+        for path in reversed(_found(folder)):
+            try:
+                step = int(_verify(path)["info"]["step"])
+                break
+            except DamagedCheckpointError as e:
+                logger.warning("%s; going back to the checkpoint before it", e)
+    steps = _gather({"step": step}, mesh)
+    found: int | None = steps[0]["step"]
+    return found
+
+
+def load(folder: Path, step: int, first_row: int, num_rows: int) -> TrainingState:
+    """Reads rows first_row .. first_row + num_rows of a verified checkpoint, whatever number of
+    shards wrote it.
+
+    Raises DamagedCheckpointError where the files do not hold those rows.
+    """
+    path = step_folder(folder, step)
+    manifest = json.loads((path / MANIFEST).read_text())
+    parts: dict[str, list[Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    covered = 0
+    for file in manifest["files"]:
+        start = max(first_row, file["first_row"]) - file["first_row"]
+        stop = min(first_row + num_rows, file["first_row"] + file["num_rows"]) - file["first_row"]
+        with safe_open(path / file["name"], framework="pt") as f:
+            for key in f.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
+                kind, _, name = key.partition(".")
+                if kind == "whole":
+                    whole[name] = f.get_tensor(key)
+                elif stop > start:
+                    parts.setdefault(name, []).append(f.get_slice(key)[start:stop])
+        covered += max(0, stop - start)
+    if covered != num_rows:
+        raise DamagedCheckpointError(f"{path} holds {covered} of the {num_rows} rows asked for")
+    rows = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    return TrainingState(rows, whole, manifest["info"])

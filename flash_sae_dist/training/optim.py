@@ -1,0 +1,59 @@
+"""Learning rate, optimizer and the unit-norm constraint on decoder rows; the choice of optimizer
+is made here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..models.topk import TopKSAE
+from ..parallel import comm
+
+
+def default_lr(d_sae: int) -> float:
+    """`2e-4 / sqrt(d_sae / 2**14)`, the field's scaling with width (Gao et al. 2024)."""
+    return float(2e-4 / (d_sae / 2**14) ** 0.5)
+
+
+def lr_at(step: int, total_steps: int, peak: float, cfg: TrainConfig) -> float:
+    """Learning rate of a step, counted from 0: linear warm-up, flat, linear to zero over the last
+    part.
+    """
+    warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+    decay_steps = round(total_steps * cfg.decay_fraction)
+    cool = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
+    return peak * warm * cool
+
+
+def make_optimizer(sae: TopKSAE, cfg: TrainConfig) -> torch.optim.Adam:
+    """Adam over an SAE's parameters (the local rows of sharded ones)."""
+    lr = cfg.lr if cfg.lr is not None else default_lr(sae.d_sae)
+    return torch.optim.Adam(
+        sae.parameters(), lr=lr, betas=cfg.adam_betas, eps=cfg.adam_eps, fused=True
+    )
+
+
+@torch.no_grad()
+def project_decoder_grad_(sae: TopKSAE) -> None:
+    """Removes from each decoder row's gradient its part along the (unit-norm) row, in place."""
+    grad = sae.W_dec.grad
+    assert grad is not None
+    along = (grad * sae.W_dec).sum(dim=1, keepdim=True)
+    grad.addcmul_(sae.W_dec, along, value=-1)
+
+
+@torch.no_grad()
+def renormalise_decoder_(sae: TopKSAE) -> None:
+    """Scales each decoder row back to unit norm, in place."""
+    norms = sae.W_dec.norm(dim=1, keepdim=True)
+    sae.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
+
+
+@torch.no_grad()
+def sum_grads_over_replicas_(sae: TopKSAE) -> None:
+    """Adds up the replicas' gradients in place: each holds its share of the batch's loss."""
+    grads: list[Tensor] = [p.grad for p in sae.parameters() if p.grad is not None]
+    for grad in grads:
+        comm.all_reduce_(grad, sae.mesh.replica_group, sae.mesh.num_replicas)

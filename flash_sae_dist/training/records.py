@@ -1,0 +1,114 @@
+"""What a run leaves behind for people and for its own restart: job.yaml, status.json,
+metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from ..config import Config, ConfigError, parse_config
+
+State = Literal["running", "finished", "failed"]
+LogMetrics = Callable[[dict[str, float], int], None]
+
+
+class Job(NamedTuple):
+    """One SAE to train: a resolved config (train.hookpoint set) and the folder it lives in."""
+
+    name: str
+    folder: Path
+    config: Config
+
+
+class Status(NamedTuple):
+    """How far a job is."""
+
+    state: State
+    step: int
+    total_steps: int
+    error: str | None = None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_job(job: Job) -> None:
+    """Writes `job.yaml`: the resolved config, which alone repeats the job."""
+    data = job.config.model_dump(mode="json", exclude_unset=True)
+    write_text(job.folder / "job.yaml", yaml.safe_dump(data, sort_keys=False))
+
+
+# What may differ when a run is resumed: how it is logged, saved and spread, not what is learnt.
+_FREE_KEYS = {"num_shards", "num_replicas", "log_every", "checkpoint_every", "keep_checkpoints"}
+
+
+def check_same_job(job: Job) -> None:
+    """Raises ConfigError where the folder holds a job of another config."""
+    path = job.folder / "job.yaml"
+    if not path.is_file():
+        return
+    before = parse_config(yaml.safe_load(path.read_text()), str(path))
+    for section in ("sae", "train"):
+        old, new = getattr(before, section), getattr(job.config, section)
+        for key in type(new).model_fields:
+            was, asked = getattr(old, key, None), getattr(new, key)
+            if key not in _FREE_KEYS and was != asked:
+                raise ConfigError(
+                    f"{section}.{key}={asked!r} differs from {was!r} in {path}; "
+                    "name another output folder, or remove that job's"
+                )
+
+
+def write_status(job: Job, status: Status) -> None:
+    """Writes `status.json`."""
+    write_text(job.folder / "status.json", json.dumps(status._asdict()) + "\n")
+
+
+def read_status(folder: Path) -> Status | None:
+    """What `write_status` wrote, or None before a job's first step."""
+    try:
+        return Status(**json.loads((folder / "status.json").read_text()))
+    except FileNotFoundError:
+        return None
+
+
+class MetricsLog:
+    """Appends one JSON object a line to `metrics.jsonl`; a resumed run drops the lines after its
+    checkpoint first.
+    """
+
+    def __init__(self, path: Path, resume_step: int, enabled: bool) -> None:
+        self.path, self.enabled = path, enabled
+        if enabled:
+            kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds a line and hands it to the operating system, so that a killed run keeps it."""
+        if self.enabled:
+            with self.path.open("a") as f:
+                f.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines

@@ -1,0 +1,187 @@
+"""One SAE's training: its state and one step, whatever the mesh."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import Precision, SAEConfig, TrainConfig
+from ..models.dead_latents import DeadLatents
+from ..models.losses import auxk_loss, fvu_loss, geometric_median
+from ..models.topk import TopKSAE
+from ..parallel import comm
+from ..parallel.mesh import Mesh
+from .checkpoint import TrainingState
+from .optim import (
+    lr_at,
+    make_optimizer,
+    project_decoder_grad_,
+    renormalise_decoder_,
+    sum_grads_over_replicas_,
+)
+from .timing import PhaseTimer
+
+
+class StepMetrics(NamedTuple):
+    """What a step measured, left on the device."""
+
+    fvu: Tensor  # scalar, over all replicas
+    auxk: Tensor  # scalar, over all replicas; 0 while no latent is dead
+    l0: Tensor  # scalar, mean active latents a token
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """Compute dtype: auto is bfloat16 on CUDA devices, else float32."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype
+
+
+class SAETraining:
+    """An SAE with its optimizer, schedule, dead-latent counters and position: all that a step
+    changes.
+    """
+
+    def __init__(
+        self,
+        sae_cfg: SAEConfig,
+        cfg: TrainConfig,
+        d_in: int,
+        mesh: Mesh,
+        device: torch.device,
+    ) -> None:
+        self.cfg, self.mesh, self.device = cfg, mesh, device
+        self.compute_dtype = resolve_precision(cfg.precision, device)
+        self.master_dtype = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+        self.sae = TopKSAE(
+            d_in,
+            sae_cfg.width(d_in),
+            sae_cfg.k,
+            mesh=mesh,
+            dtype=self.master_dtype,
+            device=device,
+        )
+        self.sae.reset_parameters(cfg.seed)
+        self.optimizer = make_optimizer(self.sae, cfg)
+        self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
+        self.dead = DeadLatents(self.sae.d_sae_local, cfg.dead_after_tokens, mesh, device)
+        self.k_aux = min(cfg.k_aux or max(1, d_in // 2), self.sae.d_sae)
+        self.total_steps = -(-cfg.num_tokens // cfg.batch_tokens)
+        self.step_index = 0
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the coming step."""
+        return lr_at(self.step_index, self.total_steps, self.peak_lr, self.cfg)
+
+    @property
+    def last_lr(self) -> float:
+        """Learning rate of the step that was made last."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def is_finite(self) -> bool:
+        """Whether every parameter is finite on every member (a host sync, for checkpoints).
+        Collective.
+        """
+        finite = (
+            torch.stack([p.isfinite().all() for p in self.sae.parameters()]).all().to(torch.int32)
+        )
+        comm.all_reduce_(finite, self.mesh.member_group, self.mesh.members, dist.ReduceOp.MIN)
+        return bool(finite)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.compute_dtype == self.master_dtype:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    @torch.no_grad()
+    def init_b_dec(self, x: Tensor) -> None:
+        """Puts b_dec at the geometric median of the first batch x [N/R, d_in]. Collective over the
+        replicas.
+        """
+        rows = comm.all_gather(
+            x.to(self.master_dtype), self.mesh.replica_group, self.mesh.num_replicas
+        )
+        self.sae.b_dec.copy_(geometric_median(rows.flatten(0, 1)))
+
+    def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
+        """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
+        no host sync except where `DeadLatents.refresh` says so."""
+        x = x.to(self.master_dtype)
+        if self.step_index == 0:
+            self.init_b_dec(x)
+        self.dead.refresh(self.step_index, self.step_index * self.cfg.batch_tokens)
+        with self._autocast():
+            loss, metrics, fired = self._losses(x)
+        timer.mark("forward")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        timer.mark("backward")
+        self._update()
+        self.dead.update_(*fired, self.cfg.batch_tokens)
+        self.step_index += 1
+        timer.mark("optimizer")
+        return metrics
+
+    def _losses(self, x: Tensor) -> tuple[Tensor, StepMetrics, tuple[Tensor, Tensor]]:
+        sae, mesh = self.sae, self.mesh
+        use_aux = self.cfg.dead_latents == "auxk" and self.dead.any_dead
+        aux = torch.zeros((), dtype=x.dtype, device=x.device)
+        if use_aux:
+            both = sae.encode_with_aux(x, self.dead.mask(), self.k_aux)
+            values, indices = both.values, both.indices
+            recon = sae.decode(values, indices)
+            aux_recon = sae.combine(both.aux_values.relu(), both.aux_indices)
+            aux = auxk_loss((x - recon).detach(), aux_recon, mesh)
+        else:
+            values, indices = sae.encode(x)
+            recon = sae.decode(values, indices)
+        fvu = fvu_loss(x, recon, mesh)
+        loss = fvu + self.cfg.auxk_coef * aux
+        l0 = (values > 0).sum().to(x.dtype) / (x.shape[0] * mesh.num_replicas)
+        shown = torch.stack([fvu.detach(), aux.detach(), l0])
+        comm.all_reduce_(shown, mesh.replica_group, mesh.num_replicas)
+        comm.all_reduce_(shown[2], mesh.shard_group, mesh.num_shards)
+        return loss, StepMetrics(*shown), (values, indices)
+
+    def _update(self) -> None:
+        sum_grads_over_replicas_(self.sae)
+        project_decoder_grad_(self.sae)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.step()
+        renormalise_decoder_(self.sae)
+
+    def state(self) -> TrainingState:
+        """All that a resumed run needs, by reference: parameters, Adam's moments, counters,
+        position.
+        """
+        rows: dict[str, Tensor] = {}
+        whole: dict[str, Tensor] = {}
+        for name, param in self.sae.named_parameters():
+            target = whole if name == "b_dec" else rows
+            target[name] = param.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                target[f"{moment}.{name}"] = self.optimizer.state[param][moment]
+        rows["tokens_since_fired"] = self.dead.tokens_since_fired
+        info = {"step": self.step_index, "any_dead": self.dead.any_dead, "d_sae": self.sae.d_sae}
+        return TrainingState(rows, whole, info)
+
+    @torch.no_grad()
+    def load_state(self, state: TrainingState) -> None:
+        """Puts back what `state` gave, on any number of shards."""
+        for name, param in self.sae.named_parameters():
+            source = state.whole if name == "b_dec" else state.rows
+            param.copy_(source[name])
+            self.optimizer.state[param] = {
+                "step": torch.tensor(float(state.info["step"]), device=param.device),
+                **{m: source[f"{m}.{name}"].to(param) for m in ("exp_avg", "exp_avg_sq")},
+            }
+        self.dead.tokens_since_fired.copy_(state.rows["tokens_since_fired"])
+        self.dead.any_dead = state.info["any_dead"]
+        self.step_index = state.info["step"]

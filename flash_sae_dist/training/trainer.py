@@ -1,0 +1,202 @@
+"""The loop: one stream of batches, one or many SAEs stepped on each."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..activations.loader import ActivationLoader
+from ..activations.store import ActivationStore
+from ..models.topk import CONFIG_FILE, TopKSAE
+from ..parallel import comm
+from ..parallel.mesh import Mesh
+from ..progress import progress_bar
+from . import checkpoint
+from .records import Job, LogMetrics, MetricsLog, State, Status, write_job, write_status
+from .step import SAETraining, StepMetrics
+from .timing import PhaseTimer
+
+logger = logging.getLogger(__name__)
+
+
+class Member:
+    """One job in the loop: its training state, files and fate."""
+
+    def __init__(self, job: Job, d_in: int, mesh: Mesh, device: torch.device) -> None:
+        assert job.config.sae is not None
+        assert job.config.train is not None
+        self.job, self.mesh, self.cfg = job, mesh, job.config.train
+        self.training = SAETraining(job.config.sae, self.cfg, d_in, mesh, device)
+        self.error: str | None = None
+        step = checkpoint.newest_step(self.checkpoints, mesh)
+        if step is not None:
+            sae = self.training.sae
+            state = checkpoint.load(self.checkpoints, step, sae.first_latent, sae.d_sae_local)
+            self.training.load_state(state)
+            logger.info("%s: resumed at step %d", job.name, step)
+        self.log = MetricsLog(job.folder / "metrics.jsonl", step or 0, enabled=mesh.is_lead)
+        if mesh.is_lead:
+            write_job(job)
+        self.write_status()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of this job's checkpoints."""
+        return self.job.folder / "checkpoints"
+
+    @property
+    def done(self) -> bool:
+        """True when every step has been made, or none will be."""
+        return self.error is not None or self.training.step_index >= self.training.total_steps
+
+    def write_status(self) -> None:
+        """Writes status.json on the lead."""
+        if self.mesh.is_lead:
+            t = self.training
+            state: State = "failed" if self.error else "finished" if self.done else "running"
+            write_status(self.job, Status(state, t.step_index, t.total_steps, self.error))
+
+    def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
+        """One step on the replica's batch."""
+        return self.training.step(x, timer)
+
+    def fail(self, reason: str) -> None:
+        """Ends this job and lets the others go on."""
+        self.error = reason
+        logger.error("%s failed: %s", self.job.name, reason)
+        self.write_status()
+
+    def save_checkpoint(self) -> None:
+        """Writes a checkpoint of the state between two steps. Collective over the members."""
+        checkpoint.save(
+            self.checkpoints, self.training.state(), self.mesh, self.cfg.keep_checkpoints
+        )
+
+    def save_final(self) -> None:
+        """Gathers the shards on the lead and writes the SAE to `sae/`. Collective over the shard
+        group.
+        """
+        sae, mesh = self.training.sae, self.mesh
+        whole = {}
+        for name, param in sae.named_parameters():
+            rows = param.detach()
+            if name != "b_dec":
+                rows = comm.all_gather(rows, mesh.shard_group, mesh.num_shards).flatten(0, 1)
+            whole[name] = rows.to("cpu", torch.float32)
+        if mesh.is_lead:
+            with torch.device("meta"):
+                out = TopKSAE(sae.d_in, sae.d_sae, sae.k)
+            out.load_state_dict(whole, assign=True)
+            out.save(self.job.folder / "sae")
+        self.write_status()
+
+
+class Trainer:
+    """Trains the SAEs of several jobs on one hookpoint from one stream of batches.
+
+    The jobs share hookpoint, batch_tokens, num_tokens, seed, log_every and checkpoint_every. Every
+    method is collective over the members of the mesh.
+    """
+
+    def __init__(
+        self,
+        jobs: list[Job],
+        store: ActivationStore,
+        mesh: Mesh,
+        device: torch.device,
+        log_metrics: LogMetrics,
+    ) -> None:
+        cfg = jobs[0].config.train
+        assert cfg is not None
+        assert cfg.hookpoint is not None
+        self.cfg, self.hookpoint, self.store = cfg, cfg.hookpoint, store
+        self.mesh, self.device, self.log_metrics = mesh, device, log_metrics
+        d_in = store.width(self.hookpoint)
+        self.members = [Member(job, d_in, mesh, device) for job in jobs]
+        self.total_steps = self.members[0].training.total_steps
+
+    def run(self) -> None:
+        """Steps every job to its end, then writes its SAE."""
+        start = min(m.training.step_index for m in self.members)
+        loader = ActivationLoader(
+            self.store,
+            self.hookpoint,
+            batch_tokens=self.cfg.batch_tokens,
+            seed=self.cfg.seed,
+            start_step=start,
+            num_steps=self.total_steps - start,
+            rank=self.mesh.member,
+            num_ranks=self.mesh.members,
+            device=self.device,
+        )
+        title = f"train {self.hookpoint} ({len(self.members)} SAEs)"
+        total = (self.total_steps - start) * self.cfg.batch_tokens
+        with loader, progress_bar(title, total, "tokens", self.mesh.is_lead) as bar:
+            self._loop(loader, start, bar.advance)
+        for member in self.members:
+            if member.error is None:
+                member.save_final()
+
+    def _loop(self, loader: ActivationLoader, start: int, advance: Callable[[int], None]) -> None:
+        batches = iter(loader)
+        since, tokens = time.perf_counter(), 0
+        for step in range(start, self.total_steps):
+            logged = (step + 1) % self.cfg.log_every == 0 or step + 1 == self.total_steps
+            timer = PhaseTimer(self.device, enabled=logged)
+            x = comm.gather_batch(next(batches), self.mesh)
+            timer.mark("data")
+            shared_ms = timer.milliseconds() if logged else {}
+            tokens += self.cfg.batch_tokens
+            results: list[tuple[Member, StepMetrics, PhaseTimer]] = []
+            for member in self.members:
+                if member.done or member.training.step_index > step:
+                    continue
+                timer = PhaseTimer(self.device, enabled=logged)
+                results.append((member, member.step(x, timer), timer))
+            if logged:
+                self._log(step + 1, results, shared_ms, tokens / (time.perf_counter() - since))
+                since, tokens = time.perf_counter(), 0
+            self._checkpoint(step + 1)
+            advance(self.cfg.batch_tokens)
+
+    def _log(
+        self,
+        step: int,
+        results: list[tuple[Member, StepMetrics, PhaseTimer]],
+        shared_ms: dict[str, float],
+        tokens_per_s: float,
+    ) -> None:
+        for member, metrics, timer in results:
+            training = member.training
+            dead = float(training.dead.count()) / training.sae.d_sae
+            values = {name: float(value) for name, value in metrics._asdict().items()}
+            values |= {"dead_fraction": dead, "lr": training.last_lr, "tokens_per_s": tokens_per_s}
+            phases = shared_ms | timer.milliseconds()
+            values |= {f"ms/{phase}": ms for phase, ms in phases.items()}
+            member.log.append({"step": step, "tokens": step * self.cfg.batch_tokens, **values})
+            self.log_metrics({f"{member.job.name}/{n}": v for n, v in values.items()}, step)
+            if not math.isfinite(values["fvu"]):
+                reason = f"fvu is {values['fvu']} at step {step}; lower train.lr, check the store"
+                member.fail(reason)
+
+    def _checkpoint(self, step: int) -> None:
+        if step % self.cfg.checkpoint_every and step != self.total_steps:
+            return
+        for member in self.members:
+            if member.error is None and member.training.step_index == step:
+                if not member.training.is_finite():
+                    member.fail(f"a weight is not finite at step {step}; lower train.lr")
+                    continue
+                member.save_checkpoint()
+                member.write_status()
+
+
+def is_finished(job: Job) -> bool:
+    """True when a job's SAE has been written."""
+    return (job.folder / "sae" / CONFIG_FILE).is_file()

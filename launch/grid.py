@@ -1,0 +1,27 @@
+"""`grid`: many SAEs, hookpoints x hyperparameters, from one activation store."""
+
+from __future__ import annotations
+
+from ..config import Config
+from .entry import processes, verb_main
+
+
+def run(config: Config) -> None:
+    """Train an SAE for every hookpoint and every combination of grid.values, concurrently.
+
+    SAEs of one hookpoint share each batch that is read; groups of train.num_shards x
+    train.num_replicas processes take them longest first. Run again, it goes on with what is
+    unfinished.
+
+    flash-sae grid configs/quickstart.yaml "grid.values={sae.k: [16, 32, 64]}"
+
+    accelerate launch -m flash_sae_dist.launch.grid configs/gemma-2-2b-grid.yaml
+    """
+    from ..grid.runner import run_jobs
+
+    with processes(config, trackers=True) as accelerator:
+        run_jobs(config, accelerator, grid=True)
+
+
+if __name__ == "__main__":
+    verb_main(run)

@@ -1,0 +1,26 @@
+"""`train`: one SAE from the activation store."""
+
+from __future__ import annotations
+
+from ..config import Config
+from .entry import processes, verb_main
+
+
+def run(config: Config) -> None:
+    """Train one SAE on a hookpoint of the store; its latents are sharded over the processes.
+
+    Run again after an interruption, it goes on from the newest checkpoint. Reads the sections sae
+    and train.
+
+    flash-sae train configs/gpt2-small.yaml train.hookpoint=transformer.h.8
+
+    accelerate launch -m flash_sae_dist.launch.train configs/gpt2-small.yaml train.num_shards=8
+    """
+    from ..grid.runner import run_jobs
+
+    with processes(config, trackers=True) as accelerator:
+        run_jobs(config, accelerator, grid=False)
+
+
+if __name__ == "__main__":
+    verb_main(run)
