@@ -1,0 +1,88 @@
+"""Worker: trains an SAE on awkward data, on however many ranks there are, and returns all it selected."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from flash_sae_dist.config import SAEConfig, TrainConfig
+from flash_sae_dist.parallel import comm
+from flash_sae_dist.parallel.mesh import Mesh, make_mesh
+from flash_sae_dist.training.step import SAETraining
+from flash_sae_dist.training.timing import PhaseTimer
+from tests.dist.ranks import worker
+
+D_IN, D_SAE, K, BATCH = 16, 64, 6, 48
+CPU = torch.device("cpu")
+
+
+def batch(step: int, dtype: torch.dtype) -> torch.Tensor:
+    """Mixtures of few directions, with repeated rows, a row at the median and a heavy tail."""
+    g = torch.Generator().manual_seed(step)
+    directions = torch.randn(24, D_IN, generator=torch.Generator().manual_seed(99))
+    codes = torch.rand(BATCH, 24, generator=g) * (torch.rand(BATCH, 24, generator=g) < 0.1)
+    x = codes @ directions + 0.01 * torch.randn(BATCH, D_IN, generator=g)
+    x[1] = x[0]
+    x[2] = 0
+    x[3] *= 100
+    return x.to(dtype)
+
+
+def global_selection(training: SAETraining, x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """[N, d_sae] bool: which latents of all shards are active."""
+    top = training.sae.encode(x)
+    local = torch.zeros(x.shape[0], training.sae.d_sae_local, dtype=torch.int32)
+    local.scatter_reduce_(1, top.indices.long(), (top.values > 0).int(), reduce="amax")
+    parts = comm.all_gather(local, mesh.shard_group, mesh.num_shards)
+    return parts.permute(1, 0, 2).flatten(1).bool()
+
+
+def run(precision: str, steps: str, replicas: str, dead_after: str) -> dict[str, Any]:
+    mesh = make_mesh(None, int(replicas), device=CPU)
+    cfg = TrainConfig(
+        num_tokens=int(steps) * BATCH,
+        batch_tokens=BATCH,
+        lr=3e-3,
+        warmup_steps=10,
+        precision=precision,
+        dead_after_tokens=int(dead_after),
+        seed=3,
+    )
+    training = SAETraining(SAEConfig(k=K, d_sae=D_SAE), cfg, D_IN, mesh, CPU)
+    with torch.no_grad():
+        # Each latent has a twin on the other half of the shards, and negative biases leave rows short of k.
+        # Every fourth latent starts so low that it is soon dead, yet fires for the heavy row's direction.
+        training.sae.b_enc.fill_(-0.2)
+        training.sae.b_enc[::4] = -1.2
+        whole = comm.all_gather(training.sae.W_enc.data, mesh.shard_group, mesh.num_shards)
+        whole = whole.flatten(0, 1)
+        whole[D_SAE // 2 :] = whole[: D_SAE // 2]
+        start = training.sae.first_latent
+        training.sae.W_enc.copy_(whole[start : start + training.sae.d_sae_local])
+        training.sae.W_dec.copy_(training.sae.W_enc)
+    losses, selected, short = [], [], 0
+    per_replica = BATCH // mesh.num_replicas
+    for step in range(int(steps)):
+        x = batch(step, training.master_dtype)
+        mine = x[mesh.replica * per_replica : (mesh.replica + 1) * per_replica]
+        if step > 0:
+            active = global_selection(training, x, mesh)
+            selected.append(active)
+            short += int((active.sum(1) < K).sum())
+        metrics = training.step(mine, PhaseTimer(CPU, enabled=False))
+        losses.append([float(m) for m in metrics])
+    return {
+        "losses": torch.tensor(losses, dtype=torch.float64),
+        "selected": torch.stack(selected),
+        "short_rows": short,
+        "dead": int(training.dead.count()),
+    }
+
+
+if __name__ == "__main__":
+    worker(run)
