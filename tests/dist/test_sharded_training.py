@@ -1,4 +1,6 @@
-"""Sharded training equals one-process training: selections, losses, ties, short rows, AuxK, replicas."""
+"""Sharded training equals one-process training: selections, losses, ties, short rows, AuxK,
+replicas.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Worker: trains an SAE on awkward data, on however many ranks there are, and returns all it selected."""
+"""Worker: trains an SAE on awkward data, on however many ranks there are, and returns all it
+selected.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +57,9 @@ def run(precision: str, steps: str, replicas: str, dead_after: str) -> dict[str,
     )
     training = SAETraining(SAEConfig(k=K, d_sae=D_SAE), cfg, D_IN, mesh, CPU)
     with torch.no_grad():
-        # Each latent has a twin on the other half of the shards, and negative biases leave rows short of k.
-        # Every fourth latent starts so low that it is soon dead, yet fires for the heavy row's direction.
+        # Each latent has a twin on the other half of the shards, and negative biases leave rows
+        # short of k. Every fourth latent starts so low that it is soon dead, yet fires for the
+        # heavy row's direction.
         training.sae.b_enc.fill_(-0.2)
         training.sae.b_enc[::4] = -1.2
         whole = comm.all_gather(training.sae.W_enc.data, mesh.shard_group, mesh.num_shards)

@@ -1,0 +1,116 @@
+"""Checkpoints: exact round trip, damage found, older one used, another number of shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flash_sae_dist.config import SAEConfig, TrainConfig
+from flash_sae_dist.parallel.mesh import Mesh
+from flash_sae_dist.training import checkpoint
+from flash_sae_dist.training.checkpoint import TrainingState
+from flash_sae_dist.training.step import SAETraining
+from flash_sae_dist.training.timing import PhaseTimer
+
+CPU = torch.device("cpu")
+MESH = Mesh.single()
+CFG = TrainConfig(num_tokens=640, batch_tokens=32, lr=1e-3, warmup_steps=2, dead_after_tokens=64)
+
+
+def training() -> SAETraining:
+    return SAETraining(SAEConfig(k=3, d_sae=24), CFG, 8, MESH, CPU)
+
+
+def advance(t: SAETraining, steps: int) -> list[float]:
+    """Steps on batches that depend on the step alone."""
+    losses = []
+    for _ in range(steps):
+        g = torch.Generator().manual_seed(t.step_index)
+        metrics = t.step(torch.randn(32, 8, generator=g), PhaseTimer(CPU, enabled=False))
+        losses.append(float(metrics.fvu))
+    return losses
+
+
+def resume(folder: Path, t: SAETraining) -> int:
+    step = checkpoint.newest_step(folder, MESH)
+    assert step is not None
+    t.load_state(checkpoint.load(folder, step, 0, t.sae.d_sae_local))
+    return step
+
+
+def test_resume_is_bit_exact(tmp_path: Path) -> None:
+    whole = advance(training(), 12)
+    first = training()
+    before = advance(first, 5)
+    checkpoint.save(tmp_path, first.state(), MESH, keep=2)
+    second = training()
+    assert resume(tmp_path, second) == 5
+    assert before + advance(second, 7) == whole
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    t = training()
+    for _ in range(4):
+        advance(t, 1)
+        checkpoint.save(tmp_path, t.state(), MESH, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "no manifest", "bad manifest"])
+def test_damage_is_found_and_the_older_one_used(tmp_path: Path, damage: str) -> None:
+    t = training()
+    advance(t, 1)
+    checkpoint.save(tmp_path, t.state(), MESH, keep=2)
+    advance(t, 1)
+    checkpoint.save(tmp_path, t.state(), MESH, keep=2)
+    newest = tmp_path / "step-00000002"
+    file = newest / "shard-00000-of-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[-5] ^= 1
+        file.write_bytes(data)
+    elif damage == "cut":
+        file.write_bytes(data[:-100])
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "no manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        (newest / "manifest.json").write_text("{")
+    assert checkpoint.newest_step(tmp_path, MESH) == 1
+
+
+def test_a_partial_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "step-00000009.partial").mkdir()
+    assert checkpoint.newest_step(tmp_path, MESH) is None
+    t = training()
+    advance(t, 1)
+    checkpoint.save(tmp_path, t.state(), MESH, keep=2)
+    assert checkpoint.newest_step(tmp_path, MESH) == 1
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 4])
+def test_rows_load_on_any_number_of_shards(tmp_path: Path, num_shards: int) -> None:
+    rows = torch.arange(24.0).reshape(12, 2)
+    whole = torch.arange(3.0)
+    folder = tmp_path / "step-00000007"
+    folder.mkdir()
+    files = []
+    for shard in range(3):
+        mesh = Mesh(0, 1, 0, 1, shard, 3, None, None, None)
+        state = TrainingState(
+            {"W": rows[shard * 4 : shard * 4 + 4]}, {"b": whole}, {"step": 7, "d_sae": 12}
+        )
+        files.append(checkpoint._write_shard(folder, state, mesh))
+    import json
+
+    manifest = {"format": 1, "info": {"step": 7, "d_sae": 12}, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    n = 12 // num_shards
+    parts = [checkpoint.load(tmp_path, 7, i * n, n) for i in range(num_shards)]
+    assert torch.equal(torch.cat([p.rows["W"] for p in parts]), rows)
+    assert all(torch.equal(p.whole["b"], whole) for p in parts)
+    with pytest.raises(checkpoint.DamagedCheckpointError, match="holds 4 of the 8"):
+        checkpoint.load(tmp_path, 7, 8, 8)

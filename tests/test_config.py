@@ -1,0 +1,147 @@
+"""Every mistake in a config ends in one sentence that names the key, the value and the nearest
+right name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flash_sae_dist.config import (
+    Config,
+    ConfigError,
+    StrictModel,
+    load_config,
+    parse_config,
+    with_values,
+)
+
+GOOD: dict[str, Any] = {
+    "output": "runs/x",
+    "sae": {"k": 16, "d_sae": 1024},
+    "train": {"num_tokens": 1000, "hookpoint": "layers.3"},
+    "grid": {"values": {"sae.k": [16, 32], "train.lr": ["1e-4", 3e-4]}},
+}
+
+
+def changed(dotted: str, value: Any) -> dict[str, Any]:
+    """GOOD with one key replaced."""
+    section, _, name = dotted.partition(".")
+    if not name:
+        return GOOD | {section: value}
+    return GOOD | {section: {**GOOD.get(section, {}), name: value}}
+
+
+def test_good_config() -> None:
+    config = parse_config(GOOD)
+    assert config.sae is not None
+    assert config.sae.k == 16
+    assert config.grid is not None
+    assert config.grid.values["train.lr"] == (1e-4, 3e-4), "YAML reads 1e-4 as a string"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("outptu", "x", ["outptu", "'x'", "'output'"]),
+        ("train.lrr", 1, ["train.lrr", "1", "'train.lr'"]),
+        ("train.batch_token", 5, ["train.batch_token", "5", "'train.batch_tokens'"]),
+        ("train.num_tokens", "many", ["train.num_tokens", "'many'", "integer"]),
+        ("train.num_tokens", 0, ["train.num_tokens", "0", "greater than 0"]),
+        ("train.num_tokens", True, ["train.num_tokens", "True"]),
+        ("train.precision", "bf16", ["train.precision", "'bf16'", "'bfloat16'"]),
+        ("sae", {"k": 9, "d_sae": 8}, ["sae.k=9", "sae.d_sae=8", "lower k"]),
+        ("sae", {"k": 9}, ["sae.d_sae", "sae.expansion_factor"]),
+        ("sae", {"k": 9, "d_sae": 64, "expansion_factor": 8}, ["sae.d_sae", "64", "8"]),
+        ("grid", {"values": {"sae.kk": [1]}}, ["grid.values", "'sae.kk'", "'sae.k'"]),
+        ("grid", {"values": {"sae.k": []}}, ["grid.values", "'sae.k'", "at least one"]),
+        ("evaluate", 3, ["evaluate", "3"]),
+        ("text", {"source": "hub"}, ["text.name", "'hub'"]),
+        ("text", {"source": "files"}, ["text.paths", "'files'"]),
+        ("text", {"source": "web"}, ["text.source", "'web'"]),
+    ],
+)
+def test_bad_value(key: str, value: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as e:
+        parse_config(changed(key, value))
+    text = str(e.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text, f"{word} is not in: {text}"
+
+
+def test_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(GOOD))
+    config = load_config(file, ["sae.k=4", "train.lr=1e-3", "grid.values.sae.d_sae=[64, 128]"])
+    assert config.sae is not None
+    assert config.train is not None
+    assert config.grid is not None
+    assert (config.sae.k, config.train.lr) == (4, 1e-3)
+    assert config.grid.values["sae.d_sae"] == (64, 128)
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [("sae.k", "key=value"), ("=3", "key=value"), ("output.x=1", "'output'"), ("sae.q=1", "sae.q")],
+)
+def test_bad_override(tmp_path: Path, override: str, word: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(GOOD))
+    with pytest.raises(ConfigError, match=word):
+        load_config(file, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("[1, 2]", "sections"), ("a: [", "YAML"), ("!!python/name:os.system", "YAML")],
+)
+def test_bad_file(tmp_path: Path, text: str, word: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=word):
+        load_config(file)
+
+
+def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text("output: x")
+    with pytest.raises(ConfigError, match=r"quickstart\.yaml"):
+        load_config(tmp_path / "quickstar.yaml")
+
+
+def test_with_values_checks_the_combination() -> None:
+    config = parse_config(GOOD)
+    assert with_values(config, {"sae.k": 8}).sae == config.sae.model_copy(update={"k": 8})  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"sae\.k=2000"):
+        with_values(config, {"sae.k": 2000})
+
+
+def test_every_field_is_documented_and_read() -> None:
+    root = Path(__file__).parents[1]
+    sources = {
+        p: p.read_text()
+        for folder in ("flash_sae_dist", "launch")
+        for p in (root / folder).rglob("*.py")
+    }
+
+    def walk(model: type[StrictModel]) -> None:
+        for name, field in model.model_fields.items():
+            section = next(
+                (
+                    a
+                    for a in (field.annotation, *getattr(field.annotation, "__args__", ()))
+                    if isinstance(a, type) and issubclass(a, StrictModel)
+                ),
+                None,
+            )
+            if section is not None:
+                walk(section)
+                continue
+            assert field.description, f"{model.__name__}.{name} has no docstring"
+            readers = sum(f".{name}" in text for text in sources.values())
+            assert readers, f"nothing reads {model.__name__}.{name}"
+
+    walk(Config)
