@@ -17,7 +17,7 @@ else
   # One process a GPU, at most two: NCCL does not let two processes share a GPU.
   processes=$((gpus < 2 ? gpus : 2))
 fi
-export TOKENIZERS_PARALLELISM=false
+export TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1
 
 echo "== 1/4 cache: activations of two hookpoints, read once"
 distributed "$processes" cache "$config" "$@"

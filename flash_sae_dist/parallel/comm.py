@@ -38,9 +38,9 @@ def gather_batch(x_local: Tensor, mesh: Mesh) -> Tensor:
     """Rows [N/P, D] that each shard of a replica read -> the replica's batch [N, D]."""
     if mesh.num_shards == 1:
         return x_local
-    # gloo has no 16-bit float in every collective, and an all-gather moves bits whatever they mean.
-    bits = x_local.view(torch.int16) if x_local.element_size() == 2 else x_local
-    return all_gather(bits, mesh.shard_group, mesh.num_shards).flatten(0, 1).view(x_local.dtype)
+    # As bytes: gloo lacks some types, and an all-gather moves bits whatever they mean.
+    gathered = all_gather(x_local.view(torch.uint8), mesh.shard_group, mesh.num_shards)
+    return gathered.flatten(0, 1).view(x_local.dtype)
 
 
 class _SumForward(torch.autograd.Function):

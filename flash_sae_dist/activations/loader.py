@@ -1,0 +1,196 @@
+"""Batches from a store: the order is a function of (seed, step) alone, read ahead on threads,
+checksums verified.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from threading import Lock
+from types import TracebackType
+from typing import Any, Self
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .store import ActivationStore, DamagedStoreError, storage_dtype
+
+_READ_AHEAD = 4
+_CACHED_BLOCKS = 8
+# crc32c of any bytes followed by their own crc32c: checks a chunk without copying its body out.
+_CRC_RESIDUE = 0x48674BC7
+
+
+class BlockOrder:
+    """Where each row of the endless stream of epochs lies: an epoch is a permutation of blocks.
+
+    Rows inside a block keep the order in which they were shuffled when the store was written.
+    """
+
+    def __init__(self, rows: int, block_rows: int, seed: int) -> None:
+        self.rows, self.block_rows, self.seed = rows, block_rows, seed
+        self.sizes = np.full(-(-rows // block_rows), block_rows, dtype=np.int64)
+        self.sizes[-1] = rows - block_rows * (len(self.sizes) - 1)
+        self._epoch = lru_cache(maxsize=4)(self._make_epoch)
+
+    def _make_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sizes))
+        return order, np.cumsum(self.sizes[order])
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(block, first row in it, row after the last) for positions start .. stop."""
+        while start < stop:
+            epoch, offset = divmod(start, self.rows)
+            order, ends = self._epoch(epoch)
+            slot = int(np.searchsorted(ends, offset, side="right"))
+            block = int(order[slot])
+            first = offset - (int(ends[slot - 1]) if slot else 0)
+            count = min(int(self.sizes[block]) - first, stop - start)
+            yield block, first, first + count
+            start += count
+
+
+class BlockReader:
+    """Blocks (Zarr's inner chunks) of one hookpoint, read below Zarr where the store is a local
+    folder.
+
+    A shard ends in its index, offset and length of each chunk as little-endian uint64, and a
+    crc32c; each chunk ends in its own crc32c (Zarr v3 sharding codec). The index is read once a
+    shard, a chunk by one `pread`.
+    """
+
+    def __init__(self, store: ActivationStore, hookpoint: str) -> None:
+        self.store, self.name = store, f"activations/{hookpoint}"
+        self.width = store.width(hookpoint)
+        self.dtype = storage_dtype(store.dtype)
+        self.chunk_rows = store.geometry.chunk_rows
+        self.chunks_a_shard = store.geometry.shard_rows // self.chunk_rows
+        self.files: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self.lock = Lock()
+
+    def close(self) -> None:
+        """Closes the shards' files."""
+        with self.lock:
+            for descriptor, _ in self.files.values():
+                os.close(descriptor)
+            self.files.clear()
+
+    def _open(self, shard: int) -> tuple[int, tuple[int, ...]]:
+        with self.lock:
+            if shard not in self.files:
+                path = self.store.shard_file(self.name, shard)
+                descriptor = os.open(path, os.O_RDONLY)
+                size = 16 * self.chunks_a_shard
+                tail = os.pread(descriptor, size + 4, os.fstat(descriptor).st_size - size - 4)
+                if len(tail) != size + 4 or google_crc32c.value(tail) != _CRC_RESIDUE:
+                    os.close(descriptor)
+                    raise DamagedStoreError(f"{path} is torn: its index does not hold; cache again")
+                self.files[shard] = (descriptor, struct.unpack(f"<{size // 8}Q", tail[:size]))
+            return self.files[shard]
+
+    def read(self, block: int) -> npt.NDArray[Any]:
+        """Rows of a block [rows, D]. Raises DamagedStoreError where a checksum does not hold."""
+        start = block * self.chunk_rows
+        stop = min(self.store.rows, start + self.chunk_rows)
+        if not self.store.records.local:
+            return self.store.read(self.name, start, stop)
+        shard, chunk = divmod(block, self.chunks_a_shard)
+        descriptor, index = self._open(shard)
+        offset, length = index[2 * chunk : 2 * chunk + 2]
+        expected = self.chunk_rows * self.width * self.dtype.itemsize + 4
+        data = os.pread(descriptor, expected, offset) if length == expected else b""
+        if len(data) != expected or google_crc32c.value(data) != _CRC_RESIDUE:
+            path = self.store.shard_file(self.name, shard)
+            raise DamagedStoreError(
+                f"{path} is damaged in chunk {chunk}: its crc32c does not hold; "
+                f"delete records/shard-{shard:08d}.json and cache again"
+            )
+        count = (expected - 4) // self.dtype.itemsize
+        rows = np.frombuffer(data, dtype=self.dtype, count=count)
+        return rows.reshape(self.chunk_rows, self.width)[: stop - start]
+
+
+class ActivationLoader:
+    """Iterates over this rank's rows [batch_tokens / num_ranks, D] of num_steps batches from
+    start_step on.
+
+    Batch i is rows i * batch_tokens .. (i + 1) * batch_tokens of a stream that `BlockOrder`
+    defines; rank r of n takes its r-th n-th. So the batches do not depend on the number of ranks,
+    and a run resumes exactly at any step. A context manager: leaving it stops the reading.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        hookpoint: str,
+        *,
+        batch_tokens: int,
+        seed: int,
+        start_step: int = 0,
+        num_steps: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch_tokens % num_ranks:
+            raise ValueError(
+                f"batch_tokens={batch_tokens} is not divisible by the {num_ranks} ranks reading it"
+            )
+        self.reader = BlockReader(store, hookpoint)
+        self.order = BlockOrder(store.rows, store.geometry.chunk_rows, seed)
+        self.torch_dtype: torch.dtype = getattr(torch, store.dtype)
+        self.batch_tokens, self.share = batch_tokens, batch_tokens // num_ranks
+        self.rank, self.device = rank, torch.device(device)
+        self.steps = range(start_step, start_step + num_steps)
+        self.cache: OrderedDict[int, Future[npt.NDArray[Any]]] = OrderedDict()
+        self.cache_lock = Lock()
+        self.blocks = ThreadPoolExecutor(2, thread_name_prefix="block")
+        self.batches = ThreadPoolExecutor(1, thread_name_prefix="batch")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.batches.shutdown(wait=True, cancel_futures=True)
+        self.blocks.shutdown(wait=True, cancel_futures=True)
+        self.reader.close()
+
+    def _block(self, block: int) -> Future[npt.NDArray[Any]]:
+        with self.cache_lock:
+            if block in self.cache:
+                self.cache.move_to_end(block)
+            else:
+                self.cache[block] = self.blocks.submit(self.reader.read, block)
+                if len(self.cache) > _CACHED_BLOCKS:
+                    self.cache.popitem(last=False)
+            return self.cache[block]
+
+    def _assemble(self, step: int) -> Tensor:
+        start = step * self.batch_tokens + self.rank * self.share
+        pieces = list(self.order.pieces(start, start + self.share))
+        waiting = [(self._block(block), first, stop) for block, first, stop in pieces]
+        rows = np.concatenate([future.result()[first:stop] for future, first, stop in waiting])
+        batch = torch.from_numpy(rows)
+        if self.torch_dtype == torch.bfloat16:
+            batch = batch.view(torch.bfloat16)
+        return batch.pin_memory() if self.device.type == "cuda" else batch
+
+    def __iter__(self) -> Iterator[Tensor]:
+        ahead: list[Future[Tensor]] = []
+        todo = iter(self.steps)
+        for _ in self.steps:
+            while len(ahead) < _READ_AHEAD and (step := next(todo, None)) is not None:
+                ahead.append(self.batches.submit(self._assemble, step))
+            yield ahead.pop(0).result().to(self.device, non_blocking=True)

@@ -1,0 +1,320 @@
+"""The activation store: a Zarr v3 group that any Zarr reader opens, and our own record of what is
+whole.
+
+`activations/<hookpoint>` [rows, D] (bfloat16 as uint16 bits with the attribute `dtype: bfloat16`),
+`tokens/ids`, `tokens/document` and `tokens/position` [rows], `statistics/<hookpoint>/mean` [D] and
+`.../mean_squared_norm`; the attributes tell model, text and versions. Shards are written whole by
+one process each and then recorded under `records/`: Zarr reads a missing shard as zeros without an
+error, so what is complete is known from the records alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from typing import Any, NamedTuple
+
+import fsspec
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from ..config import ConfigError, nearest_name
+
+Array = npt.NDArray[Any]
+FORMAT = 1
+_CHUNK_BYTES = 1 << 20
+_MIN_SHARDS = 16
+TOKEN_ARRAYS = ("ids", "document", "position")
+
+
+class DamagedStoreError(ValueError):
+    """A store whose data are missing, torn or changed."""
+
+
+class Geometry(NamedTuple):
+    """How rows are cut: the same for every hookpoint, so that one process writes a shard of all of
+    them.
+    """
+
+    rows: int
+    shard_rows: int
+    chunk_rows: int
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of each array; the last may be short."""
+        return -(-self.rows // self.shard_rows)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """First row and row after the last of a shard."""
+        return shard * self.shard_rows, min(self.rows, (shard + 1) * self.shard_rows)
+
+
+def make_geometry(rows: int, widest: int, itemsize: int, shard_mib: float) -> Geometry:
+    """Chunks of about 1 MiB, shards of about shard_mib at the widest hookpoint, and at least 16
+    shards.
+
+    A small store would otherwise be one shard, which one process writes while the others wait. The
+    number of processes has no part in it: a store's content is a function of its config alone.
+    """
+    row_bytes = widest * itemsize
+    chunk = 1 << max(4, round(math.log2(max(1, _CHUNK_BYTES / row_bytes))))
+    by_size = max(1, round(shard_mib * 2**20 / (chunk * row_bytes)))
+    by_count = max(1, -(-rows // (_MIN_SHARDS * chunk)))
+    return Geometry(rows, chunk * min(by_size, by_count), chunk)
+
+
+def storage_dtype(name: str) -> np.dtype[Any]:
+    """The numpy type that holds a stored dtype's bits."""
+    return np.dtype("uint16" if name == "bfloat16" else name)
+
+
+class Records:
+    """Small JSON files beside the arrays, renamed into place on a disk; any fsspec URL works."""
+
+    def __init__(self, path: str) -> None:
+        self.fs, self.root = fsspec.core.url_to_fs(path)
+        self.local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
+
+    def _where(self, name: str) -> str:
+        return f"{self.root}/records/{name}"
+
+    def write(self, name: str, record: dict[str, Any]) -> None:
+        """Writes one record whole or not at all (as a put to an object store is by itself)."""
+        self.fs.makedirs(f"{self.root}/records", exist_ok=True)
+        text = json.dumps(record)
+        if not self.local:
+            self.fs.pipe_file(self._where(name), text.encode())
+            return
+        partial = f"{self._where(name)}.{os.getpid()}.tmp"
+        with open(partial, "w") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, self._where(name))
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A record, or None where there is none."""
+        try:
+            data: dict[str, Any] = json.loads(self.fs.cat_file(self._where(name)))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as e:
+            raise DamagedStoreError(f"{self._where(name)} is damaged: {e}; delete it") from e
+        return data
+
+    def shards(self) -> set[int]:
+        """Shards that are recorded."""
+        if not self.fs.exists(f"{self.root}/records"):
+            return set()
+        names = [n.rsplit("/", 1)[-1] for n in self.fs.ls(f"{self.root}/records", detail=False)]
+        return {int(n[6:14]) for n in names if n.startswith("shard-") and n.endswith(".json")}
+
+
+def shard_record(shard: int) -> str:
+    """Name of a shard's record."""
+    return f"shard-{shard:08d}.json"
+
+
+def difference(path: str, before: dict[str, Any], asked: dict[str, Any]) -> ConfigError | None:
+    """The first key in which a store's config differs from the one asked for."""
+    for key in sorted(before.keys() | asked.keys()):
+        if before.get(key) != asked.get(key):
+            return ConfigError(
+                f"{key}={asked.get(key)!r} differs from {before.get(key)!r} in the store {path}; "
+                "name another cache.store, or remove that one"
+            )
+    return None
+
+
+class StoreWriter:
+    """Creates a store or goes on with one; `write_shard` may be called for any shard by any one
+    process.
+    """
+
+    def __init__(self, path: str, config: dict[str, Any], create: bool) -> None:
+        self.path, self.config = path, config
+        self.records = Records(path)
+        if create:
+            self._check_or_create()
+
+    def _check_or_create(self) -> None:
+        before = self.records.read("config.json")
+        if before is not None:
+            error = difference(self.path, before, self.config)
+            if error is not None:
+                raise error
+
+    def create(
+        self, geometry: Geometry, widths: dict[str, int], dtype: str, attributes: dict[str, Any]
+    ) -> None:
+        """Makes the empty arrays, once; on a store that exists it changes nothing. One process
+        calls it.
+        """
+        if self.records.read("geometry.json") is None:
+            group = zarr.open_group(self.path, mode="a", zarr_format=3)
+            group.attrs.update(attributes)
+            for hookpoint, width in widths.items():
+                self._array(group, f"activations/{hookpoint}", geometry, dtype, width)
+            for name in TOKEN_ARRAYS:
+                self._array(group, f"tokens/{name}", geometry, "int32", None)
+            self.records.write("config.json", self.config)
+            shape = {"format": FORMAT, "dtype": dtype, "widths": widths, **geometry._asdict()}
+            self.records.write("geometry.json", shape)
+
+    def _array(
+        self, group: zarr.Group, name: str, geometry: Geometry, dtype: str, width: int | None
+    ) -> None:
+        tail = () if width is None else (width,)
+        array = group.create_array(
+            name,
+            shape=(geometry.rows, *tail),
+            chunks=(geometry.chunk_rows, *tail),
+            shards=(geometry.shard_rows, *tail),
+            dtype=storage_dtype(dtype),
+            compressors=[Crc32cCodec()],
+            overwrite=True,
+        )
+        array.attrs["dtype"] = dtype
+
+    def missing(self, geometry: Geometry) -> list[int]:
+        """Shards that are not recorded yet, ascending."""
+        done = self.records.shards()
+        return [s for s in range(geometry.num_shards) if s not in done]
+
+    def write_shard(self, geometry: Geometry, shard: int, arrays: dict[str, Array]) -> None:
+        """Writes a shard of every array whole, then records it with checksums and the sums that
+        statistics need.
+
+        arrays: name (`activations/...`, `tokens/...`) -> the shard's rows.
+        """
+        start, stop = geometry.shard_range(shard)
+        group = zarr.open_group(self.path, mode="r+")
+        record: dict[str, Any] = {"rows": stop - start, "crc32c": {}}
+        for name, rows in arrays.items():
+            assert len(rows) == stop - start
+            target = group[name]
+            assert isinstance(target, zarr.Array)
+            target[start:stop] = rows
+            record["crc32c"][name] = google_crc32c.value(np.ascontiguousarray(rows).tobytes())
+        self.records.write(shard_record(shard), record)
+
+    def finish(self, geometry: Geometry, statistics: dict[str, dict[str, Any]]) -> None:
+        """Writes the statistics and then the record that the store is complete. One process calls
+        it.
+        """
+        group = zarr.open_group(self.path, mode="r+")
+        for hookpoint, values in statistics.items():
+            mean = np.asarray(values["mean"], dtype=np.float64)
+            group.create_array(f"statistics/{hookpoint}/mean", data=mean, overwrite=True)
+            norm = np.asarray(values["mean_squared_norm"], dtype=np.float64)
+            group.create_array(
+                f"statistics/{hookpoint}/mean_squared_norm", data=norm, overwrite=True
+            )
+        self.records.write("complete.json", {"rows": geometry.rows, "shards": geometry.num_shards})
+
+
+class ActivationStore:
+    """A complete store, open for reading."""
+
+    def __init__(self, path: str, shape: dict[str, Any], config: dict[str, Any]) -> None:
+        self.path, self.config = path, config
+        self.records = Records(path)
+        self.geometry = Geometry(shape["rows"], shape["shard_rows"], shape["chunk_rows"])
+        self.dtype: str = shape["dtype"]
+        self.widths: dict[str, int] = shape["widths"]
+
+    @classmethod
+    def open(cls, path: str) -> ActivationStore:
+        """Opens a store whose every shard is recorded and there.
+
+        Raises ConfigError where there is no store or it is unfinished, DamagedStoreError where a
+        shard is missing.
+        """
+        records = Records(path)
+        shape, config = records.read("geometry.json"), records.read("config.json")
+        if shape is None or config is None:
+            raise ConfigError(f"store={path!r} is no activation store; run `flash-sae cache` first")
+        if shape["format"] != FORMAT:
+            raise ConfigError(
+                f"store={path!r} has format {shape['format']}, not {FORMAT}; cache anew"
+            )
+        store = cls(path, shape, config)
+        absent = set(range(store.geometry.num_shards)) - records.shards()
+        if absent or records.read("complete.json") is None:
+            raise ConfigError(
+                f"store={path!r} is unfinished: {len(absent)} of {store.geometry.num_shards} "
+                "shards are missing; run the same `flash-sae cache` again"
+            )
+        store._check_files()
+        return store
+
+    def _check_files(self) -> None:
+        for name in self._names():
+            for shard in range(self.geometry.num_shards):
+                file = self.shard_file(name, shard)
+                if not self.records.fs.exists(file):
+                    raise DamagedStoreError(
+                        f"{file} is missing from the store, and Zarr would read it as zeros; "
+                        f"delete records/{shard_record(shard)} and cache again"
+                    )
+
+    def _names(self) -> list[str]:
+        return [f"activations/{h}" for h in self.widths] + [f"tokens/{n}" for n in TOKEN_ARRAYS]
+
+    def shard_file(self, name: str, shard: int) -> str:
+        """Where a shard of an array lives."""
+        tail = "/0" if name.startswith("activations/") else ""
+        return f"{self.records.root}/{name}/c/{shard}{tail}"
+
+    @property
+    def hookpoints(self) -> list[str]:
+        """Hookpoints that are stored."""
+        return list(self.widths)
+
+    @property
+    def rows(self) -> int:
+        """Rows (tokens) of each hookpoint."""
+        return self.geometry.rows
+
+    def width(self, hookpoint: str) -> int:
+        """d_in of a hookpoint. Raises ConfigError naming the nearest one where it is not stored."""
+        if hookpoint not in self.widths:
+            near = nearest_name(hookpoint, self.hookpoints)
+            raise ConfigError(f"hookpoint {hookpoint!r} is not in the store {self.path}{near}")
+        return self.widths[hookpoint]
+
+    def read(self, name: str, start: int, stop: int) -> Array:
+        """Rows of an array through Zarr, checksums verified: [stop - start, ...], bfloat16 as
+        uint16 bits.
+        """
+        array = zarr.open_group(self.path, mode="r")[name]
+        assert isinstance(array, zarr.Array)
+        return np.asarray(array[start:stop])
+
+    def mean(self, hookpoint: str) -> Array:
+        """Mean activation [D] float64."""
+        return self.read(f"statistics/{hookpoint}/mean", 0, self.width(hookpoint))
+
+    def verify(self) -> None:
+        """Compares all data with the recorded checksums. Raises DamagedStoreError."""
+        for shard in range(self.geometry.num_shards):
+            record = self.records.read(shard_record(shard))
+            assert record is not None
+            start, stop = self.geometry.shard_range(shard)
+            for name, expected in record["crc32c"].items():
+                try:
+                    found = google_crc32c.value(self.read(name, start, stop).tobytes())
+                except ValueError as e:
+                    raise DamagedStoreError(
+                        f"{self.shard_file(name, shard)} is damaged: {e}"
+                    ) from e
+                if found != expected:
+                    raise DamagedStoreError(
+                        f"{self.shard_file(name, shard)} does not hold what was written; "
+                        f"delete records/{shard_record(shard)} and cache again"
+                    )

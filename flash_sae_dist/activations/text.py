@@ -1,0 +1,210 @@
+"""Text sources -> documents -> token sequences, the same on every process and for any number of
+them.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import ConfigError, TextConfig
+
+_DOCUMENTS_A_BATCH = 256
+
+
+@dataclass
+class TokenTable:
+    """S sequences of T tokens, and which of them become rows of the store."""
+
+    ids: npt.NDArray[np.int32]  # [S, T]
+    document: npt.NDArray[np.int32]  # [S, T], -1 where no document is behind a token
+    position: npt.NDArray[np.int32]  # [S, T], token's place in its document
+    attention: npt.NDArray[np.bool_]  # [S, T], False on padding
+    keep: npt.NDArray[np.bool_]  # [S, T], True where the activation is stored
+
+    def save(self, folder: Path) -> None:
+        """Writes one .npy a field."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for field in fields(self):
+            np.save(folder / f"{field.name}.npy", getattr(self, field.name))
+
+    @classmethod
+    def load(cls, folder: Path) -> TokenTable:
+        """Maps what `save` wrote."""
+        names = [field.name for field in fields(cls)]
+        return cls(
+            **{n: np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in names}
+        )
+
+
+def documents(cfg: TextConfig) -> Iterator[str]:
+    """The documents of a source, in a fixed order. Raises ConfigError where there are none."""
+    sources = {"pydoc": _pydoc, "files": _files, "hub": _hub}
+    empty = True
+    for text in sources[cfg.source](cfg):
+        if text.strip():
+            empty = False
+            yield text
+    if empty:
+        raise ConfigError(
+            f"text.source={cfg.source!r} gave no text; check text.column and the source"
+        )
+
+
+def _pydoc(cfg: TextConfig) -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    yield from (topics[name] for name in sorted(topics))
+
+
+def _files(cfg: TextConfig) -> Iterator[str]:
+    for pattern in cfg.paths:
+        found = sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise ConfigError(f"text.paths: {pattern!r} names no file; check the path")
+        for name in found:
+            yield from _file(Path(name), cfg.column)
+
+
+def _file(path: Path, column: str) -> Iterator[str]:
+    if path.suffix == ".txt":
+        yield path.read_text()
+    elif path.suffix == ".jsonl":
+        with path.open() as lines:
+            for number, line in enumerate(lines, 1):
+                record = json.loads(line)
+                if column not in record:
+                    raise ConfigError(
+                        f"text.column={column!r} is not in line {number} of {path}; "
+                        f"it has {', '.join(sorted(record))}"
+                    )
+                yield record[column]
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(path)
+        if column not in file.schema_arrow.names:
+            names = ", ".join(file.schema_arrow.names)
+            raise ConfigError(f"text.column={column!r} is not in {path}; it has {names}")
+        for batch in file.iter_batches(columns=[column]):
+            yield from batch.column(0).to_pylist()
+    else:
+        raise ConfigError(f"text.paths: {path} is no .txt, .jsonl or .parquet file")
+
+
+def _hub(cfg: TextConfig) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        data = load_dataset(cfg.name, cfg.subset, split=cfg.split, streaming=cfg.streaming)
+    except (OSError, ValueError) as e:
+        raise ConfigError(
+            f"text.name={cfg.name!r} cannot be loaded: {' '.join(str(e).split())}"
+        ) from e
+    for record in data:
+        if cfg.column not in record:
+            raise ConfigError(
+                f"text.column={cfg.column!r} is not in {cfg.name}; "
+                f"it has {', '.join(sorted(record))}"
+            )
+        yield record[cfg.column]
+
+
+def token_table(
+    cfg: TextConfig,
+    tokenizer: Any,
+    *,
+    context_length: int,
+    causal: bool,
+    drop_special_tokens: bool,
+    num_rows: int | None = None,
+    num_sequences: int | None = None,
+) -> TokenTable:
+    """Tokenises documents into sequences until they give num_rows stored tokens or num_sequences
+    sequences.
+
+    Causal models: documents follow one another, parted by the end-of-sequence token, and each
+    sequence begins with the begin token where the tokenizer has one. Others: a document is cut
+    into sequences of its own, between the tokenizer's first and last special tokens, the last one
+    padded. Padding is never stored. Raises ConfigError where the text gives no whole sequence.
+    """
+    make = _packed if causal else _separate
+    parts: list[tuple[npt.NDArray[np.int32], ...]] = []
+    rows = 0
+    special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int32)
+    for ids, document, position in make(cfg, tokenizer, context_length):
+        parts.append((ids, document, position))
+        kept = ids[position >= 0]
+        rows += len(kept) - (int(np.isin(kept, special).sum()) if drop_special_tokens else 0)
+        if (num_rows and rows >= num_rows) or (num_sequences and len(parts) >= num_sequences):
+            break
+    if not parts:
+        raise ConfigError(
+            f"cache.context_length={context_length} is longer than the whole text; lower it"
+        )
+    ids, document, position = (np.stack(column) for column in zip(*parts, strict=True))
+    attention = position != _PADDING
+    keep = attention & (position >= 0) if drop_special_tokens else attention.copy()
+    if drop_special_tokens:
+        keep &= ~np.isin(ids, special)
+    return TokenTable(ids, document, position, attention, keep)
+
+
+_SPECIAL, _PADDING = -1, -2  # values of `position` where no token of a document stands
+
+
+def _tokenised(cfg: TextConfig, tokenizer: Any) -> Iterator[list[int]]:
+    stream = documents(cfg)
+    while batch := list(islice(stream, _DOCUMENTS_A_BATCH)):
+        # Long documents pass model_max_length on purpose: they are cut into sequences afterwards.
+        yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _packed(
+    cfg: TextConfig, tokenizer: Any, length: int
+) -> Iterator[tuple[npt.NDArray[np.int32], ...]]:
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    body = length - len(begin)
+    head = np.array([[*begin], [-1] * len(begin), [_SPECIAL] * len(begin)], dtype=np.int32)
+    waiting = np.empty((3, 0), dtype=np.int32)
+    for number, ids in enumerate(_tokenised(cfg, tokenizer)):
+        tokens = np.array([*ids, *end], dtype=np.int32)
+        place = np.arange(len(tokens), dtype=np.int32)
+        place[len(ids) :] = _SPECIAL
+        document = np.full(len(tokens), number, dtype=np.int32)
+        waiting = np.concatenate([waiting, np.stack([tokens, document, place])], axis=1)
+        while waiting.shape[1] >= body:
+            row, waiting = np.concatenate([head, waiting[:, :body]], axis=1), waiting[:, body:]
+            yield row[0], row[1], row[2]
+
+
+def _separate(
+    cfg: TextConfig, tokenizer: Any, length: int
+) -> Iterator[tuple[npt.NDArray[np.int32], ...]]:
+    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    begin, end = [t for t in [first] if t is not None], [t for t in [last] if t is not None]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    body = length - len(begin) - len(end)
+    for number, ids in enumerate(_tokenised(cfg, tokenizer)):
+        for start in range(0, len(ids), body):
+            part = ids[start : start + body]
+            padding = body - len(part)
+            row = [*begin, *part, *end, *[pad] * padding]
+            place = [*[_SPECIAL] * len(begin), *range(start, start + len(part))]
+            place += [*[_SPECIAL] * len(end), *[_PADDING] * padding]
+            document = [number if p >= 0 else -1 for p in place]
+            yield (
+                np.array(row, dtype=np.int32),
+                np.array(document, dtype=np.int32),
+                np.array(place, dtype=np.int32),
+            )

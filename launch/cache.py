@@ -1,0 +1,26 @@
+"""`cache`: a language model's activations, once, into the store."""
+
+from __future__ import annotations
+
+from ..config import Config
+from .entry import processes, verb_main
+
+
+def run(config: Config) -> None:
+    """Run text through a language model and store its activations at many hookpoints.
+
+    Each process writes its own shards. Run again after an interruption, it goes on with the shards
+    that are not recorded. Reads the sections model, text and cache.
+
+    flash-sae cache configs/gpt2-small.yaml cache.num_tokens=1000000
+
+    accelerate launch -m flash_sae_dist.launch.cache configs/gpt2-small.yaml
+    """
+    from ..activations.harvest import run_cache
+
+    with processes(config) as accelerator:
+        run_cache(config, accelerator)
+
+
+if __name__ == "__main__":
+    verb_main(run)
