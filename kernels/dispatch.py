@@ -15,7 +15,14 @@ from . import reference
 
 # Operation -> the file of this folder that holds its Triton implementation, under the reference's
 # name.
-KERNEL_FILES: dict[str, str] = {}
+KERNEL_FILES: dict[str, str] = {
+    "sparse_decode": "sparse_decode",
+    "decode_residual": "sparse_decode",
+    "gathered_dots": "sparse_decode",
+    "pair_coefs": "sparse_decode",
+    "scatter_rows": "sparse_grad",
+    "scatter_values": "sparse_grad",
+}
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -7,6 +7,8 @@ is a row.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -166,3 +168,57 @@ def scatter_values(
     """
     coef = coef.to(accumulate_dtype(coef.dtype)).flatten()
     return coef.new_zeros(num_latents).index_add_(0, top_idx.flatten().long(), coef)
+
+
+def decode_residual(
+    top_acts: Tensor,  # [N, K]
+    top_idx: Tensor,  # [N, K]
+    W_dec: Tensor,  # [F, D]
+    b_dec: Tensor,  # [D]
+    x: Tensor,  # [N, D]
+) -> tuple[Tensor, Tensor]:  # [N, D] in W_dec's dtype, scalar float32/64
+    """`recon - x` and the sum of its squares (taken before the residual is rounded)."""
+    dtype = accumulate_dtype(W_dec.dtype)
+    residual = sparse_decode(top_acts, top_idx, W_dec.to(dtype)) + b_dec.to(dtype) - x.to(dtype)
+    return residual.to(W_dec.dtype), residual.square().sum()
+
+
+def pair_coefs(
+    top_acts: Tensor,  # [N, K]
+    top_idx: Tensor,  # [N, K]
+    W_dec: Tensor,  # [F, D]
+    residual: Tensor,  # [N, D]
+    scale: Tensor,  # scalar
+) -> tuple[Tensor, Tensor]:  # [N, K] float32/64 x 2
+    """What a pair adds to its latent's rows: `scale * act` times the token's residual to W_dec's
+    gradient, `scale * residual . W_dec[latent]` times the centred token to W_enc's; 0 where the
+    activation is 0.
+    """
+    dots = gathered_dots(residual, top_idx, W_dec)
+    return top_acts.to(dots.dtype) * scale, (dots * scale).masked_fill(top_acts == 0, 0)
+
+
+class PairOrder(NamedTuple):
+    """(token, latent) pairs ordered by latent, those of a latent in pair order."""
+
+    order: Tensor  # [P] int64, pairs
+    latents: Tensor  # [P] int16 or int32, the ordered pairs' latents; F where a pair was dropped
+    offsets: Tensor  # [F + 1] int32, where each latent's pairs begin
+
+
+def order_pairs(
+    top_idx: Tensor,  # any shape, P elements
+    num_latents: int,
+    keep: Tensor | None = None,  # bool, as top_idx
+) -> PairOrder:
+    """The by-latent ordering that both weight gradients share; pairs not in keep go last, beyond
+    every latent's.
+    """
+    # A radix sort's passes are the key's bytes: two are enough for most dictionaries.
+    dtype = torch.int16 if num_latents < 2**15 else torch.int32
+    keys = top_idx.flatten().to(dtype)
+    if keep is not None:
+        keys = keys.masked_fill(~keep.flatten(), num_latents)
+    latents, order = keys.sort(stable=True)
+    bounds = torch.arange(num_latents + 1, dtype=dtype, device=keys.device)
+    return PairOrder(order, latents, torch.searchsorted(latents, bounds, out_int32=True))

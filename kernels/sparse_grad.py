@@ -1,0 +1,241 @@
+"""Triton kernels of the weight gradients: sums over the (token, latent) pairs of each latent.
+
+Legend: N tokens, D d_in, F d_sae (of this shard), K k, P pairs (N * K).  The pairs are ordered by
+latent once (`order_pairs`), for the decoder's and the encoder's gradient.  A latent's pairs are
+then added by one program in token order; aligned blocks of HEAVY pairs that belong wholly to one
+latent are added beforehand by programs of their own, so that a latent that fires on every token
+costs its program N / HEAVY rows.  No atomics: the order of every sum depends on positions alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import PairOrder, order_pairs
+
+# Scratch of the heavy blocks is kept under this many bytes by making the blocks longer.
+_MAX_SCRATCH_BYTES = 48 << 20
+_MIN_HEAVY = 64
+
+
+class HeavySums(NamedTuple):
+    """Sums of the aligned blocks of `heavy` ordered pairs that belong to one latent; the rest is
+    not written.
+    """
+
+    heavy: int  # pairs a block
+    dec: Tensor  # [P // heavy, D] float32
+    enc: Tensor | None  # [P // heavy, D] float32
+
+
+@triton.jit
+def _token_of(pair, NK, K, K2):
+    """Token of a pair: the first NK pairs are [N, K], those after them [N, K2]."""
+    return tl.where(pair < NK, pair // K, (pair - NK) // K2)
+
+
+@triton.jit
+def _heavy_kernel(
+    order_ptr,  # [P] int64
+    latents_ptr,  # [P] ordered
+    dec_coef_ptr,  # [P]
+    enc_coef_ptr,  # [P], BOTH only
+    dec_rows_ptr,  # [N or 2 N, D]
+    enc_rows_ptr,  # [N, D], BOTH only
+    dec_out_ptr,  # [P // HEAVY, D]
+    enc_out_ptr,  # [P // HEAVY, D], BOTH only
+    F,
+    D,
+    N,
+    NK,
+    K,
+    K2,
+    BOTH: tl.constexpr,
+    HEAVY: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    first = tl.load(latents_ptr + block * HEAVY).to(tl.int32)
+    last = tl.load(latents_ptr + block * HEAVY + HEAVY - 1).to(tl.int32)
+    if (first == last) & (first < F):
+        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = (cols < D)[None, :]
+        dec = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+        enc = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+        for start in range(0, HEAVY, BLOCK_P):
+            pair = tl.load(order_ptr + block * HEAVY + start + tl.arange(0, BLOCK_P))
+            token = _token_of(pair, NK, K, K2)
+            row = token + tl.where(pair < NK, 0, N)
+            coef = tl.load(dec_coef_ptr + pair).to(tl.float32)
+            rows = tl.load(dec_rows_ptr + row[:, None] * D + cols[None, :], mask=inside, other=0.0)
+            dec += coef[:, None] * rows.to(tl.float32)
+            if BOTH:
+                coef = tl.load(enc_coef_ptr + pair).to(tl.float32)
+                rows = tl.load(
+                    enc_rows_ptr + token[:, None] * D + cols[None, :], mask=inside, other=0.0
+                )
+                enc += coef[:, None] * rows.to(tl.float32)
+        out = block * D + cols
+        tl.store(dec_out_ptr + out, tl.sum(dec, axis=0), mask=cols < D)
+        if BOTH:
+            tl.store(enc_out_ptr + out, tl.sum(enc, axis=0), mask=cols < D)
+
+
+@triton.jit
+def _scatter_rows_kernel(
+    order_ptr,  # [P] int64
+    offsets_ptr,  # [F + 1]
+    coef_ptr,  # [P]
+    rows_ptr,  # [N, D]
+    sums_ptr,  # [P // HEAVY, D] of _heavy_kernel
+    out_ptr,  # [F, D] float32
+    D,
+    K,
+    HEAVY: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    latent = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    begin = tl.load(offsets_ptr + latent)
+    end = tl.load(offsets_ptr + latent + 1)
+    first, last = tl.cdiv(begin, HEAVY), end // HEAVY  # whole blocks of this latent
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for i in range(begin, tl.where(first < last, first * HEAVY, end)):
+        pair = tl.load(order_ptr + i)
+        row = tl.load(rows_ptr + (pair // K) * D + cols, mask=cols < D, other=0.0)
+        acc += tl.load(coef_ptr + pair).to(tl.float32) * row.to(tl.float32)
+    for block in range(first, last):
+        # 32 bits suffice: the scratch is bounded.
+        acc += tl.load(sums_ptr + block * D + cols, mask=cols < D, other=0.0)
+    for i in range(tl.where(first < last, last * HEAVY, end), end):
+        pair = tl.load(order_ptr + i)
+        row = tl.load(rows_ptr + (pair // K) * D + cols, mask=cols < D, other=0.0)
+        acc += tl.load(coef_ptr + pair).to(tl.float32) * row.to(tl.float32)
+    tl.store(out_ptr + latent * D + cols, acc, mask=cols < D)
+
+
+@triton.jit
+def _scatter_values_kernel(
+    order_ptr,  # [P] int64
+    offsets_ptr,  # [F + 1]
+    coef_ptr,  # [P]
+    out_ptr,  # [F] float32
+    BLOCK: tl.constexpr,
+):
+    latent = tl.program_id(0).to(tl.int64)
+    begin = tl.load(offsets_ptr + latent)
+    end = tl.load(offsets_ptr + latent + 1)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        pair = tl.load(order_ptr + i, mask=i < end, other=0)
+        acc += tl.load(coef_ptr + pair, mask=i < end, other=0.0).to(tl.float32)
+    tl.store(out_ptr + latent, tl.sum(acc, axis=0))
+
+
+def heavy_block(num_pairs: int, D: int, matrices: int) -> int:
+    """Pairs a heavy block, so that the sums of all blocks stay within the scratch limit."""
+    heavy = _MIN_HEAVY
+    while num_pairs // heavy * D * 4 * matrices > _MAX_SCRATCH_BYTES:
+        heavy *= 2
+    return heavy
+
+
+def heavy_sums(
+    order: PairOrder,
+    dec_coef: Tensor,  # [P]
+    dec_rows: Tensor,  # [N, D], or [2 N, D] where a second list follows the first
+    num_latents: int,
+    shape: tuple[int, int, int],  # N, K, K of the second list or 0
+    enc_coef: Tensor | None = None,  # [P]
+    enc_rows: Tensor | None = None,  # [N, D]
+) -> HeavySums:
+    """Adds the pairs of every aligned block that belongs to one latent, for one gradient or both
+    in one pass.
+    """
+    P, D = order.order.numel(), dec_rows.shape[1]
+    N, K, K2 = shape
+    heavy = heavy_block(P, D, 1 if enc_rows is None else 2)
+    blocks = P // heavy
+    dec = dec_rows.new_empty((blocks, D), dtype=torch.float32)
+    enc = torch.empty_like(dec) if enc_rows is not None else None
+    if blocks:
+        block_d = min(256, triton.next_power_of_2(D))
+        _heavy_kernel[(blocks, triton.cdiv(D, block_d))](
+            order.order,
+            order.latents,
+            dec_coef,
+            dec_coef if enc_coef is None else enc_coef,
+            dec_rows,
+            dec_rows if enc_rows is None else enc_rows,
+            dec,
+            dec if enc is None else enc,
+            num_latents,
+            D,
+            N,
+            N * K,
+            K,
+            max(K2, 1),
+            BOTH=enc is not None,
+            HEAVY=heavy,
+            BLOCK_P=8,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
+    return HeavySums(heavy, dec, enc)
+
+
+def scatter_rows(
+    coef: Tensor,  # [N, K]
+    top_idx: Tensor,  # [N, K]
+    rows: Tensor,  # [N, D]
+    num_latents: int,
+    order: PairOrder | None = None,
+) -> Tensor:  # [F, D] float32
+    """`reference.scatter_rows`; an order made before for the same pairs is used again."""
+    (N, K), D = top_idx.shape, rows.shape[1]
+    if N == 0:
+        return rows.new_zeros((num_latents, D), dtype=torch.float32)
+    coef, rows = coef.contiguous(), rows.contiguous()
+    order = order_pairs(top_idx, num_latents, coef != 0) if order is None else order
+    sums = heavy_sums(order, coef, rows, num_latents, (N, K, 0))
+    out = rows.new_empty((num_latents, D), dtype=torch.float32)
+    block_d = min(1024, triton.next_power_of_2(D))
+    _scatter_rows_kernel[(num_latents, triton.cdiv(D, block_d))](
+        order.order,
+        order.offsets,
+        coef,
+        rows,
+        sums.dec,
+        out,
+        D,
+        K,
+        HEAVY=sums.heavy,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
+    return out
+
+
+def scatter_values(
+    coef: Tensor,  # [N, K]
+    top_idx: Tensor,  # [N, K]
+    num_latents: int,
+    order: PairOrder | None = None,
+) -> Tensor:  # [F] float32
+    """`reference.scatter_values`, added in token order: deterministic on the GPU too."""
+    if top_idx.numel() == 0:
+        return coef.new_zeros(num_latents, dtype=torch.float32)
+    coef = coef.contiguous()
+    order = order_pairs(top_idx, num_latents, coef != 0) if order is None else order
+    out = coef.new_empty(num_latents, dtype=torch.float32)
+    _scatter_values_kernel[(num_latents,)](
+        order.order, order.offsets, coef, out, BLOCK=128, num_warps=1
+    )
+    return out

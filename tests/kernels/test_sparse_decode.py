@@ -1,0 +1,119 @@
+"""The sparse decoder's kernels against the reference: on the CPU by Triton's interpreter at small
+shapes, on a GPU at real ones.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flash_sae_dist.kernels import reference
+
+pytest.importorskip("triton")
+from flash_sae_dist.kernels import sparse_decode as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REAL = [(512, 768, 24576, 32), (256, 4096, 65536, 64), (64, 2304, 16384, 16), (32, 5120, 8192, 512)]
+
+
+def pairs(
+    n: int, d: int, f: int, k: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[torch.Tensor, ...]:
+    """Activations with zeros among them, indices with repeats, weights, a gradient."""
+    gen = torch.Generator().manual_seed(seed)
+    acts = torch.rand(n, k, generator=gen) * (torch.rand(n, k, generator=gen) > 0.3)
+    idx = torch.randint(0, f, (n, k), generator=gen, dtype=torch.int32)
+    W = torch.randn(f, d, generator=gen).to(dtype)
+    grad = torch.randn(n, d, generator=gen).to(dtype)
+    return tuple(t.to(DEVICE) for t in (acts, idx, W, grad))
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory is NaN, so that a cell a kernel leaves unwritten shows."""
+    empty = torch.Tensor.new_empty
+
+    def new_empty(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        out = empty(self, *args, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
+    """Within a few roundings of the output dtype of the largest value, NaN never."""
+    eps = torch.finfo(dtype).eps
+    assert got.dtype == want.dtype
+    assert (got.double() - want.double()).abs().max() <= 8 * eps * want.double().abs().max() + 1e-30
+
+
+SHAPES = [(3, 5, 7, 1), (4, 33, 11, 9), (2, 600, 16, 3), (5, 64, 4, 17)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-D{}-F{}-K{}".format(*s))
+def test_decode_and_dots_equal_the_reference(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acts, idx, W, grad = pairs(*shape, dtype)
+    want = reference.sparse_decode(acts, idx, W)
+    want_dots = reference.gathered_dots(grad, idx, W)
+    poison(monkeypatch)
+    close(kernels.sparse_decode(acts, idx, W), want, dtype)
+    close(kernels.sparse_decode(acts, idx.long(), W), want, dtype)
+    close(kernels.gathered_dots(grad, idx, W), want_dots, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", REAL, ids=lambda s: "N{}-D{}-F{}-K{}".format(*s))
+def test_real_shapes(shape: tuple[int, int, int, int]) -> None:
+    acts, idx, W, grad = pairs(*shape, torch.bfloat16)
+    close(
+        kernels.sparse_decode(acts, idx, W), reference.sparse_decode(acts, idx, W), torch.bfloat16
+    )
+    dots = kernels.gathered_dots(grad, idx, W)
+    close(dots, reference.gathered_dots(grad, idx, W), torch.float32)
+    assert torch.equal(dots, kernels.gathered_dots(grad, idx, W))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    n=st.integers(0, 4),
+    d=st.integers(1, 40),
+    f=st.integers(1, 9),
+    k=st.integers(1, 20),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(n: int, d: int, f: int, k: int, seed: int) -> None:
+    acts, idx, W, grad = pairs(n, d, f, k, torch.float32, seed)
+    out = kernels.sparse_decode(acts, idx, W)
+    assert out.shape == (n, d)
+    assert kernels.gathered_dots(grad, idx, W).shape == (n, k)
+    if n:
+        close(out, reference.sparse_decode(acts, idx, W), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_residual_and_coefs_equal_the_reference(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acts, idx, W, x = pairs(4, 600, 9, 5, dtype)
+    b_dec, scale = torch.randn(600, device=DEVICE), torch.tensor(0.37, device=DEVICE)
+    want, want_sum = reference.decode_residual(acts, idx, W, b_dec, x)
+    want_coefs = reference.pair_coefs(acts, idx, W, want, scale)
+    poison(monkeypatch)
+    got, got_sum = kernels.decode_residual(acts, idx, W, b_dec, x)
+    close(got, want, dtype)
+    close(got_sum, want_sum, torch.float32)
+    for coef, expected in zip(
+        kernels.pair_coefs(acts, idx, W, want, scale), want_coefs, strict=True
+    ):
+        close(coef, expected, torch.float32)
+
+
+def test_a_zero_activation_reads_no_row() -> None:
+    acts = torch.tensor([[2.0, 0.0]], device=DEVICE)
+    idx = torch.tensor([[1, 0]], dtype=torch.int32, device=DEVICE)
+    W = torch.tensor([[torch.nan] * 3, [1.0] * 3], device=DEVICE)
+    assert kernels.sparse_decode(acts, idx, W).tolist() == [[2.0, 2.0, 2.0]]
