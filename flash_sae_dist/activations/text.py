@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import glob
 import json
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -125,37 +126,76 @@ def token_table(
     context_length: int,
     causal: bool,
     drop_special_tokens: bool,
-    num_rows: int | None = None,
-    num_sequences: int | None = None,
+    num_rows: int,
 ) -> TokenTable:
-    """Tokenises documents into sequences until they give num_rows stored tokens or num_sequences
-    sequences.
+    """Tokenises documents into sequences until they give num_rows stored tokens or the text ends.
 
     Causal models: documents follow one another, parted by the end-of-sequence token, and each
     sequence begins with the begin token where the tokenizer has one. Others: a document is cut
     into sequences of its own, between the tokenizer's first and last special tokens, the last one
     padded. Padding is never stored. Raises ConfigError where the text gives no whole sequence.
     """
-    make = _packed if causal else _separate
-    parts: list[tuple[npt.NDArray[np.int32], ...]] = []
-    rows = 0
-    special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int32)
-    for ids, document, position in make(cfg, tokenizer, context_length):
-        parts.append((ids, document, position))
-        kept = ids[position >= 0]
-        rows += len(kept) - (int(np.isin(kept, special).sum()) if drop_special_tokens else 0)
-        if (num_rows and rows >= num_rows) or (num_sequences and len(parts) >= num_sequences):
+    parts: list[Sequence] = []
+    for sequence in _sequences(cfg, tokenizer, context_length, causal, drop_special_tokens):
+        parts.append(sequence)
+        num_rows -= int(sequence.keep.sum())
+        if num_rows <= 0:
             break
+    return _table(parts, context_length)
+
+
+def held_out_table(
+    cfg: TextConfig,
+    tokenizer: Any,
+    *,
+    context_length: int,
+    causal: bool,
+    drop_special_tokens: bool,
+    after_rows: int,
+    num_sequences: int,
+) -> TokenTable:
+    """The num_sequences sequences that follow the first after_rows stored tokens: text that
+    `token_table` left out.
+
+    Where the text ends before that, its last sequences.
+    """
+    last: deque[Sequence] = deque(maxlen=num_sequences)
+    fresh = 0
+    for sequence in _sequences(cfg, tokenizer, context_length, causal, drop_special_tokens):
+        last.append(sequence)
+        fresh += after_rows <= 0
+        after_rows -= int(sequence.keep.sum())
+        if fresh == num_sequences:
+            break
+    return _table(list(last), context_length)
+
+
+class Sequence(NamedTuple):
+    """One row of a TokenTable."""
+
+    ids: npt.NDArray[np.int32]
+    document: npt.NDArray[np.int32]
+    position: npt.NDArray[np.int32]
+    attention: npt.NDArray[np.bool_]
+    keep: npt.NDArray[np.bool_]
+
+
+def _sequences(
+    cfg: TextConfig, tokenizer: Any, length: int, causal: bool, drop_special_tokens: bool
+) -> Iterator[Sequence]:
+    special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int32)
+    for ids, document, position in (_packed if causal else _separate)(cfg, tokenizer, length):
+        attention = position != _PADDING
+        keep = attention.copy()
+        if drop_special_tokens:
+            keep &= (position >= 0) & ~np.isin(ids, special)
+        yield Sequence(ids, document, position, attention, keep)
+
+
+def _table(parts: list[Sequence], length: int) -> TokenTable:
     if not parts:
-        raise ConfigError(
-            f"cache.context_length={context_length} is longer than the whole text; lower it"
-        )
-    ids, document, position = (np.stack(column) for column in zip(*parts, strict=True))
-    attention = position != _PADDING
-    keep = attention & (position >= 0) if drop_special_tokens else attention.copy()
-    if drop_special_tokens:
-        keep &= ~np.isin(ids, special)
-    return TokenTable(ids, document, position, attention, keep)
+        raise ConfigError(f"cache.context_length={length} is longer than the whole text; lower it")
+    return TokenTable(*(np.stack(column) for column in zip(*parts, strict=True)))
 
 
 _SPECIAL, _PADDING = -1, -2  # values of `position` where no token of a document stands

@@ -1,0 +1,72 @@
+"""What an SAE does to stored activations: sums in float64 over a stream of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..models.topk import TopKSAE
+
+
+class ReconstructionMetrics(NamedTuple):
+    """Measured over `tokens` stored rows."""
+
+    tokens: int
+    fvu: float  # sum (x - recon)^2 / sum (x - mean x)^2
+    cosine: float  # mean over tokens of cos(x, recon)
+    l0: float  # mean active latents a token
+    dead_fraction: float  # latents that never fired on these tokens
+    density: Tensor  # [d_sae] float64, the fraction of tokens on which a latent fired
+
+
+@torch.no_grad()
+def measure(sae: TopKSAE, batches: Iterable[Tensor]) -> ReconstructionMetrics:
+    """Runs batches [N, d_in] through an SAE and measures it. Raises ValueError where there are no
+    batches.
+    """
+    device, d_in = sae.W_dec.device, sae.d_in
+    fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
+    total = torch.zeros(d_in, dtype=torch.float64, device=device)
+    squares, error, cosine = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+    tokens = 0
+    for batch in batches:
+        x = batch.to(device, sae.W_dec.dtype)
+        out = sae(x)
+        tokens += x.shape[0]
+        wide = x.double()
+        total += wide.sum(dim=0)
+        squares += wide.square().sum()
+        error += (wide - out.recon.double()).square().sum()
+        cosine += torch.cosine_similarity(wide, out.recon.double(), dim=1).sum()
+        fired.index_add_(0, out.top_idx.flatten().long(), (out.top_acts > 0).flatten().long())
+    if tokens == 0:
+        raise ValueError("there are no activations to measure on; raise evaluate.num_tokens")
+    variance = squares - total.square().sum() / tokens
+    return ReconstructionMetrics(
+        tokens,
+        float(error / variance),
+        float(cosine / tokens),
+        float(fired.sum() / tokens),
+        float((fired == 0).double().mean()),
+        (fired.double() / tokens).cpu(),
+    )
+
+
+class Histogram(NamedTuple):
+    """How many latents fire how often."""
+
+    log10_edges: list[float]  # one more than counts
+    counts: list[int]
+    never: int  # latents that did not fire at all
+
+
+def density_histogram(density: Tensor, bins: int = 40) -> Histogram:
+    """Counts latents by log10 of their firing frequency, over as many decades as they span."""
+    logs = density[density > 0].log10()
+    low = float(logs.min().floor()) if len(logs) else -1.0
+    edges = torch.linspace(low, 0.0, bins + 1, dtype=torch.float64)
+    counts = torch.histogram(logs.double(), edges).hist.long().tolist() if len(logs) else [0] * bins
+    return Histogram(edges.tolist(), counts, int((density == 0).sum()))

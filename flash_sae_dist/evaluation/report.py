@@ -1,0 +1,116 @@
+"""Evaluations as files and pictures: evaluation.json an SAE, one for all, a table, plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..training.records import write_text
+from .loss_recovered import LossRecovered
+from .metrics import ReconstructionMetrics, density_histogram
+
+
+def evaluation_record(
+    job: str,
+    hookpoint: str,
+    k: int,
+    d_sae: int,
+    m: ReconstructionMetrics,
+    loss: LossRecovered | None,
+) -> dict[str, Any]:
+    """All that was measured of one SAE, as plain data."""
+    record: dict[str, Any] = {"job": job, "hookpoint": hookpoint, "k": k, "d_sae": d_sae}
+    record |= {name: value for name, value in m._asdict().items() if name != "density"}
+    record["density_histogram"] = density_histogram(m.density)._asdict()
+    if loss is not None:
+        record["loss"] = {**loss._asdict(), "recovered": loss.recovered}
+    return record
+
+
+def write_evaluation(folder: Path, record: dict[str, Any]) -> None:
+    """Writes one SAE's evaluation.json and its density plot."""
+    write_text(folder / "evaluation.json", json.dumps(record, indent=1) + "\n")
+    plot_density(record, folder / "density.png")
+
+
+def write_report(output: Path, records: list[dict[str, Any]]) -> None:
+    """Writes evaluation.json and report.md over all SAEs, and the plot of FVU against L0."""
+    write_text(output / "evaluation.json", json.dumps(records, indent=1) + "\n")
+    write_text(output / "report.md", _markdown(records))
+    plot_frontier(records, output / "fvu_l0.png")
+
+
+_COLUMNS = ("SAE", "L0", "FVU", "cosine", "dead", "loss", "with SAE", "with zeros", "recovered")
+
+
+def _cells(r: dict[str, Any]) -> list[str]:
+    cells = [r["job"], f"{r['l0']:.1f}", f"{r['fvu']:.4f}", f"{r['cosine']:.4f}"]
+    cells.append(f"{r['dead_fraction']:.1%}")
+    loss = r.get("loss")
+    if loss is None:
+        return [*cells, "-", "-", "-", "-"]
+    cells += [f"{loss[name]:.3f}" for name in ("clean", "spliced", "zero")]
+    return [*cells, f"{loss['recovered']:.1%}"]
+
+
+def _markdown(records: list[dict[str, Any]]) -> str:
+    lines = [" | ".join(_COLUMNS), " | ".join("---" for _ in _COLUMNS)]
+    lines += [" | ".join(_cells(r)) for r in records]
+    body = "\n".join(f"| {line} |" for line in lines)
+    return f"# Evaluation\n\n{body}\n\n![FVU against L0](fvu_l0.png)\n"
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """The same table for a terminal."""
+    out = Table(title="evaluation (losses in nats a token)")
+    for column in _COLUMNS:
+        out.add_column(column, justify="left" if column == "SAE" else "right")
+    for record in records:
+        out.add_row(*_cells(record))
+    return out
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    # Figure alone, not pyplot: no display and no state between plots.
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp")
+    figure.savefig(partial, format="png", dpi=120)
+    partial.replace(path)
+
+
+def plot_density(record: dict[str, Any], path: Path) -> None:
+    """Number of latents by firing frequency."""
+    h = record["density_histogram"]
+    figure, axes = _figure()
+    axes.stairs(h["counts"], h["log10_edges"], fill=True)
+    axes.set_xlabel("log10 of the fraction of tokens on which a latent fires")
+    axes.set_ylabel("latents")
+    axes.set_title(
+        f"{record['job']}: {h['never']} of {record['d_sae']} latents never fired", fontsize=9
+    )
+    _save(figure, path)
+
+
+def plot_frontier(records: list[dict[str, Any]], path: Path) -> None:
+    """FVU against L0, a line a hookpoint and width."""
+    lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for r in records:
+        lines.setdefault((r["hookpoint"], r["d_sae"]), []).append((r["l0"], r["fvu"]))
+    figure, axes = _figure()
+    for (hookpoint, d_sae), points in sorted(lines.items()):
+        xs, ys = zip(*sorted(points), strict=True)
+        axes.plot(xs, ys, marker="o", label=f"{hookpoint}, {d_sae} latents")
+    axes.set_xlabel("L0: active latents a token")
+    axes.set_ylabel("FVU: fraction of variance unexplained")
+    axes.legend(fontsize=8)
+    _save(figure, path)

@@ -1,0 +1,122 @@
+"""Evaluates every finished SAE under an output folder, divided among the processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from accelerate.utils import gather_object
+
+from ..activations.language_model import LanguageModel, load_language_model
+from ..activations.loader import ActivationLoader
+from ..activations.store import ActivationStore
+from ..activations.text import TokenTable, held_out_table
+from ..config import Config, ConfigError, parse_config
+from ..models.topk import CONFIG_FILE, TopKSAE
+from ..progress import progress_bar
+from .loss_recovered import LossMeter
+from .metrics import measure
+from .report import evaluation_record, write_evaluation, write_report
+
+
+class FinishedSAE(NamedTuple):
+    """A trained SAE on disk."""
+
+    name: str
+    folder: Path
+    hookpoint: str
+
+
+def finished_saes(output: Path) -> list[FinishedSAE]:
+    """SAEs under a folder, by name. Raises ConfigError where there are none."""
+    found = []
+    for file in sorted(output.glob(f"**/sae/{CONFIG_FILE}")):
+        folder = file.parents[1]
+        config = parse_config(yaml.safe_load((folder / "job.yaml").read_text()), str(folder))
+        assert config.train is not None
+        name = str(folder.relative_to(output))
+        found.append(FinishedSAE(name, folder, str(config.train.hookpoint)))
+    if not found:
+        raise ConfigError(
+            f"output={str(output)!r} holds no finished SAE; run `train` or `grid` first"
+        )
+    return found
+
+
+def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
+    """Measures all finished SAEs and writes the report; returns its records on every process.
+    Collective.
+    """
+    cfg, output = config.evaluate, Path(config.output)
+    saes = finished_saes(output)
+    store = ActivationStore.open(config.store_path())
+    rank, world = accelerator.process_index, accelerator.num_processes
+    # Neighbours share a hookpoint, and with it the clean and the zero loss.
+    saes.sort(key=lambda s: s.hookpoint)
+    mine = saes[len(saes) * rank // world : len(saes) * (rank + 1) // world]
+    lm, text = _language_model(config, accelerator.device) if cfg.loss_sequences else (None, None)
+    passes = len(mine) + 2 * len({s.hookpoint for s in mine})
+    work = cfg.num_tokens * len(mine) + (text.ids.size * passes if text is not None else 0)
+    meters: dict[str, LossMeter] = {}
+    records = []
+    with progress_bar("evaluate", work, "tokens", accelerator.is_main_process) as bar:
+        for sae in mine:
+            if lm is not None and text is not None and sae.hookpoint not in meters:
+                assert config.cache is not None
+                meters[sae.hookpoint] = LossMeter(
+                    lm, sae.hookpoint, text, config.cache.batch_sequences, bar.advance
+                )
+            records.append(_evaluate(sae, config, store, meters.get(sae.hookpoint), accelerator))
+            bar.advance(cfg.num_tokens)
+    everyone: list[dict[str, Any]] = gather_object(records) if world > 1 else records
+    everyone.sort(key=lambda r: r["job"])
+    if accelerator.is_main_process:
+        write_report(output, everyone)
+    accelerator.wait_for_everyone()
+    return everyone
+
+
+def _language_model(config: Config, device: torch.device) -> tuple[LanguageModel, TokenTable]:
+    config.need("model", "text", "cache", verb="evaluate")
+    assert config.model is not None
+    assert config.text is not None
+    assert config.cache is not None
+    lm = load_language_model(config.model, device)
+    table = held_out_table(
+        config.text,
+        lm.tokenizer,
+        context_length=config.cache.context_length,
+        causal=lm.causal,
+        drop_special_tokens=config.cache.drop_special_tokens,
+        after_rows=config.cache.num_tokens,
+        num_sequences=config.evaluate.loss_sequences,
+    )
+    return lm, table
+
+
+def _evaluate(
+    found: FinishedSAE,
+    config: Config,
+    store: ActivationStore,
+    meter: LossMeter | None,
+    accelerator: Any,
+) -> dict[str, Any]:
+    sae = TopKSAE.load(found.folder / "sae", device=accelerator.device)
+    cfg = config.evaluate
+    loader = ActivationLoader(
+        store,
+        found.hookpoint,
+        batch_tokens=min(cfg.batch_tokens, cfg.num_tokens),
+        seed=-1 & 0x7FFFFFFF,
+        num_steps=max(1, cfg.num_tokens // cfg.batch_tokens),
+        device=accelerator.device,
+    )
+    with loader:
+        metrics = measure(sae, loader)
+    loss = meter.measure(sae) if meter is not None else None
+    record = evaluation_record(found.name, found.hookpoint, sae.k, sae.d_sae, metrics, loss)
+    write_evaluation(found.folder, record)
+    return json.loads(json.dumps(record))  # type: ignore[no-any-return]

@@ -1,0 +1,60 @@
+"""What the formats share: weights and json written under temporary names, read with every check."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..models.topk import TopKSAE
+
+
+def write(
+    folder: Path, weights: dict[str, Tensor], weights_file: str, config: dict[str, Any]
+) -> None:
+    """Writes weights and cfg.json, each renamed into place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
+    save_file(tensors, folder / f"{weights_file}.tmp")
+    os.replace(folder / f"{weights_file}.tmp", folder / weights_file)
+    (folder / "cfg.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(folder / "cfg.json.tmp", folder / "cfg.json")
+
+
+def read(
+    folder: Path, weights_file: str, keys: set[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads weights and cfg.json. Raises ValueError where a file is damaged or the tensors are
+    others than keys.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "cfg.json").read_text())
+        weights = load_file(folder / weights_file)
+    except (OSError, json.JSONDecodeError, SafetensorError) as e:
+        raise ValueError(f"{folder} holds no whole SAE ({e}); download or export it anew") from e
+    if set(weights) != keys:
+        raise ValueError(
+            f"{folder / weights_file} has tensors {sorted(weights)}, not {sorted(keys)}; "
+            "it is no plain TopK SAE"
+        )
+    return weights, config
+
+
+def build(folder: Path, weights: dict[str, Tensor], k: int) -> TopKSAE:
+    """An SAE from tensors under our names. Raises ValueError where their shapes do not fit
+    together.
+    """
+    d_sae, d_in = weights["W_dec"].shape
+    sae = TopKSAE(d_in, d_sae, k, dtype=weights["W_dec"].dtype)
+    try:
+        sae.load_state_dict(weights)
+    except RuntimeError as e:
+        raise ValueError(
+            f"{folder}: tensors do not fit together: {' '.join(str(e).split())}"
+        ) from e
+    return sae

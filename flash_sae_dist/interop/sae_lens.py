@@ -1,0 +1,93 @@
+"""SAELens 6: `cfg.json` and `sae_weights.safetensors`, W_enc turned to [d_in, d_sae]."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..models.topk import TopKSAE
+from . import files
+
+WEIGHTS_FILE = "sae_weights.safetensors"
+# A file without a version is taken for one from before 6.0 and rewritten on load.
+_VERSION = "6.54.12"
+_PARTS = (
+    (r"(?:layers|h|layer|blocks)\.(\d+)$", "blocks.{}.hook_resid_post"),
+    (r"(?:layers|h|layer|blocks)\.(\d+):input$", "blocks.{}.hook_resid_pre"),
+    (r"(?:layers|h|layer|blocks)\.(\d+)\.mlp$", "blocks.{}.hook_mlp_out"),
+    (r"(?:layers|h|layer|blocks)\.(\d+)\.(?:attn|self_attn|attention)$", "blocks.{}.hook_attn_out"),
+)
+
+
+def hook_name(hookpoint: str) -> str:
+    """TransformerLens's name of a Hugging Face module where it has one, else the module's own."""
+    for pattern, name in _PARTS:
+        if found := re.search(rf"(?:^|\.){pattern}", hookpoint):
+            return name.format(found[1])
+    return hookpoint
+
+
+def export(
+    sae: TopKSAE,
+    folder: str | Path,
+    *,
+    hookpoint: str,
+    model_name: str | None = None,
+    context_length: int | None = None,
+) -> None:
+    """Writes an SAE so that SAELens's `SAE.load_from_disk(folder)` reconstructs alike."""
+    metadata: dict[str, Any] = {
+        "sae_lens_version": _VERSION,
+        "sae_lens_training_version": None,
+        "model_name": model_name,
+        "hook_name": hook_name(hookpoint),
+        "hf_hook_name": hookpoint,
+        "hook_head_index": None,
+        "context_size": context_length,
+        "trained_with": "flash_sae_dist",
+    }
+    config = {
+        "architecture": "topk",
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "k": sae.k,
+        "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "rescale_acts_by_decoder_norm": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": metadata,
+    }
+    weights = {
+        "W_enc": sae.W_enc.detach().T,
+        "b_enc": sae.b_enc,
+        "W_dec": sae.W_dec,
+        "b_dec": sae.b_dec,
+    }
+    files.write(Path(folder), weights, WEIGHTS_FILE, config)
+
+
+def load(folder: str | Path) -> TopKSAE:
+    """Reads a TopK SAE in SAELens's form. Raises ValueError for any other architecture or a
+    damaged file.
+    """
+    path = Path(folder)
+    weights, config = files.read(path, WEIGHTS_FILE, {"W_enc", "b_enc", "W_dec", "b_dec"})
+    needed = {
+        "architecture": "topk",
+        "apply_b_dec_to_input": True,
+        "rescale_acts_by_decoder_norm": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+    }
+    for key, value in needed.items():
+        if config.get(key, value) != value:
+            raise ValueError(
+                f"{path}/cfg.json: {key}={config[key]!r}, but only {value!r} is read here"
+            )
+    if not isinstance(config.get("k"), int):
+        raise ValueError(f"{path}/cfg.json has no k; it is no TopK SAE")
+    weights["W_enc"] = weights["W_enc"].T.contiguous()
+    return files.build(path, weights, config["k"])

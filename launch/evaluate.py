@@ -1,0 +1,30 @@
+"""`evaluate`: numbers and plots of every finished SAE."""
+
+from __future__ import annotations
+
+from ..config import Config
+from .entry import processes, verb_main
+
+
+def run(config: Config) -> None:
+    """Measure every finished SAE under output: FVU, cosine, L0, dead latents, densities, loss
+    recovered.
+
+    Writes evaluation.json, report.md and plots, and prints a table. With evaluate.loss_sequences=0
+    the language model is not loaded. Several processes divide the SAEs among them.
+
+    flash-sae evaluate configs/quickstart.yaml evaluate.num_tokens=65536
+    """
+    from rich.console import Console
+
+    from ..evaluation.report import table
+    from ..evaluation.runner import run_evaluation
+
+    with processes(config) as accelerator:
+        records = run_evaluation(config, accelerator)
+        if accelerator.is_main_process:
+            Console(width=120).print(table(records))
+
+
+if __name__ == "__main__":
+    verb_main(run)
