@@ -61,7 +61,7 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
 
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        log_with=list(config.trackers) if trackers else None,
+        log_with=(list(config.trackers) or None) if trackers else None,
         project_dir=config.output,
     )
     try:

@@ -1,4 +1,4 @@
-"""A built wheel imports as flash_sae_dist and its linked folders, and installs no other top-level package."""
+"""A built wheel imports with its linked folders and installs no other top-level package."""
 
 from __future__ import annotations
 

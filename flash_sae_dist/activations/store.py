@@ -28,6 +28,7 @@ Array = npt.NDArray[Any]
 FORMAT = 1
 _CHUNK_BYTES = 1 << 20
 _MIN_SHARDS = 16
+_MIN_CHUNKS = 64
 TOKEN_ARRAYS = ("ids", "document", "position")
 
 
@@ -55,14 +56,15 @@ class Geometry(NamedTuple):
 
 
 def make_geometry(rows: int, widest: int, itemsize: int, shard_mib: float) -> Geometry:
-    """Chunks of about 1 MiB, shards of about shard_mib at the widest hookpoint, and at least 16
-    shards.
+    """Chunks of at most 1 MiB, shards of about shard_mib at the widest hookpoint; at least 16 shards
+    and 64 chunks where there are rows enough.
 
     A small store would otherwise be one shard, which one process writes while the others wait. The
     number of processes has no part in it: a store's content is a function of its config alone.
     """
     row_bytes = widest * itemsize
-    chunk = 1 << max(4, round(math.log2(max(1, _CHUNK_BYTES / row_bytes))))
+    wanted = min(_CHUNK_BYTES / row_bytes, rows / _MIN_CHUNKS)
+    chunk = 1 << max(4, math.floor(math.log2(max(1, wanted))))
     by_size = max(1, round(shard_mib * 2**20 / (chunk * row_bytes)))
     by_count = max(1, -(-rows // (_MIN_SHARDS * chunk)))
     return Geometry(rows, chunk * min(by_size, by_count), chunk)

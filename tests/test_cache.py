@@ -1,0 +1,243 @@
+"""The cache job: rows equal plain forwards, the pass stops early, damage is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from accelerate import Accelerator
+
+from flash_sae_dist.activations.harvest import run_cache
+from flash_sae_dist.activations.language_model import (
+    capture_activations,
+    load_language_model,
+    resolve_hookpoints,
+)
+from flash_sae_dist.activations.loader import ActivationLoader, BlockReader
+from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError
+from flash_sae_dist.config import ConfigError, ModelConfig, parse_config
+from tests.tiny_model import config_data, save_bert
+
+CPU = torch.device("cpu")
+ACTS = "activations/model.layers.0"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cache")
+    run_cache(parse_config(config_data(root, shard_mib=0.002)), Accelerator(cpu=True))
+    return root
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    shutil.copytree(made / "store.zarr", tmp_path / "store.zarr")
+    return tmp_path
+
+
+def test_rows_equal_a_plain_forward(made: Path) -> None:
+    store = ActivationStore.open(str(made / "store.zarr"))
+    assert store.rows == 1500
+    assert store.geometry.num_shards > 3
+    lm = load_language_model(ModelConfig(name=str(made / "model"), dtype="float32"), CPU)
+    ids, document, position = (
+        store.read(f"tokens/{n}", 0, store.rows) for n in ("ids", "document", "position")
+    )
+    assert len(set(zip(document.tolist(), position.tolist(), strict=True))) == store.rows
+    assert (ids > 3).all(), "no special tokens"
+    # Rows of one document cut by no sequence border can be computed alone: compare each row's
+    # embedding-side input through a table of all sequences instead, built by the same text code
+    # but run one sequence at a time.
+    from transformers import AutoTokenizer
+
+    from flash_sae_dist.activations.text import token_table
+
+    config = parse_config(config_data(made))
+    assert config.text is not None
+    table = token_table(
+        config.text,
+        AutoTokenizer.from_pretrained(made / "model"),
+        context_length=24,
+        causal=True,
+        drop_special_tokens=True,
+        num_rows=1500,
+    )
+    want: dict[tuple[int, int], torch.Tensor] = {}
+    for s in range(len(table.ids)):
+        with torch.no_grad():
+            row = torch.from_numpy(np.array(table.ids[s : s + 1], dtype=np.int64))
+            hidden = lm.model(row, output_hidden_states=True).hidden_states[1][0]
+        for t in np.flatnonzero(table.keep[s]):
+            want[int(table.document[s, t]), int(table.position[s, t])] = hidden[t]
+    got = torch.from_numpy(store.read(ACTS, 0, store.rows))
+    expected = torch.stack(
+        [want[k] for k in zip(document.tolist(), position.tolist(), strict=True)]
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_shuffled_across_documents(made: Path) -> None:
+    store = ActivationStore.open(str(made / "store.zarr"))
+    document = store.read("tokens/document", 0, store.geometry.shard_rows)
+    assert len(set(document.tolist())) > 1
+    assert (np.diff(document) != 0).mean() > 0.2, "not document after document"
+
+
+def test_statistics_and_provenance(made: Path) -> None:
+    store = ActivationStore.open(str(made / "store.zarr"))
+    rows = store.read(ACTS, 0, store.rows).astype(np.float64)
+    np.testing.assert_allclose(store.mean("model.layers.0"), rows.mean(axis=0), atol=1e-12)
+    group: Any = zarr.open_group(made / "store.zarr", mode="r")
+    norm = group["statistics/model.layers.0/mean_squared_norm"][()]
+    np.testing.assert_allclose(norm, (rows**2).sum(axis=1).mean(), rtol=1e-12)
+    assert group.attrs["config"]["text.source"] == "files"
+    assert "transformers" in group.attrs["versions"]
+
+
+def test_any_zarr_reader_opens_bfloat16(tmp_path: Path, made: Path) -> None:
+    shutil.copytree(made / "model", tmp_path / "model")
+    shutil.copy(made / "text.jsonl", tmp_path / "text.jsonl")
+    run_cache(parse_config(config_data(tmp_path, dtype="bfloat16")), Accelerator(cpu=True))
+    array: Any = zarr.open_array(tmp_path / "store.zarr" / ACTS, mode="r")
+    assert array.dtype == np.uint16
+    assert array.attrs["dtype"] == "bfloat16"
+    bf16 = torch.from_numpy(array[:]).view(torch.bfloat16)
+    assert bf16.shape == (1500, 16)
+    exact = ActivationStore.open(str(made / "store.zarr"))
+    want = torch.from_numpy(exact.read("statistics/model.layers.0/mean", 0, 16))
+    torch.testing.assert_close(bf16.double().mean(0), want, atol=5e-3, rtol=0)
+
+
+def test_the_pass_stops_after_the_last_hookpoint(made: Path) -> None:
+    lm = load_language_model(ModelConfig(name=str(made / "model"), dtype="float32"), CPU)
+    ran: list[int] = []
+    for i, layer in enumerate(lm.model.model.layers):  # type: ignore[union-attr,arg-type]
+        layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    ids = torch.ones(1, 5, dtype=torch.int64)
+    seen = capture_activations(
+        lm, ["model.layers.1", "model.layers.0.mlp:input"], ids, torch.ones(1, 5, dtype=torch.bool)
+    )
+    assert ran == [0, 1], "layer 2 is not needed"
+    assert seen["model.layers.1"].shape == (1, 5, 16)
+    assert seen["model.layers.0.mlp:input"].shape == (1, 5, 16)
+
+
+def test_hookpoint_names(made: Path) -> None:
+    lm = load_language_model(ModelConfig(name=str(made / "model")), CPU)
+    assert resolve_hookpoints(lm.model, ("model.layers.*.mlp",)) == [
+        f"model.layers.{i}.mlp" for i in range(3)
+    ]
+    assert resolve_hookpoints(lm.model, ("model.layers.2:input",)) == ["model.layers.2:input"]
+    with pytest.raises(ConfigError, match=r"model\.layer\.2.*did you mean 'model\.layers\.2'"):
+        resolve_hookpoints(lm.model, ("model.layer.2",))
+    with pytest.raises(ConfigError, match=":inputs"):
+        resolve_hookpoints(lm.model, ("model.layers.2:inputs",))
+
+
+def test_masked_models_are_harvested_without_padding(tmp_path: Path) -> None:
+    data = config_data(tmp_path, hookpoints=["bert.encoder.layer.0"], num_tokens=600)
+    save_bert(tmp_path / "bert")
+    data["model"]["name"] = str(tmp_path / "bert")
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    store = ActivationStore.open(data["cache"]["store"])
+    assert (store.read("tokens/position", 0, store.rows) >= 0).all()
+    assert store.rows == 600
+
+
+def test_missing_models_and_packages_are_told() -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        load_language_model(ModelConfig(name="/nowhere/at/all"), CPU)
+    with pytest.raises(ConfigError, match=r"no_such_package.*pip install"):
+        load_language_model(ModelConfig(name="package:no_such_package"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("context_length", 32), ("seed", 1), ("dtype", "bfloat16")]
+)
+def test_another_config_is_refused(made: Path, key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"cache\.{key}={value!r}"):
+        run_cache(
+            parse_config(config_data(made, shard_mib=0.002, **{key: value})), Accelerator(cpu=True)
+        )
+
+
+def test_a_finished_store_is_left_alone(made: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (made / "store.zarr").rglob("*") if p.is_file()}
+    run_cache(parse_config(config_data(made, shard_mib=0.002)), Accelerator(cpu=True))
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_verify_accepts_a_whole_store(root: Path) -> None:
+    ActivationStore.open(str(root / "store.zarr")).verify()
+
+
+def shard_file(root: Path, shard: int) -> Path:
+    return root / "store.zarr" / ACTS / "c" / str(shard) / "0"
+
+
+def test_a_missing_shard_is_an_error_not_zeros(root: Path) -> None:
+    shard_file(root, 2).unlink()
+    with pytest.raises(DamagedStoreError, match="missing"):
+        ActivationStore.open(str(root / "store.zarr"))
+
+
+def test_a_missing_record_is_unfinished(root: Path) -> None:
+    (root / "store.zarr/records/shard-00000001.json").unlink()
+    with pytest.raises(ConfigError, match="1 of"):
+        ActivationStore.open(str(root / "store.zarr"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "foreign"])
+def test_damage_is_found(root: Path, damage: str) -> None:
+    file = shard_file(root, 1)
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[37] ^= 4
+    elif damage == "cut":
+        data = data[:-50]
+    else:
+        data = bytearray(shard_file(root, 0).read_bytes())
+    file.write_bytes(data)
+    store = ActivationStore.open(str(root / "store.zarr"))
+    with pytest.raises(DamagedStoreError, match=r"c/1/0"):
+        store.verify()
+    if damage != "foreign":
+        reader = BlockReader(store, "model.layers.0")
+        first = reader.chunks_a_shard  # the first chunk of shard 1, where the byte was flipped
+        with pytest.raises(DamagedStoreError, match=r"c/1/0"):
+            reader.read(first)
+        reader.close()
+
+
+def test_no_store_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="flash-sae cache"):
+        ActivationStore.open(str(tmp_path / "none.zarr"))
+
+
+def test_a_damaged_record_is_told(root: Path) -> None:
+    (root / "store.zarr/records/geometry.json").write_text("{")
+    with pytest.raises(DamagedStoreError, match=r"geometry\.json"):
+        ActivationStore.open(str(root / "store.zarr"))
+
+
+def test_any_fsspec_url_works(made: Path) -> None:
+    data = config_data(made, store="memory://acts.zarr", num_tokens=300)
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    store = ActivationStore.open("memory://acts.zarr")
+    store.verify()
+    with ActivationLoader(store, "model.layers.0", batch_tokens=50, seed=0, num_steps=6) as loader:
+        rows = torch.cat(list(loader))
+    everything = torch.from_numpy(store.read(ACTS, 0, 300))
+    assert torch.equal(rows.sort(dim=0).values, everything.sort(dim=0).values)
+
+
+def test_records_are_plain_json(made: Path) -> None:
+    record = json.loads((made / "store.zarr/records/shard-00000000.json").read_text())
+    assert set(record) == {"rows", "crc32c"}

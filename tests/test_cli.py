@@ -1,0 +1,120 @@
+"""The command line: help that teaches, mistakes told in one sentence before any work, all verbs
+end to end.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flash_sae_dist.launch.cli import VERBS, build
+from tests.tiny_model import config_data, write_config
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def app() -> Any:
+    return build()
+
+
+def test_help_names_every_verb(app: Any) -> None:
+    text = RUNNER.invoke(app, ["--help"]).output
+    for verb in VERBS:
+        assert verb in text
+    for verb in VERBS:
+        result = RUNNER.invoke(app, [verb, "--help"])
+        assert result.exit_code == 0
+        assert "CONFIG.yaml" in result.output
+
+
+def test_keys_lists_fields_with_their_meaning(app: Any) -> None:
+    result = RUNNER.invoke(app, ["keys", "sae.k"])
+    assert "sae.k" in result.output
+    assert "Active latents" in result.output
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cli")
+    data = config_data(root)
+    data["train"] |= {"num_tokens": 1920, "log_every": 5}
+    write_config(root / "c.yaml", data)
+    return root
+
+
+def test_whole_job(app: Any, root: Path) -> None:
+    config = str(root / "c.yaml")
+    for verb in ("cache", "grid", "evaluate", "export"):
+        result = RUNNER.invoke(app, [verb, config], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    records = json.loads((root / "run/evaluation.json").read_text())
+    assert [r["job"] for r in records] == [
+        f"model.layers.{h}/k={k}" for h in ("0", "1.mlp") for k in (2, 4)
+    ]
+    for record in records:
+        assert 0 < record["fvu"] < 1
+        assert record["loss"]["clean"] < 5
+        assert record["l0"] <= record["k"]
+        folder = root / "run" / record["job"]
+        for name in (
+            "density.png",
+            "evaluation.json",
+            "job.yaml",
+            "status.json",
+            "sae/config.json",
+        ):
+            assert (folder / name).is_file()
+    by_job = {r["job"]: r["fvu"] for r in records}
+    assert by_job["model.layers.0/k=4"] < by_job["model.layers.0/k=2"], "more latents, less error"
+    assert (root / "run/fvu_l0.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(list((root / "run/export").glob("*/*/*/cfg.json"))) == 8
+
+
+def mistake(app: Any, *args: str) -> str:
+    result = RUNNER.invoke(app, list(args))
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.output.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_mistakes_stop_before_any_work(app: Any, root: Path) -> None:
+    config = str(root / "c.yaml")
+    if not (root / "store.zarr/records/complete.json").exists():
+        assert RUNNER.invoke(app, ["cache", config]).exit_code == 0
+    out = f"output={root / 'none'}"
+    assert "'train.lr'" in mistake(app, "train", config, out, "train.lrr=1")
+    assert "did you mean 'model.layers.0'" in mistake(
+        app, "train", config, out, "train.hookpoint=model.layer.0"
+    )
+    assert "train.num_shards=2" in mistake(app, "train", config, out, "train.num_shards=2")
+    assert "flash-sae cache" in mistake(app, "train", config, out, f"store={root / 'no.zarr'}")
+    assert "sae.k=65" in mistake(app, "train", config, out, "sae.k=65")
+    assert "grid.hookpoints: 'model.layers.7'" in mistake(
+        app, "grid", config, out, "grid.hookpoints=[model.layers.7]"
+    )
+    assert "holds no finished SAE" in mistake(app, "evaluate", config, out)
+    assert "did you mean" in mistake(
+        app,
+        "cache",
+        config,
+        f"cache.store={root / 'new.zarr'}",
+        "cache.hookpoints=[model.layer.1]",
+    )
+    assert not (root / "none").exists(), "nothing was begun"
+
+
+def test_a_job_of_another_config_is_not_taken_for_this_one(app: Any, root: Path) -> None:
+    config = str(root / "c.yaml")
+    if not (root / "store.zarr/records/complete.json").exists():
+        assert RUNNER.invoke(app, ["cache", config]).exit_code == 0
+    args = ["train", config, f"output={root / 'again'}"]
+    assert RUNNER.invoke(app, args).exit_code == 0
+    text = mistake(app, *args, "train.lr=0.5")
+    assert "train.lr=0.5" in text
+    assert "0.001" in text

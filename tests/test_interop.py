@@ -1,0 +1,150 @@
+"""Exports load in the libraries they are for, reconstruct the same, and come back unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flash_sae_dist.interop import sae_lens, sparsify
+from flash_sae_dist.models.topk import TopKSAE
+
+HOOKPOINT = "model.layers.3"
+
+
+@pytest.fixture
+def sae() -> TopKSAE:
+    torch.manual_seed(1)
+    made = TopKSAE(12, 40, 5)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return made
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return 2 * torch.randn(30, 12)
+
+
+@pytest.mark.slow
+def test_sae_lens_reconstructs_the_same(sae: TopKSAE, x: torch.Tensor, tmp_path: Path) -> None:
+    library = pytest.importorskip("sae_lens")
+    sae_lens.export(sae, tmp_path, hookpoint=HOOKPOINT, model_name="toy", context_length=64)
+    theirs = library.SAE.load_from_disk(str(tmp_path), device="cpu")
+    out = sae(x)
+    acts = theirs.encode(x)
+    dense = torch.zeros_like(acts).scatter(1, out.top_idx.long(), out.top_acts)
+    torch.testing.assert_close(acts, dense, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs(x), out.recon, rtol=1e-5, atol=1e-5)
+    assert theirs.cfg.architecture() == "topk"
+    assert theirs.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
+    assert theirs.cfg.metadata.model_name == "toy"
+
+
+_SPARSIFY = """
+import sys, torch
+from sparsify import SparseCoder
+root, hookpoint = sys.argv[1:]
+x = torch.load(root + "/x.pt", weights_only=True)
+one = SparseCoder.load_from_disk(f"{root}/{hookpoint}", device="cpu")
+many = SparseCoder.load_many(root, local=True, device="cpu")
+outs = [m(x) for m in (one, many[hookpoint])]
+outs = [(o.sae_out.float(), o.latent_acts.float(), o.latent_indices) for o in outs]
+torch.save(outs, root + "/out.pt")
+"""
+
+
+@pytest.mark.slow
+def test_sparsify_reconstructs_the_same(sae: TopKSAE, x: torch.Tensor, tmp_path: Path) -> None:
+    pytest.importorskip("sparsify")
+    sparsify.export(sae, tmp_path / HOOKPOINT)
+    torch.save(x, tmp_path / "x.pt")
+    # In a process of its own: with triton installed its decode needs Triton's interpreter on a CPU.
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", _SPARSIFY, str(tmp_path), HOOKPOINT]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    ours = sae(x)
+    for recon, acts, idx in torch.load(tmp_path / "out.pt", weights_only=True):
+        # Their forward computes in bfloat16 under its own autocast.
+        error = (recon - ours.recon).norm() / ours.recon.norm()
+        assert error < 2e-2, error
+        same = [
+            len(set(a.tolist()) & set(b.tolist())) for a, b in zip(idx, ours.top_idx, strict=True)
+        ]
+        assert sum(same) >= 0.97 * idx.numel()
+        assert (acts >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["sae_lens", "sparsify"])
+def test_round_trip_is_exact(sae: TopKSAE, tmp_path: Path, name: str) -> None:
+    if name == "sae_lens":
+        sae_lens.export(sae, tmp_path, hookpoint=HOOKPOINT)
+        back = sae_lens.load(tmp_path)
+    else:
+        sparsify.export(sae, tmp_path)
+        back = sparsify.load(tmp_path)
+    assert (back.d_in, back.d_sae, back.k) == (sae.d_in, sae.d_sae, sae.k)
+    for key, value in sae.state_dict().items():
+        assert torch.equal(back.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("architecture", "jumprelu", "jumprelu"),
+        ("normalize_activations", "layer_norm", "layer_norm"),
+        ("k", None, "no k"),
+    ],
+)
+def test_other_sae_lens_architectures_are_refused(
+    sae: TopKSAE, tmp_path: Path, key: str, value: object, word: str
+) -> None:
+    sae_lens.export(sae, tmp_path, hookpoint=HOOKPOINT)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=word):
+        sae_lens.load(tmp_path)
+
+
+def test_transcoders_and_foreign_tensors_are_refused(sae: TopKSAE, tmp_path: Path) -> None:
+    sparsify.export(sae, tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"transcode": True}))
+    with pytest.raises(ValueError, match="transcode"):
+        sparsify.load(tmp_path)
+    weights = load_file(tmp_path / "sae.safetensors")
+    save_file(weights | {"W_skip": torch.zeros(2, 2)}, tmp_path / "sae.safetensors")
+    with pytest.raises(ValueError, match="W_skip"):
+        sparsify.load(tmp_path)
+
+
+def test_damaged_and_missing_files_are_told(sae: TopKSAE, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no whole SAE"):
+        sparsify.load(tmp_path)
+    sae_lens.export(sae, tmp_path, hookpoint=HOOKPOINT)
+    data = (tmp_path / "sae_weights.safetensors").read_bytes()
+    (tmp_path / "sae_weights.safetensors").write_bytes(data[:100])
+    with pytest.raises(ValueError, match="no whole SAE"):
+        sae_lens.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("hookpoint", "name"),
+    [
+        ("model.layers.8", "blocks.8.hook_resid_post"),
+        ("transformer.h.3.mlp", "blocks.3.hook_mlp_out"),
+        ("gpt_neox.layers.2.attention", "blocks.2.hook_attn_out"),
+        ("model.layers.5:input", "blocks.5.hook_resid_pre"),
+        ("model.norm", "model.norm"),
+    ],
+)
+def test_hook_names(hookpoint: str, name: str) -> None:
+    assert sae_lens.hook_name(hookpoint) == name

@@ -1,0 +1,141 @@
+"""Text becomes the same sequences everywhere; what is not stored is marked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+from flash_sae_dist.activations.text import documents, held_out_table, token_table
+from flash_sae_dist.config import ConfigError, TextConfig
+from tests.tiny_model import save_bert, save_llama, save_text
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("text")
+    save_llama(root / "llama")
+    save_bert(root / "bert")
+    save_text(root / "text.jsonl")
+    return root
+
+
+def source(root: Path) -> TextConfig:
+    return TextConfig(source="files", paths=(str(root / "text.jsonl"),))
+
+
+def words(root: Path) -> list[list[str]]:
+    lines = (root / "text.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"].split() for line in lines]
+
+
+def test_packed_sequences_hold_every_token_in_order(root: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(root / "llama")
+    table = token_table(
+        source(root),
+        tokenizer,
+        context_length=16,
+        causal=True,
+        drop_special_tokens=True,
+        num_rows=10**9,
+    )
+    assert (table.ids[:, 0] == tokenizer.bos_token_id).all()
+    kept = tokenizer.convert_ids_to_tokens(table.ids[table.keep].tolist())
+    assert kept == [w for doc in words(root) for w in doc][: len(kept)]
+    assert not np.isin(table.ids[table.keep], tokenizer.all_special_ids).any()
+    texts = words(root)
+    places = zip(table.document[table.keep], table.position[table.keep], strict=True)
+    assert kept == [texts[d][p] for d, p in places]
+
+
+def test_special_tokens_can_stay(root: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(root / "llama")
+    table = token_table(
+        source(root),
+        tokenizer,
+        context_length=16,
+        causal=True,
+        drop_special_tokens=False,
+        num_rows=100,
+    )
+    assert table.keep.all()
+
+
+def test_separate_sequences_pad_each_document(root: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(root / "bert")
+    table = token_table(
+        source(root),
+        tokenizer,
+        context_length=16,
+        causal=False,
+        drop_special_tokens=True,
+        num_rows=10**9,
+    )
+    assert (table.ids[:, 0] == tokenizer.cls_token_id).all()
+    kept = tokenizer.convert_ids_to_tokens(table.ids[table.keep].tolist())
+    assert kept == [w for doc in words(root) for w in doc]
+    assert (table.ids[~table.attention] == tokenizer.pad_token_id).all()
+    assert (~table.attention).any()
+    for row in table.document:
+        assert len(set(row[row >= 0])) == 1, "a sequence holds one document"
+
+
+def test_held_out_follows_what_is_cached(root: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(root / "llama")
+    args: dict[str, Any] = {"context_length": 16, "causal": True, "drop_special_tokens": True}
+    everything = token_table(source(root), tokenizer, **args, num_rows=10**9)
+    cached = token_table(source(root), tokenizer, **args, num_rows=500)
+    held = held_out_table(source(root), tokenizer, **args, after_rows=500, num_sequences=5)
+    n = len(cached.ids)
+    assert np.array_equal(held.ids, everything.ids[n : n + 5])
+    last = held_out_table(source(root), tokenizer, **args, after_rows=10**9, num_sequences=5)
+    assert np.array_equal(last.ids, everything.ids[-5:]), "where the text ends, its last ones"
+
+
+def test_sources(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    pq.write_table(pa.table({"body": ["three", "four"]}), tmp_path / "c.parquet")
+    txt = TextConfig(source="files", paths=(str(tmp_path / "*.txt"),))
+    assert list(documents(txt)) == ["one", "two"]
+    parquet = TextConfig(source="files", paths=(str(tmp_path / "c.parquet"),), column="body")
+    assert list(documents(parquet)) == ["three", "four"]
+    assert sum(len(d) for d in documents(TextConfig(source="pydoc"))) > 300_000
+
+
+def test_hub_source_reads_a_local_dataset(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    cfg = TextConfig(source="hub", name=str(tmp_path), split="train")
+    assert list(documents(cfg)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"paths": ("nowhere/*.txt",)}, "nowhere"),
+        ({"column": "body"}, "'body'"),
+    ],
+)
+def test_bad_sources_are_told(root: Path, change: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        list(documents(source(root).model_copy(update=change)))
+
+
+def test_text_shorter_than_a_sequence_is_told(tmp_path: Path, root: Path) -> None:
+    (tmp_path / "a.txt").write_text("word1 word2")
+    tokenizer = AutoTokenizer.from_pretrained(root / "llama")
+    with pytest.raises(ConfigError, match=r"cache\.context_length=16"):
+        token_table(
+            TextConfig(source="files", paths=(str(tmp_path / "a.txt"),)),
+            tokenizer,
+            context_length=16,
+            causal=True,
+            drop_special_tokens=True,
+            num_rows=100,
+        )
