@@ -22,6 +22,12 @@ KERNEL_FILES: dict[str, str] = {
     "pair_coefs": "sparse_decode",
     "scatter_rows": "sparse_grad",
     "scatter_values": "sparse_grad",
+    "sparse_adam_step_": "sparse_adam",
+    "adam_scalars_": "sparse_adam",
+    "adam_vector_": "sparse_adam",
+    "count_fired_": "sparse_adam",
+    "centre": "centre",
+    "weighted_rows": "centre",
 }
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
