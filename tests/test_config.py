@@ -18,6 +18,7 @@ from flash_sae_dist.config import (
     parse_config,
     with_values,
 )
+from flash_sae_dist.launch.cli import _fields
 
 GOOD: dict[str, Any] = {
     "output": "runs/x",
@@ -145,3 +146,33 @@ def test_every_field_is_documented_and_read() -> None:
             assert readers, f"nothing reads {model.__name__}.{name}"
 
     walk(Config)
+
+
+FIELDS = {
+    "": "output store trackers",
+    "model": "name revision gguf_file task dtype",
+    "text": "source name subset split column paths streaming",
+    "cache": (
+        "store hookpoints num_tokens context_length batch_sequences drop_special_tokens "
+        "shard_mib dtype seed"
+    ),
+    "sae": "k d_sae expansion_factor",
+    "train": (
+        "hookpoint num_tokens batch_tokens lr warmup_steps decay_fraction adam_betas "
+        "adam_eps dead_latents auxk_coef k_aux dead_after_tokens precision num_shards "
+        "num_replicas seed log_every checkpoint_every keep_checkpoints"
+    ),
+    "grid": "hookpoints values",
+    "evaluate": "num_tokens batch_tokens loss_sequences",
+    "export": "formats directory",
+}
+
+
+def test_the_set_of_keys_is_frozen() -> None:
+    """A new key is added on purpose, here too; each one is a promise to users."""
+    found: dict[str, list[str]] = {}
+    for key, _, _ in _fields(Config, ""):
+        if not key.startswith("["):
+            section, _, name = key.rpartition(".")
+            found.setdefault(section, []).append(name)
+    assert {section: " ".join(names) for section, names in found.items()} == FIELDS
