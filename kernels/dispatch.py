@@ -22,6 +22,7 @@ KERNEL_FILES: dict[str, str] = {
     "pair_coefs": "sparse_decode",
     "scatter_rows": "sparse_grad",
     "scatter_values": "sparse_grad",
+    "latent_sums": "sparse_grad",
     "sparse_adam_step_": "sparse_adam",
     "adam_scalars_": "sparse_adam",
     "adam_vector_": "sparse_adam",

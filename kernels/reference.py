@@ -426,3 +426,13 @@ def count_fired_(
     fired = torch.zeros_like(tokens_since_fired, dtype=torch.int32)
     fired.scatter_reduce_(0, top_idx.flatten().long(), (top_acts > 0).flatten().int(), "amax")
     tokens_since_fired.add_(batch_tokens).masked_fill_(fired.bool(), 0)
+
+
+def latent_sums(
+    coef: Tensor,  # [P]
+    indices: Tensor,  # [P]
+    num_latents: int,
+    order: PairOrder,
+) -> Tensor:  # [F] float32, or float64
+    """`scatter_values` of pairs whose order is known."""
+    return scatter_values(coef, indices, num_latents)

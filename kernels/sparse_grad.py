@@ -239,3 +239,13 @@ def scatter_values(
         order.order, order.offsets, coef, out, BLOCK=128, num_warps=1
     )
     return out
+
+
+def latent_sums(
+    coef: Tensor,  # [P]
+    indices: Tensor,  # [P]
+    num_latents: int,
+    order: PairOrder,
+) -> Tensor:  # [F] float32
+    """`reference.latent_sums`."""
+    return scatter_values(coef, indices, num_latents, order)

@@ -1,0 +1,168 @@
+"""Adam whose step takes the sparse gradients of a batch instead of dense `.grad` tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.dispatch import implementation
+from ..kernels.reference import AdamOptions, LatentRows, PairOrder, Pairs
+from ..models.topk import TopKSAE
+
+
+class LatentGradients(NamedTuple):
+    """A batch's gradients in the form that `SparseAdam.step` takes."""
+
+    pairs: Pairs
+    order: PairOrder
+    b_enc: Tensor  # [F]
+    b_dec: Tensor  # [D]
+
+
+class SparseAdam(torch.optim.Optimizer):
+    """Adam over a TopK SAE that never sees a dense `[F, D]` gradient.
+
+    `FusedStep` puts a batch's pairs into `gradients`; `step` forms each latent's gradient, removes
+    its part along the decoder row, applies Adam to the master weights, renormalises the decoder
+    row and writes the compute copies, all in one pass. Exact mode is dense Adam's arithmetic;
+    lazy mode moves only latents that fired, with the bias correction of the global step count, as
+    torch.optim.SparseAdam: their moments do not decay in between, and a rarely firing latent's
+    first steps are up to sqrt(10) times dense Adam's. bfloat16 moments are rounded stochastically
+    by a hash of (seed, step, element): the same run gives the same bits.
+
+    state_dict, param_groups and lr schedulers work as with torch.optim.Adam (the states bear its
+    names); loading copies in place. All parameters share one group. The learning rate reaches the
+    device by `sync_lr_`, so that a captured graph follows a schedule.
+    """
+
+    def __init__(
+        self,
+        sae: TopKSAE,
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 6.25e-10,
+        lazy: bool = False,
+        moment_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        ema_decay: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if moment_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"moment_dtype must be torch.float32 or torch.bfloat16, not {moment_dtype}"
+            )
+        self.lazy, self.seed, self.ema_decay = lazy, seed, ema_decay
+        self.gradients: LatentGradients | None = None
+        self._params = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+        super().__init__(self._params, {"lr": lr, "betas": betas, "eps": eps})
+        master, device = sae.W_dec.dtype, sae.W_dec.device
+        self.moment_dtype = moment_dtype if master == torch.float32 else master
+        self._betas = torch.tensor(betas, dtype=torch.float64, device=device)
+        self._lr = torch.full((), lr, dtype=master, device=device)
+        self._lr_value = lr
+        self._scalars = torch.zeros(2, dtype=master, device=device)
+        self._step = torch.zeros((), dtype=torch.float32, device=device)
+        for param in self._params:
+            dtype = self.moment_dtype if param.ndim == 2 else master
+            self.state[param] = {
+                "step": self._step,
+                "exp_avg": torch.zeros_like(param, dtype=dtype, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(param, dtype=dtype, requires_grad=False),
+            }
+            if ema_decay is not None:
+                self.state[param]["ema"] = param.detach().clone()
+        self.copies: tuple[Tensor, Tensor] | None = None
+        if compute_dtype != master:
+            self.copies = (
+                sae.W_enc.detach().to(compute_dtype),
+                sae.W_dec.detach().to(compute_dtype),
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Takes the one group made at construction. Raises ValueError on another."""
+        if self.param_groups:
+            raise ValueError("SparseAdam keeps one param group; use torch.optim.Adam for several")
+        super().add_param_group(param_group)
+
+    @property
+    def compute_weights(self) -> tuple[Tensor, Tensor]:
+        """W_enc and W_dec [F, D] in the compute dtype, refreshed by each step."""
+        return self.copies or (self._params[0].detach(), self._params[2].detach())
+
+    @torch.no_grad()
+    def refresh_copies_(self) -> None:
+        """Rewrites the compute copies; call it after changing the weights by other means."""
+        if self.copies is not None:
+            self.copies[0].copy_(self._params[0])
+            self.copies[1].copy_(self._params[2])
+
+    def sync_lr_(self) -> None:
+        """Sends the group's learning rate to the device where it changed; no host sync."""
+        lr = float(self.param_groups[0]["lr"])
+        if lr != self._lr_value:
+            self._lr.fill_(lr)
+            self._lr_value = lr
+
+    def options(self) -> AdamOptions:
+        """The step's constants, from the param group."""
+        group = self.param_groups[0]
+        return AdamOptions(group["betas"], group["eps"], self.lazy, seed=self.seed)
+
+    def _latent_rows(self) -> LatentRows:
+        rows = self._params[:3]
+        m, v = (tuple(self.state[p][name] for p in rows) for name in ("exp_avg", "exp_avg_sq"))
+        W_enc, b_enc, W_dec = (p.detach() for p in rows)
+        return LatentRows(W_enc, b_enc, W_dec, (m[0], m[1], m[2]), (v[0], v[1], v[2]), self.copies)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Applies and forgets `gradients`. Raises RuntimeError where none were put."""
+        if closure is not None or self.gradients is None:
+            raise RuntimeError("SparseAdam steps through FusedStep, which gives it its gradients")
+        grads, self.gradients = self.gradients, None
+        W_dec, b_dec = self._params[2], self._params[3]
+        state, options = self.state[b_dec], self.options()
+        implementation("adam_scalars_", W_dec)(self._step, self._lr, self._betas, self._scalars)
+        implementation("sparse_adam_step_", W_dec)(
+            self._latent_rows(),
+            grads.pairs,
+            grads.order,
+            grads.b_enc,
+            self._scalars,
+            self._step,
+            options,
+        )
+        implementation("adam_vector_", W_dec)(
+            b_dec.detach(),
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            grads.b_dec,
+            self._scalars,
+            options,
+        )
+        if self.ema_decay is not None:
+            emas = [self.state[p]["ema"] for p in self._params]
+            torch._foreach_lerp_(emas, [p.detach() for p in self._params], 1 - self.ema_decay)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copies a state_dict in place, so that a captured graph stays valid. Raises ValueError
+        where a state is missing or has another shape.
+        """
+        for index, param in enumerate(self._params):
+            source = state_dict["state"].get(index, {})
+            for name, tensor in self.state[param].items():
+                if name not in source or source[name].shape != tensor.shape:
+                    raise ValueError(
+                        f"state {name!r} of parameter {index} must have shape "
+                        f"{list(tensor.shape)}; was it saved by another optimizer or width?"
+                    )
+                tensor.copy_(source[name])
+        (saved,) = state_dict["param_groups"]
+        self.param_groups[0].update({k: v for k, v in saved.items() if k != "params"})
+        self._betas.copy_(torch.tensor(saved["betas"], dtype=torch.float64))
+        self.refresh_copies_()
