@@ -1,0 +1,69 @@
+"""Encoder and exact top-k by library calls in blocks of rows: for float32, odd widths and k near F.
+
+Each block holds at most 48 MiB of pre-activations and sort keys; no host sync.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK_BYTES = 48 << 20
+_INDEX_BITS = 0x7FFFFFFF
+# Of one pre-activation: its float32 value and the int64 keys of two selections.
+_BYTES_EACH = 4 + 4 + 8
+
+
+def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    if x.dtype == torch.float32:
+        return torch.addmm(b_enc, x, W_enc.T)
+    return torch.mm(x, W_enc.T, out_dtype=torch.float32).add_(b_enc)
+
+
+def _select(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of float32 values, ties to the lowest column, NaN above +inf."""
+    bits = values.view(torch.int32)
+    # Order-preserving: negative floats count down; the shift leaves room for the column, counted down too.
+    ordered = torch.where(bits < 0, bits ^ _INDEX_BITS, bits)
+    columns = torch.arange(_INDEX_BITS, _INDEX_BITS - values.shape[1], -1, device=values.device)
+    keys = (ordered.to(torch.int64) << 32).add_(columns)
+    top = keys.topk(k, dim=1).values
+    high = (top >> 32).to(torch.int32)
+    picked = torch.where(high < 0, high ^ _INDEX_BITS, high).view(torch.float32)
+    return picked, (_INDEX_BITS - (top & 0xFFFFFFFF)).to(torch.int32)
+
+
+def _canonical(pre: Tensor) -> Tensor:
+    """One NaN, above +inf, and one zero."""
+    return torch.where(pre.isnan(), torch.nan, pre + 0.0)
+
+
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`reference.topk_encode`, rows in blocks."""
+    values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
+    indices = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
+    rows = max(1, _BLOCK_BYTES // (_BYTES_EACH * W_enc.shape[0]))
+    for start in range(0, x.shape[0], rows):
+        part = slice(start, start + rows)
+        pre = _canonical(_pre_activations(x[part], W_enc, b_enc))
+        values[part], indices[part] = _select(pre.relu_(), k)
+    return values, indices
+
+
+def topk_encode_aux(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, aux_mask: Tensor, k_aux: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.topk_encode_aux`, rows in blocks."""
+    values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
+    indices = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
+    aux_values = torch.empty(x.shape[0], k_aux, dtype=torch.float32, device=x.device)
+    aux_indices = torch.empty(x.shape[0], k_aux, dtype=torch.int32, device=x.device)
+    rows = max(1, _BLOCK_BYTES // (_BYTES_EACH * W_enc.shape[0]))
+    for start in range(0, x.shape[0], rows):
+        part = slice(start, start + rows)
+        pre = _canonical(_pre_activations(x[part], W_enc, b_enc))
+        found, where = _select(pre.masked_fill(~aux_mask, -torch.inf), k_aux)
+        aux_values[part] = found
+        aux_indices[part] = where.masked_fill(found == -torch.inf, 0)
+        values[part], indices[part] = _select(pre.relu_(), k)
+    return values, indices, aux_values, aux_indices
