@@ -13,7 +13,6 @@ from torch import Tensor
 
 _ROWS = 32
 _COLS = 128
-_LATENTS = 512
 
 
 @triton.jit
@@ -68,12 +67,8 @@ def centre(
     x: Tensor,  # [N, D]
     b_dec: Tensor,  # [D]
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # [N, D] in dtype, scalar float32
-    """`reference.centre` in one pass over x.
-
-    The variance is `sum c^2 - (sum c)^2 / N` of c = x - b_dec: b_dec lies near the mean, so little
-    cancels.
-    """
+) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] in dtype, [blocks, D] float32, [blocks, blocks]
+    """`reference.centre` in one pass over x."""
     N, D = x.shape
     grid = (triton.cdiv(N, _ROWS), triton.cdiv(D, _COLS))
     out = x.new_empty((N, D), dtype=dtype)
@@ -82,7 +77,7 @@ def centre(
     _centre_kernel[grid](
         x.contiguous(), b_dec, out, sums, squares, N, D, ROWS=_ROWS, COLS=_COLS, num_warps=4
     )
-    return out, squares.sum() - sums.sum(dim=0).square().sum() / N
+    return out, sums, squares
 
 
 def weighted_rows(
@@ -92,9 +87,11 @@ def weighted_rows(
     """`reference.weighted_rows`, reading only rows whose weight is not 0."""
     F, D = W.shape
     block_d = min(256, triton.next_power_of_2(D))
-    grid = (triton.cdiv(F, _LATENTS), triton.cdiv(D, block_d))
+    # 512 partial sums a column: enough programs to fill a GPU at D = 768.
+    latents = max(_ROWS, triton.next_power_of_2(F) // 512)
+    grid = (triton.cdiv(F, latents), triton.cdiv(D, block_d))
     out = W.new_empty((grid[0], D), dtype=torch.float32)
     _weighted_rows_kernel[grid](
-        weights, W, out, F, D, LATENTS=_LATENTS, BLOCK_F=16, BLOCK_D=block_d, num_warps=4
+        weights, W, out, F, D, LATENTS=latents, BLOCK_F=16, BLOCK_D=block_d, num_warps=4
     )
     return out.sum(dim=0)

@@ -228,10 +228,24 @@ def centre(
     x: Tensor,  # [N, D]
     b_dec: Tensor,  # [D]
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # [N, D] in dtype, scalar float32/64
-    """`x - b_dec` in the compute dtype, and the batch's `sum of (x - mean)^2`."""
+) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] in dtype, [any, D] and [any] float32/64
+    """`x - b_dec` in the compute dtype, its sums over tokens, its sum of squares; both in parts
+    that are to be added.
+    """
     centred = x.to(b_dec.dtype) - b_dec
-    return centred.to(dtype), (centred - centred.mean(dim=0)).square().sum()
+    return centred.to(dtype), centred.sum(dim=0, keepdim=True), centred.square().sum().view(1)
+
+
+def variance_of(
+    sums: Tensor,  # [any, D]
+    squares: Tensor,  # [any]
+    num_tokens: int,
+) -> Tensor:  # scalar
+    """The batch's `sum of (x - mean)^2` from the parts that `centre` gives.
+
+    It is `sum c^2 - (sum c)^2 / N` of c = x - b_dec: b_dec lies near the mean, so little cancels.
+    """
+    return squares.sum() - sums.sum(dim=0).square().sum() / num_tokens
 
 
 def weighted_rows(

@@ -121,22 +121,56 @@ def _scatter_rows_kernel(
 
 
 @triton.jit
+def _block_values_kernel(
+    order_ptr,  # [P] int64
+    coef_ptr,  # [P]
+    out_ptr,  # [cdiv(P, HEAVY)] float32, of ordered pairs whatever their latents
+    P,
+    HEAVY: tl.constexpr,
+):
+    at = tl.program_id(0) * HEAVY + tl.arange(0, HEAVY)
+    pair = tl.load(order_ptr + at, mask=at < P, other=0)
+    coef = tl.load(coef_ptr + pair, mask=at < P, other=0.0).to(tl.float32)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(coef, axis=0))
+
+
+@triton.jit
+def _add_values(acc, begin, end, order_ptr, coef_ptr, WIDTH: tl.constexpr):
+    """Adds ordered pairs begin .. end of each latent, WIDTH at once."""
+    for start in range(0, tl.max(end - begin, axis=0), WIDTH):
+        i = begin[:, None] + start + tl.arange(0, WIDTH)[None, :]
+        inside = i < end[:, None]
+        pair = tl.load(order_ptr + i, mask=inside, other=0)
+        acc += tl.load(coef_ptr + pair, mask=inside, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
 def _scatter_values_kernel(
     order_ptr,  # [P] int64
     offsets_ptr,  # [F + 1]
     coef_ptr,  # [P]
+    sums_ptr,  # [blocks] of _block_values_kernel
     out_ptr,  # [F] float32
-    BLOCK: tl.constexpr,
+    F,
+    HEAVY: tl.constexpr,
+    LATENTS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    latent = tl.program_id(0).to(tl.int64)
-    begin = tl.load(offsets_ptr + latent)
-    end = tl.load(offsets_ptr + latent + 1)
-    acc = tl.zeros([BLOCK], tl.float32)
-    for start in range(begin, end, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        pair = tl.load(order_ptr + i, mask=i < end, other=0)
-        acc += tl.load(coef_ptr + pair, mask=i < end, other=0.0).to(tl.float32)
-    tl.store(out_ptr + latent, tl.sum(acc, axis=0))
+    latent = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    begin = tl.load(offsets_ptr + latent, mask=latent < F, other=0)
+    end = tl.load(offsets_ptr + latent + 1, mask=latent < F, other=0)
+    first, last = tl.cdiv(begin, HEAVY), end // HEAVY  # whole blocks of each latent
+    split = first < last
+    acc = tl.zeros([LATENTS, WIDTH], tl.float32)
+    head = tl.where(split, first * HEAVY, end)
+    acc = _add_values(acc, begin, head, order_ptr, coef_ptr, WIDTH)
+    for start in range(0, tl.max(last - first, axis=0), WIDTH):
+        block = first[:, None] + start + tl.arange(0, WIDTH)[None, :]
+        acc += tl.load(sums_ptr + block, mask=block < last[:, None], other=0.0)
+    tail = tl.where(split, last * HEAVY, end)
+    acc = _add_values(acc, tail, end, order_ptr, coef_ptr, WIDTH)
+    tl.store(out_ptr + latent, tl.sum(acc, axis=1), mask=latent < F)
 
 
 def heavy_block(num_pairs: int, D: int, matrices: int) -> int:
@@ -235,8 +269,21 @@ def scatter_values(
     coef = coef.contiguous()
     order = order_pairs(top_idx, num_latents, coef != 0) if order is None else order
     out = coef.new_empty(num_latents, dtype=torch.float32)
-    _scatter_values_kernel[(num_latents,)](
-        order.order, order.offsets, coef, out, BLOCK=128, num_warps=1
+    P = coef.numel()
+    blocks = triton.cdiv(P, _MIN_HEAVY)
+    sums = coef.new_empty(blocks, dtype=torch.float32)
+    _block_values_kernel[(blocks,)](order.order, coef, sums, P, HEAVY=_MIN_HEAVY, num_warps=1)
+    _scatter_values_kernel[(triton.cdiv(num_latents, 16),)](
+        order.order,
+        order.offsets,
+        coef,
+        sums,
+        out,
+        num_latents,
+        HEAVY=_MIN_HEAVY,
+        LATENTS=16,
+        WIDTH=8,
+        num_warps=1,
     )
     return out
 

@@ -7,13 +7,16 @@ Nothing is read by the host; on one CUDA device the step is captured in a graph.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels import reference
 from ..kernels.dispatch import implementation
-from ..kernels.reference import Pairs, order_pairs
+from ..kernels.reference import Pairs, order_pairs, variance_of
 from ..models.dead_latents import DeadLatents
 from ..models.topk import TopKSAE
 from ..parallel import comm
@@ -110,8 +113,16 @@ class FusedStep:
         self.sae, self.optimizer, self.dead = sae, optimizer, dead
         self.kind, self.aux_coef = dead_latents, aux_coef
         self.k_aux = min(k_aux or max(1, sae.d_in // 2), sae.d_sae)
-        single = sae.W_dec.is_cuda and sae.mesh.num_shards == 1
-        self.graph = single if graph is None else graph and single
+        encode = "topk_encode" if dead_latents == "none" else "topk_encode_aux"
+        # The reference encoder reads the host; collectives are left out of graphs.
+        can_capture = (
+            sae.W_dec.is_cuda
+            and sae.mesh.num_shards == 1
+            and implementation(encode, sae.W_dec) is not getattr(reference, encode)
+        )
+        self.graph = can_capture and graph is not False
+        device = sae.W_dec.device
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._calls: dict[tuple[object, ...], int] = {}
         self._captured: dict[tuple[object, ...], _Captured] = {}
 
@@ -142,15 +153,25 @@ class FusedStep:
     def _step(self, x: Tensor, use_aux: bool) -> Tensor:  # [3]
         sae, mesh = self.sae, self.sae.mesh
         W_enc, W_dec = self.optimizer.compute_weights
-        xc, variance = implementation("centre", W_dec)(x, sae.b_dec.detach(), W_dec.dtype)
-        variance = variance.clamp_min(torch.finfo(variance.dtype).tiny)
+        xc, *parts = implementation("centre", W_dec)(x, sae.b_dec.detach(), W_dec.dtype)
+        with self._beside():
+            variance = variance_of(parts[0], parts[1], x.shape[0])
+            variance = variance.clamp_min(torch.finfo(variance.dtype).tiny)
+            scale = 2 / variance
         values, indices, aux = self._encode(xc, W_enc, use_aux)
+        with self._beside():
+            implementation("count_fired_", W_dec)(
+                self.dead.tokens_since_fired, values, indices, x.shape[0]
+            )
+            l0 = (values > 0).sum().to(variance.dtype) / x.shape[0]
+            order = None if use_aux else order_pairs(indices, sae.d_sae_local, values != 0)
         residual, error = self._residual(values, indices, W_dec, x)
-        scale = 2 / variance
+        self._meet()
         dec, enc = implementation("pair_coefs", W_dec)(values, indices, W_dec, residual, scale)
         second = self._second(aux, W_dec, residual, variance) if aux is not None else None
-        pairs, keep = _join(values, indices, dec, enc, residual, xc, second)
-        order = order_pairs(pairs.indices, sae.d_sae_local, keep)
+        pairs = _join(indices, dec, enc, residual, xc, second)
+        if order is None:
+            order = order_pairs(pairs.indices, sae.d_sae_local, pairs.dec_coef != 0)
         grad_b_enc = implementation("latent_sums", W_dec)(
             pairs.enc_coef, pairs.indices, sae.d_sae_local, order
         )
@@ -158,15 +179,27 @@ class FusedStep:
         grad_b_dec = implementation("weighted_rows", W_enc)(grad_b_enc, W_enc).neg_()
         comm.all_reduce_(grad_b_dec, mesh.shard_group, mesh.num_shards)
         grad_b_dec += residual.sum(dim=0, dtype=grad_b_dec.dtype) * scale
-        implementation("count_fired_", W_dec)(
-            self.dead.tokens_since_fired, values, indices, x.shape[0]
-        )
         self.optimizer.gradients = LatentGradients(pairs, order, grad_b_enc, grad_b_dec)
         self.optimizer.step()
-        l0 = (values > 0).sum().to(error.dtype) / x.shape[0]
         comm.all_reduce_(l0, mesh.shard_group, mesh.num_shards)
         loss = torch.zeros_like(error) if second is None else second.loss
         return torch.stack([error / variance, loss, l0])
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Runs small work on a second stream beside the large kernels. Its tensors must live until
+        the step's end: the streams meet only at `_meet` and at the next `_beside`.
+        """
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
+
+    def _meet(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
 
     def _encode(
         self, xc: Tensor, W_enc: Tensor, use_aux: bool
@@ -228,22 +261,21 @@ class FusedStep:
 
 
 def _join(
-    values: Tensor,
     indices: Tensor,
     dec: Tensor,
     enc: Tensor,
     residual: Tensor,
     xc: Tensor,
     second: _Second | None,
-) -> tuple[Pairs, Tensor]:
-    """The lists as one, and which pairs have a gradient."""
-    shape = (*indices.shape, 0 if second is None else second.indices.shape[1])
+) -> Pairs:
+    """The main list's pairs and the second's as one list."""
+    N, K = indices.shape
     if second is None:
-        pairs = Pairs(indices.flatten(), dec.flatten(), enc.flatten(), residual, xc, shape)
-        return pairs, values != 0
+        flat = (indices.flatten(), dec.flatten(), enc.flatten())
+        return Pairs(*flat, residual, xc, (N, K, 0))
     idx, dec_coef, enc_coef = (
         torch.cat([a.flatten(), b.flatten()])
         for a, b in ((indices, second.indices), (dec, second.dec_coef), (enc, second.enc_coef))
     )
     rows = torch.cat([residual, second.rows])
-    return Pairs(idx, dec_coef, enc_coef, rows, xc, shape), dec_coef != 0
+    return Pairs(idx, dec_coef, enc_coef, rows, xc, (N, K, second.indices.shape[1]))
