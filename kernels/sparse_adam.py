@@ -8,6 +8,8 @@ floor is 24 bytes a parameter with float32 moments, and the compute copy.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -139,6 +141,8 @@ def _adam_rows_kernel(
     COPIES: tl.constexpr,
     HEAVY: tl.constexpr,
     PAIRS: tl.constexpr,
+    EARLY: tl.constexpr,
+    EV: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     latent = tl.program_id(0).to(tl.int64)
@@ -150,6 +154,10 @@ def _adam_rows_kernel(
         at = latent * D + cols
         first, last = tl.cdiv(begin, HEAVY), end // HEAVY  # whole blocks of this latent
         split = first < last
+        if EARLY:
+            w = tl.load(W_enc_ptr + at, mask=inside, other=0.0, eviction_policy=EV)
+            m = tl.load(W_enc_m_ptr + at, mask=inside, other=0.0, eviction_policy=EV)
+            v = tl.load(W_enc_v_ptr + at, mask=inside, other=0.0, eviction_policy=EV)
         dec = tl.zeros([BLOCK_D], tl.float32)
         enc = tl.zeros([BLOCK_D], tl.float32)
         dec, enc = _add_pairs(
@@ -166,13 +174,16 @@ def _adam_rows_kernel(
                 enc_coef_ptr, dec_rows_ptr, enc_rows_ptr, cols, D, N, NK, K, K2, PAIRS,
             )  # fmt: skip
 
-        w = tl.load(W_enc_ptr + at, mask=inside, other=0.0)
-        m = tl.load(W_enc_m_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(W_enc_v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if not EARLY:
+            w = tl.load(W_enc_ptr + at, mask=inside, other=0.0, eviction_policy=EV)
+            m = tl.load(W_enc_m_ptr + at, mask=inside, other=0.0, eviction_policy=EV)
+            v = tl.load(W_enc_v_ptr + at, mask=inside, other=0.0, eviction_policy=EV)
+        m = m.to(tl.float32)
+        v = v.to(tl.float32)
         w, m, v = _adam(
             w, m, v, enc, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
         )  # fmt: skip
-        tl.store(W_enc_ptr + at, w, mask=inside)
+        tl.store(W_enc_ptr + at, w, mask=inside, eviction_policy=EV)
         if COPIES:
             copy = w.to(W_enc_copy_ptr.dtype.element_ty)
             tl.store(W_enc_copy_ptr + at, copy, mask=inside)
@@ -180,9 +191,9 @@ def _adam_rows_kernel(
             W_enc_m_ptr, W_enc_v_ptr, at, inside, m, v, seed, step_ptr, 0, latent, cols
         )  # fmt: skip
 
-        w = tl.load(W_dec_ptr + at, mask=inside, other=0.0)
-        m = tl.load(W_dec_m_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(W_dec_v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(W_dec_ptr + at, mask=inside, other=0.0, eviction_policy=EV)
+        m = tl.load(W_dec_m_ptr + at, mask=inside, other=0.0, eviction_policy=EV).to(tl.float32)
+        v = tl.load(W_dec_v_ptr + at, mask=inside, other=0.0, eviction_policy=EV).to(tl.float32)
         if UNIT_NORM:
             dec -= tl.sum(dec * w, axis=0) * w
         w, m, v = _adam(
@@ -191,7 +202,7 @@ def _adam_rows_kernel(
         if UNIT_NORM:
             norm = tl.sqrt(tl.sum(tl.where(inside, w * w, 0.0), axis=0))
             w = w / tl.maximum(norm, 1.1754943508222875e-38)
-        tl.store(W_dec_ptr + at, w, mask=inside)
+        tl.store(W_dec_ptr + at, w, mask=inside, eviction_policy=EV)
         if COPIES:
             copy = w.to(W_dec_copy_ptr.dtype.element_ty)
             tl.store(W_dec_copy_ptr + at, copy, mask=inside)
@@ -257,13 +268,15 @@ def _reset_fired_kernel(counter_ptr, acts_ptr, idx_ptr, P, BLOCK: tl.constexpr):
     tl.store(counter_ptr + latent, tl.zeros([BLOCK], tl.int64), mask=(at < P) & (act > 0))
 
 
-def _row_blocks(D: int) -> dict[str, int]:
+def _row_blocks(D: int) -> dict[str, Any]:
     if D > _MAX_D:
         raise ValueError(f"sparse_adam_step_ takes D up to {_MAX_D}, not {D}; use torch.optim.Adam")
     block_d = triton.next_power_of_2(D)
     return {
         "BLOCK_D": block_d,
         "PAIRS": 4 if block_d <= 1024 else 2,
+        "EARLY": 0,
+        "EV": "",
         "num_warps": min(16, max(4, block_d // 512)),
     }
 

@@ -1,0 +1,57 @@
+"""What the benchmarks share: medians of CUDA event times, a table, and the same as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+# Written before each timed call, so that no call finds its inputs in the L2 cache.
+_FLUSH_BYTES = 256 << 20
+
+
+def median_ms(fn: Callable[[], Any], repeats: int = 20, warmup: int = 3) -> float:
+    """Median time of a call on the current CUDA device, the L2 cache emptied before each."""
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    for _ in range(warmup):
+        fn()
+    times: list[float] = []
+    for _ in range(repeats):
+        flush.zero_()
+        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        begin.record()
+        fn()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Rows by column name; a column that some row lacks stays empty there."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*columns, title=f"{title}, {torch.cuda.get_device_name()}")
+    for row in rows:
+        cells = (row.get(name, "") for name in columns)
+        table.add_row(*(f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells))
+    Console(width=120).print(table)
+
+
+def write_json(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
+    """The table with what it was measured on."""
+    about = {
+        "title": title,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "rows": rows,
+    }
+    path.write_text(json.dumps(about, indent=2) + "\n")
