@@ -16,19 +16,19 @@ from . import reference
 # Operation -> the file of this folder that holds its Triton implementation, under the reference's
 # name.
 KERNEL_FILES: dict[str, str] = {
+    "topk_encode": "encode_topk",
+    "topk_encode_aux": "encode_topk",
     "sparse_decode": "sparse_decode",
     "decode_residual": "sparse_decode",
     "gathered_dots": "sparse_decode",
     "pair_coefs": "sparse_decode",
     "scatter_rows": "sparse_grad",
     "scatter_values": "sparse_grad",
-    "latent_sums": "sparse_grad",
     "sparse_adam_step_": "sparse_adam",
     "adam_scalars_": "sparse_adam",
     "adam_vector_": "sparse_adam",
     "count_fired_": "sparse_adam",
     "centre": "centre",
-    "weighted_rows": "centre",
 }
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

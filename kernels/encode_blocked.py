@@ -23,7 +23,8 @@ def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
 def _select(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of float32 values, ties to the lowest column, NaN above +inf."""
     bits = values.view(torch.int32)
-    # Order-preserving: negative floats count down; the shift leaves room for the column, counted down too.
+    # Order-preserving: negative floats count down; the shift leaves room for the column, counted
+    # down too.
     ordered = torch.where(bits < 0, bits ^ _INDEX_BITS, bits)
     columns = torch.arange(_INDEX_BITS, _INDEX_BITS - values.shape[1], -1, device=values.device)
     keys = (ordered.to(torch.int64) << 32).add_(columns)
