@@ -107,9 +107,12 @@ def _relu_bits(v):
 
 @triton.jit
 def _kth(bits, latent, k, slack):
-    """(value bits, last latent) that at least k and at most k + slack of the entries reach: larger,
-    or equal with a latent up to `last`. Entries below 0 do not count; fewer than k: all reach
-    it.""" hi = tl.max(bits, 0)
+    """(value bits, last latent) that at least k and at most k + slack of the entries reach.
+
+    An entry reaches them with a larger value, or an equal one and a latent up to `last`. Entries
+    below 0 do not count; where there are fewer than k, all reach.
+    """
+    hi = tl.max(bits, 0)
     count = tl.sum((bits >= 0).to(tl.int32), 0)
     lo = tl.zeros([], tl.int32)
     # Most searches end within two octaves of the maximum: try there before halving the whole range.
