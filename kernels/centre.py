@@ -1,7 +1,6 @@
-"""Triton kernels over the batch and over W_enc that the step's biases and loss need.
+"""A Triton kernel that centres the batch and gathers what its variance needs.
 
-Legend: N tokens, D d_in, F d_sae (of this shard).  Partial sums are written by block and added in
-a fixed order.
+Legend: N tokens, D d_in.  Partial sums are written by block and added in a fixed order.
 """
 
 from __future__ import annotations
@@ -40,29 +39,6 @@ def _centre_kernel(
     tl.store(squares_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), square)
 
 
-@triton.jit
-def _weighted_rows_kernel(
-    weights_ptr,  # [F]
-    w_ptr,  # [F, D]
-    out_ptr,  # [latent blocks, D]
-    F,
-    D,
-    LATENTS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
-    for start in range(0, LATENTS, BLOCK_F):
-        latent = tl.program_id(0).to(tl.int64) * LATENTS + start + tl.arange(0, BLOCK_F)
-        weight = tl.load(weights_ptr + latent, mask=latent < F, other=0.0)
-        # Latents that did not fire have no gradient: their rows are not read.
-        mask = (weight != 0)[:, None] & (cols < D)[None, :]
-        w = tl.load(w_ptr + latent[:, None] * D + cols[None, :], mask=mask, other=0.0)
-        acc += weight[:, None] * w.to(tl.float32)
-    tl.store(out_ptr + tl.program_id(0) * D + cols, tl.sum(acc, axis=0), mask=cols < D)
-
-
 def centre(
     x: Tensor,  # [N, D]
     b_dec: Tensor,  # [D]
@@ -78,20 +54,3 @@ def centre(
         x.contiguous(), b_dec, out, sums, squares, N, D, ROWS=_ROWS, COLS=_COLS, num_warps=4
     )
     return out, sums, squares
-
-
-def weighted_rows(
-    weights: Tensor,  # [F] float32
-    W: Tensor,  # [F, D]
-) -> Tensor:  # [D] float32
-    """`reference.weighted_rows`, reading only rows whose weight is not 0."""
-    F, D = W.shape
-    block_d = min(256, triton.next_power_of_2(D))
-    # 512 partial sums a column: enough programs to fill a GPU at D = 768.
-    latents = max(_ROWS, triton.next_power_of_2(F) // 512)
-    grid = (triton.cdiv(F, latents), triton.cdiv(D, block_d))
-    out = W.new_empty((grid[0], D), dtype=torch.float32)
-    _weighted_rows_kernel[grid](
-        weights, W, out, F, D, LATENTS=latents, BLOCK_F=16, BLOCK_D=block_d, num_warps=4
-    )
-    return out.sum(dim=0)

@@ -248,14 +248,6 @@ def variance_of(
     return squares.sum() - sums.sum(dim=0).square().sum() / num_tokens
 
 
-def weighted_rows(
-    weights: Tensor,  # [F]
-    W: Tensor,  # [F, D]
-) -> Tensor:  # [D] float32, or float64
-    """`weights @ W`; rows of weight 0 may be left unread."""
-    return weights @ W.to(weights.dtype)
-
-
 class LatentRows(NamedTuple):
     """The parameters whose rows are latents, with Adam's moments; a step changes them in place.
 
@@ -385,18 +377,22 @@ def sparse_adam_step_(
     rows: LatentRows,
     pairs: Pairs,
     order: PairOrder,
-    grad_b_enc: Tensor,  # [F]
     scalars: Tensor,  # [2] of adam_scalars_
     step: Tensor,  # scalar
     options: AdamOptions,
-) -> None:
+) -> Tensor:  # [D] float32/64
     """One Adam step of every latent from its pairs, in place; the copies are refreshed.
+
+    Returns the b_enc gradients times the rows of W_enc before the step, summed over latents: what
+    b_dec's gradient through the encoder is the negative of.
 
     Exact Adam moves every row; lazy Adam only latents that have pairs in order, with the bias
     correction of the global step count, as torch.optim.SparseAdam.
     """
     num_latents, D = rows.W_dec.shape
     enc, dec = pair_gradients(pairs, num_latents)
+    grad_b_enc = scatter_values(pairs.enc_coef, pairs.indices, num_latents)
+    weighted = grad_b_enc @ rows.W_enc.to(grad_b_enc.dtype)
     moved = torch.ones(num_latents, dtype=torch.bool, device=enc.device)
     if options.lazy:
         moved = order.offsets[1:] > order.offsets[:-1]
@@ -415,6 +411,7 @@ def sparse_adam_step_(
     if rows.copies is not None:
         rows.copies[0].copy_(rows.W_enc)
         rows.copies[1].copy_(rows.W_dec)
+    return weighted
 
 
 def adam_vector_(
@@ -440,13 +437,3 @@ def count_fired_(
     fired = torch.zeros_like(tokens_since_fired, dtype=torch.int32)
     fired.scatter_reduce_(0, top_idx.flatten().long(), (top_acts > 0).flatten().int(), "amax")
     tokens_since_fired.add_(batch_tokens).masked_fill_(fired.bool(), 0)
-
-
-def latent_sums(
-    coef: Tensor,  # [P]
-    indices: Tensor,  # [P]
-    num_latents: int,
-    order: PairOrder,
-) -> Tensor:  # [F] float32, or float64
-    """`scatter_values` of pairs whose order is known."""
-    return scatter_values(coef, indices, num_latents)

@@ -1,15 +1,16 @@
 """Triton kernels that form both weight gradients of a latent in registers and apply Adam to its
 rows in the same pass: no dense gradient exists.
 
-Legend: N tokens, D d_in, F d_sae (of this shard), K k, P pairs.  One program a latent; it adds the
-latent's pairs as sparse_grad.py says.  A step reads and writes each parameter and moment once: the
-floor is 24 bytes a parameter with float32 moments, and the compute copy.
+Legend: N tokens, D d_in, F d_sae (of this shard), K k, P pairs.  A program adds a latent's pairs
+as sparse_grad.py says.  W_enc is done in narrow blocks of columns by one warp each, W_dec in whole
+rows, which its constraint needs; apart they take fewer registers than together.  A step reads and
+writes each parameter and moment once: the floor is 24 bytes a parameter with float32 moments, and
+the compute copy.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -69,61 +70,138 @@ def _store_moments(
 
 @triton.jit
 def _add_pairs(
-    dec,
-    enc,
-    begin,
-    end,
-    order_ptr,
-    dec_coef_ptr,
-    enc_coef_ptr,
-    dec_rows_ptr,
-    enc_rows_ptr,
-    cols,
-    D,
-    N,
-    NK,
-    K,
-    K2,
+    grad, value, begin, end, order_ptr, coef_ptr, rows_ptr, cols, D, shift, NK, K, K2,
     PAIRS: tl.constexpr,
-):
-    """Adds the ordered pairs begin .. end to the two gradients, PAIRS rows in flight at once."""
+):  # fmt: skip
+    """Adds the ordered pairs begin .. end to a latent's gradient and its coefficients' sum, PAIRS
+    rows in flight at once; rows of a second list lie `shift` below the first's.
+    """
     for i in range(begin, end, PAIRS):
         at = i + tl.arange(0, PAIRS)
         pair = tl.load(order_ptr + at, mask=at < end, other=0)
-        token = _token_of(pair, NK, K, K2)
-        row = token + tl.where(pair < NK, 0, N)
-        dec_coef = tl.load(dec_coef_ptr + pair, mask=at < end, other=0.0).to(tl.float32)
-        enc_coef = tl.load(enc_coef_ptr + pair, mask=at < end, other=0.0).to(tl.float32)
+        row = _token_of(pair, NK, K, K2) + tl.where(pair < NK, 0, shift)
+        coef = tl.load(coef_ptr + pair, mask=at < end, other=0.0).to(tl.float32)
         mask = (at < end)[:, None] & (cols < D)[None, :]
-        dec_row = tl.load(dec_rows_ptr + row[:, None] * D + cols[None, :], mask=mask, other=0.0)
-        enc_row = tl.load(enc_rows_ptr + token[:, None] * D + cols[None, :], mask=mask, other=0.0)
-        dec += tl.sum(dec_coef[:, None] * dec_row.to(tl.float32), axis=0)
-        enc += tl.sum(enc_coef[:, None] * enc_row.to(tl.float32), axis=0)
-    return dec, enc
+        rows = tl.load(rows_ptr + row[:, None] * D + cols[None, :], mask=mask, other=0.0)
+        grad += tl.sum(coef[:, None] * rows.to(tl.float32), axis=0)
+        value += tl.sum(coef, axis=0)
+    return grad, value
+
+
+@triton.jit
+def _latent_gradient(
+    begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, D, shift, NK, K, K2,
+    HEAVY: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A latent's gradient and its coefficients' sum: its pairs before, within and after the whole
+    blocks that heavy_sums added.
+    """
+    first, last = tl.cdiv(begin, HEAVY), end // HEAVY
+    split = first < last
+    grad = tl.zeros([BLOCK_D], tl.float32)
+    value = tl.sum(tl.zeros([PAIRS], tl.float32), axis=0)
+    grad, value = _add_pairs(
+        grad, value, begin, tl.where(split, first * HEAVY, end), order_ptr, coef_ptr, rows_ptr,
+        cols, D, shift, NK, K, K2, PAIRS,
+    )  # fmt: skip
+    if split:
+        for block in range(first, last):
+            # 32 bits suffice: the scratch is bounded.
+            grad += tl.load(sums_ptr + block * D + cols, mask=cols < D, other=0.0)
+            value += tl.load(values_ptr + block)
+        grad, value = _add_pairs(
+            grad, value, last * HEAVY, end, order_ptr, coef_ptr, rows_ptr,
+            cols, D, shift, NK, K, K2, PAIRS,
+        )  # fmt: skip
+    return grad, value
 
 
 @triton.jit(do_not_specialize=["seed"])
-def _adam_rows_kernel(
+def _adam_encoder_kernel(
     order_ptr,  # [P] int64
     offsets_ptr,  # [F + 1]
-    dec_coef_ptr,  # [P]
-    enc_coef_ptr,  # [P]
-    dec_rows_ptr,  # [N or 2 N, D]
-    enc_rows_ptr,  # [N, D]
-    dec_sums_ptr,  # [P // HEAVY, D] of heavy_sums
-    enc_sums_ptr,  # [P // HEAVY, D]
-    grad_b_ptr,  # [F]
-    W_enc_ptr,  # [F, D], and so on
-    W_enc_m_ptr,
-    W_enc_v_ptr,
-    W_enc_copy_ptr,
-    b_enc_ptr,
-    b_enc_m_ptr,
-    b_enc_v_ptr,
-    W_dec_ptr,
-    W_dec_m_ptr,
-    W_dec_v_ptr,
-    W_dec_copy_ptr,
+    coef_ptr,  # [P]
+    rows_ptr,  # [N, D]
+    sums_ptr,  # [P // HEAVY, D] of heavy_sums
+    values_ptr,  # [P // HEAVY] of heavy_sums
+    W_ptr,  # [F, D], and so on
+    m_ptr,
+    v_ptr,
+    copy_ptr,
+    b_ptr,
+    b_m_ptr,
+    b_v_ptr,
+    weighted_ptr,  # [cdiv(F, LATENTS), D]
+    scalars_ptr,  # [2] of adam_scalars_
+    step_ptr,
+    F,
+    D,
+    NK,
+    K,
+    K2,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    seed,
+    LAZY: tl.constexpr,
+    COPIES: tl.constexpr,
+    HEAVY: tl.constexpr,
+    LATENTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """LATENTS rows of W_enc in a block of columns, one after another; the old rows times their
+    bias gradients are summed on the way, for b_dec.
+    """
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = cols < D
+    weighted = tl.zeros([BLOCK_D], tl.float32)
+    start = tl.program_id(0) * LATENTS
+    for i in range(0, tl.minimum(LATENTS, F - start)):
+        latent = (start + i).to(tl.int64)
+        begin = tl.load(offsets_ptr + latent)
+        end = tl.load(offsets_ptr + latent + 1)
+        if (not LAZY) | (begin < end):
+            at = latent * D + cols
+            w = tl.load(W_ptr + at, mask=inside, other=0.0)
+            m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            grad, value = _latent_gradient(
+                begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, D, 0,
+                NK, K, K2, HEAVY, PAIRS, BLOCK_D,
+            )  # fmt: skip
+            weighted += value * w
+            w, m, v = _adam(
+                w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
+            )  # fmt: skip
+            tl.store(W_ptr + at, w, mask=inside)
+            if COPIES:
+                tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
+            _store_moments(m_ptr, v_ptr, at, inside, m, v, seed, step_ptr, 0, latent, cols)
+            if tl.program_id(1) == 0:
+                b, m, v = _adam(
+                    tl.load(b_ptr + latent), tl.load(b_m_ptr + latent), tl.load(b_v_ptr + latent),
+                    value, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps,
+                )  # fmt: skip
+                tl.store(b_ptr + latent, b)
+                tl.store(b_m_ptr + latent, m)
+                tl.store(b_v_ptr + latent, v)
+    tl.store(weighted_ptr + tl.program_id(0) * D + cols, weighted, mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _adam_decoder_kernel(
+    order_ptr,  # [P] int64
+    offsets_ptr,  # [F + 1]
+    coef_ptr,  # [P]
+    rows_ptr,  # [N or 2 N, D]
+    sums_ptr,  # [P // HEAVY, D] of heavy_sums
+    values_ptr,  # [P // HEAVY]; what is read here is not used
+    W_ptr,  # [F, D], and so on
+    m_ptr,
+    v_ptr,
+    copy_ptr,
     scalars_ptr,  # [2] of adam_scalars_
     step_ptr,
     D,
@@ -141,10 +219,9 @@ def _adam_rows_kernel(
     COPIES: tl.constexpr,
     HEAVY: tl.constexpr,
     PAIRS: tl.constexpr,
-    EARLY: tl.constexpr,
-    EV: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """A whole row of W_dec: the constraint needs its sums."""
     latent = tl.program_id(0).to(tl.int64)
     begin = tl.load(offsets_ptr + latent)
     end = tl.load(offsets_ptr + latent + 1)
@@ -152,72 +229,25 @@ def _adam_rows_kernel(
         cols = tl.arange(0, BLOCK_D)
         inside = cols < D
         at = latent * D + cols
-        first, last = tl.cdiv(begin, HEAVY), end // HEAVY  # whole blocks of this latent
-        split = first < last
-        if EARLY:
-            w = tl.load(W_enc_ptr + at, mask=inside, other=0.0, eviction_policy=EV)
-            m = tl.load(W_enc_m_ptr + at, mask=inside, other=0.0, eviction_policy=EV)
-            v = tl.load(W_enc_v_ptr + at, mask=inside, other=0.0, eviction_policy=EV)
-        dec = tl.zeros([BLOCK_D], tl.float32)
-        enc = tl.zeros([BLOCK_D], tl.float32)
-        dec, enc = _add_pairs(
-            dec, enc, begin, tl.where(split, first * HEAVY, end), order_ptr, dec_coef_ptr,
-            enc_coef_ptr, dec_rows_ptr, enc_rows_ptr, cols, D, N, NK, K, K2, PAIRS,
+        grad, value = _latent_gradient(
+            begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, D, N,
+            NK, K, K2, HEAVY, PAIRS, BLOCK_D,
         )  # fmt: skip
-        if split:
-            for block in range(first, last):
-                # 32 bits suffice: the scratch is bounded.
-                dec += tl.load(dec_sums_ptr + block * D + cols, mask=inside, other=0.0)
-                enc += tl.load(enc_sums_ptr + block * D + cols, mask=inside, other=0.0)
-            dec, enc = _add_pairs(
-                dec, enc, last * HEAVY, end, order_ptr, dec_coef_ptr,
-                enc_coef_ptr, dec_rows_ptr, enc_rows_ptr, cols, D, N, NK, K, K2, PAIRS,
-            )  # fmt: skip
-
-        if not EARLY:
-            w = tl.load(W_enc_ptr + at, mask=inside, other=0.0, eviction_policy=EV)
-            m = tl.load(W_enc_m_ptr + at, mask=inside, other=0.0, eviction_policy=EV)
-            v = tl.load(W_enc_v_ptr + at, mask=inside, other=0.0, eviction_policy=EV)
-        m = m.to(tl.float32)
-        v = v.to(tl.float32)
-        w, m, v = _adam(
-            w, m, v, enc, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
-        )  # fmt: skip
-        tl.store(W_enc_ptr + at, w, mask=inside, eviction_policy=EV)
-        if COPIES:
-            copy = w.to(W_enc_copy_ptr.dtype.element_ty)
-            tl.store(W_enc_copy_ptr + at, copy, mask=inside)
-        _store_moments(
-            W_enc_m_ptr, W_enc_v_ptr, at, inside, m, v, seed, step_ptr, 0, latent, cols
-        )  # fmt: skip
-
-        w = tl.load(W_dec_ptr + at, mask=inside, other=0.0, eviction_policy=EV)
-        m = tl.load(W_dec_m_ptr + at, mask=inside, other=0.0, eviction_policy=EV).to(tl.float32)
-        v = tl.load(W_dec_v_ptr + at, mask=inside, other=0.0, eviction_policy=EV).to(tl.float32)
+        w = tl.load(W_ptr + at, mask=inside, other=0.0)
+        m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if UNIT_NORM:
-            dec -= tl.sum(dec * w, axis=0) * w
+            grad -= tl.sum(grad * w, axis=0) * w
         w, m, v = _adam(
-            w, m, v, dec, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
+            w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
         )  # fmt: skip
         if UNIT_NORM:
             norm = tl.sqrt(tl.sum(tl.where(inside, w * w, 0.0), axis=0))
             w = w / tl.maximum(norm, 1.1754943508222875e-38)
-        tl.store(W_dec_ptr + at, w, mask=inside, eviction_policy=EV)
+        tl.store(W_ptr + at, w, mask=inside)
         if COPIES:
-            copy = w.to(W_dec_copy_ptr.dtype.element_ty)
-            tl.store(W_dec_copy_ptr + at, copy, mask=inside)
-        _store_moments(
-            W_dec_m_ptr, W_dec_v_ptr, at, inside, m, v, seed, step_ptr, 1, latent, cols
-        )  # fmt: skip
-
-        b, m, v = _adam(
-            tl.load(b_enc_ptr + latent), tl.load(b_enc_m_ptr + latent),
-            tl.load(b_enc_v_ptr + latent), tl.load(grad_b_ptr + latent), scalars_ptr,
-            one_minus_beta1, beta2, one_minus_beta2, eps,
-        )  # fmt: skip
-        tl.store(b_enc_ptr + latent, b)
-        tl.store(b_enc_m_ptr + latent, m)
-        tl.store(b_enc_v_ptr + latent, v)
+            tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
+        _store_moments(m_ptr, v_ptr, at, inside, m, v, seed, step_ptr, 1, latent, cols)
 
 
 @triton.jit
@@ -268,74 +298,57 @@ def _reset_fired_kernel(counter_ptr, acts_ptr, idx_ptr, P, BLOCK: tl.constexpr):
     tl.store(counter_ptr + latent, tl.zeros([BLOCK], tl.int64), mask=(at < P) & (act > 0))
 
 
-def _row_blocks(D: int) -> dict[str, Any]:
+def _decoder_blocks(D: int) -> dict[str, int]:
     if D > _MAX_D:
         raise ValueError(f"sparse_adam_step_ takes D up to {_MAX_D}, not {D}; use torch.optim.Adam")
     block_d = triton.next_power_of_2(D)
-    return {
-        "BLOCK_D": block_d,
-        "PAIRS": 4 if block_d <= 1024 else 2,
-        "EARLY": 0,
-        "EV": "",
-        "num_warps": min(16, max(4, block_d // 512)),
-    }
+    # 8 columns a thread: more threads in flight were faster than more columns each (seed shape).
+    return {"BLOCK_D": block_d, "PAIRS": 2, "num_warps": min(16, max(1, block_d // 256))}
+
+
+def _encoder_blocks(F: int, D: int) -> dict[str, int]:
+    block_d = min(256, max(16, triton.next_power_of_2(D)))
+    programs_a_latent = triton.cdiv(D, block_d)
+    # Rows a program: enough programs to fill a GPU, few enough partial sums for b_dec.
+    latents = min(32, max(1, F * programs_a_latent // 8192))
+    latents = triton.next_power_of_2(latents + 1) // 2
+    return {"LATENTS": latents, "BLOCK_D": block_d, "PAIRS": 2, "num_warps": 1}
 
 
 def sparse_adam_step_(
     rows: LatentRows,
     pairs: Pairs,
     order: PairOrder,
-    grad_b_enc: Tensor,  # [F]
     scalars: Tensor,  # [2] of adam_scalars_
     step: Tensor,  # scalar
     options: AdamOptions,
-) -> None:
-    """`reference.sparse_adam_step_` in one pass over the latents' rows."""
+) -> Tensor:  # [D] float32
+    """`reference.sparse_adam_step_`: one pass over W_enc's rows, one over W_dec's."""
     F, D = rows.W_dec.shape
     N, K, K2 = pairs.shape
     sums = heavy_sums(
         order, pairs.dec_coef, pairs.dec_rows, F, pairs.shape, pairs.enc_coef, pairs.enc_rows
     )
     copies = rows.copies or (rows.W_enc, rows.W_dec)
-    _adam_rows_kernel[(F,)](
-        order.order,
-        order.offsets,
-        pairs.dec_coef,
-        pairs.enc_coef,
-        pairs.dec_rows,
-        pairs.enc_rows,
-        sums.dec,
-        sums.enc,
-        grad_b_enc,
-        rows.W_enc,
-        rows.exp_avg[0],
-        rows.exp_avg_sq[0],
-        copies[0],
-        rows.b_enc,
-        rows.exp_avg[1],
-        rows.exp_avg_sq[1],
-        rows.W_dec,
-        rows.exp_avg[2],
-        rows.exp_avg_sq[2],
-        copies[1],
-        scalars,
-        step,
-        D,
-        N,
-        N * K,
-        K,
-        max(K2, 1),
-        1 - options.betas[0],
-        options.betas[1],
-        1 - options.betas[1],
-        options.eps,
-        options.seed,
-        LAZY=options.lazy,
-        UNIT_NORM=options.unit_norm,
-        COPIES=rows.copies is not None,
-        HEAVY=sums.heavy,
-        **_row_blocks(D),
-    )
+    beta1, beta2 = options.betas
+    constants = (1 - beta1, beta2, 1 - beta2, options.eps, options.seed)
+    flags = {"LAZY": options.lazy, "COPIES": rows.copies is not None, "HEAVY": sums.heavy}
+    moments = tuple(zip(rows.exp_avg, rows.exp_avg_sq, strict=True))
+    blocks = _encoder_blocks(F, D)
+    grid = (triton.cdiv(F, blocks["LATENTS"]), triton.cdiv(D, blocks["BLOCK_D"]))
+    weighted = rows.W_enc.new_empty((grid[0], D), dtype=torch.float32)
+    _adam_encoder_kernel[grid](
+        order.order, order.offsets, pairs.enc_coef, pairs.enc_rows, sums.enc, sums.values,
+        rows.W_enc, *moments[0], copies[0], rows.b_enc, *moments[1], weighted,
+        scalars, step, F, D, N * K, K, max(K2, 1), *constants, **flags, **blocks,
+    )  # fmt: skip
+    _adam_decoder_kernel[(F,)](
+        order.order, order.offsets, pairs.dec_coef, pairs.dec_rows, sums.dec, sums.values,
+        rows.W_dec, *moments[2], copies[1],
+        scalars, step, D, N, N * K, K, max(K2, 1), *constants,
+        UNIT_NORM=options.unit_norm, **flags, **_decoder_blocks(D),
+    )  # fmt: skip
+    return weighted.sum(dim=0)
 
 
 def adam_scalars_(

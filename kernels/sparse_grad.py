@@ -31,6 +31,7 @@ class HeavySums(NamedTuple):
     heavy: int  # pairs a block
     dec: Tensor  # [P // heavy, D] float32
     enc: Tensor | None  # [P // heavy, D] float32
+    values: Tensor  # [P // heavy] float32, sums of the last list's coefficients
 
 
 @triton.jit
@@ -49,6 +50,7 @@ def _heavy_kernel(
     enc_rows_ptr,  # [N, D], BOTH only
     dec_out_ptr,  # [P // HEAVY, D]
     enc_out_ptr,  # [P // HEAVY, D], BOTH only
+    values_ptr,  # [P // HEAVY]
     F,
     D,
     N,
@@ -66,6 +68,7 @@ def _heavy_kernel(
     if (first == last) & (first < F):
         cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = (cols < D)[None, :]
+        values = tl.zeros([BLOCK_P], tl.float32)
         dec = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
         enc = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
         for start in range(0, HEAVY, BLOCK_P):
@@ -81,6 +84,9 @@ def _heavy_kernel(
                     enc_rows_ptr + token[:, None] * D + cols[None, :], mask=inside, other=0.0
                 )
                 enc += coef[:, None] * rows.to(tl.float32)
+            values += coef
+        if tl.program_id(1) == 0:
+            tl.store(values_ptr + block, tl.sum(values, axis=0))
         out = block * D + cols
         tl.store(dec_out_ptr + out, tl.sum(dec, axis=0), mask=cols < D)
         if BOTH:
@@ -199,6 +205,7 @@ def heavy_sums(
     blocks = P // heavy
     dec = dec_rows.new_empty((blocks, D), dtype=torch.float32)
     enc = torch.empty_like(dec) if enc_rows is not None else None
+    values = dec.new_empty(blocks)
     if blocks:
         block_d = min(256, triton.next_power_of_2(D))
         _heavy_kernel[(blocks, triton.cdiv(D, block_d))](
@@ -210,6 +217,7 @@ def heavy_sums(
             dec_rows if enc_rows is None else enc_rows,
             dec,
             dec if enc is None else enc,
+            values,
             num_latents,
             D,
             N,
@@ -222,7 +230,7 @@ def heavy_sums(
             BLOCK_D=block_d,
             num_warps=4,
         )
-    return HeavySums(heavy, dec, enc)
+    return HeavySums(heavy, dec, enc, values)
 
 
 def scatter_rows(
@@ -286,13 +294,3 @@ def scatter_values(
         num_warps=1,
     )
     return out
-
-
-def latent_sums(
-    coef: Tensor,  # [P]
-    indices: Tensor,  # [P]
-    num_latents: int,
-    order: PairOrder,
-) -> Tensor:  # [F] float32
-    """`reference.latent_sums`."""
-    return scatter_values(coef, indices, num_latents, order)

@@ -172,14 +172,8 @@ class FusedStep:
         pairs = _join(indices, dec, enc, residual, xc, second)
         if order is None:
             order = order_pairs(pairs.indices, sae.d_sae_local, pairs.dec_coef != 0)
-        grad_b_enc = implementation("latent_sums", W_dec)(
-            pairs.enc_coef, pairs.indices, sae.d_sae_local, order
-        )
-        # b_dec's gradient through the encoder: one product with the summed gradient, never [N, D].
-        grad_b_dec = implementation("weighted_rows", W_enc)(grad_b_enc, W_enc).neg_()
-        comm.all_reduce_(grad_b_dec, mesh.shard_group, mesh.num_shards)
-        grad_b_dec += residual.sum(dim=0, dtype=grad_b_dec.dtype) * scale
-        self.optimizer.gradients = LatentGradients(pairs, order, grad_b_enc, grad_b_dec)
+        b_dec = residual.sum(dim=0, dtype=scale.dtype) * scale
+        self.optimizer.gradients = LatentGradients(pairs, order, b_dec)
         self.optimizer.step()
         comm.all_reduce_(l0, mesh.shard_group, mesh.num_shards)
         loss = torch.zeros_like(error) if second is None else second.loss

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kernels.dispatch import implementation
 from ..kernels.reference import AdamOptions, LatentRows, PairOrder, Pairs
 from ..models.topk import TopKSAE
+from ..parallel import comm
 
 
 class LatentGradients(NamedTuple):
@@ -18,8 +19,7 @@ class LatentGradients(NamedTuple):
 
     pairs: Pairs
     order: PairOrder
-    b_enc: Tensor  # [F]
-    b_dec: Tensor  # [D]
+    b_dec: Tensor  # [D], the decoder's part
 
 
 class SparseAdam(torch.optim.Optimizer):
@@ -57,6 +57,7 @@ class SparseAdam(torch.optim.Optimizer):
             )
         self.lazy, self.seed, self.ema_decay = lazy, seed, ema_decay
         self.gradients: LatentGradients | None = None
+        self._mesh = sae.mesh
         self._params = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
         super().__init__(self._params, {"lr": lr, "betas": betas, "eps": eps})
         master, device = sae.W_dec.dtype, sae.W_dec.device
@@ -127,20 +128,15 @@ class SparseAdam(torch.optim.Optimizer):
         W_dec, b_dec = self._params[2], self._params[3]
         state, options = self.state[b_dec], self.options()
         implementation("adam_scalars_", W_dec)(self._step, self._lr, self._betas, self._scalars)
-        implementation("sparse_adam_step_", W_dec)(
-            self._latent_rows(),
-            grads.pairs,
-            grads.order,
-            grads.b_enc,
-            self._scalars,
-            self._step,
-            options,
+        weighted = implementation("sparse_adam_step_", W_dec)(
+            self._latent_rows(), grads.pairs, grads.order, self._scalars, self._step, options
         )
+        comm.all_reduce_(weighted, self._mesh.shard_group, self._mesh.num_shards)
         implementation("adam_vector_", W_dec)(
             b_dec.detach(),
             state["exp_avg"],
             state["exp_avg_sq"],
-            grads.b_dec,
+            grads.b_dec - weighted,
             self._scalars,
             options,
         )
