@@ -183,12 +183,21 @@ class TrainConfig(StrictModel):
     """Adam's decay rates."""
     adam_eps: float = Field(default=6.25e-10, gt=0)
     """Adam's epsilon; small because the normalised loss has small gradients (OpenAI's value)."""
-    dead_latents: Literal["auxk", "none"] = "auxk"
-    """What revives latents that stopped firing: OpenAI's AuxK loss, or nothing."""
-    auxk_coef: float = Field(default=1 / 32, ge=0)
-    """Weight of the AuxK loss."""
+    step: Literal["auto", "fused", "plain"] = "auto"
+    """fused: sparse gradients and Adam in one pass, no dense gradient; plain: autograd and
+    torch.optim.Adam, the same arithmetic. auto: fused, but plain where replicas share the work."""
+    adam_mode: Literal["exact", "lazy"] = "exact"
+    """exact: dense Adam's arithmetic; lazy (fused only): only latents that fired are moved, as
+    torch.optim.SparseAdam does, which is faster and changes the arithmetic."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Adam's moments; bfloat16 (fused only) is rounded stochastically and halves their memory."""
+    dead_latents: Literal["auxk", "ghost", "none"] = "auxk"
+    """What revives latents that stopped firing: OpenAI's AuxK loss, Anthropic's ghost gradients
+    (fused only), or nothing."""
+    aux_coef: float = Field(default=1 / 32, ge=0)
+    """Weight of the AuxK or ghost loss."""
     k_aux: int | None = Field(default=None, gt=0)
-    """Dead latents that AuxK uses a token; left out it is half of the hookpoint's width."""
+    """Dead latents that AuxK or ghost gradients use a token; left out, half the width."""
     dead_after_tokens: int = Field(default=10_000_000, gt=0)
     """Tokens without firing, counted over all processes, after which a latent is dead."""
     precision: Precision = "auto"
@@ -207,6 +216,26 @@ class TrainConfig(StrictModel):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints kept."""
+
+    @model_validator(mode="after")
+    def _plain_step_bears_no_fused_option(self) -> Self:
+        plain = self.step == "plain" or (self.step == "auto" and self.num_replicas > 1)
+        options = {"adam_mode": "exact", "moment_dtype": "float32"}
+        wanted = {k: getattr(self, k) for k, v in options.items() if getattr(self, k) != v}
+        if self.dead_latents == "ghost":
+            wanted["dead_latents"] = "ghost"
+        if plain and wanted:
+            key, value = next(iter(wanted.items()))
+            raise ValueError(
+                f"train.{key}={value!r} needs the fused step; set train.step=fused and "
+                "train.num_replicas=1, or leave it out"
+            )
+        if self.step == "fused" and self.num_replicas > 1:
+            raise ValueError(
+                "train.step='fused' takes one replica, "
+                f"not train.num_replicas={self.num_replicas}; set train.step=plain"
+            )
+        return self
 
 
 class GridConfig(StrictModel):

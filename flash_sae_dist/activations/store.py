@@ -56,8 +56,8 @@ class Geometry(NamedTuple):
 
 
 def make_geometry(rows: int, widest: int, itemsize: int, shard_mib: float) -> Geometry:
-    """Chunks of at most 1 MiB, shards of about shard_mib at the widest hookpoint; at least 16 shards
-    and 64 chunks where there are rows enough.
+    """Chunks of at most 1 MiB, shards of about shard_mib at the widest hookpoint; at least 16
+    shards and 64 chunks where there are rows enough.
 
     A small store would otherwise be one shard, which one process writes while the others wait. The
     number of processes has no part in it: a store's content is a function of its config alone.

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..models.topk import TopKSAE
 from ..parallel import comm
+from .sparse_adam import SparseAdam
 
 
 def default_lr(d_sae: int) -> float:
@@ -27,11 +28,27 @@ def lr_at(step: int, total_steps: int, peak: float, cfg: TrainConfig) -> float:
     return peak * warm * cool
 
 
-def make_optimizer(sae: TopKSAE, cfg: TrainConfig) -> torch.optim.Adam:
-    """Adam over an SAE's parameters (the local rows of sharded ones)."""
+def make_optimizer(
+    sae: TopKSAE, cfg: TrainConfig, compute_dtype: torch.dtype
+) -> torch.optim.Adam | SparseAdam:
+    """Adam over an SAE's parameters (the local rows of sharded ones).
+
+    Here the choice between the fused step's optimizer and the plain one is made.
+    """
     lr = cfg.lr if cfg.lr is not None else default_lr(sae.d_sae)
-    return torch.optim.Adam(
-        sae.parameters(), lr=lr, betas=cfg.adam_betas, eps=cfg.adam_eps, fused=True
+    if cfg.step == "plain" or (cfg.step == "auto" and cfg.num_replicas > 1):
+        return torch.optim.Adam(
+            sae.parameters(), lr=lr, betas=cfg.adam_betas, eps=cfg.adam_eps, fused=True
+        )
+    return SparseAdam(
+        sae,
+        lr,
+        betas=cfg.adam_betas,
+        eps=cfg.adam_eps,
+        lazy=cfg.adam_mode == "lazy",
+        moment_dtype=getattr(torch, cfg.moment_dtype),
+        compute_dtype=compute_dtype,
+        seed=cfg.seed,
     )
 
 

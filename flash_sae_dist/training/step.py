@@ -16,6 +16,7 @@ from ..models.topk import TopKSAE
 from ..parallel import comm
 from ..parallel.mesh import Mesh
 from .checkpoint import TrainingState
+from .fused_step import FusedStep
 from .optim import (
     lr_at,
     make_optimizer,
@@ -23,6 +24,7 @@ from .optim import (
     renormalise_decoder_,
     sum_grads_over_replicas_,
 )
+from .sparse_adam import SparseAdam
 from .timing import PhaseTimer
 
 
@@ -30,7 +32,7 @@ class StepMetrics(NamedTuple):
     """What a step measured, left on the device."""
 
     fvu: Tensor  # scalar, over all replicas
-    auxk: Tensor  # scalar, over all replicas; 0 while no latent is dead
+    aux: Tensor  # scalar, AuxK or ghost loss over all replicas; 0 while no latent is dead
     l0: Tensor  # scalar, mean active latents a token
 
 
@@ -67,10 +69,20 @@ class SAETraining:
             device=device,
         )
         self.sae.reset_parameters(cfg.seed)
-        self.optimizer = make_optimizer(self.sae, cfg)
+        self.optimizer = make_optimizer(self.sae, cfg, self.compute_dtype)
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self.dead = DeadLatents(self.sae.d_sae_local, cfg.dead_after_tokens, mesh, device)
         self.k_aux = min(cfg.k_aux or max(1, d_in // 2), self.sae.d_sae)
+        self.fused: FusedStep | None = None
+        if isinstance(self.optimizer, SparseAdam):
+            self.fused = FusedStep(
+                self.sae,
+                self.optimizer,
+                self.dead,
+                dead_latents=cfg.dead_latents,
+                aux_coef=cfg.aux_coef,
+                k_aux=self.k_aux,
+            )
         self.total_steps = -(-cfg.num_tokens // cfg.batch_tokens)
         self.step_index = 0
 
@@ -112,10 +124,24 @@ class SAETraining:
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
         """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
         no host sync except where `DeadLatents.refresh` says so."""
-        x = x.to(self.master_dtype)
         if self.step_index == 0:
             self.init_b_dec(x)
         self.dead.refresh(self.step_index, self.step_index * self.cfg.batch_tokens)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        metrics = self._fused(x, timer) if self.fused else self._plain(x, timer)
+        self.step_index += 1
+        return metrics
+
+    def _fused(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
+        assert self.fused is not None
+        # The kernels read any type; the reference computes in that of its input.
+        found = self.fused(x if x.is_cuda else x.to(self.master_dtype))
+        timer.mark("fused_step")
+        return StepMetrics(found.fvu, found.aux, found.l0)
+
+    def _plain(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
+        x = x.to(self.master_dtype)
         with self._autocast():
             loss, metrics, fired = self._losses(x)
         timer.mark("forward")
@@ -124,7 +150,6 @@ class SAETraining:
         timer.mark("backward")
         self._update()
         self.dead.update_(*fired, self.cfg.batch_tokens)
-        self.step_index += 1
         timer.mark("optimizer")
         return metrics
 
@@ -142,7 +167,7 @@ class SAETraining:
             values, indices = sae.encode(x)
             recon = sae.decode(values, indices)
         fvu = fvu_loss(x, recon, mesh)
-        loss = fvu + self.cfg.auxk_coef * aux
+        loss = fvu + self.cfg.aux_coef * aux
         l0 = (values > 0).sum().to(x.dtype) / (x.shape[0] * mesh.num_replicas)
         shown = torch.stack([fvu.detach(), aux.detach(), l0])
         comm.all_reduce_(shown, mesh.replica_group, mesh.num_replicas)
@@ -152,8 +177,6 @@ class SAETraining:
     def _update(self) -> None:
         sum_grads_over_replicas_(self.sae)
         project_decoder_grad_(self.sae)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
         self.optimizer.step()
         renormalise_decoder_(self.sae)
 
@@ -178,10 +201,16 @@ class SAETraining:
         for name, param in self.sae.named_parameters():
             source = state.whole if name == "b_dec" else state.rows
             param.copy_(source[name])
-            self.optimizer.state[param] = {
-                "step": torch.tensor(float(state.info["step"]), device=param.device),
-                **{m: source[f"{m}.{name}"].to(param) for m in ("exp_avg", "exp_avg_sq")},
-            }
+            moments = {m: source[f"{m}.{name}"] for m in ("exp_avg", "exp_avg_sq")}
+            step = torch.tensor(float(state.info["step"]))
+            if self.fused is None:
+                kept = {m: t.to(param) for m, t in moments.items()}
+                self.optimizer.state[param] = {"step": step.to(param.device), **kept}
+            else:
+                for key, value in {"step": step, **moments}.items():
+                    self.optimizer.state[param][key].copy_(value)
+        if isinstance(self.optimizer, SparseAdam):
+            self.optimizer.refresh_copies_()
         self.dead.tokens_since_fired.copy_(state.rows["tokens_since_fired"])
         self.dead.any_dead = state.info["any_dead"]
         self.step_index = state.info["step"]

@@ -131,7 +131,9 @@ def test_grid_on_several_groups_and_again(root: Path) -> None:
 def test_one_failing_sae_does_not_stop_the_others(root: Path) -> None:
     out = root / "failing"
     args = [f"output={out}", "train.num_tokens=1280", "grid.hookpoints=[model.layers.0]"]
-    processes = start("grid", root / "one.yaml", 1, *args, "grid.values={train.lr: [1.0e-3, 1.0e+30]}")
+    processes = start(
+        "grid", root / "one.yaml", 1, *args, "grid.values={train.lr: [1.0e-3, 1.0e+30]}"
+    )
     text = processes[0].communicate(timeout=120)[0]
     assert processes[0].returncode != 0
     assert "1 of 2 SAEs failed" in text

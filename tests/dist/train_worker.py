@@ -44,7 +44,7 @@ def global_selection(training: SAETraining, x: torch.Tensor, mesh: Mesh) -> torc
     return parts.permute(1, 0, 2).flatten(1).bool()
 
 
-def run(precision: str, steps: str, replicas: str, dead_after: str) -> dict[str, Any]:
+def run(precision: str, steps: str, replicas: str, dead_after: str, kind: str) -> dict[str, Any]:
     mesh = make_mesh(None, int(replicas), device=CPU)
     cfg = TrainConfig(
         num_tokens=int(steps) * BATCH,
@@ -52,6 +52,8 @@ def run(precision: str, steps: str, replicas: str, dead_after: str) -> dict[str,
         lr=3e-3,
         warmup_steps=10,
         precision=precision,
+        step=kind,
+        num_replicas=int(replicas),
         dead_after_tokens=int(dead_after),
         seed=3,
     )
