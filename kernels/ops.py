@@ -32,6 +32,13 @@ class TopKAux(NamedTuple):
     aux_indices: Tensor  # [N, k_aux] int32; 0 where the mask ran out
 
 
+def _compute(name: str, like: Tensor, *args: Any) -> Any:
+    """Runs an operation's implementation for tensors like `like`, its dtypes as they are: a
+    surrounding autocast would round the reference's float32 sums."""
+    with torch.autocast(like.device.type, enabled=False):
+        return implementation(name, like)(*args)
+
+
 def _centred(x: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if b_dec is None else (x.to(b_dec.dtype) - b_dec).to(dtype)
 
@@ -41,7 +48,7 @@ def _topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
     xc = _centred(x, b_dec, W_enc.dtype).contiguous()
-    values, indices = implementation("topk_encode", W_enc)(xc, W_enc, b_enc, k)
+    values, indices = _compute("topk_encode", W_enc, xc, W_enc, b_enc, k)
     return values, indices
 
 
@@ -64,7 +71,7 @@ def _topk_encode_aux(
     k_aux: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     xc = _centred(x, b_dec, W_enc.dtype).contiguous()
-    out = implementation("topk_encode_aux", W_enc)(xc, W_enc, b_enc, k, aux_mask, k_aux)
+    out = _compute("topk_encode_aux", W_enc, xc, W_enc, b_enc, k, aux_mask, k_aux)
     return out[0], out[1], out[2], out[3]
 
 
@@ -90,7 +97,7 @@ def _(
 
 @torch.library.custom_op("flash_sae_dist::sparse_decode", mutates_args=())
 def _sparse_decode(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
-    out: Tensor = implementation("sparse_decode", W_dec)(top_acts, top_idx, W_dec)
+    out: Tensor = _compute("sparse_decode", W_dec, top_acts, top_idx, W_dec)
     return out
 
 
@@ -102,7 +109,7 @@ def _(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
 @torch.library.custom_op("flash_sae_dist::gathered_dots", mutates_args=())
 def gathered_dots(grad: Tensor, top_idx: Tensor, W: Tensor) -> Tensor:
     """`reference.gathered_dots`, by kernel where there is one."""
-    out: Tensor = implementation("gathered_dots", W)(grad, top_idx, W)
+    out: Tensor = _compute("gathered_dots", W, grad, top_idx, W)
     return out
 
 
@@ -114,7 +121,7 @@ def _(grad: Tensor, top_idx: Tensor, W: Tensor) -> Tensor:
 @torch.library.custom_op("flash_sae_dist::scatter_rows", mutates_args=())
 def scatter_rows(coef: Tensor, top_idx: Tensor, rows: Tensor, num_latents: int) -> Tensor:
     """`reference.scatter_rows`, by kernel where there is one."""
-    out: Tensor = implementation("scatter_rows", rows)(coef, top_idx, rows, num_latents)
+    out: Tensor = _compute("scatter_rows", rows, coef, top_idx, rows, num_latents)
     return out
 
 
@@ -126,7 +133,7 @@ def _(coef: Tensor, top_idx: Tensor, rows: Tensor, num_latents: int) -> Tensor:
 @torch.library.custom_op("flash_sae_dist::scatter_values", mutates_args=())
 def scatter_values(coef: Tensor, top_idx: Tensor, num_latents: int) -> Tensor:
     """`reference.scatter_values`, by kernel where there is one."""
-    out: Tensor = implementation("scatter_values", coef)(coef, top_idx, num_latents)
+    out: Tensor = _compute("scatter_values", coef, coef, top_idx, num_latents)
     return out
 
 

@@ -1,0 +1,145 @@
+"""Metrics against their definitions; loss recovered at its two ends; reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flash_sae_dist import TopKSAE
+from flash_sae_dist.activations.language_model import load_language_model
+from flash_sae_dist.activations.text import held_out_table
+from flash_sae_dist.config import ConfigError, parse_config
+from flash_sae_dist.evaluation.loss_recovered import LossMeter
+from flash_sae_dist.evaluation.metrics import density_histogram, measure
+from flash_sae_dist.evaluation.report import evaluation_record, write_evaluation, write_report
+from tests.tiny_model import config_data, save_bert
+
+CPU = torch.device("cpu")
+
+
+def test_metrics_equal_their_definitions() -> None:
+    sae = TopKSAE(8, 24, 3, dtype=torch.float64)
+    x = torch.randn(100, 8, dtype=torch.float64) * torch.arange(1, 9) + 5
+    m = measure(sae, torch.split(x, 30))
+    out = sae(x)
+    fvu = (x - out.recon.detach()).square().sum() / (x - x.mean(0)).square().sum()
+    fired = torch.zeros(24).index_add_(
+        0, out.top_idx.flatten().long(), (out.top_acts > 0).flatten().float()
+    )
+    assert m.tokens == 100
+    assert m.fvu == pytest.approx(float(fvu), rel=1e-9)
+    assert m.l0 == pytest.approx(float((out.top_acts > 0).sum()) / 100)
+    assert m.dead_fraction == pytest.approx(float((fired == 0).float().mean()))
+    cosine = torch.cosine_similarity(x, out.recon, dim=1).mean()
+    assert m.cosine == pytest.approx(cosine.item(), rel=1e-9)
+    torch.testing.assert_close(m.density, fired.double() / 100)
+
+
+def test_nothing_to_measure_is_told() -> None:
+    with pytest.raises(ValueError, match="num_tokens"):
+        measure(TopKSAE(8, 24, 3), [])
+
+
+def test_histogram_counts_every_latent() -> None:
+    density = torch.tensor([0.0, 0.0, 1.0, 0.5, 0.01, 0.001], dtype=torch.float64)
+    h = density_histogram(density, bins=6)
+    assert h.never == 2
+    assert sum(h.counts) == 4
+    assert len(h.log10_edges) == 7
+    assert density_histogram(torch.zeros(5)).never == 5
+
+
+class Whole(TopKSAE):
+    """An SAE that loses nothing, or everything."""
+
+    factor = 1.0
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x)._replace(recon=self.factor * x)
+
+
+@pytest.fixture(scope="module")
+def meter(tmp_path_factory: pytest.TempPathFactory) -> LossMeter:
+    return make_meter(tmp_path_factory.mktemp("lm"), "model", "model.layers.1")
+
+
+def make_meter(root: Path, model: str, hookpoint: str) -> LossMeter:
+    data = config_data(root)
+    if model == "bert":
+        save_bert(root / "bert")
+    data["model"]["name"] = str(root / model)
+    config = parse_config(data)
+    assert config.model is not None
+    assert config.text is not None
+    lm = load_language_model(config.model, CPU)
+    table = held_out_table(
+        config.text,
+        lm.tokenizer,
+        context_length=24,
+        causal=lm.causal,
+        drop_special_tokens=True,
+        after_rows=500,
+        num_sequences=6,
+    )
+    return LossMeter(lm, hookpoint, table, batch_sequences=4)
+
+
+def test_loss_recovered_at_its_ends(meter: LossMeter) -> None:
+    perfect, nothing = Whole(16, 32, 2), Whole(16, 32, 2)
+    nothing.factor = 0.0
+    assert meter.measure(perfect).recovered == pytest.approx(1, abs=1e-6)
+    lost = meter.measure(nothing)
+    assert lost.recovered == pytest.approx(0, abs=1e-6)
+    assert lost.zero != lost.clean
+    assert lost.tokens == 6 * 23
+
+
+def test_clean_loss_is_the_models_own(meter: LossMeter) -> None:
+    ids = torch.from_numpy(np.array(meter.table.ids, dtype=np.int64))
+    own = meter.lm.model(input_ids=ids, labels=ids).loss
+    assert meter.measure(Whole(16, 32, 2)).clean == pytest.approx(float(own), rel=1e-5)
+
+
+def test_special_tokens_keep_their_activations(meter: LossMeter) -> None:
+    """Were the begin token replaced too, an SAE that zeroes would see every row."""
+    seen: list[int] = []
+
+    class Counting(Whole):
+        def forward(self, x: torch.Tensor) -> Any:
+            seen.append(len(x))
+            return super().forward(x)
+
+    meter.measure(Counting(16, 32, 2))
+    assert sum(seen) == int(meter.table.keep.sum()) < meter.table.ids.size
+
+
+def test_masked_models_have_a_loss_too(tmp_path: Path) -> None:
+    meter = make_meter(tmp_path, "bert", "bert.encoder.layer.0")
+    found = meter.measure(Whole(16, 32, 2))
+    assert found.tokens == int((meter.hidden & meter.table.attention).sum()) > 0
+    assert found.recovered == pytest.approx(1, abs=1e-5)
+    assert meter.measure(Whole(16, 32, 2)).clean == found.clean, "the same tokens are hidden"
+
+
+def test_an_encoder_without_a_head_is_told(meter: LossMeter) -> None:
+    headless = LossMeter(meter.lm._replace(task="none"), "model.layers.1", meter.table, 4)
+    with pytest.raises(ConfigError, match="evaluate.loss_sequences=0"):
+        headless.measure(Whole(16, 32, 2))
+
+
+def test_report_files(tmp_path: Path) -> None:
+    sae = TopKSAE(8, 24, 3)
+    m = measure(sae, [torch.randn(50, 8)])
+    records = [evaluation_record(f"h/k={k}", "h", k, 24, m, None) for k in (3, 5)]
+    write_evaluation(tmp_path / "h/k=3", records[0])
+    write_report(tmp_path, records)
+    text = (tmp_path / "report.md").read_text()
+    assert "h/k=3" in text
+    assert f"{m.fvu:.4f}" in text
+    for file in (tmp_path / "fvu_l0.png", tmp_path / "h/k=3/density.png"):
+        assert file.read_bytes()[:4] == b"\x89PNG"
+    assert not list(tmp_path.rglob("*.tmp"))
