@@ -180,13 +180,13 @@ def _adam_encoder_kernel(
                 tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
             _store_moments(m_ptr, v_ptr, at, inside, m, v, seed, step_ptr, 0, latent, cols)
             if tl.program_id(1) == 0:
-                b, m, v = _adam(
+                b, b_m, b_v = _adam(
                     tl.load(b_ptr + latent), tl.load(b_m_ptr + latent), tl.load(b_v_ptr + latent),
                     value, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps,
                 )  # fmt: skip
                 tl.store(b_ptr + latent, b)
-                tl.store(b_m_ptr + latent, m)
-                tl.store(b_v_ptr + latent, v)
+                tl.store(b_m_ptr + latent, b_m)
+                tl.store(b_v_ptr + latent, b_v)
     tl.store(weighted_ptr + tl.program_id(0) * D + cols, weighted, mask=inside)
 
 
@@ -310,7 +310,7 @@ def _encoder_blocks(F: int, D: int) -> dict[str, int]:
     block_d = min(256, max(16, triton.next_power_of_2(D)))
     programs_a_latent = triton.cdiv(D, block_d)
     # Rows a program: enough programs to fill a GPU, few enough partial sums for b_dec.
-    latents = min(32, max(1, F * programs_a_latent // 8192))
+    latents = min(64, max(1, F * programs_a_latent // 8192))
     latents = triton.next_power_of_2(latents + 1) // 2
     return {"LATENTS": latents, "BLOCK_D": block_d, "PAIRS": 2, "num_warps": 1}
 

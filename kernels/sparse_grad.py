@@ -19,7 +19,7 @@ from torch import Tensor
 from .reference import PairOrder, order_pairs
 
 # Scratch of the heavy blocks is kept under this many bytes by making the blocks longer.
-_MAX_SCRATCH_BYTES = 48 << 20
+_MAX_SCRATCH_BYTES = 32 << 20
 _MIN_HEAVY = 64
 
 

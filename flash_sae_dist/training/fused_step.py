@@ -167,12 +167,14 @@ class FusedStep:
             order = None if use_aux else order_pairs(indices, sae.d_sae_local, values != 0)
         residual, error = self._residual(values, indices, W_dec, x)
         self._meet()
+        with self._beside():
+            b_dec = residual.sum(dim=0, dtype=scale.dtype) * scale
         dec, enc = implementation("pair_coefs", W_dec)(values, indices, W_dec, residual, scale)
         second = self._second(aux, W_dec, residual, variance) if aux is not None else None
         pairs = _join(indices, dec, enc, residual, xc, second)
         if order is None:
             order = order_pairs(pairs.indices, sae.d_sae_local, pairs.dec_coef != 0)
-        b_dec = residual.sum(dim=0, dtype=scale.dtype) * scale
+        self._meet()
         self.optimizer.gradients = LatentGradients(pairs, order, b_dec)
         self.optimizer.step()
         comm.all_reduce_(l0, mesh.shard_group, mesh.num_shards)
