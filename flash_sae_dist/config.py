@@ -185,15 +185,20 @@ class TrainConfig(StrictModel):
     """Adam's epsilon; small because the normalised loss has small gradients (OpenAI's value)."""
     step: Literal["auto", "fused", "plain"] = "auto"
     """fused: sparse gradients and Adam in one pass, no dense gradient; plain: autograd and
-    torch.optim.Adam, the same arithmetic. auto: fused, but plain where replicas share the work."""
+    torch.optim.Adam, the same arithmetic. auto: fused, but plain where replicas, grad_clip or
+    micro_batches need it."""
+    grad_clip: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient over all latents (plain step)."""
+    micro_batches: int = Field(default=1, gt=0)
+    """Parts that a batch is run in, their gradients added up (plain step)."""
     adam_mode: Literal["exact", "lazy"] = "exact"
     """exact: dense Adam's arithmetic; lazy (fused only): only latents that fired are moved, as
     torch.optim.SparseAdam does, which is faster and changes the arithmetic."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Adam's moments; bfloat16 (fused only) is rounded stochastically and halves their memory."""
-    dead_latents: Literal["auxk", "ghost", "none"] = "auxk"
+    dead_latents: Literal["auxk", "ghost", "resample", "none"] = "auxk"
     """What revives latents that stopped firing: OpenAI's AuxK loss, Anthropic's ghost gradients
-    (fused only), or nothing."""
+    (fused only), resampling once every dead_after_tokens, or nothing."""
     aux_coef: float = Field(default=1 / 32, ge=0)
     """Weight of the AuxK or ghost loss."""
     k_aux: int | None = Field(default=None, gt=0)
@@ -218,24 +223,34 @@ class TrainConfig(StrictModel):
     """Newest checkpoints kept."""
 
     @model_validator(mode="after")
-    def _plain_step_bears_no_fused_option(self) -> Self:
-        plain = self.step == "plain" or (self.step == "auto" and self.num_replicas > 1)
+    def _options_fit_the_step(self) -> Self:
         options = {"adam_mode": "exact", "moment_dtype": "float32"}
         wanted = {k: getattr(self, k) for k, v in options.items() if getattr(self, k) != v}
         if self.dead_latents == "ghost":
             wanted["dead_latents"] = "ghost"
-        if plain and wanted:
+        needed = self._plain_options()
+        if wanted and not self.uses_fused_step:
             key, value = next(iter(wanted.items()))
+            other = f"train.{needed[0]}" if needed else "train.step"
             raise ValueError(
-                f"train.{key}={value!r} needs the fused step; set train.step=fused and "
-                "train.num_replicas=1, or leave it out"
+                f"train.{key}={value!r} needs the fused step, which {other} rules out; drop one"
             )
-        if self.step == "fused" and self.num_replicas > 1:
+        if self.step == "fused" and needed:
+            key = needed[0]
             raise ValueError(
-                "train.step='fused' takes one replica, "
-                f"not train.num_replicas={self.num_replicas}; set train.step=plain"
+                f"train.{key}={getattr(self, key)!r} needs the plain step; "
+                "set train.step=plain, or drop it"
             )
         return self
+
+    def _plain_options(self) -> list[str]:
+        defaults = {"num_replicas": 1, "grad_clip": None, "micro_batches": 1}
+        return [key for key, value in defaults.items() if getattr(self, key) != value]
+
+    @property
+    def uses_fused_step(self) -> bool:
+        """The one place where the step is chosen."""
+        return self.step == "fused" or (self.step == "auto" and not self._plain_options())
 
 
 class GridConfig(StrictModel):

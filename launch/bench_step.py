@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from ..models.dead_latents import DeadLatents
-from ..models.losses import fvu_loss
+from ..models.losses import fvu_loss, total_variance
 from ..models.topk import TopKSAE
 from ..parallel.mesh import Mesh
 from ..training.fused_step import FusedStep
@@ -102,7 +102,9 @@ def _plain_step(shape: tuple[int, ...]) -> Step:
     n, d, f, k = shape
     sae, x = _RandomSAE(d, f, k, device="cuda"), _batch(n, d)
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR, eps=6.25e-10, fused=True)
-    return _autograd_step(sae, optimizer, lambda: fvu_loss(x, sae(x).recon, sae.mesh))
+    return _autograd_step(
+        sae, optimizer, lambda: fvu_loss(x, sae(x).recon, total_variance(x, sae.mesh))
+    )
 
 
 def _openai_step(shape: tuple[int, ...]) -> Step:
@@ -117,7 +119,7 @@ def _openai_step(shape: tuple[int, ...]) -> Step:
         centred = (x - sae.b_dec).bfloat16()
         values, indices = bench_openai.encode(centred, sae.W_enc, sae.b_enc, k)
         recon = bench_openai.decode(values, indices, sae.W_dec.bfloat16()) + sae.b_dec
-        return fvu_loss(x, recon, sae.mesh)
+        return fvu_loss(x, recon, total_variance(x, sae.mesh))
 
     return _autograd_step(sae, optimizer, loss_of)
 

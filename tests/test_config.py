@@ -57,7 +57,9 @@ def test_good_config() -> None:
         ("train.adam_mode", "lazzy", ["'lazzy'", "'lazy'"]),
         ("train", {"num_tokens": 9, "step": "plain", "adam_mode": "lazy"}, ["train.adam_mode"]),
         ("train", {"num_tokens": 9, "num_replicas": 2, "dead_latents": "ghost"}, ["'ghost'"]),
-        ("train", {"num_tokens": 9, "num_replicas": 2, "step": "fused"}, ["train.step"]),
+        ("train", {"num_tokens": 9, "num_replicas": 2, "step": "fused"}, ["train.num_replicas=2"]),
+        ("train", {"num_tokens": 9, "grad_clip": 1.0, "step": "fused"}, ["train.grad_clip=1.0"]),
+        ("train", {"num_tokens": 9, "grad_clip": 1.0, "adam_mode": "lazy"}, ["train.adam_mode"]),
         ("sae", {"k": 9, "d_sae": 8}, ["sae.k=9", "sae.d_sae=8", "lower k"]),
         ("sae", {"k": 9}, ["sae.d_sae", "sae.expansion_factor"]),
         ("sae", {"k": 9, "d_sae": 64, "expansion_factor": 8}, ["sae.d_sae", "64", "8"]),
@@ -163,9 +165,9 @@ FIELDS = {
     "sae": "k d_sae expansion_factor",
     "train": (
         "hookpoint num_tokens batch_tokens lr warmup_steps decay_fraction adam_betas "
-        "adam_eps step adam_mode moment_dtype dead_latents aux_coef k_aux "
-        "dead_after_tokens precision num_shards num_replicas seed log_every "
-        "checkpoint_every keep_checkpoints"
+        "adam_eps step grad_clip micro_batches adam_mode moment_dtype dead_latents "
+        "aux_coef k_aux dead_after_tokens precision num_shards num_replicas seed "
+        "log_every checkpoint_every keep_checkpoints"
     ),
     "grid": "hookpoints values",
     "evaluate": "num_tokens batch_tokens loss_sequences",

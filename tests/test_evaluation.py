@@ -101,7 +101,7 @@ def test_loss_recovered_at_its_ends(meter: LossMeter) -> None:
 def test_clean_loss_is_the_models_own(meter: LossMeter) -> None:
     ids = torch.from_numpy(np.array(meter.table.ids, dtype=np.int64))
     own = meter.lm.model(input_ids=ids, labels=ids).loss
-    assert meter.measure(Whole(16, 32, 2)).clean == pytest.approx(float(own), rel=1e-5)
+    assert meter.measure(Whole(16, 32, 2)).clean == pytest.approx(own.item(), rel=1e-5)
 
 
 def test_special_tokens_keep_their_activations(meter: LossMeter) -> None:

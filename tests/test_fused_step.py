@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash_sae_dist.kernels import dispatch, ops
 from flash_sae_dist.models.dead_latents import DeadLatents
-from flash_sae_dist.models.losses import auxk_loss, fvu_loss
+from flash_sae_dist.models.losses import auxk_loss, fvu_loss, total_variance
 from flash_sae_dist.models.topk import TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.fused_step import FusedStep, ghost_rows
@@ -73,7 +73,7 @@ def plain_steps(
                 aux = auxk_loss((x - recon).detach(), aux_recon, sae.mesh)
             else:
                 aux = ghost_loss(sae, x, recon, both.aux_values, both.aux_indices)
-        fvu = fvu_loss(x, recon, sae.mesh)
+        fvu = fvu_loss(x, recon, total_variance(x, sae.mesh))
         optimizer.zero_grad()
         (fvu + coef * aux).backward()
         project_decoder_grad_(sae)

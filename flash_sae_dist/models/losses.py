@@ -29,15 +29,14 @@ def total_variance(
 def fvu_loss(
     x: Tensor,  # [N, d_in]
     recon: Tensor,  # [N, d_in]
-    mesh: Mesh,
+    variance: Tensor,  # scalar, total_variance of the whole batch
 ) -> Tensor:  # scalar
-    """This replica's share of the fraction of variance unexplained: `sum (x - recon)^2 / sum (x -
-    mean)^2`.
+    """These tokens' share of the fraction of variance unexplained: `sum (x - recon)^2 / variance`.
 
-    The shares of all replicas add up to the FVU of the whole batch, so their gradients add up too.
+    The shares of all replicas and micro-batches add up to the FVU of the whole batch, so their
+    gradients add up too.
     """
-    variance = total_variance(x, mesh)
-    return (x - recon).square().sum() / variance.clamp_min(torch.finfo(x.dtype).tiny)
+    return (x - recon).square().sum() / variance.clamp_min(torch.finfo(variance.dtype).tiny)
 
 
 def auxk_loss(

@@ -33,10 +33,10 @@ def make_optimizer(
 ) -> torch.optim.Adam | SparseAdam:
     """Adam over an SAE's parameters (the local rows of sharded ones).
 
-    Here the choice between the fused step's optimizer and the plain one is made.
+    `TrainConfig.uses_fused_step` chooses between the fused step's optimizer and the plain one.
     """
     lr = cfg.lr if cfg.lr is not None else default_lr(sae.d_sae)
-    if cfg.step == "plain" or (cfg.step == "auto" and cfg.num_replicas > 1):
+    if not cfg.uses_fused_step:
         return torch.optim.Adam(
             sae.parameters(), lr=lr, betas=cfg.adam_betas, eps=cfg.adam_eps, fused=True
         )
@@ -66,6 +66,20 @@ def renormalise_decoder_(sae: TopKSAE) -> None:
     """Scales each decoder row back to unit norm, in place."""
     norms = sae.W_dec.norm(dim=1, keepdim=True)
     sae.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
+
+
+@torch.no_grad()
+def clip_grads_(sae: TopKSAE, largest: float) -> None:
+    """Scales the gradients in place so that their norm over all shards is at most `largest`."""
+    grads = [p.grad for p in (sae.W_enc, sae.b_enc, sae.W_dec) if p.grad is not None]
+    squares = torch.stack([g.square().sum() for g in grads]).sum()
+    comm.all_reduce_(squares, sae.mesh.shard_group, sae.mesh.num_shards)
+    assert sae.b_dec.grad is not None
+    # b_dec's gradient is the same on every shard and counts once.
+    norm = (squares + sae.b_dec.grad.square().sum()).sqrt()
+    factor = (largest / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
+    for grad in (*grads, sae.b_dec.grad):
+        grad.mul_(factor)
 
 
 @torch.no_grad()

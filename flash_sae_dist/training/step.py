@@ -11,19 +11,21 @@ from torch import Tensor
 
 from ..config import Precision, SAEConfig, TrainConfig
 from ..models.dead_latents import DeadLatents
-from ..models.losses import auxk_loss, fvu_loss, geometric_median
+from ..models.losses import auxk_loss, fvu_loss, geometric_median, total_variance
 from ..models.topk import TopKSAE
 from ..parallel import comm
 from ..parallel.mesh import Mesh
 from .checkpoint import TrainingState
 from .fused_step import FusedStep
 from .optim import (
+    clip_grads_,
     lr_at,
     make_optimizer,
     project_decoder_grad_,
     renormalise_decoder_,
     sum_grads_over_replicas_,
 )
+from .resample import resample_
 from .sparse_adam import SparseAdam
 from .timing import PhaseTimer
 
@@ -79,7 +81,7 @@ class SAETraining:
                 self.sae,
                 self.optimizer,
                 self.dead,
-                dead_latents=cfg.dead_latents,
+                dead_latents="none" if cfg.dead_latents == "resample" else cfg.dead_latents,
                 aux_coef=cfg.aux_coef,
                 k_aux=self.k_aux,
             )
@@ -127,11 +129,23 @@ class SAETraining:
         if self.step_index == 0:
             self.init_b_dec(x)
         self.dead.refresh(self.step_index, self.step_index * self.cfg.batch_tokens)
+        if self.cfg.dead_latents == "resample":
+            self._resample(x)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         metrics = self._fused(x, timer) if self.fused else self._plain(x, timer)
         self.step_index += 1
         return metrics
+
+    def _resample(self, x: Tensor) -> None:
+        """Resamples when the tokens seen pass a multiple of dead_after_tokens."""
+        seen, batch = self.step_index * self.cfg.batch_tokens, self.cfg.batch_tokens
+        window = self.cfg.dead_after_tokens
+        if seen // window == max(0, seen - batch) // window:
+            return
+        resample_(self.sae, self.optimizer, self.dead, x, self.cfg.seed + self.step_index)
+        if isinstance(self.optimizer, SparseAdam):
+            self.optimizer.refresh_copies_()
 
     def _fused(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
         assert self.fused is not None
@@ -142,18 +156,33 @@ class SAETraining:
 
     def _plain(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
         x = x.to(self.master_dtype)
-        with self._autocast():
-            loss, metrics, fired = self._losses(x)
-        timer.mark("forward")
+        variance = total_variance(x, self.mesh)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        timer.mark("backward")
+        shown = torch.zeros(3, dtype=x.dtype, device=x.device)
+        fired: list[tuple[Tensor, Tensor]] = []
+        for part in x.chunk(self.cfg.micro_batches):
+            with self._autocast():
+                loss, terms, active = self._losses(part, variance, part.shape[0] / x.shape[0])
+            timer.mark("forward")
+            loss.backward()  # type: ignore[no-untyped-call]
+            timer.mark("backward")
+            shown += terms
+            fired.append(active)
         self._update()
-        self.dead.update_(*fired, self.cfg.batch_tokens)
+        values, indices = (torch.cat(parts) for parts in zip(*fired, strict=True))
+        self.dead.update_(values, indices, self.cfg.batch_tokens)
+        comm.all_reduce_(shown, self.mesh.replica_group, self.mesh.num_replicas)
+        comm.all_reduce_(shown[2], self.mesh.shard_group, self.mesh.num_shards)
         timer.mark("optimizer")
-        return metrics
+        return StepMetrics(*shown)
 
-    def _losses(self, x: Tensor) -> tuple[Tensor, StepMetrics, tuple[Tensor, Tensor]]:
+    def _losses(
+        self, x: Tensor, variance: Tensor, share: float
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Loss of a micro-batch, its terms [fvu, aux, l0] as shares of the batch's, what fired.
+
+        AuxK is normalised by the micro-batch's own residual; FVU by the whole batch's variance.
+        """
         sae, mesh = self.sae, self.mesh
         use_aux = self.cfg.dead_latents == "auxk" and self.dead.any_dead
         aux = torch.zeros((), dtype=x.dtype, device=x.device)
@@ -162,21 +191,20 @@ class SAETraining:
             values, indices = both.values, both.indices
             recon = sae.decode(values, indices)
             aux_recon = sae.combine(both.aux_values.relu(), both.aux_indices)
-            aux = auxk_loss((x - recon).detach(), aux_recon, mesh)
+            aux = auxk_loss((x - recon).detach(), aux_recon, mesh) * share
         else:
             values, indices = sae.encode(x)
             recon = sae.decode(values, indices)
-        fvu = fvu_loss(x, recon, mesh)
-        loss = fvu + self.cfg.aux_coef * aux
-        l0 = (values > 0).sum().to(x.dtype) / (x.shape[0] * mesh.num_replicas)
-        shown = torch.stack([fvu.detach(), aux.detach(), l0])
-        comm.all_reduce_(shown, mesh.replica_group, mesh.num_replicas)
-        comm.all_reduce_(shown[2], mesh.shard_group, mesh.num_shards)
-        return loss, StepMetrics(*shown), (values, indices)
+        fvu = fvu_loss(x, recon, variance)
+        l0 = (values > 0).sum().to(x.dtype) * share / (x.shape[0] * mesh.num_replicas)
+        terms = torch.stack([fvu.detach(), aux.detach(), l0])
+        return fvu + self.cfg.aux_coef * aux, terms, (values, indices)
 
     def _update(self) -> None:
         sum_grads_over_replicas_(self.sae)
         project_decoder_grad_(self.sae)
+        if self.cfg.grad_clip is not None:
+            clip_grads_(self.sae, self.cfg.grad_clip)
         self.optimizer.step()
         renormalise_decoder_(self.sae)
 

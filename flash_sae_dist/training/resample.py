@@ -1,0 +1,64 @@
+"""Resampling of dead latents: they start anew from inputs that the SAE reconstructs badly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..models.dead_latents import DeadLatents
+from ..models.topk import TopKSAE
+from ..parallel import comm
+
+# Anthropic's: low enough that a new latent does not disturb the others at once.
+_ENCODER_SCALE = 0.2
+
+
+@torch.no_grad()
+def resample_(
+    sae: TopKSAE,
+    optimizer: torch.optim.Optimizer,
+    dead: DeadLatents,
+    x: Tensor,  # [N, d_in], the replica's batch
+    seed: int,
+) -> int:
+    """Gives every dead latent the direction of a badly reconstructed input; returns how many.
+
+    Anthropic, "Towards Monosemanticity" (2023): inputs are drawn with probability proportional to
+    the square of their squared error; the decoder row is the centred input at unit norm, the
+    encoder row the same direction at 0.2 of the living rows' mean norm, the bias zero, and Adam's
+    moments of those rows are zero. Reads the host; called once a `dead_after_tokens`. The draw is a
+    function of (seed, batch): the same on every shard count. Collective over the members.
+    """
+    mesh = sae.mesh
+    mask = dead.mask()
+    counts = comm.all_gather(mask.sum().reshape(1), mesh.shard_group, mesh.num_shards).flatten()
+    total = int(counts.sum())
+    if total == 0:
+        return 0
+    x = x.to(sae.b_dec.dtype)
+    # Replicas hold different batches: all take the first replica's, so that they stay equal.
+    x = comm.all_gather(x, mesh.replica_group, mesh.num_replicas)[0]
+    errors = (x - sae(x).recon).square().sum(dim=1).double()
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.multinomial(
+        errors.square().cpu() + 1e-30, total, replacement=total > len(x), generator=generator
+    )
+    before = int(counts[: mesh.shard].sum())
+    mine = chosen[before : before + int(counts[mesh.shard])].to(x.device)
+    directions = torch.nn.functional.normalize(x[mine] - sae.b_dec, dim=1)
+    sae.W_dec[mask] = directions
+    sae.W_enc[mask] = directions * (_ENCODER_SCALE * _mean_living_norm(sae, mask))
+    sae.b_enc[mask] = 0
+    for param in (sae.W_enc, sae.b_enc, sae.W_dec):
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in optimizer.state[param]:
+                optimizer.state[param][name][mask] = 0
+    dead.tokens_since_fired.masked_fill_(mask, 0)
+    return total
+
+
+def _mean_living_norm(sae: TopKSAE, mask: Tensor) -> Tensor:
+    living = ~mask
+    sums = torch.stack([sae.W_enc.norm(dim=1)[living].sum(), living.sum().to(sae.W_enc.dtype)])
+    comm.all_reduce_(sums, sae.mesh.shard_group, sae.mesh.num_shards)
+    return sums[0] / sums[1].clamp_min(1)

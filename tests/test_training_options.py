@@ -1,0 +1,137 @@
+"""Options of the step: clipping, micro-batches, resampling, schedules, precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from flash_sae_dist.config import SAEConfig, TrainConfig
+from flash_sae_dist.parallel.mesh import Mesh
+from flash_sae_dist.training.optim import clip_grads_, default_lr, lr_at
+from flash_sae_dist.training.step import SAETraining
+from flash_sae_dist.training.timing import PhaseTimer
+
+CPU = torch.device("cpu")
+D_IN, D_SAE, K, BATCH = 8, 48, 3, 64
+
+
+def training(**options: Any) -> SAETraining:
+    cfg = TrainConfig(
+        **{
+            "num_tokens": 100 * BATCH,
+            "batch_tokens": BATCH,
+            "lr": 1e-3,
+            "warmup_steps": 2,
+            "precision": "float64",
+            "dead_after_tokens": 10**9,
+            **options,
+        }
+    )
+    return SAETraining(SAEConfig(k=K, d_sae=D_SAE), cfg, D_IN, Mesh.single(), CPU)
+
+
+def batch(step: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, D_IN, generator=g, dtype=torch.float64)
+
+
+def curve(t: SAETraining, steps: int) -> list[float]:
+    timer = PhaseTimer(CPU, enabled=False)
+    return [float(t.step(batch(i), timer).fvu) for i in range(steps)]
+
+
+def test_micro_batches_add_up_to_the_batch() -> None:
+    whole, parts = training(step="plain"), training(micro_batches=4)
+    assert curve(whole, 10) == pytest.approx(curve(parts, 10), rel=1e-12)
+    for a, b in zip(whole.sae.parameters(), parts.sae.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_clipping_equals_torchs() -> None:
+    t = training(step="plain")
+    for p in t.sae.parameters():
+        p.grad = torch.randn_like(p)
+    mine = [p.grad.clone() for p in t.sae.parameters() if p.grad is not None]
+    torch.nn.utils.clip_grad_norm_(t.sae.parameters(), 0.7)
+    want = [p.grad.clone() for p in t.sae.parameters() if p.grad is not None]
+    for p, g in zip(t.sae.parameters(), mine, strict=True):
+        p.grad = g
+    clip_grads_(t.sae, 0.7)
+    for p, g in zip(t.sae.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-8)
+
+
+def test_clipping_changes_a_run_only_where_it_bites() -> None:
+    free = curve(training(step="plain"), 5)
+    assert curve(training(grad_clip=1e9), 5) == free
+    assert curve(training(grad_clip=1e-6), 5) != free
+
+
+@pytest.mark.parametrize("step", ["plain", "fused"])
+def test_resampling_revives_dead_latents(step: str) -> None:
+    t = training(step=step, dead_latents="resample", dead_after_tokens=10 * BATCH)
+    with torch.no_grad():
+        t.sae.b_enc[:10] = -1e3
+    t.step(batch(0), PhaseTimer(CPU, enabled=False))
+    for i in range(1, 11):
+        t.step(batch(i), PhaseTimer(CPU, enabled=False))
+    assert int(t.dead.mask().sum()) >= 10
+    moments = t.optimizer.state[t.sae.W_enc]["exp_avg"]
+    t.step_index = 20  # the next multiple of the window
+    t._resample(batch(11))
+    assert int(t.dead.mask().sum()) == 0
+    assert (moments[:10] == 0).all()
+    torch.testing.assert_close(t.sae.W_dec.norm(dim=1), torch.ones(D_SAE, dtype=torch.float64))
+    assert (t.sae.b_enc[:10] == 0).all()
+    # Each points along some input of the batch that it was drawn from.
+    x = torch.nn.functional.normalize(batch(11) - t.sae.b_dec, dim=1)
+    best = (t.sae.W_dec[:10] @ x.T).max(dim=1).values
+    torch.testing.assert_close(best, torch.ones(10, dtype=torch.float64))
+    torch.testing.assert_close(
+        torch.cosine_similarity(t.sae.W_enc[:10], t.sae.W_dec[:10], dim=1),
+        torch.ones(10, dtype=torch.float64),
+    )
+
+
+@pytest.mark.parametrize("mode", ["exact", "lazy"])
+def test_loss_falls_in_every_mode(mode: str) -> None:
+    losses = curve(training(adam_mode=mode, lr=1e-2), 60)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_bfloat16_moments_train_and_are_kept() -> None:
+    t = training(precision="float32", moment_dtype="bfloat16", lr=1e-2)
+    losses = curve(t, 60)
+    assert losses[-1] < 0.8 * losses[0]
+    assert t.state().rows["exp_avg.W_enc"].dtype == torch.bfloat16
+
+
+def test_ghost_gradients_train() -> None:
+    t = training(dead_latents="ghost", dead_after_tokens=BATCH, lr=1e-2)
+    losses = curve(t, 40)
+    assert losses[-1] < losses[0]
+
+
+def test_schedule() -> None:
+    cfg = TrainConfig(num_tokens=1000, batch_tokens=10, warmup_steps=10, decay_fraction=0.2)
+    rates = [lr_at(s, 100, 1.0, cfg) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:80] == [1.0] * 71
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.05)
+    assert default_lr(2**14) == pytest.approx(2e-4)
+    assert default_lr(2**16) == pytest.approx(1e-4)
+
+
+def test_b_dec_starts_at_the_geometric_median() -> None:
+    t = training()
+    x = batch(0)
+    x[:5] += 1e4  # outliers, which move a mean
+    t.init_b_dec(x)
+    median = t.sae.b_dec.detach()
+    assert float(median.norm()) < 1
+    # At the geometric median the unit vectors towards the points cancel.
+    pull = torch.nn.functional.normalize(x - median, dim=1).sum(dim=0)
+    assert float(pull.norm()) < 1e-3 * BATCH
