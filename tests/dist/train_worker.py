@@ -4,6 +4,7 @@ selected.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from flash_sae_dist.training.timing import PhaseTimer
 from tests.dist.ranks import worker
 
 D_IN, D_SAE, K, BATCH = 16, 64, 6, 48
-CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("TRAIN_WORKER_DEVICE", "cpu"))
 
 
 def batch(step: int, dtype: torch.dtype) -> torch.Tensor:
@@ -32,20 +33,20 @@ def batch(step: int, dtype: torch.dtype) -> torch.Tensor:
     x[1] = x[0]
     x[2] = 0
     x[3] *= 100
-    return x.to(dtype)
+    return x.to(DEVICE, dtype)
 
 
 def global_selection(training: SAETraining, x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """[N, d_sae] bool: which latents of all shards are active."""
     top = training.sae.encode(x)
-    local = torch.zeros(x.shape[0], training.sae.d_sae_local, dtype=torch.int32)
+    local = torch.zeros(x.shape[0], training.sae.d_sae_local, dtype=torch.int32, device=x.device)
     local.scatter_reduce_(1, top.indices.long(), (top.values > 0).int(), reduce="amax")
     parts = comm.all_gather(local, mesh.shard_group, mesh.num_shards)
     return parts.permute(1, 0, 2).flatten(1).bool()
 
 
 def run(precision: str, steps: str, replicas: str, dead_after: str, kind: str) -> dict[str, Any]:
-    mesh = make_mesh(None, int(replicas), device=CPU)
+    mesh = make_mesh(None, int(replicas), device=DEVICE)
     cfg = TrainConfig(
         num_tokens=int(steps) * BATCH,
         batch_tokens=BATCH,
@@ -57,7 +58,7 @@ def run(precision: str, steps: str, replicas: str, dead_after: str, kind: str) -
         dead_after_tokens=int(dead_after),
         seed=3,
     )
-    training = SAETraining(SAEConfig(k=K, d_sae=D_SAE), cfg, D_IN, mesh, CPU)
+    training = SAETraining(SAEConfig(k=K, d_sae=D_SAE), cfg, D_IN, mesh, DEVICE)
     with torch.no_grad():
         # Each latent has a twin on the other half of the shards, and negative biases leave rows
         # short of k. Every fourth latent starts so low that it is soon dead, yet fires for the
@@ -79,11 +80,11 @@ def run(precision: str, steps: str, replicas: str, dead_after: str, kind: str) -
             active = global_selection(training, x, mesh)
             selected.append(active)
             short += int((active.sum(1) < K).sum())
-        metrics = training.step(mine, PhaseTimer(CPU, enabled=False))
+        metrics = training.step(mine, PhaseTimer(DEVICE, enabled=False))
         losses.append([float(m) for m in metrics])
     return {
         "losses": torch.tensor(losses, dtype=torch.float64),
-        "selected": torch.stack(selected),
+        "selected": torch.stack(selected).cpu(),
         "short_rows": short,
         "dead": int(training.dead.count()),
     }
