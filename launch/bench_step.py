@@ -88,11 +88,12 @@ def _autograd_step(
     def step() -> None:
         with _autocast():
             loss = loss_of()
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         project_decoder_grad_(sae)
         optimizer.step()
         renormalise_decoder_(sae)
+        # At the end, so that dense gradients count as a step's memory.
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -134,11 +135,10 @@ def _sparsify_step(shape: tuple[int, ...]) -> Step:
 
     def step() -> None:
         coder.set_decoder_norm_to_unit_norm()
-        out = coder(x)
-        optimizer.zero_grad(set_to_none=True)
-        out.fvu.backward()
+        coder(x).fvu.backward()
         coder.remove_gradient_parallel_to_decoder_directions()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
