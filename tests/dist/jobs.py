@@ -55,7 +55,7 @@ def kill(processes: list[subprocess.Popen[str]]) -> None:
 def kill_after(
     processes: list[subprocess.Popen[str]], sign: Path, pattern: str, count: int, rng: random.Random
 ) -> None:
-    """Waits until a folder holds `count` files of a pattern, then a random moment more, then kills."""
+    """Waits for `count` files of a pattern in a folder and a random moment more, then kills."""
     deadline = time.monotonic() + 120
     while len(list(sign.glob(pattern))) < count:
         assert time.monotonic() < deadline, "the job never got that far"

@@ -36,7 +36,7 @@ def rank_env(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 def run_ranks(script: Path, world: int, out: Path, *args: str, timeout: float = 240) -> list[Any]:
-    """Runs `script out/rank args...` on `world` processes; returns what each saved, in rank order."""
+    """Runs `script out/rank args...` on `world` processes; returns what each saved, by rank."""
     out.mkdir(parents=True, exist_ok=True)
     port = free_port()
     processes = [
