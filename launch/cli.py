@@ -13,6 +13,7 @@ from rich.table import Table
 from ..config import Config
 from .entry import command
 
+BENCHES = {"encode": "bench", "decode": "bench_step", "step": "bench_step"}
 VERBS = ("cache", "train", "grid", "evaluate", "export")
 
 app = typer.Typer(
@@ -53,6 +54,22 @@ def keys(
         if contains in key:
             table.add_row(key, default, meaning)
     Console().print(table)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def bench(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(help="encode, decode or step")] = "",
+) -> None:
+    """Time kernels beside their peers on this machine's GPU: `flash-sae bench encode --help`."""
+    if what not in BENCHES:
+        typer.echo(f"error: bench {what!r} is none of {', '.join(BENCHES)}", err=True)
+        raise typer.Exit(2)
+    module = importlib.import_module(f"{__package__}.{BENCHES[what]}")
+    module.app([what, *context.args], standalone_mode=True)
 
 
 def build() -> typer.Typer:
