@@ -13,7 +13,12 @@ from rich.table import Table
 from ..config import Config
 from .entry import command
 
-BENCHES = {"encode": "bench", "decode": "bench_step", "step": "bench_step"}
+BENCHES = {
+    "encode": "bench",
+    "decode": "bench_step",
+    "step": "bench_step",
+    "parity": "bench_parity",
+}
 VERBS = ("cache", "train", "grid", "evaluate", "export")
 
 app = typer.Typer(
@@ -62,7 +67,7 @@ def keys(
 )
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(help="encode, decode or step")] = "",
+    what: Annotated[str, typer.Argument(help="encode, decode, step or parity")] = "",
 ) -> None:
     """Time kernels beside their peers on this machine's GPU: `flash-sae bench encode --help`."""
     if what not in BENCHES:
