@@ -10,7 +10,7 @@ from torch import Tensor
 
 _BLOCK_BYTES = 48 << 20
 _INDEX_BITS = 0x7FFFFFFF
-# Of one pre-activation: its float32 value and the int64 keys of two selections.
+# Of one pre-activation: float32 values before and after masking, and an int64 key.
 _BYTES_EACH = 4 + 4 + 8
 
 
@@ -51,20 +51,16 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
     return values, indices
 
 
-def topk_encode_aux(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, aux_mask: Tensor, k_aux: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.topk_encode_aux`, rows in blocks."""
+def masked_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, mask: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """The second list of `reference.topk_encode_aux`, rows in blocks."""
     values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
     indices = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
-    aux_values = torch.empty(x.shape[0], k_aux, dtype=torch.float32, device=x.device)
-    aux_indices = torch.empty(x.shape[0], k_aux, dtype=torch.int32, device=x.device)
     rows = max(1, _BLOCK_BYTES // (_BYTES_EACH * W_enc.shape[0]))
     for start in range(0, x.shape[0], rows):
         part = slice(start, start + rows)
         pre = _canonical(_pre_activations(x[part], W_enc, b_enc))
-        found, where = _select(pre.masked_fill(~aux_mask, -torch.inf), k_aux)
-        aux_values[part] = found
-        aux_indices[part] = where.masked_fill(found == -torch.inf, 0)
-        values[part], indices[part] = _select(pre.relu_(), k)
-    return values, indices, aux_values, aux_indices
+        values[part], where = _select(pre.masked_fill(~mask, -torch.inf), k)
+        indices[part] = where.masked_fill(values[part] == -torch.inf, 0)
+    return values, indices

@@ -1,0 +1,121 @@
+"""The encoder timed beside the bare matmul and other encoders in the same run.
+
+    python -m flash_sae_dist.launch.bench encode [--shape gpt2] [--json FILE]
+
+bf16 inputs; medians of CUDA event times, L2 emptied before each call. `matmul` is cuBLAS's alone
+with its output written; the ratios are against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from ..kernels import ops
+from .bench_timing import median_ms, print_table, write_json
+
+SHAPES = {  # N, D, F, k
+    "seed": (1024, 4096, 65536, 64),
+    "gpt2": (4096, 768, 24576, 32),
+    "wide": (8192, 4096, 131072, 64),
+    "odd-2304": (777, 2304, 16384, 20),
+    "odd-3584": (4096, 3584, 100_000, 100),
+    "odd-5120": (2048, 5120, 1_048_576, 64),
+    "k-256": (4096, 2304, 65536, 256),
+}
+DATA = ("normal", "heavy", "sorted", "equal", "group")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.callback()
+def _several() -> None:
+    """Kernels beside their peers."""
+
+
+def _inputs(shape: tuple[int, int, int, int], data: str) -> tuple[Tensor, Tensor, Tensor]:
+    """x, W_enc, b_enc whose activations are distributed as `data` says."""
+    n, d, f, _ = shape
+    x = torch.randn(n, d, device="cuda").bfloat16()
+    W = (torch.randn(f, d, device="cuda", dtype=torch.bfloat16) / d**0.5).bfloat16()
+    b = 0.1 * torch.randn(f, device="cuda")
+    if data == "heavy":
+        W *= 1 / torch.randn(f, 1, device="cuda").abs().clamp_min(1e-2).bfloat16()
+    elif data == "sorted":
+        b = torch.linspace(0, 100, f, device="cuda")
+    elif data == "equal":
+        W.zero_()
+        b.fill_(1.0)
+    elif data == "group":
+        b[f // 2 : f // 2 + 64] += 50
+    return x, W, b
+
+
+def _peers(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], Any]]:
+    bias = b.bfloat16()
+    peers: dict[str, Callable[[], Any]] = {
+        "linear + relu + topk": lambda: F.linear(x, W, bias).relu().topk(k, dim=1)
+    }
+    try:
+        from sparsify.fused_encoder import fused_encoder
+    except ImportError:
+        return peers
+    peers["sparsify"] = lambda: fused_encoder(x, W, bias, k, "topk")
+    return peers
+
+
+def _extra_mib(call: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+@app.command()
+def encode(
+    shape: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(SHAPES)}.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(DATA)}.")] = None,
+    peers: Annotated[bool, typer.Option(help="Time other encoders, too.")] = True,
+    aux: Annotated[bool, typer.Option(help="Time the second list over a tenth dead.")] = False,
+    repeats: Annotated[int, typer.Option(help="Timed calls.")] = 20,
+    json: Annotated[Path | None, typer.Option(help="Write the table here, too.")] = None,
+) -> None:
+    """Encoder and top-k: ours, the bare matmul, other encoders."""
+    table: list[dict[str, Any]] = []
+    for name in shape or list(SHAPES)[:3]:
+        n, d, f, k = SHAPES[name]
+        for kind in data or ["normal"]:
+            x, W, b = _inputs(SHAPES[name], kind)
+            out = torch.empty(n, f, device="cuda", dtype=torch.bfloat16)
+            bare = median_ms(lambda x=x, W=W, out=out: torch.mm(x, W.T, out=out), repeats)  # type: ignore[misc]
+            del out
+            calls: dict[str, Callable[[], Any]] = {
+                "ours": lambda x=x, W=W, b=b, k=k: ops.topk_encode(x, W, b, k)  # type: ignore[misc]
+            }
+            if aux:
+                mask = torch.arange(f, device="cuda") % 10 == 0
+                calls["ours, k_aux = D/2"] = lambda x=x, W=W, b=b, k=k, m=mask, a=d // 2: (  # type: ignore[misc]
+                    ops.topk_encode_aux(x, W, b, k, m, a)
+                )
+            if peers:
+                calls |= _peers(x, W, b, k)
+            table.append({"shape": name, "data": kind, "what": "matmul", "ms": bare, "ratio": 1.0})
+            for what, call in calls.items():
+                ms = median_ms(call, repeats)
+                row = {"shape": name, "data": kind, "what": what, "ms": ms, "ratio": ms / bare}
+                table.append({**row, "extra MiB": _extra_mib(call)})
+    print_table("Encoder", table)
+    if json is not None:
+        write_json(json, "encode", table)
+
+
+if __name__ == "__main__":
+    app()

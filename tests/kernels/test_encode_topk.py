@@ -1,0 +1,212 @@
+"""The encoder kernels: exact on any data, by the interpreter at small sizes and on the GPU at real
+ones.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_sae_dist.kernels import encode_blocked, ops, reference
+
+triton = pytest.importorskip("triton")
+from flash_sae_dist.kernels import encode_topk  # noqa: E402
+
+KINDS = ["normal", "heavy", "ascending", "descending", "equal", "group", "few", "negative"]
+
+
+def make(kind: str, N: int, D: int, F: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """x, W_enc, b_enc whose activations are distributed as `kind` says."""
+    g = torch.Generator().manual_seed(len(kind))
+    x = torch.randn(N, D, generator=g)
+    W = torch.randn(F, D, generator=g) / D**0.5
+    b = 0.1 * torch.randn(F, generator=g)
+    if kind == "heavy":
+        W *= torch.randn(F, 1, generator=g).abs().clamp_min(1e-3) ** -1.0
+    elif kind in ("ascending", "descending"):
+        b = torch.linspace(0, 1000, F)
+        W *= 0.01
+        if kind == "descending":
+            b = b.flip(0)
+    elif kind == "equal":
+        W, b = torch.zeros(F, D), torch.ones(F)
+    elif kind == "group":
+        b[F // 2 : F // 2 + 64] += 50
+    elif kind == "few":
+        b -= 4.5
+    elif kind == "negative":
+        W, b = W * 0.01, torch.full((F,), -1.0)
+    return x.to(device, dtype), W.to(device, dtype), b.to(device)
+
+
+def assert_exact(x: Tensor, W: Tensor, b: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
+    """Against float64: nothing wrong selected, nothing missed, sorted, distinct, poisons written.
+    """
+    pre = (x.double() @ W.double().T + b.double()).relu()
+    kth = pre.topk(k, dim=1).values[:, -1:]
+    slack = 1e-5 * (x.double().abs() @ W.double().abs().T + b.double().abs()).amax(1, keepdim=True)
+    got = pre.gather(1, indices.long())
+    assert values.dtype == torch.float32
+    assert indices.dtype == torch.int32
+    assert (got >= kth - slack).all(), "a selected latent is below the k-th largest"
+    assert ((got - values.double()).abs() <= slack).all(), "a value is not its latent's activation"
+    chosen = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, indices.long(), True)
+    assert (chosen.sum(1) == k).all(), "a latent is selected twice"
+    assert not ((pre > kth + slack) & ~chosen).any(), "a larger latent was missed"
+    assert (values[:, :-1] >= values[:, 1:]).all()
+    tied = values[:, :-1] == values[:, 1:]
+    assert (indices[:, :-1] < indices[:, 1:])[tied].all(), "equal values go to the lowest index"
+
+
+def small_plan(**changes: object) -> encode_topk.Plan:
+    sizes = {
+        "block_m": 16,
+        "block_n": 64,
+        "block_k": 16,
+        "num_warps": 4,
+        "sample_n": 16,
+        "piece": 64,
+    }
+    return encode_topk.Plan(8, 8, 64, 16, **(sizes | changes))  # type: ignore[arg-type]
+
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests cover it")
+
+
+@interpreted
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_equals_the_reference_in_the_interpreter(kind: str) -> None:
+    x, W, b = make(kind, 20, 24, 301, torch.float32, "cpu")
+    values, indices = encode_topk.fused_topk(x, W, b, 5, small_plan())
+    want, want_indices = reference.topk_encode(x, W, b, 5)
+    assert torch.equal(indices, want_indices)
+    torch.testing.assert_close(values, want, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("changes", [{"scan": True}, {"subtiles": 2}, {"block_rows": 32}])
+def test_every_variant_in_the_interpreter(changes: dict[str, object]) -> None:
+    x, W, b = make("normal", 20, 24, 301, torch.float32, "cpu")
+    indices = encode_topk.fused_topk(x, W, b, 5, small_plan()._replace(**changes))[1]
+    assert torch.equal(indices, reference.topk_encode(x, W, b, 5)[1])
+
+
+@interpreted
+@pytest.mark.parametrize(("rank", "capacity"), [(1, 16), (30, 16)])
+def test_bad_thresholds_are_mended(rank: int, capacity: int) -> None:
+    """Too high a threshold leaves lists short, too low a one overflows them: both are found."""
+    x, W, b = make("normal", 6, 24, 301, torch.float32, "cpu")
+    plan = small_plan()._replace(rank=rank, capacity=capacity)
+    indices = encode_topk.fused_topk(x, W, b, 5, plan)[1]
+    assert torch.equal(indices, reference.topk_encode(x, W, b, 5)[1])
+
+
+@interpreted
+def test_nan_and_inf_in_the_interpreter() -> None:
+    x, W, b = make("normal", 4, 24, 301, torch.float32, "cpu")
+    x[0, 0], b[7] = torch.nan, torch.inf
+    values, indices = encode_topk.fused_topk(x, W, b, 5, small_plan())
+    want, want_indices = reference.topk_encode(x, W, b, 5)
+    assert torch.equal(indices, want_indices)
+    assert values[0].isnan().all()
+    assert (indices[1:, 0] == 7).all()
+    torch.testing.assert_close(values, want, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocked_equals_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode_blocked, "_BLOCK_BYTES", 16 * 301 * 7)
+    x, W, b = make(kind, 20, 24, 301, torch.float32, "cpu")
+    mask = torch.arange(301) % 37 == 0
+    for got, want in zip(
+        (*encode_blocked.topk_encode(x, W, b, 5), *encode_blocked.masked_topk(x, W, b, mask, 12)),
+        reference.topk_encode_aux(x, W, b, 5, mask, 12),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1024, 4096, 65536, 64),
+        (4096, 768, 24576, 32),
+        (8192, 4096, 131072, 64),
+        (777, 2304, 16384, 20),
+    ],
+)
+def test_plans_keep_to_the_memory_bar(shape: tuple[int, int, int, int]) -> None:
+    plan = encode_topk.make_plan(*shape)
+    assert plan is not None
+    N, _, F, k = shape
+    rows = min(N, plan.block_rows)
+    samples = max(F // plan.stride, 2 * plan.keys) * 4
+    assert rows * (samples + plan.capacity * 36 + 12) <= 64 << 20
+    assert plan.rank > k / plan.stride
+    assert encode_topk.make_plan(*shape) == plan, "every rank makes the same plan"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exact_on_the_gpu(kind: str, dtype: torch.dtype) -> None:
+    x, W, b = make(kind, 300, 776, 20_000, dtype, "cuda")
+    out = ops.topk_encode(x, W, b, 32)
+    assert_exact(x, W, b, 32, out.values, out.indices)
+    again = ops.topk_encode(x, W, b, 32)
+    assert torch.equal(out.values, again.values)
+    assert torch.equal(out.indices, again.indices)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("N", "D", "F", "k"),
+    [(777, 2304, 16384, 20), (130, 3584, 100_000, 100), (64, 5120, 30_001, 256), (1, 768, 4096, 1),
+     (257, 770, 5000, 7), (128, 64, 300, 300)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_odd_shapes_on_the_gpu(N: int, D: int, F: int, k: int, dtype: torch.dtype) -> None:
+    x, W, b = make("normal", N, D, F, dtype, "cuda")
+    out = ops.topk_encode(x, W, b, k)
+    assert_exact(x, W, b, k, out.values, out.indices)
+
+
+@pytest.mark.gpu
+def test_aux_list_and_gradients_on_the_gpu() -> None:
+    x, W, b = make("normal", 200, 768, 8192, torch.bfloat16, "cuda")
+    mask = torch.arange(8192, device="cuda") % 10 == 0
+    got = ops.topk_encode_aux(x, W, b, 16, mask, 384)
+    pre = (x.double() @ W.double().T + b.double()).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(
+        got.aux_values.double(), pre.topk(384, dim=1).values, rtol=1e-4, atol=1e-4
+    )
+    assert mask[got.aux_indices.long()].all()
+    leaves = [t.float().requires_grad_() for t in (x, W, b)]
+    weight = torch.randn(200, 16, device="cuda")
+    grads = torch.autograd.grad((ops.topk_encode(*leaves, 16).values * weight).sum(), leaves)
+    dense = (leaves[0].double() @ leaves[1].double().T + leaves[2].double()).relu()
+    want = torch.autograd.grad((dense.topk(16, dim=1).values * weight).sum(), leaves)
+    for g, w in zip(grads, want, strict=True):
+        assert (g - w).norm() <= 1e-3 * w.norm()
+
+
+@pytest.mark.gpu
+def test_memory_graph_and_compile_on_the_gpu() -> None:
+    x, W, b = make("normal", 4096, 768, 24_576, torch.bfloat16, "cuda")
+    want = ops.topk_encode(x, W, b, 32)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = ops.topk_encode(x, W, b, 32)
+    extra = torch.cuda.max_memory_allocated() - before - out.values.nbytes - out.indices.nbytes
+    assert extra <= 64 << 20, f"{extra / 2**20:.1f} MiB"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.topk_encode(x, W, b, 32)
+    captured.values.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(captured.values, want.values)
+    assert torch.equal(captured.indices, want.indices)
+    compiled = torch.compile(lambda *a: ops.topk_encode(*a, 32), fullgraph=True)(x, W, b)
+    assert torch.equal(compiled.indices, want.indices)
