@@ -46,6 +46,11 @@ def test_sae_lens_reconstructs_the_same(sae: TopKSAE, x: torch.Tensor, tmp_path:
     assert theirs.cfg.architecture() == "topk"
     assert theirs.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
     assert theirs.cfg.metadata.model_name == "toy"
+    assert theirs.cfg.metadata.model_class_name == "HookedTransformer"
+    assert theirs.cfg.metadata.model_from_pretrained_kwargs == {"center_writing_weights": False}
+    # ActivationsStore.from_sae refuses an SAE without these two.
+    assert theirs.cfg.metadata.prepend_bos is True
+    assert theirs.cfg.metadata.context_size == 64
 
 
 _SPARSIFY = """
@@ -102,6 +107,10 @@ def test_round_trip_is_exact(sae: TopKSAE, tmp_path: Path, name: str) -> None:
         ("architecture", "jumprelu", "jumprelu"),
         ("normalize_activations", "layer_norm", "layer_norm"),
         ("k", None, "no k"),
+        ("k", True, "no k"),
+        ("k", 41, "k=41"),
+        ("d_sae", 39, r"cfg.json says \[39, 12\]"),
+        ("d_in", 13, r"cfg.json says \[40, 13\]"),
     ],
 )
 def test_other_sae_lens_architectures_are_refused(
@@ -126,6 +135,28 @@ def test_transcoders_and_foreign_tensors_are_refused(sae: TopKSAE, tmp_path: Pat
         sparsify.load(tmp_path)
 
 
+def test_files_of_two_saes_are_refused(sae: TopKSAE, tmp_path: Path) -> None:
+    sparsify.export(sae, tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"num_latents": 0}))
+    assert sparsify.load(tmp_path).d_sae == sae.d_sae, "0 leaves the width open"
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"num_latents": 48}))
+    with pytest.raises(ValueError, match=r"\[48, 12\]"):
+        sparsify.load(tmp_path)
+    (tmp_path / "cfg.json").write_text("[1]")
+    with pytest.raises(ValueError, match="no k"):
+        sparsify.load(tmp_path)
+
+
+def test_a_flat_decoder_is_told(sae: TopKSAE, tmp_path: Path) -> None:
+    sae_lens.export(sae, tmp_path, hookpoint=HOOKPOINT)
+    file = tmp_path / "sae_weights.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"W_dec": weights["W_dec"].flatten()}, file)
+    with pytest.raises(ValueError, match=r"W_dec is \[480\]"):
+        sae_lens.load(tmp_path)
+
+
 def test_damaged_and_missing_files_are_told(sae: TopKSAE, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no whole SAE"):
         sparsify.load(tmp_path)
@@ -140,10 +171,18 @@ def test_damaged_and_missing_files_are_told(sae: TopKSAE, tmp_path: Path) -> Non
     ("hookpoint", "name"),
     [
         ("model.layers.8", "blocks.8.hook_resid_post"),
-        ("transformer.h.3.mlp", "blocks.3.hook_mlp_out"),
+        ("transformer.h.3", "blocks.3.hook_resid_post"),
+        ("transformer.h.3.attn", "blocks.3.hook_attn_out"),
+        ("gpt_neox.layers.2.mlp", "blocks.2.hook_mlp_out"),
         ("gpt_neox.layers.2.attention", "blocks.2.hook_attn_out"),
         ("model.layers.5:input", "blocks.5.hook_resid_pre"),
         ("model.norm", "model.norm"),
+        # Here TransformerLens's hook of the same place sees another tensor, or may.
+        ("model.layers.6.mlp", "model.layers.6.mlp"),
+        ("model.layers.6.self_attn", "model.layers.6.self_attn"),
+        ("transformer.h.3.mlp", "transformer.h.3.mlp"),
+        ("bert.encoder.layer.3", "bert.encoder.layer.3"),
+        ("vision_tower.encoder.layers.3", "vision_tower.encoder.layers.3"),
     ],
 )
 def test_hook_names(hookpoint: str, name: str) -> None:

@@ -29,8 +29,8 @@ def write(
 def read(
     folder: Path, weights_file: str, keys: set[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads weights and cfg.json. Raises ValueError where a file is damaged or the tensors are
-    others than keys.
+    """Reads weights and cfg.json. Raises ValueError where a file is damaged, or the tensors are
+    others than keys, or cfg.json has no whole k.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "cfg.json").read_text())
@@ -42,14 +42,28 @@ def read(
             f"{folder / weights_file} has tensors {sorted(weights)}, not {sorted(keys)}; "
             "it is no plain TopK SAE"
         )
+    if not isinstance(config, dict) or type(config.get("k")) is not int:
+        raise ValueError(f"{folder}/cfg.json has no k; it is no TopK SAE")
     return weights, config
 
 
-def build(folder: Path, weights: dict[str, Tensor], k: int) -> TopKSAE:
-    """An SAE from tensors under our names. Raises ValueError where their shapes do not fit
-    together.
+def build(
+    folder: Path, weights: dict[str, Tensor], k: int, *, told_shape: tuple[object, object]
+) -> TopKSAE:
+    """An SAE from tensors under our names.
+
+    Raises ValueError where their shapes do not fit together, or where W_dec is not of told_shape,
+    the (d_sae, d_in) of cfg.json (None where that does not tell).
     """
-    d_sae, d_in = weights["W_dec"].shape
+    shape = tuple(weights["W_dec"].shape)
+    if len(shape) != 2 or any(
+        told not in (None, is_) for told, is_ in zip(told_shape, shape, strict=True)
+    ):
+        raise ValueError(
+            f"{folder}: W_dec is {list(shape)}, but cfg.json says {list(told_shape)}; "
+            "the files are not of one SAE, export it anew"
+        )
+    d_sae, d_in = shape
     sae = TopKSAE(d_in, d_sae, k, dtype=weights["W_dec"].dtype)
     try:
         sae.load_state_dict(weights)

@@ -12,18 +12,26 @@ from . import files
 WEIGHTS_FILE = "sae_weights.safetensors"
 # A file without a version is taken for one from before 6.0 and rewritten on load.
 _VERSION = "6.54.12"
-_PARTS = (
-    (r"(?:layers|h|layer|blocks)\.(\d+)$", "blocks.{}.hook_resid_post"),
-    (r"(?:layers|h|layer|blocks)\.(\d+):input$", "blocks.{}.hook_resid_pre"),
-    (r"(?:layers|h|layer|blocks)\.(\d+)\.mlp$", "blocks.{}.hook_mlp_out"),
-    (r"(?:layers|h|layer|blocks)\.(\d+)\.(?:attn|self_attn|attention)$", "blocks.{}.hook_attn_out"),
+# Where a name alone tells that TransformerLens's hook sees the same tensor. Left out are
+# `model.layers.N.mlp` and `.self_attn` (Gemma 2 and OLMo 2 normalise once more between the module
+# and the hook), `transformer.h.N.mlp` (BLOOM's adds the residual) and BERT's layers (they end in a
+# LayerNorm).
+_BLOCK = r"(?:(?:model|transformer|gpt_neox)\.)?(?:layers|h)\.(\d+)"
+_SAME = (
+    (_BLOCK, "blocks.{}.hook_resid_post"),
+    (rf"{_BLOCK}:input", "blocks.{}.hook_resid_pre"),
+    (r"gpt_neox\.layers\.(\d+)\.mlp", "blocks.{}.hook_mlp_out"),
+    (r"gpt_neox\.layers\.(\d+)\.attention", "blocks.{}.hook_attn_out"),
+    (r"transformer\.h\.(\d+)\.attn", "blocks.{}.hook_attn_out"),
 )
 
 
 def hook_name(hookpoint: str) -> str:
-    """TransformerLens's name of a Hugging Face module where it has one, else the module's own."""
-    for pattern, name in _PARTS:
-        if found := re.search(rf"(?:^|\.){pattern}", hookpoint):
+    """TransformerLens's name of a Hugging Face module where it sees the same tensor, else the
+    module's own, as SAELens names hooks of its model class AutoModelForCausalLM.
+    """
+    for pattern, name in _SAME:
+        if found := re.fullmatch(pattern, hookpoint):
             return name.format(found[1])
     return hookpoint
 
@@ -36,7 +44,12 @@ def export(
     model_name: str | None = None,
     context_length: int | None = None,
 ) -> None:
-    """Writes an SAE so that SAELens's `SAE.load_from_disk(folder)` reconstructs alike."""
+    """Writes an SAE so that SAELens's `SAE.load_from_disk(folder)` reconstructs alike.
+
+    The metadata says how SAELens is to load the language model, and that sequences began with the
+    begin token, as the store's do.
+    """
+    lens = hook_name(hookpoint) != hookpoint
     metadata: dict[str, Any] = {
         "sae_lens_version": _VERSION,
         "sae_lens_training_version": None,
@@ -45,6 +58,10 @@ def export(
         "hf_hook_name": hookpoint,
         "hook_head_index": None,
         "context_size": context_length,
+        "prepend_bos": True,
+        "model_class_name": "HookedTransformer" if lens else "AutoModelForCausalLM",
+        # Centred weights would take the mean out of the residual stream, which SAEs have seen.
+        "model_from_pretrained_kwargs": {"center_writing_weights": False} if lens else {},
         "trained_with": "flash_sae_dist",
     }
     config = {
@@ -87,7 +104,6 @@ def load(folder: str | Path) -> TopKSAE:
             raise ValueError(
                 f"{path}/cfg.json: {key}={config[key]!r}, but only {value!r} is read here"
             )
-    if not isinstance(config.get("k"), int):
-        raise ValueError(f"{path}/cfg.json has no k; it is no TopK SAE")
     weights["W_enc"] = weights["W_enc"].T.contiguous()
-    return files.build(path, weights, config["k"])
+    told = config.get("d_sae"), config.get("d_in")
+    return files.build(path, weights, config["k"], told_shape=told)

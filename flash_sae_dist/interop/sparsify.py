@@ -47,6 +47,7 @@ def load(folder: str | Path) -> TopKSAE:
             raise ValueError(
                 f"{path}/cfg.json: {key}={config[key]!r}, but only {value!r} is read here"
             )
-    if not isinstance(config.get("k"), int):
-        raise ValueError(f"{path}/cfg.json has no k; it is no TopK SAE")
-    return files.build(path, {_NAMES[name]: t for name, t in weights.items()}, config["k"])
+    # num_latents=0 leaves the width to expansion_factor.
+    told = config.get("num_latents") or None, config.get("d_in")
+    ours = {_NAMES[name]: t for name, t in weights.items()}
+    return files.build(path, ours, config["k"], told_shape=told)
