@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from flash_sae_dist import TopKSAE
 from flash_sae_dist.activations.language_model import load_language_model
 from flash_sae_dist.activations.text import held_out_table
 from flash_sae_dist.config import ConfigError, parse_config
-from flash_sae_dist.evaluation.loss_recovered import LossMeter
+from flash_sae_dist.evaluation.loss_recovered import LossMeter, LossRecovered
 from flash_sae_dist.evaluation.metrics import density_histogram, measure
 from flash_sae_dist.evaluation.report import evaluation_record, write_evaluation, write_report
+from flash_sae_dist.evaluation.runner import finished_saes
 from tests.tiny_model import config_data, save_bert
 
 CPU = torch.device("cpu")
@@ -98,6 +101,24 @@ def test_loss_recovered_at_its_ends(meter: LossMeter) -> None:
     assert lost.tokens == 6 * 23
 
 
+def test_the_models_autocast_is_not_the_saes(meter: LossMeter) -> None:
+    seen: list[bool] = []
+
+    class Watching(Whole):
+        def forward(self, x: torch.Tensor) -> Any:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(x)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        meter.measure(Watching(16, 32, 2))
+    assert seen
+    assert not any(seen)
+
+
+def test_an_ablation_that_costs_nothing_is_no_division_by_zero() -> None:
+    assert math.isnan(LossRecovered(0, 3.0, 3.1, 3.0).recovered)
+
+
 def test_clean_loss_is_the_models_own(meter: LossMeter) -> None:
     ids = torch.from_numpy(np.array(meter.table.ids, dtype=np.int64))
     own = meter.lm.model(input_ids=ids, labels=ids).loss
@@ -129,6 +150,24 @@ def test_an_encoder_without_a_head_is_told(meter: LossMeter) -> None:
     headless = LossMeter(meter.lm._replace(task="none"), "model.layers.1", meter.table, 4)
     with pytest.raises(ConfigError, match="evaluate.loss_sequences=0"):
         headless.measure(Whole(16, 32, 2))
+
+
+def test_what_is_no_number_is_null_in_json_and_a_dash_in_tables(tmp_path: Path) -> None:
+    m = measure(TopKSAE(8, 24, 3), [torch.ones(4, 8)])
+    assert not math.isfinite(m.fvu), "a constant has no variance"
+    record = evaluation_record("h", "h", 3, 24, m, LossRecovered(0, 3.0, 3.1, 3.0))
+    write_report(tmp_path, [record])
+    text = (tmp_path / "evaluation.json").read_text()
+    read = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert read[0]["fvu"] is None
+    assert read[0]["loss"]["recovered"] is None
+    assert "| h | 3.0 | - |" in (tmp_path / "report.md").read_text()
+
+
+def test_an_sae_without_its_job_is_told(tmp_path: Path) -> None:
+    TopKSAE(8, 24, 3).save(tmp_path / "a/sae")
+    with pytest.raises(ConfigError, match="no job.yaml"):
+        finished_saes(tmp_path)
 
 
 def test_report_files(tmp_path: Path) -> None:

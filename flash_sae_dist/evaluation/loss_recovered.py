@@ -4,6 +4,7 @@ reconstruction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,8 +28,11 @@ class LossRecovered(NamedTuple):
 
     @property
     def recovered(self) -> float:
-        """`(zero - spliced) / (zero - clean)`: 1 for a perfect SAE, 0 for zeros."""
-        return (self.zero - self.spliced) / (self.zero - self.clean)
+        """`(zero - spliced) / (zero - clean)`: 1 for a perfect SAE, 0 for zeros, NaN where zeros
+        cost nothing.
+        """
+        lost = self.zero - self.clean
+        return (self.zero - self.spliced) / lost if lost else math.nan
 
 
 class LossMeter:
@@ -57,7 +61,7 @@ class LossMeter:
         """Losses without, with, and with zeros for, an SAE's reconstruction."""
         clean, tokens = self._once("clean", None)
         zero, _ = self._once("zero", torch.zeros_like)
-        spliced, _ = self._loss(lambda rows: sae(rows.to(sae.W_dec.dtype)).recon.to(rows.dtype))
+        spliced, _ = self._loss(lambda rows: _reconstruct(sae, rows))
         return LossRecovered(tokens, clean, spliced, zero)
 
     def _once(self, name: str, change: Callable[[Tensor], Tensor] | None) -> tuple[float, int]:
@@ -84,6 +88,12 @@ class LossMeter:
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.array(array)).to(self.lm.device)
+
+
+def _reconstruct(sae: TopKSAE, rows: Tensor) -> Tensor:
+    # The model's bfloat16 is not the SAE's: FVU and the rest are measured in its own precision.
+    with torch.autocast(rows.device.type, enabled=False):
+        return sae(rows.to(sae.W_dec.dtype)).recon.to(rows.dtype)  # type: ignore[no-any-return]
 
 
 def _only(keep: Tensor, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

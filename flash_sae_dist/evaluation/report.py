@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,19 @@ def evaluation_record(
     m: ReconstructionMetrics,
     loss: LossRecovered | None,
 ) -> dict[str, Any]:
-    """All that was measured of one SAE, as plain data."""
+    """All that was measured of one SAE, as plain data; None for what is no finite number, which
+    JSON has no word for.
+    """
     record: dict[str, Any] = {"job": job, "hookpoint": hookpoint, "k": k, "d_sae": d_sae}
-    record |= {name: value for name, value in m._asdict().items() if name != "density"}
+    record |= _finite({name: value for name, value in m._asdict().items() if name != "density"})
     record["density_histogram"] = density_histogram(m.density)._asdict()
     if loss is not None:
-        record["loss"] = {**loss._asdict(), "recovered": loss.recovered}
+        record["loss"] = _finite({**loss._asdict(), "recovered": loss.recovered})
     return record
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def write_evaluation(folder: Path, record: dict[str, Any]) -> None:
@@ -47,13 +54,15 @@ _COLUMNS = ("SAE", "L0", "FVU", "cosine", "dead", "loss", "with SAE", "with zero
 
 
 def _cells(r: dict[str, Any]) -> list[str]:
-    cells = [r["job"], f"{r['l0']:.1f}", f"{r['fvu']:.4f}", f"{r['cosine']:.4f}"]
-    cells.append(f"{r['dead_fraction']:.1%}")
-    loss = r.get("loss")
-    if loss is None:
-        return [*cells, "-", "-", "-", "-"]
-    cells += [f"{loss[name]:.3f}" for name in ("clean", "spliced", "zero")]
-    return [*cells, f"{loss['recovered']:.1%}"]
+    forms = {"l0": ".1f", "fvu": ".4f", "cosine": ".4f", "dead_fraction": ".1%"}
+    cells = [r["job"], *(_cell(r[name], form) for name, form in forms.items())]
+    loss = r.get("loss", {})
+    cells += [_cell(loss.get(name), ".3f") for name in ("clean", "spliced", "zero")]
+    return [*cells, _cell(loss.get("recovered"), ".1%")]
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def _markdown(records: list[dict[str, Any]]) -> str:
@@ -105,12 +114,14 @@ def plot_frontier(records: list[dict[str, Any]], path: Path) -> None:
     """FVU against L0, a line a hookpoint and width."""
     lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for r in records:
-        lines.setdefault((r["hookpoint"], r["d_sae"]), []).append((r["l0"], r["fvu"]))
+        if r["fvu"] is not None:
+            lines.setdefault((r["hookpoint"], r["d_sae"]), []).append((r["l0"], r["fvu"]))
     figure, axes = _figure()
     for (hookpoint, d_sae), points in sorted(lines.items()):
         xs, ys = zip(*sorted(points), strict=True)
         axes.plot(xs, ys, marker="o", label=f"{hookpoint}, {d_sae} latents")
     axes.set_xlabel("L0: active latents a token")
     axes.set_ylabel("FVU: fraction of variance unexplained")
-    axes.legend(fontsize=8)
+    if lines:
+        axes.legend(fontsize=8)
     _save(figure, path)

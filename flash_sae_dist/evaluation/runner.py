@@ -35,6 +35,11 @@ def finished_saes(output: Path) -> list[FinishedSAE]:
     found = []
     for file in sorted(output.glob(f"**/sae/{CONFIG_FILE}")):
         folder = file.parents[1]
+        if not (folder / "job.yaml").is_file():
+            raise ConfigError(
+                f"{folder} holds an SAE but no job.yaml, which tells its hookpoint; "
+                "train it anew or move it out of output"
+            )
         config = parse_config(yaml.safe_load((folder / "job.yaml").read_text()), str(folder))
         assert config.train is not None
         name = str(folder.relative_to(output))
@@ -106,12 +111,15 @@ def _evaluate(
 ) -> dict[str, Any]:
     sae = TopKSAE.load(found.folder / "sae", device=accelerator.device)
     cfg = config.evaluate
+    # Never more than the store holds: a row measured twice is no new evidence.
+    num_tokens = min(cfg.num_tokens, store.rows)
+    batch_tokens = min(cfg.batch_tokens, num_tokens)
     loader = ActivationLoader(
         store,
         found.hookpoint,
-        batch_tokens=min(cfg.batch_tokens, cfg.num_tokens),
+        batch_tokens=batch_tokens,
         seed=-1 & 0x7FFFFFFF,
-        num_steps=max(1, cfg.num_tokens // cfg.batch_tokens),
+        num_steps=num_tokens // batch_tokens,
         device=accelerator.device,
     )
     with loader:
