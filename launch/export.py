@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import Config
-from .entry import verb_main
+from .entry import processes, verb_main
+
+if TYPE_CHECKING:
+    from ..evaluation.runner import FinishedSAE
 
 
 def run(config: Config) -> None:
     """Write every finished SAE under output in the formats of export.formats.
 
-    SAELens loads `<directory>/sae_lens/<job>` with SAE.load_from_disk, sparsify loads
-    `<directory>/sparsify/<job>` with SparseCoder.load_from_disk.
+    SAELens loads `<directory>/sae_lens/<job>` with SAE.load_from_disk. sparsify loads the SAEs of
+    all hookpoints with SparseCoder.load_many("<directory>/sparsify/<values>", local=True), where
+    <values> are a grid's, such as k=16; those of `train` are in `<directory>/sparsify` itself.
+    Several processes divide the SAEs among them.
 
     flash-sae export configs/quickstart.yaml "export.formats=[sae_lens]"
     """
@@ -21,19 +27,28 @@ def run(config: Config) -> None:
     from ..models.topk import TopKSAE
 
     root = Path(config.export.directory or Path(config.output) / "export")
-    for found in finished_saes(Path(config.output)):
-        sae = TopKSAE.load(found.folder / "sae")
-        if "sae_lens" in config.export.formats:
-            sae_lens.export(
-                sae,
-                root / "sae_lens" / found.name,
-                hookpoint=found.hookpoint,
-                model_name=config.model.name if config.model else None,
-                context_length=config.cache.context_length if config.cache else None,
-            )
-        if "sparsify" in config.export.formats:
-            sparsify.export(sae, root / "sparsify" / found.name)
-        print(f"{found.name} -> {root} ({', '.join(config.export.formats)})")
+    with processes(config) as accelerator:
+        rank, world = accelerator.process_index, accelerator.num_processes
+        for found in finished_saes(Path(config.output))[rank::world]:
+            sae = TopKSAE.load(found.folder / "sae")
+            if "sae_lens" in config.export.formats:
+                sae_lens.export(
+                    sae,
+                    root / "sae_lens" / found.name,
+                    hookpoint=found.hookpoint,
+                    model_name=config.model.name if config.model else None,
+                    context_length=config.cache.context_length if config.cache else None,
+                )
+            if "sparsify" in config.export.formats:
+                sparsify.export(sae, root / "sparsify" / _hookpoint_last(found))
+            print(f"{found.name} -> {root} ({', '.join(config.export.formats)})")
+        accelerator.wait_for_everyone()
+
+
+def _hookpoint_last(found: FinishedSAE) -> Path:
+    """sparsify takes the folders beside one another for the hookpoints of one model."""
+    others = [part for part in Path(found.name).parts if part != found.hookpoint]
+    return Path(*others, found.hookpoint)
 
 
 if __name__ == "__main__":

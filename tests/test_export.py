@@ -1,0 +1,92 @@
+"""`export`: folders that other libraries' own loaders walk, alone and on two processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from flash_sae_dist import TopKSAE
+from flash_sae_dist.config import parse_config
+from flash_sae_dist.interop import sae_lens, sparsify
+from flash_sae_dist.launch import export
+
+HOOKPOINTS = ("model.layers.0", "model.layers.1.mlp")
+
+
+def finished_grid(root: Path) -> dict[str, TopKSAE]:
+    """Four SAEs as a grid leaves them, and the config that exports them."""
+    saes = {}
+    for hookpoint in HOOKPOINTS:
+        for k in (2, 4):
+            name = f"{hookpoint}/k={k}"
+            sae = TopKSAE(12, 40, k)
+            with torch.no_grad():
+                sae.W_enc.add_(torch.randn_like(sae.W_enc))
+            sae.save(root / "run" / name / "sae")
+            train = {"hookpoint": hookpoint, "num_tokens": 1}
+            job = {"output": "run", "sae": {"k": k, "d_sae": 40}, "train": train}
+            (root / "run" / name / "job.yaml").write_text(yaml.safe_dump(job))
+            saes[name] = sae
+    (root / "c.yaml").write_text(yaml.safe_dump({"output": str(root / "run"), "trackers": []}))
+    return saes
+
+
+def check(root: Path, saes: dict[str, TopKSAE]) -> None:
+    folder = root / "run/export"
+    for name, sae in saes.items():
+        hookpoint, values = name.split("/")
+        for back in (
+            sae_lens.load(folder / "sae_lens" / name),
+            sparsify.load(folder / "sparsify" / values / hookpoint),
+        ):
+            assert back.k == sae.k
+            assert torch.equal(back.W_enc, sae.W_enc)
+    assert len(list(folder.rglob("cfg.json"))) == 2 * len(saes)
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_every_sae_is_found_again(tmp_path: Path) -> None:
+    saes = finished_grid(tmp_path)
+    export.run(parse_config(yaml.safe_load((tmp_path / "c.yaml").read_text())))
+    check(tmp_path, saes)
+
+
+def test_train_puts_hookpoints_side_by_side(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / HOOKPOINTS[0]
+    TopKSAE(12, 40, 3).save(folder / "sae")
+    train = {"hookpoint": HOOKPOINTS[0], "num_tokens": 1}
+    job = {"output": "run", "sae": {"k": 3, "d_sae": 40}, "train": train}
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    export.run(parse_config({"output": str(tmp_path / "run"), "trackers": []}))
+    assert (tmp_path / "run/export/sparsify" / HOOKPOINTS[0] / "cfg.json").is_file()
+
+
+@pytest.mark.slow
+def test_sparsify_loads_all_hookpoints_at_once(tmp_path: Path) -> None:
+    library = pytest.importorskip("sparsify")
+    saes = finished_grid(tmp_path)
+    export.run(parse_config(yaml.safe_load((tmp_path / "c.yaml").read_text())))
+    many = library.SparseCoder.load_many(str(tmp_path / "run/export/sparsify/k=4"), local=True)
+    assert sorted(many) == sorted(HOOKPOINTS)
+    for hookpoint, theirs in many.items():
+        assert theirs.cfg.k == 4
+        assert torch.equal(theirs.encoder.weight, saes[f"{hookpoint}/k=4"].W_enc)
+
+
+@pytest.mark.slow
+def test_two_processes_divide_the_saes(tmp_path: Path) -> None:
+    saes = finished_grid(tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "-m", "flash_sae_dist.launch.export", str(tmp_path / "c.yaml")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    check(tmp_path, saes)
+    told = [line for line in run.stdout.splitlines() if " -> " in line]
+    assert len(told) == len(saes), "each SAE is written by one process"
