@@ -119,15 +119,28 @@ def _(grad: Tensor, top_idx: Tensor, W: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("flash_sae_dist::scatter_rows", mutates_args=())
-def scatter_rows(coef: Tensor, top_idx: Tensor, rows: Tensor, num_latents: int) -> Tensor:
+def scatter_rows(
+    coef: Tensor,
+    top_idx: Tensor,
+    rows: Tensor,
+    num_latents: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """`reference.scatter_rows`, by kernel where there is one."""
-    out: Tensor = _compute("scatter_rows", rows, coef, top_idx, rows, num_latents)
+    out: Tensor = _compute("scatter_rows", rows, coef, top_idx, rows, num_latents, dtype)
     return out
 
 
 @scatter_rows.register_fake
-def _(coef: Tensor, top_idx: Tensor, rows: Tensor, num_latents: int) -> Tensor:
-    return rows.new_empty((num_latents, rows.shape[1]), dtype=accumulate_dtype(rows.dtype))
+def _(
+    coef: Tensor,
+    top_idx: Tensor,
+    rows: Tensor,
+    num_latents: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    dtype = dtype or accumulate_dtype(rows.dtype)
+    return rows.new_empty((num_latents, rows.shape[1]), dtype=dtype)
 
 
 @torch.library.custom_op("flash_sae_dist::scatter_values", mutates_args=())
@@ -171,7 +184,7 @@ def _encode_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     grad_x = grad_W = grad_b = grad_b_dec = None
     if need_W:
         xc = _centred(x, b_dec, W_enc.dtype).contiguous()
-        grad_W = scatter_rows(coef, idx, xc, W_enc.shape[0]).to(W_enc.dtype)
+        grad_W = scatter_rows(coef, idx, xc, W_enc.shape[0], W_enc.dtype)
     if need_b or need_b_dec:
         sums = scatter_values(coef, idx, W_enc.shape[0])
         grad_b = sums.to(b_enc.dtype) if need_b else None
@@ -205,7 +218,7 @@ def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | No
         gathered_dots(grad, top_idx, W_dec).to(top_acts.dtype) if ctx.needs_input_grad[0] else None
     )
     grad_W = (
-        scatter_rows(top_acts, top_idx, grad, W_dec.shape[0]).to(W_dec.dtype)
+        scatter_rows(top_acts, top_idx, grad, W_dec.shape[0], W_dec.dtype)
         if ctx.needs_input_grad[2]
         else None
     )

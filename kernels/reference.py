@@ -132,13 +132,14 @@ def scatter_rows(
     top_idx: Tensor,  # [N, K]
     rows: Tensor,  # [N, D]
     num_latents: int,
-) -> Tensor:  # [F, D] float32, or float64
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # [F, D] in dtype; left out, float32, or float64
     """`out[f] = sum of coef[n, j] * rows[n] over the pairs with top_idx[n, j] == f`: both weight
     gradients.
 
     Deterministic: the pairs of a latent are added in token order.
     """
-    dtype = accumulate_dtype(rows.dtype)
+    wanted, dtype = dtype, accumulate_dtype(rows.dtype)
     num_tokens, k = top_idx.shape
     token = torch.arange(num_tokens, device=rows.device).repeat_interleave(k)
     empty = token.new_empty(0)
@@ -155,7 +156,7 @@ def scatter_rows(
         0,
         coef.to(dtype).flatten(),
     )
-    return grad
+    return grad if wanted is None else grad.to(wanted)
 
 
 def scatter_values(

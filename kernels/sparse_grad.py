@@ -100,7 +100,7 @@ def _scatter_rows_kernel(
     coef_ptr,  # [P]
     rows_ptr,  # [N, D]
     sums_ptr,  # [P // HEAVY, D] of _heavy_kernel
-    out_ptr,  # [F, D] float32
+    out_ptr,  # [F, D]
     D,
     K,
     HEAVY: tl.constexpr,
@@ -123,7 +123,7 @@ def _scatter_rows_kernel(
         pair = tl.load(order_ptr + i)
         row = tl.load(rows_ptr + (pair // K) * D + cols, mask=cols < D, other=0.0)
         acc += tl.load(coef_ptr + pair).to(tl.float32) * row.to(tl.float32)
-    tl.store(out_ptr + latent * D + cols, acc, mask=cols < D)
+    tl.store(out_ptr + latent * D + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < D)
 
 
 @triton.jit
@@ -238,16 +238,17 @@ def scatter_rows(
     top_idx: Tensor,  # [N, K]
     rows: Tensor,  # [N, D]
     num_latents: int,
+    dtype: torch.dtype | None = None,
     order: PairOrder | None = None,
-) -> Tensor:  # [F, D] float32
+) -> Tensor:  # [F, D] in dtype; left out, float32
     """`reference.scatter_rows`; an order made before for the same pairs is used again."""
     (N, K), D = top_idx.shape, rows.shape[1]
     if N == 0:
-        return rows.new_zeros((num_latents, D), dtype=torch.float32)
+        return rows.new_zeros((num_latents, D), dtype=dtype or torch.float32)
     coef, rows = coef.contiguous(), rows.contiguous()
     order = order_pairs(top_idx, num_latents, coef != 0) if order is None else order
     sums = heavy_sums(order, coef, rows, num_latents, (N, K, 0))
-    out = rows.new_empty((num_latents, D), dtype=torch.float32)
+    out = rows.new_empty((num_latents, D), dtype=dtype or torch.float32)
     block_d = min(1024, triton.next_power_of_2(D))
     _scatter_rows_kernel[(num_latents, triton.cdiv(D, block_d))](
         order.order,
