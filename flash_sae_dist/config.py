@@ -253,6 +253,10 @@ class TrainConfig(StrictModel):
         return self.step == "fused" or (self.step == "auto" and not self._plain_options())
 
 
+# One launch has one mesh, and the hookpoints have a key of their own.
+_SHARED_BY_A_GRID = ("hookpoint", "num_shards", "num_replicas")
+
+
 class GridConfig(StrictModel):
     """Many SAEs from one store: every hookpoint with every combination of values."""
 
@@ -265,7 +269,7 @@ class GridConfig(StrictModel):
     @classmethod
     def _keys_exist(cls, values: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         known = [f"sae.{n}" for n in SAEConfig.model_fields] + [
-            f"train.{n}" for n in TrainConfig.model_fields
+            f"train.{n}" for n in TrainConfig.model_fields if n not in _SHARED_BY_A_GRID
         ]
         for key, choices in values.items():
             if key not in known:

@@ -64,6 +64,7 @@ def test_good_config() -> None:
         ("sae", {"k": 9}, ["sae.d_sae", "sae.expansion_factor"]),
         ("sae", {"k": 9, "d_sae": 64, "expansion_factor": 8}, ["sae.d_sae", "64", "8"]),
         ("grid", {"values": {"sae.kk": [1]}}, ["grid.values", "'sae.kk'", "'sae.k'"]),
+        ("grid", {"values": {"train.num_shards": [1, 2]}}, ["'train.num_shards'"]),
         ("grid", {"values": {"sae.k": []}}, ["grid.values", "'sae.k'", "at least one"]),
         ("evaluate", 3, ["evaluate", "3"]),
         ("text", {"source": "hub"}, ["text.name", "'hub'"]),

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .. import __version__
 from ..config import CacheConfig, Config, ConfigError
 from ..progress import progress_bar
 from .language_model import (
@@ -136,14 +137,14 @@ def _widths(lm: LanguageModel, hookpoints: list[str], table: TokenTable) -> dict
 
 
 def _provenance(config: Config, lm: LanguageModel) -> dict[str, Any]:
-    packages = ("flash_sae_dist", "torch", "transformers", "zarr", "numpy")
+    packages = ("torch", "transformers", "zarr", "numpy")
     commit = getattr(getattr(lm.model, "config", None), "_commit_hash", None)
     return {
         "config": store_config(config),
         "model_commit": commit,
         "tokenizer": type(lm.tokenizer).__name__,
         "task": lm.task,
-        "versions": {name: version(name) for name in packages},
+        "versions": {"flash_sae_dist": __version__, **{n: version(n) for n in packages}},
     }
 
 
