@@ -69,7 +69,12 @@ def _markdown(records: list[dict[str, Any]]) -> str:
     lines = [" | ".join(_COLUMNS), " | ".join("---" for _ in _COLUMNS)]
     lines += [" | ".join(_cells(r)) for r in records]
     body = "\n".join(f"| {line} |" for line in lines)
-    return f"# Evaluation\n\n{body}\n\n![FVU against L0](fvu_l0.png)\n"
+    note = (
+        "FVU, cosine, L0, dead latents and densities are measured on stored rows, which training "
+        "may have seen; losses, in nats a token, on text after the cached part, or on the last of "
+        "it where the text ends there."
+    )
+    return f"# Evaluation\n\n{body}\n\n{note}\n\n![FVU against L0](fvu_l0.png)\n"
 
 
 def table(records: list[dict[str, Any]]) -> Table:
