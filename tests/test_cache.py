@@ -174,6 +174,25 @@ def test_a_finished_store_is_left_alone(made: Path) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
+def test_a_table_of_another_config_is_not_taken(tmp_path: Path) -> None:
+    """A job killed before it made the store leaves its token table behind."""
+    folder = tmp_path / "store.zarr/records/text"
+    data = config_data(tmp_path)
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    shutil.rmtree(tmp_path / "store.zarr")
+    folder.mkdir(parents=True)
+    (folder / "whole").write_text("of another config")
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    ActivationStore.open(data["cache"]["store"]).verify()
+
+
+def test_text_that_ends_early_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = config_data(tmp_path, num_tokens=10**6)
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    assert ActivationStore.open(data["cache"]["store"]).rows < 10**6
+    assert "cache.num_tokens=1000000" in caplog.text
+
+
 def test_verify_accepts_a_whole_store(root: Path) -> None:
     ActivationStore.open(str(root / "store.zarr")).verify()
 

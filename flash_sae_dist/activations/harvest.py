@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from importlib.metadata import version
@@ -28,6 +29,7 @@ from .language_model import (
 from .store import Geometry, StoreWriter, make_geometry, storage_dtype
 from .text import TokenTable, token_table
 
+logger = logging.getLogger(__name__)
 # What may differ when a cache is resumed: where it is, and how many rows a pass takes is part of
 # the content.
 _FREE_KEYS = {"store"}
@@ -64,6 +66,12 @@ def run_cache(config: Config, accelerator: Any) -> None:
     table = _shared_table(config, lm, accelerator, writer)
     widths = _widths(lm, hookpoints, table)
     rows = min(config.cache.num_tokens, int(table.keep.sum()))
+    if rows < config.cache.num_tokens and accelerator.is_main_process:
+        logger.warning(
+            "the text ends after %d stored tokens, before cache.num_tokens=%d",
+            rows,
+            config.cache.num_tokens,
+        )
     itemsize = storage_dtype(config.cache.dtype).itemsize
     geometry = make_geometry(rows, max(widths.values()), itemsize, config.cache.shard_mib)
     if accelerator.is_main_process:
@@ -84,7 +92,7 @@ def run_cache(config: Config, accelerator: Any) -> None:
             bar.advance(world * (stop - start))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        writer.finish(geometry, _statistics(writer, geometry, hookpoints))
+        writer.finish(geometry, hookpoints)
         shutil.rmtree(_table_folder(config, writer), ignore_errors=True)
     accelerator.wait_for_everyone()
 
@@ -93,8 +101,11 @@ def _table_folder(config: Config, writer: StoreWriter) -> Path:
     """Beside the records of a store on disk, else among the host's temporary files."""
     if writer.records.local:
         return Path(writer.records.root) / "records" / "text"
-    digest = hashlib.sha256(json.dumps(store_config(config), sort_keys=True).encode()).hexdigest()
-    return Path(tempfile.gettempdir()) / f"flash_sae_dist-{digest[:16]}"
+    return Path(tempfile.gettempdir()) / f"flash_sae_dist-{_digest(config)[:16]}"
+
+
+def _digest(config: Config) -> str:
+    return hashlib.sha256(json.dumps(store_config(config), sort_keys=True).encode()).hexdigest()
 
 
 def _shared_table(
@@ -107,7 +118,9 @@ def _shared_table(
     first = accelerator.is_local_main_process
     if writer.records.local:
         first = accelerator.is_main_process
-    if first and not (folder / "whole").exists():
+    # The marker tells of which config the table is: one that was killed early leaves no other sign.
+    marker, digest = folder / "whole", _digest(config)
+    if first and not (marker.exists() and marker.read_text() == digest):
         shutil.rmtree(folder, ignore_errors=True)
         table = token_table(
             config.text,
@@ -118,7 +131,7 @@ def _shared_table(
             num_rows=config.cache.num_tokens,
         )
         table.save(folder)
-        (folder / "whole").touch()
+        marker.write_text(digest)
     accelerator.wait_for_everyone()
     return TokenTable.load(folder)
 
@@ -207,28 +220,3 @@ class _Harvester:
                     "set cache.dtype=bfloat16 or float32, or model.dtype=float32"
                 )
         return rows
-
-
-def _statistics(
-    writer: StoreWriter, geometry: Geometry, hookpoints: list[str]
-) -> dict[str, dict[str, Any]]:
-    """Mean and mean squared norm of each hookpoint, summed in float64 shard by shard."""
-    import zarr
-
-    group = zarr.open_group(writer.path, mode="r")
-    out: dict[str, dict[str, Any]] = {}
-    for name in hookpoints:
-        array = group[f"activations/{name}"]
-        assert isinstance(array, zarr.Array)
-        total = np.zeros(array.shape[1])
-        squares = 0.0
-        for shard in range(geometry.num_shards):
-            start, stop = geometry.shard_range(shard)
-            rows = torch.from_numpy(np.asarray(array[start:stop]))
-            if array.attrs["dtype"] == "bfloat16":
-                rows = rows.view(torch.bfloat16)
-            total = total + rows.double().sum(dim=0).numpy()
-            squares += float(rows.double().square().sum())
-        mean = total / geometry.rows
-        out[name] = {"mean": mean, "mean_squared_norm": squares / geometry.rows}
-    return out

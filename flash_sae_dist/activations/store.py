@@ -75,6 +75,13 @@ def storage_dtype(name: str) -> np.dtype[Any]:
     return np.dtype("uint16" if name == "bfloat16" else name)
 
 
+def as_float64(rows: Array, dtype: str) -> Array:
+    """Stored bits as float64 numbers; bfloat16 is float32's upper half."""
+    if dtype == "bfloat16":
+        rows = (rows.astype(np.uint32) << 16).view(np.float32)
+    return rows.astype(np.float64)
+
+
 class Records:
     """Small JSON files beside the arrays, renamed into place on a disk; any fsspec URL works."""
 
@@ -162,6 +169,16 @@ class StoreWriter:
             group.attrs.update(attributes)
             for hookpoint, width in widths.items():
                 self._array(group, f"activations/{hookpoint}", geometry, dtype, width)
+                # A row a shard, so that processes write their own and nobody reads all again:
+                # the sum of its activations, then the sum of their squares.
+                group.create_array(
+                    f"statistics/{hookpoint}/shard_sums",
+                    shape=(geometry.num_shards, width + 1),
+                    chunks=(1, width + 1),
+                    dtype="float64",
+                    compressors=[Crc32cCodec()],
+                    overwrite=True,
+                )
             for name in TOKEN_ARRAYS:
                 self._array(group, f"tokens/{name}", geometry, "int32", None)
             self.records.write("config.json", self.config)
@@ -189,8 +206,7 @@ class StoreWriter:
         return [s for s in range(geometry.num_shards) if s not in done]
 
     def write_shard(self, geometry: Geometry, shard: int, arrays: dict[str, Array]) -> None:
-        """Writes a shard of every array whole, then records it with checksums and the sums that
-        statistics need.
+        """Writes a shard of every array whole, and its sums, then records it with checksums.
 
         arrays: name (`activations/...`, `tokens/...`) -> the shard's rows.
         """
@@ -203,20 +219,25 @@ class StoreWriter:
             assert isinstance(target, zarr.Array)
             target[start:stop] = rows
             record["crc32c"][name] = google_crc32c.value(np.ascontiguousarray(rows).tobytes())
+            if name.startswith("activations/"):
+                sums = group[f"{name.replace('activations', 'statistics', 1)}/shard_sums"]
+                assert isinstance(sums, zarr.Array)
+                wide = as_float64(rows, str(target.attrs["dtype"]))
+                sums[shard] = np.append(wide.sum(axis=0), np.square(wide).sum())
         self.records.write(shard_record(shard), record)
 
-    def finish(self, geometry: Geometry, statistics: dict[str, dict[str, Any]]) -> None:
-        """Writes the statistics and then the record that the store is complete. One process calls
-        it.
-        """
+    def finish(self, geometry: Geometry, hookpoints: list[str]) -> None:
+        """Writes mean and mean squared norm of each hookpoint from the shards' sums, and then the
+        record that the store is complete. One process calls it."""
         group = zarr.open_group(self.path, mode="r+")
-        for hookpoint, values in statistics.items():
-            mean = np.asarray(values["mean"], dtype=np.float64)
-            group.create_array(f"statistics/{hookpoint}/mean", data=mean, overwrite=True)
-            norm = np.asarray(values["mean_squared_norm"], dtype=np.float64)
-            group.create_array(
-                f"statistics/{hookpoint}/mean_squared_norm", data=norm, overwrite=True
-            )
+        for hookpoint in hookpoints:
+            sums = group[f"statistics/{hookpoint}/shard_sums"]
+            assert isinstance(sums, zarr.Array)
+            total = np.asarray(sums[:]).sum(axis=0) / geometry.rows
+            where = f"statistics/{hookpoint}"
+            group.create_array(f"{where}/mean", data=total[:-1], overwrite=True)
+            norm = total[-1:].reshape(())
+            group.create_array(f"{where}/mean_squared_norm", data=norm, overwrite=True)
         self.records.write("complete.json", {"rows": geometry.rows, "shards": geometry.num_shards})
 
 
