@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import Config, ConfigError, load_config
+from ..config import Config, ConfigError, load_config, nearest_name
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG.yaml", help="YAML file; `flash-sae keys` lists its keys.")
@@ -50,6 +50,21 @@ def verb_main(run: Run) -> None:
     app()
 
 
+def _check_trackers(names: tuple[str, ...]) -> None:
+    """Raises ConfigError for a tracker that accelerate does not know or that is not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = [tracker.value for tracker in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = sorted(LOGGER_TYPE_TO_CLASS)
+            raise ConfigError(f"trackers: {name!r} is no tracker{nearest_name(name, known)}")
+        if name not in installed:
+            raise ConfigError(
+                f"trackers: {name!r} is not installed; pip install {name}, or drop it from the list"
+            )
+
+
 @contextmanager
 def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     """The accelerator of this launch, torn down whatever happens inside.
@@ -59,6 +74,8 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     import torch
     from accelerate import Accelerator
 
+    if trackers:
+        _check_trackers(config.trackers)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         log_with=(list(config.trackers) or None) if trackers else None,

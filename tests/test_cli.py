@@ -98,6 +98,10 @@ def test_mistakes_stop_before_any_work(app: Any, root: Path) -> None:
     assert "grid.hookpoints: 'model.layers.7'" in mistake(
         app, "grid", config, out, "grid.hookpoints=[model.layers.7]"
     )
+    assert "did you mean 'tensorboard'" in mistake(
+        app, "train", config, out, "trackers=[tensorbord]"
+    )
+    assert "pip install clearml" in mistake(app, "train", config, out, "trackers=[clearml]")
     assert "holds no finished SAE" in mistake(app, "evaluate", config, out)
     assert "did you mean" in mistake(
         app,

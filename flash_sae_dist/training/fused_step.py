@@ -146,7 +146,8 @@ class FusedStep:
 
     def _capture(self, x: Tensor, use_aux: bool) -> _Captured:
         static, graph = torch.empty_like(x), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The loader's threads pin memory meanwhile, which a global capture would take for its own.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             metrics = self._step(static, use_aux)
         return _Captured(graph, static, metrics)
 
