@@ -14,12 +14,16 @@ from ..kernels import reference
 from .mesh import Mesh
 
 
+# Its new name from torch 2.13 on, where the old one warns.
+_all_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
 def all_gather(local: Tensor, group: dist.ProcessGroup | None, size: int) -> Tensor:
     """[...] on each of `size` ranks -> [size, ...], in the order of ranks."""
     if size == 1:
         return local.unsqueeze(0)
     out = local.new_empty((size, *local.shape))
-    dist.all_gather_into_tensor(out.view(-1), local.contiguous().view(-1), group=group)
+    _all_gather_into(out.view(-1), local.contiguous().view(-1), group=group)
     return out
 
 
