@@ -13,7 +13,6 @@ from torch import Tensor
 from ..kernels import reference
 from .mesh import Mesh
 
-
 # Its new name from torch 2.13 on, where the old one warns.
 _all_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
