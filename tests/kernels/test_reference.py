@@ -146,3 +146,57 @@ def test_bad_input_is_named(change: dict[str, object], words: list[str]) -> None
         ops.topk_encode(**(args | change))  # type: ignore[arg-type]
     for word in words:
         assert word in str(e.value)
+
+
+def test_strided_and_expanded_inputs_give_the_same() -> None:
+    x, W, b = torch.randn(5, 8).T, torch.randn(5, 12).T, torch.randn(1).expand(12)
+    top = ops.topk_encode(x, W, b, 4)
+    want = ops.topk_encode(x.contiguous(), W.contiguous(), b.contiguous(), 4)
+    assert torch.equal(top.indices, want.indices)
+    assert torch.equal(top.values, want.values)
+    decoded = ops.sparse_decode(top.values.T.contiguous().T, top.indices, W)
+    torch.testing.assert_close(decoded, ops.sparse_decode(*want, W.contiguous()))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"aux_mask": torch.ones(11, dtype=torch.bool)}, ["aux_mask", "[11]", "[12]"]),
+        ({"aux_mask": torch.ones(12)}, ["aux_mask", "float32"]),
+        ({"k_aux": 0}, ["k_aux=0"]),
+        ({"k_aux": 13}, ["k_aux=13"]),
+    ],
+)
+def test_bad_aux_input_is_named(change: dict[str, object], words: list[str]) -> None:
+    args: dict[str, object] = {
+        "x": torch.randn(4, 5),
+        "W_enc": torch.randn(12, 5),
+        "b_enc": torch.randn(12),
+        "k": 3,
+        "aux_mask": torch.ones(12, dtype=torch.bool),
+        "k_aux": 4,
+    }
+    with pytest.raises(ValueError, match=".") as e:
+        ops.topk_encode_aux(**(args | change))  # type: ignore[arg-type]
+    for word in words:
+        assert word in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("acts", "idx", "W", "word"),
+    [
+        (torch.rand(4, 3), torch.zeros(4, 2, dtype=torch.int32), torch.rand(6, 5), r"\[4, 2\]"),
+        (torch.rand(4, 3), torch.zeros(4, 3), torch.rand(6, 5), "float32"),
+        (torch.rand(4, 3), torch.zeros(4, 3, dtype=torch.int64), torch.rand(6), r"\[6\]"),
+    ],
+)
+def test_bad_decode_input_is_named(
+    acts: torch.Tensor, idx: torch.Tensor, W: torch.Tensor, word: str
+) -> None:
+    with pytest.raises(ValueError, match=word):
+        ops.sparse_decode(acts, idx, W)
+
+
+def test_another_device_is_named() -> None:
+    with pytest.raises(ValueError, match="meta but W_enc on cpu"):
+        ops.topk_encode(torch.empty(4, 5, device="meta"), torch.randn(12, 5), torch.randn(12), 3)
