@@ -196,6 +196,9 @@ class TrainConfig(StrictModel):
     torch.optim.SparseAdam does, which is faster and changes the arithmetic."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Adam's moments; bfloat16 (fused only) is rounded stochastically and halves their memory."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay a step of a running average of the weights (fused only); the SAE that is written is
+    then the average, its decoder rows at unit norm."""
     dead_latents: Literal["auxk", "ghost", "resample", "none"] = "auxk"
     """What revives latents that stopped firing: OpenAI's AuxK loss, Anthropic's ghost gradients
     (fused only), resampling once every dead_after_tokens, or nothing."""
@@ -224,7 +227,7 @@ class TrainConfig(StrictModel):
 
     @model_validator(mode="after")
     def _options_fit_the_step(self) -> Self:
-        options = {"adam_mode": "exact", "moment_dtype": "float32"}
+        options = {"adam_mode": "exact", "moment_dtype": "float32", "ema_decay": None}
         wanted = {k: getattr(self, k) for k, v in options.items() if getattr(self, k) != v}
         if self.dead_latents == "ghost":
             wanted["dead_latents"] = "ghost"

@@ -166,9 +166,9 @@ FIELDS = {
     "sae": "k d_sae expansion_factor",
     "train": (
         "hookpoint num_tokens batch_tokens lr warmup_steps decay_fraction adam_betas "
-        "adam_eps step grad_clip micro_batches adam_mode moment_dtype dead_latents "
-        "aux_coef k_aux dead_after_tokens precision num_shards num_replicas seed "
-        "log_every checkpoint_every keep_checkpoints"
+        "adam_eps step grad_clip micro_batches adam_mode moment_dtype ema_decay "
+        "dead_latents aux_coef k_aux dead_after_tokens precision num_shards num_replicas "
+        "seed log_every checkpoint_every keep_checkpoints"
     ),
     "grid": "hookpoints values",
     "evaluate": "num_tokens batch_tokens loss_sequences",

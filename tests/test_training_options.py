@@ -114,6 +114,31 @@ def test_ghost_gradients_train() -> None:
     assert losses[-1] < losses[0]
 
 
+def test_the_running_average_is_what_is_kept() -> None:
+    t = training(ema_decay=0.9)
+    average = {n: p.detach().clone() for n, p in t.sae.named_parameters()}
+    t.init_b_dec(batch(0))
+    average["b_dec"].copy_(t.sae.b_dec.detach())
+    for i in range(6):
+        t.step(batch(i), PhaseTimer(CPU, enabled=False))
+        if i == 0:
+            # The average starts from the weights that the optimizer was made with.
+            assert not torch.equal(t.final_weights()["W_enc"], t.sae.W_enc)
+        for name, p in t.sae.named_parameters():
+            average[name].lerp_(p.detach(), 0.1)
+    kept = t.final_weights()
+    for name in ("W_enc", "b_enc", "b_dec"):
+        torch.testing.assert_close(kept[name], average[name])
+    torch.testing.assert_close(
+        kept["W_dec"], torch.nn.functional.normalize(average["W_dec"], dim=1)
+    )
+    resumed = training(ema_decay=0.9)
+    state = t.state()
+    resumed.load_state(state)
+    for name, value in kept.items():
+        assert torch.equal(resumed.final_weights()[name], value)
+
+
 def test_schedule() -> None:
     cfg = TrainConfig(num_tokens=1000, batch_tokens=10, warmup_steps=10, decay_fraction=0.2)
     rates = [lr_at(s, 100, 1.0, cfg) for s in range(100)]

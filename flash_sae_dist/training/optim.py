@@ -48,6 +48,7 @@ def make_optimizer(
         lazy=cfg.adam_mode == "lazy",
         moment_dtype=getattr(torch, cfg.moment_dtype),
         compute_dtype=compute_dtype,
+        ema_decay=cfg.ema_decay,
         seed=cfg.seed,
     )
 

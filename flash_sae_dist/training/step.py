@@ -122,6 +122,8 @@ class SAETraining:
             x.to(self.master_dtype), self.mesh.replica_group, self.mesh.num_replicas
         )
         self.sae.b_dec.copy_(geometric_median(rows.flatten(0, 1)))
+        if self.cfg.ema_decay is not None:
+            self.optimizer.state[self.sae.b_dec]["ema"].copy_(self.sae.b_dec)
 
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
         """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
@@ -208,6 +210,19 @@ class SAETraining:
         self.optimizer.step()
         renormalise_decoder_(self.sae)
 
+    def _moments(self) -> tuple[str, ...]:
+        average = () if self.cfg.ema_decay is None else ("ema",)
+        return ("exp_avg", "exp_avg_sq", *average)
+
+    def final_weights(self) -> dict[str, Tensor]:
+        """The weights to keep, this shard's rows: the parameters, or their running average."""
+        named = dict(self.sae.named_parameters())
+        if self.cfg.ema_decay is None:
+            return {name: p.detach() for name, p in named.items()}
+        weights: dict[str, Tensor] = {n: self.optimizer.state[p]["ema"] for n, p in named.items()}
+        weights["W_dec"] = torch.nn.functional.normalize(weights["W_dec"], dim=1)
+        return weights
+
     def state(self) -> TrainingState:
         """All that a resumed run needs, by reference: parameters, Adam's moments, counters,
         position.
@@ -217,7 +232,7 @@ class SAETraining:
         for name, param in self.sae.named_parameters():
             target = whole if name == "b_dec" else rows
             target[name] = param.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in self._moments():
                 target[f"{moment}.{name}"] = self.optimizer.state[param][moment]
         rows["tokens_since_fired"] = self.dead.tokens_since_fired
         info = {"step": self.step_index, "any_dead": self.dead.any_dead, "d_sae": self.sae.d_sae}
@@ -229,7 +244,7 @@ class SAETraining:
         for name, param in self.sae.named_parameters():
             source = state.whole if name == "b_dec" else state.rows
             param.copy_(source[name])
-            moments = {m: source[f"{m}.{name}"] for m in ("exp_avg", "exp_avg_sq")}
+            moments = {m: source[f"{m}.{name}"] for m in self._moments()}
             step = torch.tensor(float(state.info["step"]))
             if self.fused is None:
                 kept = {m: t.to(param) for m, t in moments.items()}

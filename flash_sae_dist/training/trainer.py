@@ -84,8 +84,7 @@ class Member:
         """
         sae, mesh = self.training.sae, self.mesh
         whole = {}
-        for name, param in sae.named_parameters():
-            rows = param.detach()
+        for name, rows in self.training.final_weights().items():
             if name != "b_dec":
                 rows = comm.all_gather(rows, mesh.shard_group, mesh.num_shards).flatten(0, 1)
             whole[name] = rows.to("cpu", torch.float32)
