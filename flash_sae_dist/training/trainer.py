@@ -146,6 +146,8 @@ class Trainer:
         batches = iter(loader)
         since, tokens = time.perf_counter(), 0
         for step in range(start, self.total_steps):
+            if all(member.error for member in self.members):
+                return
             logged = (step + 1) % self.cfg.log_every == 0 or step + 1 == self.total_steps
             timer = PhaseTimer(self.device, enabled=logged)
             x = comm.gather_batch(next(batches), self.mesh)
