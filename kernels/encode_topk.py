@@ -50,8 +50,6 @@ class Plan(NamedTuple):
     block_k: int = 64
     num_warps: int = 8
     num_stages: int = 4
-    scan: bool = False
-    subtiles: int = 1
     sample_n: int = 128
     programs_a_unit: int = 1  # persistent programs a multiprocessor
     sample_warps: int = 4
@@ -194,9 +192,9 @@ def _threshold_kernel(
 @triton.jit
 def _append(
     acc, f0, rows, N, F, limit, bias_ptr, count_ptr, groups_ptr, values_ptr,
-    CAPACITY: tl.constexpr, WIDTH: tl.constexpr, SCAN: tl.constexpr,
+    CAPACITY: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Appends the groups of a [BLOCK_M, WIDTH] piece from latent f0 on that reach their limit."""
+    """Appends the groups of a [BLOCK_M, WIDTH] tile from latent f0 on that reach their limit."""
     f = f0 + tl.arange(0, WIDTH)
     v = acc + tl.load(bias_ptr + f, mask=f < F, other=float("-inf"))[None, :]
     grouped = tl.reshape(v, (acc.shape[0], WIDTH // 8, 8))
@@ -204,12 +202,8 @@ def _append(
     group = f0 // 8 + tl.arange(0, WIDTH // 8)
     hit = (peak >= limit[:, None]) & (rows < N)[:, None] & (group * 8 < F)[None, :]
     ones = hit.to(tl.int32)
-    if SCAN:
-        found = tl.sum(ones, 1)
-        base = tl.atomic_add(count_ptr + rows, found, mask=found > 0, sem="relaxed")
-        slot = base[:, None] + tl.cumsum(ones, 1) - ones
-    else:
-        slot = tl.atomic_add(count_ptr + rows[:, None] + 0 * ones, 1, mask=hit, sem="relaxed")
+    # An atomic a group, where there are few: 1.1x over a prefix sum a row (docs/performance.md).
+    slot = tl.atomic_add(count_ptr + rows[:, None] + 0 * ones, 1, mask=hit, sem="relaxed")
     fits = hit & (slot < CAPACITY)
     at = rows.to(tl.int64)[:, None] * CAPACITY + slot
     tl.store(groups_ptr + at, group[None, :] + 0 * slot, mask=fits)
@@ -221,12 +215,11 @@ def _append(
 def _filter_kernel(
     x_desc, w_desc, bias_ptr, tau_ptr, last_ptr, count_ptr, groups_ptr, values_ptr, N, F, D,
     CAPACITY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr, SUBTILES: tl.constexpr, SCAN: tl.constexpr,
-    PRECISION: tl.constexpr, FLATTEN: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_m = tl.cdiv(N, BLOCK_M)
     num_tiles = num_m * tl.cdiv(F, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS, flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS):
         # Row blocks run fastest: neighbours share a tile of W_enc, and x stays in L2.
         m0 = (tile % num_m) * BLOCK_M
         f0 = (tile // num_m) * BLOCK_N
@@ -242,17 +235,8 @@ def _filter_kernel(
         # zeros pass, so do the negative values that ReLU makes zeros.
         equal = tl.where(tau == 0, -2147483648, tau)
         limit = tl.where(last >= f0, equal, tau + 1)
-        WIDTH: tl.constexpr = BLOCK_N // SUBTILES
-        if SUBTILES == 1:
-            _append(acc, f0, rows, N, F, limit, bias_ptr, count_ptr, groups_ptr, values_ptr,
-                    CAPACITY, WIDTH, SCAN)  # fmt: skip
-        else:
-            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, WIDTH)), (0, 2, 1))
-            left, right = tl.split(halves)
-            _append(left, f0, rows, N, F, limit, bias_ptr, count_ptr, groups_ptr, values_ptr,
-                    CAPACITY, WIDTH, SCAN)  # fmt: skip
-            _append(right, f0 + WIDTH, rows, N, F, limit, bias_ptr, count_ptr, groups_ptr,
-                    values_ptr, CAPACITY, WIDTH, SCAN)  # fmt: skip
+        _append(acc, f0, rows, N, F, limit, bias_ptr, count_ptr, groups_ptr, values_ptr,
+                CAPACITY, BLOCK_N)  # fmt: skip
 
 
 @triton.jit
@@ -359,8 +343,6 @@ def fused_topk(
     b_enc: Tensor,  # [F] float32
     k: int,
     plan: Plan,
-    *,
-    flatten: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32 descending, [N, k] int32
     """The fused path with the sizes of a plan."""
     N, D = x.shape
@@ -396,8 +378,8 @@ def fused_topk(
         )  # fmt: skip
         _filter_kernel[(programs,)](
             TensorDescriptor.from_tensor(part, [m, d]), w_desc, b_enc, tau, last, count, groups,
-            lists, size, F, D, plan.capacity, m, n, d, programs, plan.subtiles, plan.scan,
-            precision, flatten, num_warps=plan.num_warps, num_stages=plan.num_stages,
+            lists, size, F, D, plan.capacity, m, n, d, programs, precision,
+            num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
         _select_kernel[(size,)](
             part, W_enc, b_enc, tau, last, count, groups, lists, keys, pitch, values[start:],

@@ -84,7 +84,7 @@ def test_fused_equals_the_reference_in_the_interpreter(kind: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("changes", [{"scan": True}, {"subtiles": 2}, {"block_rows": 32}])
+@pytest.mark.parametrize("changes", [{"programs_a_unit": 2}, {"piece": 16}, {"block_rows": 32}])
 def test_every_variant_in_the_interpreter(changes: dict[str, object]) -> None:
     x, W, b = make("normal", 20, 24, 301, torch.float32, "cpu")
     indices = encode_topk.fused_topk(x, W, b, 5, small_plan()._replace(**changes))[1]
