@@ -2,17 +2,17 @@
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k, S the sampling stride.
 
-1. `_sample_kernel` computes every S-th activation (one of each S neighbours, picked by a hash).
+1. `_gather_kernel` and `_sample_kernel` compute every S-th activation (one of each S neighbours,
+   picked by a hash).
 2. `_threshold_kernel` takes a row's r-th largest sample as threshold. r is such that the k largest
    activations reach it but for one row in 1e8, whatever the values are: only ranks matter, since
    equal values are ranked by index.
-3. `_filter_kernel` is the whole matmul; its epilogue appends every group of 8 neighbouring latents
-   that holds an activation at or above its row's threshold, on the fp32 accumulators, to a short
-   list a row.
-4. `_select_kernel` finds the exact k of that list. Where fewer than k of a list reach the
-threshold,
-   or the list overflowed, the row is done anew by streaming over all latents: the result is exact
-   in every case.
+3. A filter (`_filter_kernel` here; `encode_hopper.filter_rows` on GPUs that have warpgroup
+   instructions) is the whole matmul; its epilogue appends the activations that reach their row's
+   threshold, on the fp32 accumulators, to short lists, several a row.
+4. `_select_kernel` finds the exact k of a row's lists. Where they hold fewer than k activations, or
+   one overflowed, the row is done anew by streaming over all latents: the result is exact in every
+   case.
 
 Activations are compared as the int32 bits of their fp32 value: those order non-negative floats, put
 NaN above +inf and negative ones, which ReLU makes zero, below.
@@ -21,6 +21,7 @@ NaN above +inf and negative ones, which ReLU makes zero, below.
 from __future__ import annotations
 
 import math
+import warnings
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -32,10 +33,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import encode_blocked
 
-_GROUP = 8
 _SCRATCH_BYTES = 56 << 20
+_GATHERED_BYTES = 16 << 20
 _MISS_CHANCE = 1e-8
 _OVERFLOW_CHANCE = 1e-7
+# Lists a row in one program: columns 0 and 1, 2 and 3, 4 and 5, 6 and 7 of each 8, the columns that
+# one thread holds of a warpgroup instruction's result.
+_QUADS = 4
 
 
 class Plan(NamedTuple):
@@ -43,7 +47,8 @@ class Plan(NamedTuple):
 
     stride: int
     rank: int
-    capacity: int  # groups a row's list holds
+    parts: int  # programs that share a block of rows
+    capacity: int  # activations a list holds; a power of two
     block_rows: int
     block_m: int = 128
     block_n: int = 256
@@ -51,16 +56,20 @@ class Plan(NamedTuple):
     num_warps: int = 8
     num_stages: int = 4
     sample_n: int = 128
-    programs_a_unit: int = 1  # persistent programs a multiprocessor
     sample_warps: int = 4
-    threshold_warps: int = 4
-    piece: int = 1024
+    threshold_warps: int = 1
+    keys: int = 1024  # activations that a row's selection holds at a time
     select_warps: int = 2
 
     @property
-    def keys(self) -> int:
-        """Entries that reach the threshold, for which a row's selection has room."""
-        return max(256, self.capacity)
+    def lists(self) -> int:
+        """Lists a row."""
+        return _QUADS * self.parts
+
+    def pitch(self, F: int) -> int:
+        """int64 words of scratch a row: samples first, then the lists, then the selection's keys."""
+        samples = triton.cdiv(F // self.stride, 2 * self.sample_n) * self.sample_n
+        return max(samples, self.lists * self.capacity, self.keys)
 
 
 def _poisson_below(mean: float, r: int) -> float:
@@ -68,6 +77,7 @@ def _poisson_below(mean: float, r: int) -> float:
     return sum(math.exp(j * math.log(mean) - mean - math.lgamma(j + 1)) for j in range(r))
 
 
+@lru_cache(maxsize=256)
 def _rank(mean: float) -> int:
     """Smallest r with P(Poisson(mean) >= r) < _MISS_CHANCE."""
     r = max(1, math.ceil(mean))
@@ -76,25 +86,72 @@ def _rank(mean: float) -> int:
     return r
 
 
+@lru_cache(maxsize=1024)
+def _overflow_chance(stride: int, rank: int, lists: int, capacity: int) -> float:
+    """Chance that one of a row's lists overflows.
+
+    The number of activations that reach the rank-th largest of every stride-th is stride times a
+    Gamma(rank) variable; they spread over the lists evenly.
+    """
+    chance, steps = 0.0, 160
+    spread = 8 * math.sqrt(rank)
+    width = (rank + spread) / steps
+    for i in range(steps):
+        g = (i + 0.5) * width
+        density = math.exp((rank - 1) * math.log(g) - g - math.lgamma(rank))
+        mean = max(g * stride / lists, 1e-9)
+        one = 0.0 if 4 * mean < capacity else 1 - _poisson_below(mean, capacity + 1)
+        chance += density * width * min(1.0, lists * max(0.0, one))
+    return chance
+
+
+def _rounds(blocks: int, tiles: int, parts: int, programs: int) -> int:
+    """Tiles that the busiest program does, where `parts` programs share a block of rows."""
+    return triton.cdiv(blocks * parts, programs) * triton.cdiv(tiles, parts)
+
+
 @lru_cache(maxsize=256)
-def make_plan(N: int, D: int, F: int, k: int) -> Plan | None:
+def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | None:
     """The fused path's sizes, or None where k is too large a part of F for sampling to pay.
 
-    The sparsest sample whose threshold lets no more groups through than a list of 16 k holds.
+    For each stride the fewest chunks of rows that fit the scratch memory; of these the plan with the
+    least estimated time. The rates are rough ones of one H100: another GPU may do with a worse plan,
+    never with a wrong result.
     """
-    capacity = max(256, triton.next_power_of_2(16 * k))
-    if D % 8 or F < 2048 or capacity > 4096 or 8 * capacity > F:
+    if D % 8 or F < 2048 or k > 512:
         return None
-    for stride in (32, 24, 20, 16, 12, 10, 8, 6, 4):
+    best: tuple[float, Plan] | None = None
+    for stride in (128, 64, 48, 32, 24, 16, 12, 8):
         rank = _rank(k / stride)
-        if _poisson_below(capacity / stride, rank) < _OVERFLOW_CHANCE:
+        hits = rank * stride
+        if hits * 16 > F:
+            continue
+        for chunks in range(1, triton.cdiv(N, 128) + 1):
+            rows = triton.cdiv(triton.cdiv(N, chunks), 128) * 128
+            blocks, tiles = rows // 128, triton.cdiv(F, 256)
+            parts = min(
+                range(1, min(tiles, 32) + 1), key=lambda p: (_rounds(blocks, tiles, p, programs), p)
+            )
+            capacity = 64
+            while _overflow_chance(stride, rank, _QUADS * parts, capacity) > _OVERFLOW_CHANCE:
+                capacity *= 2
+            plan = Plan(
+                stride, rank, parts, capacity, rows,
+                keys=triton.next_power_of_2(max(256, math.ceil(1.3 * hits), 4 * k, 2 * capacity)),
+                threshold_warps=1 if F // stride <= 1024 else 4,
+            )  # fmt: skip
+            scratch = rows * (8 * plan.pitch(F) + 4 * plan.lists + 8)
+            if scratch + min(_GATHERED_BYTES, F // stride * 2 * D) > _SCRATCH_BYTES:
+                continue
+            sample_tiles = triton.cdiv(blocks * triton.cdiv(F // stride, 128), programs)
+            tile = 128 * 256 * D * 2 / 5.5e12
+            filtering = _rounds(blocks, tiles, parts, programs) * (tile + 3e-7 + 25e-6 * hits / F)
+            each = 15e-6 + 0.6 * sample_tiles * tile + filtering + rows * F // stride * 8 / 3e12
+            cost = triton.cdiv(N, rows) * each
+            if best is None or cost < best[0]:
+                best = (cost, plan)
             break
-    else:
-        return None
-    row_bytes = (4 * _GROUP + 4) * capacity + 4 * (F // stride) + 16
-    blocks = triton.cdiv(N * row_bytes, _SCRATCH_BYTES)
-    block_rows = max(128, triton.cdiv(triton.cdiv(N, blocks), 128) * 128)
-    return Plan(stride, rank, capacity, block_rows)
+    return None if best is None else best[1]
 
 
 @triton.jit
@@ -152,32 +209,42 @@ def _kth(bits, latent, k, slack):
 
 
 @triton.jit
+def _gather_kernel(w_ptr, out_ptr, first, D, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Copies the weights of the samples from `first` on."""
+    j = tl.program_id(0)
+    latent = _sampled_latent(first + j, STRIDE).to(tl.int64)
+    for d0 in range(0, D, BLOCK):
+        d = d0 + tl.arange(0, BLOCK)
+        w = tl.load(w_ptr + latent * D + d, mask=d < D, other=0.0)
+        tl.store(out_ptr + j.to(tl.int64) * D + d, w, mask=d < D)
+
+
+@triton.jit
 def _sample_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr, N, D, num_samples, pitch,
+    x_desc, w_desc, bias_ptr, out_ptr, N, D, first, num_samples, pitch,
     STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m0 = tl.program_id(0) * BLOCK_M
+    n0 = tl.program_id(1) * BLOCK_N
+    rows = m0 + tl.arange(0, BLOCK_M)
+    cols = first + n0 + tl.arange(0, BLOCK_N)
     latents = _sampled_latent(tl.minimum(cols, num_samples - 1), STRIDE)
-    depth = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * D + depth[None, :]
-    w_ptrs = w_ptr + latents.to(tl.int64)[:, None] * D + depth[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, D, BLOCK_K):
-        inside = (start + depth)[None, :] < D
-        a = tl.load(x_ptrs + start, mask=inside, other=0.0)
-        b = tl.load(w_ptrs + start, mask=inside, other=0.0)
+    # Bias first, as in the filter: sums in the same order have the same bits, on which equal
+    # activations depend.
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + tl.load(bias_ptr + latents)[None, :]
+    for d0 in range(0, D, BLOCK_K):
+        a = x_desc.load([m0, d0])
+        b = w_desc.load([n0, d0])
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    v = acc + tl.load(bias_ptr + latents)[None, :]
     out = out_ptr + rows.to(tl.int64)[:, None] * pitch + cols[None, :]
-    tl.store(out, v, mask=(rows < N)[:, None] & (cols < num_samples)[None, :])
+    tl.store(out, acc, mask=(rows < N)[:, None] & (cols < num_samples)[None, :])
 
 
 @triton.jit
 def _threshold_kernel(
-    samples_ptr, tau_ptr, last_ptr, count_ptr, num_samples, pitch, rank,
-    STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    samples_ptr, tau_ptr, last_ptr, count_ptr, num_samples, pitch, rank, num_lists,
+    STRIDE: tl.constexpr, BLOCK: tl.constexpr, LISTS_POW2: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -186,57 +253,53 @@ def _threshold_kernel(
     tau, last = _kth(bits, _sampled_latent(cols, STRIDE), rank, rank // 8)
     tl.store(tau_ptr + row, tau)
     tl.store(last_ptr + row, last)
-    tl.store(count_ptr + row, 0)
-
-
-@triton.jit
-def _append(
-    acc, f0, rows, N, F, limit, bias_ptr, count_ptr, groups_ptr, values_ptr,
-    CAPACITY: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Appends the groups of a [BLOCK_M, WIDTH] tile from latent f0 on that reach their limit."""
-    f = f0 + tl.arange(0, WIDTH)
-    v = acc + tl.load(bias_ptr + f, mask=f < F, other=float("-inf"))[None, :]
-    grouped = tl.reshape(v, (acc.shape[0], WIDTH // 8, 8))
-    peak = tl.max(grouped.to(tl.int32, bitcast=True), 2)
-    group = f0 // 8 + tl.arange(0, WIDTH // 8)
-    hit = (peak >= limit[:, None]) & (rows < N)[:, None] & (group * 8 < F)[None, :]
-    ones = hit.to(tl.int32)
-    # An atomic a group, where there are few: 1.1x over a prefix sum a row (docs/performance.md).
-    slot = tl.atomic_add(count_ptr + rows[:, None] + 0 * ones, 1, mask=hit, sem="relaxed")
-    fits = hit & (slot < CAPACITY)
-    at = rows.to(tl.int64)[:, None] * CAPACITY + slot
-    tl.store(groups_ptr + at, group[None, :] + 0 * slot, mask=fits)
-    where = values_ptr + at[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    tl.store(where, grouped, mask=fits[:, :, None] & (tl.arange(0, 8) < 8)[None, None, :])
+    each = tl.arange(0, LISTS_POW2)
+    tl.store(count_ptr + row * num_lists + each, tl.zeros_like(each), mask=each < num_lists)
 
 
 @triton.jit
 def _filter_kernel(
-    x_desc, w_desc, bias_ptr, tau_ptr, last_ptr, count_ptr, groups_ptr, values_ptr, N, F, D,
-    CAPACITY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr, PRECISION: tl.constexpr,
+    x_desc, w_desc, bias_ptr, tau_ptr, last_ptr, count_ptr, lists_ptr, pitch, N, F, D,
+    PARTS: tl.constexpr, CAPACITY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, NUM_PROGRAMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """The filter for any GPU: an atomic for each activation that passes."""
     num_m = tl.cdiv(N, BLOCK_M)
     num_tiles = num_m * tl.cdiv(F, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS):
         # Row blocks run fastest: neighbours share a tile of W_enc, and x stays in L2.
         m0 = (tile % num_m) * BLOCK_M
         f0 = (tile // num_m) * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(tl.cdiv(D, BLOCK_K)):
-            a = x_desc.load([m0, step * BLOCK_K])
-            b = w_desc.load([f0, step * BLOCK_K])
+        f = f0 + tl.arange(0, BLOCK_N)
+        bias = tl.load(bias_ptr + f, mask=f < F, other=float("-inf"))
+        # + 0: a pre-activation of -0 would have a negative number's bits.
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias[None, :]
+        for d0 in range(0, D, BLOCK_K):
+            a = x_desc.load([m0, d0])
+            b = w_desc.load([f0, d0])
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
         rows = m0 + tl.arange(0, BLOCK_M)
-        tau = tl.load(tau_ptr + rows, mask=rows < N, other=0x7FFFFFFE)
+        tau = tl.load(tau_ptr + rows, mask=rows < N, other=0x7FFFFFFF)
         last = tl.load(last_ptr + rows, mask=rows < N, other=-1)
-        # Equal values pass up to latent `last`, coarsely: in the whole tile that holds it. Where
-        # zeros pass, so do the negative values that ReLU makes zeros.
-        equal = tl.where(tau == 0, -2147483648, tau)
-        limit = tl.where(last >= f0, equal, tau + 1)
-        _append(acc, f0, rows, N, F, limit, bias_ptr, count_ptr, groups_ptr, values_ptr,
-                CAPACITY, BLOCK_N)  # fmt: skip
+        limit = _limit(tau, last >= f0)
+        bits = acc.to(tl.int32, bitcast=True)
+        hit = (bits > limit[:, None]) & (f < F)[None, :] & (rows < N)[:, None]
+        part = (tile // num_m) % PARTS
+        which = rows[:, None] * (4 * PARTS) + (part * 4 + (f // 2) % 4)[None, :]
+        slot = tl.atomic_add(count_ptr + which, hit.to(tl.int32), mask=hit, sem="relaxed")
+        at = rows.to(tl.int64)[:, None] * pitch + (part * 4 + (f // 2) % 4)[None, :] * CAPACITY
+        entry = (bits.to(tl.int64) << 32) | f.to(tl.int64)[None, :]
+        tl.store(lists_ptr + at + slot, entry, mask=hit & (slot < CAPACITY))
+
+
+@triton.jit
+def _limit(tau, includes_equal):
+    """Pre-activations whose bits exceed it pass: those from tau on, or only those over it.
+
+    Equal values pass up to a latent, coarsely: in the whole tile that holds it. Where zeros pass,
+    so do the negative values that ReLU makes zeros.
+    """
+    return tl.where(includes_equal, tl.where(tau == 0, -2147483648, tau - 1), tau)
 
 
 @triton.jit
@@ -246,9 +309,10 @@ def _key(bits, latent):
 
 
 @triton.jit
-def _cut(row_keys, count, k, CAPACITY: tl.constexpr):
-    """Moves the k largest of a row's first `count` keys to its front (all where it holds fewer)."""
-    slots = tl.arange(0, CAPACITY)
+def _cut(row_keys, count, k, KEYS: tl.constexpr):
+    """Moves the k largest of a row's first `count` keys to its front (all where it holds fewer);
+    keys below 0 are none. Returns how many it moved."""
+    slots = tl.arange(0, KEYS)
     keys = tl.load(row_keys + slots, mask=slots < count, other=-1)
     bits = (keys >> 32).to(tl.int32)
     latent = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
@@ -259,20 +323,20 @@ def _cut(row_keys, count, k, CAPACITY: tl.constexpr):
     tl.debug_barrier()
     tl.store(row_keys + at, keys, mask=kept)
     tl.debug_barrier()
+    return tl.sum(kept.to(tl.int32), 0)
 
 
 @triton.jit
 def _stream_row(
     x_row, w_ptr, bias_ptr, row_keys, F, D, k,
-    CAPACITY: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+    KEYS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The exact slow path: all activations of one row in chunks, cut back to k whenever full."""
     depth = tl.arange(0, BLOCK_K)
     count = tl.zeros([], tl.int32)
     for f0 in range(0, F, CHUNK):
-        if count + CHUNK > CAPACITY:
-            _cut(row_keys, count, k, CAPACITY)
-            count = tl.minimum(count, k)
+        if count + CHUNK > KEYS:
+            count = _cut(row_keys, count, k, KEYS)
         f = f0 + tl.arange(0, CHUNK)
         w_rows = w_ptr + tl.minimum(f, F - 1).to(tl.int64)[:, None] * D
         total = tl.zeros((CHUNK,), tl.float32)
@@ -286,42 +350,56 @@ def _stream_row(
         tl.store(row_keys + count + tl.arange(0, CHUNK), keys)
         tl.debug_barrier()
         count += CHUNK
-    _cut(row_keys, count, k, CAPACITY)
+    _cut(row_keys, count, k, KEYS)
+
+
+@triton.jit
+def _read_lists(
+    row_lists, row_counts, F, k, num_lists,
+    CAPACITY: tl.constexpr, KEYS: tl.constexpr, AT_A_TIME: tl.constexpr,
+):  # fmt: skip
+    """Turns a row's lists into keys at the front of the same memory, cut back to k whenever full.
+
+    Returns how many; keys below 0 among them are none. No key is written past the lists read.
+    """
+    found = tl.zeros([], tl.int32)
+    slots = tl.arange(0, CAPACITY)
+    for first in range(0, num_lists, AT_A_TIME):
+        each = first + tl.arange(0, AT_A_TIME)
+        counts = tl.load(row_counts + each, mask=each < num_lists, other=0)
+        there = slots[None, :] < counts[:, None]
+        at = each[:, None] * CAPACITY + slots[None, :]
+        entry = tl.load(row_lists + at, mask=there, other=0)
+        total = tl.sum(counts, 0)
+        if found + total > KEYS:
+            found = _cut(row_lists, found, k, KEYS)
+        latent = (entry & 0x7FFFFFFF).to(tl.int32)
+        bits = _relu_bits((entry >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+        key = tl.where(latent < F, _key(bits, latent), -1)
+        to = found + (tl.cumsum(counts, 0) - counts)[:, None] + slots[None, :]
+        tl.debug_barrier()
+        tl.store(row_lists + to, key, mask=there)
+        tl.debug_barrier()
+        found += total
+    return found
 
 
 @triton.jit
 def _select_kernel(
-    x_ptr, w_ptr, bias_ptr, tau_ptr, last_ptr, count_ptr, groups_ptr, list_ptr, keys_ptr, pitch,
-    values_ptr, indices_ptr, F, D, k,
-    CAPACITY: tl.constexpr, KEYS: tl.constexpr, PIECE: tl.constexpr, K_POW2: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, count_ptr, lists_ptr, pitch, num_lists, values_ptr, indices_ptr, F, D,
+    k, CAPACITY: tl.constexpr, LISTS_POW2: tl.constexpr, KEYS: tl.constexpr,
+    K_POW2: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, AT_A_TIME: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    count = tl.load(count_ptr + row)
-    tau = tl.load(tau_ptr + row)
-    last = tl.load(last_ptr + row)
-    row_keys = keys_ptr + row * pitch
+    row_keys = lists_ptr + row * pitch
+    row_counts = count_ptr + row * num_lists
+    each = tl.arange(0, LISTS_POW2)
+    longest = tl.max(tl.load(row_counts + each, mask=each < num_lists, other=0), 0)
     found = tl.zeros([], tl.int32)
-    if count <= CAPACITY:
-        # As many entries as there are, in pieces: a list is a third full.
-        for start in range(0, 8 * count, PIECE):
-            entry = start + tl.arange(0, PIECE)
-            there = entry < 8 * count
-            v = tl.load(list_ptr + row * (8 * CAPACITY) + entry, mask=there, other=0.0)
-            group = tl.load(groups_ptr + row * CAPACITY + entry // 8, mask=there, other=0)
-            latent = group * 8 + entry % 8
-            bits = _relu_bits(v)
-            # A neighbour in a group that does not reach the threshold tells nothing about what
-            # other latents there are.
-            reach = (bits > tau) | ((bits == tau) & (latent <= last))
-            reach = reach & there & (latent < F)
-            at = found + tl.cumsum(reach.to(tl.int32), 0) - 1
-            tl.store(row_keys + at, _key(bits, latent), mask=reach & (at < KEYS))
-            found += tl.sum(reach.to(tl.int32), 0)
-    tl.debug_barrier()
-    if (found >= k) & (found <= KEYS):
-        _cut(row_keys, found, k, KEYS)
-    else:
+    if longest <= CAPACITY:
+        found = _read_lists(row_keys, row_counts, F, k, num_lists, CAPACITY, KEYS, AT_A_TIME)
+        found = _cut(row_keys, found, k, KEYS)
+    if found < k:
         _stream_row(x_ptr + row * D, w_ptr, bias_ptr, row_keys, F, D, k, KEYS, CHUNK, BLOCK_K)
     j = tl.arange(0, K_POW2)
     keys = tl.sort(tl.load(row_keys + j, mask=j < k, other=-1), descending=True)
@@ -337,56 +415,121 @@ def _num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _sample(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, samples: Tensor, gathered: Tensor, first: int,
+    plan: Plan, num_samples: int, precision: str,
+) -> None:  # fmt: skip
+    """Fills samples [rows, pitch] with the columns from `first` on whose weights are gathered."""
+    (N, D), m, n, d = x.shape, plan.block_m, plan.sample_n, plan.block_k
+    size = gathered.shape[0]
+    _sample_kernel[(triton.cdiv(N, m), triton.cdiv(size, n))](
+        TensorDescriptor.from_tensor(x, [m, d]), TensorDescriptor.from_tensor(gathered, [n, d]),
+        b_enc, samples, N, D, first, min(num_samples, first + size), samples.stride(0),
+        plan.stride, m, n, d, precision, num_warps=plan.sample_warps, num_stages=4,
+    )  # fmt: skip
+
+
 def fused_topk(
     x: Tensor,  # [N, D] bf16 or fp16, contiguous
     W_enc: Tensor,  # [F, D] of the same dtype, contiguous
     b_enc: Tensor,  # [F] float32
     k: int,
     plan: Plan,
+    hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32 descending, [N, k] int32
-    """The fused path with the sizes of a plan."""
+    """The fused path with the sizes of a plan; `hopper` names its filter."""
     N, D = x.shape
     F = W_enc.shape[0]
     values = torch.empty(N, k, dtype=torch.float32, device=x.device)
     indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
     num_samples = F // plan.stride
-    rows = min(N, plan.block_rows)
-    # The samples' room serves the selection for its keys.
-    pitch = triton.cdiv(max(num_samples, 2 * plan.keys), 2)
-    keys = torch.empty(rows, pitch, dtype=torch.int64, device=x.device)
-    samples = keys.view(torch.float32)
-    lists = torch.empty(rows, plan.capacity * _GROUP, dtype=torch.float32, device=x.device)
-    groups = torch.empty(rows, plan.capacity, dtype=torch.int32, device=x.device)
-    tau, last, count = torch.empty(3, rows, dtype=torch.int32, device=x.device).unbind()
+    rows = min(triton.cdiv(N, plan.block_m) * plan.block_m, plan.block_rows)
+    scratch = torch.empty(rows, plan.pitch(F), dtype=torch.int64, device=x.device)
+    samples = scratch.view(torch.float32)
+    count = torch.empty(rows, plan.lists, dtype=torch.int32, device=x.device)
+    tau, last = torch.empty(2, rows, dtype=torch.int32, device=x.device).unbind()
     # 16-bit inputs are exact in the tensor cores' fp32 sums whatever is named here.
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
-    m, n, d = plan.block_m, plan.block_n, plan.block_k
-    w_desc = TensorDescriptor.from_tensor(W_enc, [n, d])
-    programs = plan.programs_a_unit * _num_programs(x.device)
-    block = triton.next_power_of_2(num_samples)
+    at_once = max(1, _GATHERED_BYTES // (x.element_size() * D * plan.sample_n)) * plan.sample_n
+    gathered = torch.empty(min(at_once, num_samples), D, dtype=x.dtype, device=x.device)
+    lists_pow2 = triton.next_power_of_2(plan.lists)
     for start in range(0, N, rows):
         part = x[start : start + rows]
         size = part.shape[0]
-        _sample_kernel[(triton.cdiv(size, m), triton.cdiv(num_samples, plan.sample_n))](
-            part, W_enc, b_enc, samples, size, D, num_samples,
-            2 * pitch, plan.stride, m, plan.sample_n, d, precision,
-            num_warps=plan.sample_warps, num_stages=3,
-        )  # fmt: skip
+        for first in range(0, num_samples, at_once):
+            some = gathered[: num_samples - first]
+            if start == 0 or num_samples > at_once:
+                _gather_kernel[(some.shape[0],)](
+                    W_enc, some, first, D, plan.stride, min(1024, triton.next_power_of_2(D)),
+                    num_warps=2,
+                )  # fmt: skip
+            _sample(part, W_enc, b_enc, samples, some, first, plan, num_samples, precision)
         _threshold_kernel[(size,)](
-            samples, tau, last, count, num_samples, 2 * pitch, plan.rank, plan.stride, block,
+            samples, tau, last, count, num_samples, samples.stride(0), plan.rank, plan.lists,
+            plan.stride, triton.next_power_of_2(num_samples), lists_pow2,
             num_warps=plan.threshold_warps,
         )  # fmt: skip
-        _filter_kernel[(programs,)](
-            TensorDescriptor.from_tensor(part, [m, d]), w_desc, b_enc, tau, last, count, groups,
-            lists, size, F, D, plan.capacity, m, n, d, programs, precision,
-            num_warps=plan.num_warps, num_stages=plan.num_stages,
-        )  # fmt: skip
+        if hopper:
+            from . import encode_hopper
+
+            encode_hopper.filter_rows(
+                part, W_enc, b_enc, tau, last, count, scratch, plan.parts, plan.capacity,
+                _num_programs(x.device),
+            )  # fmt: skip
+        else:
+            _filter(part, W_enc, b_enc, tau, last, count, scratch, plan, precision)
         _select_kernel[(size,)](
-            part, W_enc, b_enc, tau, last, count, groups, lists, keys, pitch, values[start:],
-            indices[start:], F, D, k, plan.capacity, plan.keys, plan.piece,
-            triton.next_power_of_2(k), 128, 64, num_warps=plan.select_warps,
+            part, W_enc, b_enc, count, scratch, scratch.stride(0), plan.lists, values[start:],
+            indices[start:], F, D, k, plan.capacity, lists_pow2, plan.keys,
+            triton.next_power_of_2(k), min(32, plan.keys // 2), 64,
+            max(1, plan.keys // 2 // plan.capacity), num_warps=plan.select_warps,
         )  # fmt: skip
     return values, indices
+
+
+def _filter(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, tau: Tensor, last: Tensor, count: Tensor,
+    scratch: Tensor, plan: Plan, precision: str,
+) -> None:  # fmt: skip
+    m, n, d = plan.block_m, plan.block_n, plan.block_k
+    programs = _num_programs(x.device)
+    _filter_kernel[(programs,)](
+        TensorDescriptor.from_tensor(x, [m, d]), TensorDescriptor.from_tensor(W_enc, [n, d]),
+        b_enc, tau, last, count, scratch, scratch.stride(0), x.shape[0], W_enc.shape[0],
+        x.shape[1], plan.parts, plan.capacity, m, n, d, programs, precision,
+        num_warps=plan.num_warps, num_stages=plan.num_stages,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _uses_hopper(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the filter for warpgroup instructions runs here and gives the plain filter's result.
+
+    It counts on the order in which a thread holds an instruction's results, so it is tried once a
+    process before it is trusted.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    try:
+        from . import encode_hopper  # noqa: F401
+    except ImportError:  # the part of Triton that it is written in is experimental
+        return False
+    g = torch.Generator(device=device).manual_seed(0)
+    x = torch.randn(200, 64, generator=g, device=device).to(dtype)
+    W_enc = torch.randn(8192 + 72, 64, generator=g, device=device).to(dtype)
+    b_enc = torch.randn(8192 + 72, generator=g, device=device)
+    plan = make_plan(200, 64, 8192 + 72, 16, _num_programs(device))
+    assert plan is not None
+    want = fused_topk(x, W_enc, b_enc, 16, plan)
+    got = fused_topk(x, W_enc, b_enc, 16, plan, hopper=True)
+    if torch.equal(want[0], got[0]) and torch.equal(want[1], got[1]):
+        return True
+    warnings.warn(
+        "The encoder's filter for Hopper GPUs disagrees with the plain one under this version of "
+        "Triton; the plain one, which is slower, is used.",
+        stacklevel=2,
+    )
+    return False
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -403,10 +546,11 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32 descending, [N, k] int32
     """`reference.topk_encode` on a GPU: fused where sampling pays, else in blocks of rows."""
     x, W_enc, b_enc = _aligned(x), _aligned(W_enc), b_enc.float().contiguous()
-    plan = make_plan(x.shape[0], x.shape[1], W_enc.shape[0], k) if x.shape[0] else None
+    N, D, F = *x.shape, W_enc.shape[0]
+    plan = make_plan(N, D, F, k, _num_programs(x.device)) if N else None
     if plan is None or x.dtype == torch.float32:
         return encode_blocked.topk_encode(x, W_enc, b_enc, k)
-    return fused_topk(x, W_enc, b_enc, k, plan)
+    return fused_topk(x, W_enc, b_enc, k, plan, _uses_hopper(x.device, x.dtype))
 
 
 def topk_encode_aux(

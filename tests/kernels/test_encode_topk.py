@@ -65,9 +65,9 @@ def small_plan(**changes: object) -> encode_topk.Plan:
         "block_k": 16,
         "num_warps": 4,
         "sample_n": 16,
-        "piece": 64,
+        "keys": 64,
     }
-    return encode_topk.Plan(8, 8, 64, 16, **(sizes | changes))  # type: ignore[arg-type]
+    return encode_topk.Plan(8, 8, 2, 16, 16, **(sizes | changes))  # type: ignore[arg-type]
 
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests cover it")
@@ -84,7 +84,7 @@ def test_fused_equals_the_reference_in_the_interpreter(kind: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("changes", [{"programs_a_unit": 2}, {"piece": 16}, {"block_rows": 32}])
+@pytest.mark.parametrize("changes", [{"parts": 3}, {"keys": 32}, {"block_rows": 32}])
 def test_every_variant_in_the_interpreter(changes: dict[str, object]) -> None:
     x, W, b = make("normal", 20, 24, 301, torch.float32, "cpu")
     indices = encode_topk.fused_topk(x, W, b, 5, small_plan()._replace(**changes))[1]
@@ -138,10 +138,11 @@ def test_blocked_equals_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch
 def test_plans_keep_to_the_memory_bar(shape: tuple[int, int, int, int]) -> None:
     plan = encode_topk.make_plan(*shape)
     assert plan is not None
-    N, _, F, k = shape
+    N, D, F, k = shape
     rows = min(N, plan.block_rows)
-    samples = max(F // plan.stride, 2 * plan.keys) * 4
-    assert rows * (samples + plan.capacity * 36 + 12) <= 64 << 20
+    gathered = min(encode_topk._GATHERED_BYTES, F // plan.stride * 2 * D)
+    outputs = 8 * N * k
+    assert rows * (8 * plan.pitch(F) + 4 * plan.lists + 8) + gathered + outputs <= 64 << 20
     assert plan.rank > k / plan.stride
     assert encode_topk.make_plan(*shape) == plan, "every rank makes the same plan"
 
