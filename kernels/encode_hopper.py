@@ -1,4 +1,4 @@
-"""The encoder's matmul and filter for Hopper: a producer warp feeds two warpgroups that filter apart.
+"""The encoder's matmul and filter for Hopper: a warp feeds two warpgroups that filter apart.
 
 Legend: N tokens of this launch, D d_in, F d_sae (of this shard).
 
@@ -37,7 +37,7 @@ def _filter_ptx(capacity: int) -> str:
     number and byte offset of its list, latent, addresses of the lists' lengths and of the lists.
 
     Element 0 speaks for row r, element 2 for row r + 8. A length past `capacity` goes on counting,
-    and its entries fall on earlier ones: the length tells.
+    and its entries fall on the last one: the length tells.
     """
     each = ["bits", "limit", "number", "offset", "latent", "lengths", "lists"]
     first = {name: 32 + i * 128 for i, name in enumerate(each)}
@@ -57,7 +57,7 @@ def _filter_ptx(capacity: int) -> str:
         half = i >> 1 & 1
         lines += [
             f"setp.gt.s32 p, ${first['bits'] + i}, ${first['limit'] + 2 * half};",
-            f"and.b32 t, n{half}, {capacity - 1};",
+            f"min.u32 t, n{half}, {capacity - 1};",
             f"mad.wide.u32 a, t, 8, b{half};",
             f"add.s32 f, ${first['latent']}, {(i & 1) + 8 * (i >> 2)};",
             f"@p st.global.v2.b32 [a], {{f, ${first['bits'] + i}}};",
@@ -119,11 +119,14 @@ def _consume(
         rows += gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
         tau = gl.load(tau_ptr + rows, mask=rows < N, other=0x7FFFFFFF)
         last = gl.load(last_ptr + rows, mask=rows < N, other=-1)
+        cols = part * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
+        bias = gl.load(bias_ptr + cols, mask=cols < F, other=float("-inf"))
         for f0 in range(part * BLOCK_N, F, PARTS * BLOCK_N):
-            cols = f0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
             # + 0: a pre-activation of -0 would have a negative number's bits.
-            acc = gl.zeros([HALF, BLOCK_N], gl.float32, layout=LAYOUT)
-            acc += gl.load(bias_ptr + cols, mask=cols < F, other=float("-inf"))[None, :]
+            acc = gl.zeros([HALF, BLOCK_N], gl.float32, layout=LAYOUT) + bias[None, :]
+            # The next tile's, so that its latency hides behind this one's products.
+            cols += PARTS * BLOCK_N
+            bias = gl.load(bias_ptr + cols, mask=cols < F, other=float("-inf"))
             for d0 in range(0, D, BLOCK_K):
                 mbarrier.wait(full.index(stage), phase)
                 acc = warpgroup_mma(
@@ -151,7 +154,7 @@ def _consume(
                     zeros + limit[:, None],
                     (rows * (4 * PARTS))[:, None] + number[None, :],
                     (rows * pitch * 8)[:, None] + (number * (CAPACITY * 8))[None, :],
-                    zeros + cols[None, :],
+                    zeros + (cols - PARTS * BLOCK_N)[None, :],
                     zeros.to(gl.int64) + count_ptr.to(gl.int64),
                     zeros.to(gl.int64) + lists_ptr.to(gl.int64),
                 ],
@@ -206,7 +209,7 @@ def filter_rows(
     tau: Tensor,  # [N] int32
     last: Tensor,  # [N] int32
     count: Tensor,  # [N, 4 * parts] int32, increased
-    lists: Tensor,  # [N, pitch] int64; 4 * parts lists of `capacity` at the front of each row, filled
+    lists: Tensor,  # [N, pitch] int64, filled: 4 * parts lists of `capacity` in each row
     parts: int,
     capacity: int,
     num_programs: int,

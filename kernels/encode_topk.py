@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import encode_blocked
+from . import encode_aux, encode_blocked
 
 _SCRATCH_BYTES = 56 << 20
 _GATHERED_BYTES = 16 << 20
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
     stride: int
     rank: int
     parts: int  # programs that share a block of rows
-    capacity: int  # activations a list holds; a power of two
+    capacity: int  # activations a list holds
     block_rows: int
     block_m: int = 128
     block_n: int = 256
@@ -67,9 +67,9 @@ class Plan(NamedTuple):
         return _QUADS * self.parts
 
     def pitch(self, F: int) -> int:
-        """int64 words of scratch a row: samples first, then the lists, then the selection's keys."""
+        """int64 words of scratch a row: samples, then lists, then the selection's keys."""
         samples = triton.cdiv(F // self.stride, 2 * self.sample_n) * self.sample_n
-        return max(samples, self.lists * self.capacity, self.keys)
+        return int(max(samples, self.lists * self.capacity, self.keys))
 
 
 def _poisson_below(mean: float, r: int) -> float:
@@ -94,29 +94,32 @@ def _overflow_chance(stride: int, rank: int, lists: int, capacity: int) -> float
     Gamma(rank) variable; they spread over the lists evenly.
     """
     chance, steps = 0.0, 160
-    spread = 8 * math.sqrt(rank)
-    width = (rank + spread) / steps
+    width = (rank + 8 * math.sqrt(rank)) / steps
     for i in range(steps):
         g = (i + 0.5) * width
         density = math.exp((rank - 1) * math.log(g) - g - math.lgamma(rank))
-        mean = max(g * stride / lists, 1e-9)
-        one = 0.0 if 4 * mean < capacity else 1 - _poisson_below(mean, capacity + 1)
-        chance += density * width * min(1.0, lists * max(0.0, one))
+        mean = g * stride / lists
+        if mean < capacity:
+            # Chernoff's bound of P(Poisson(mean) > capacity).
+            one = math.exp(capacity - mean - capacity * math.log(capacity / mean))
+        else:
+            one = 1.0
+        chance += density * width * min(1.0, lists * one)
     return chance
 
 
 def _rounds(blocks: int, tiles: int, parts: int, programs: int) -> int:
     """Tiles that the busiest program does, where `parts` programs share a block of rows."""
-    return triton.cdiv(blocks * parts, programs) * triton.cdiv(tiles, parts)
+    return int(triton.cdiv(blocks * parts, programs) * triton.cdiv(tiles, parts))
 
 
 @lru_cache(maxsize=256)
 def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | None:
     """The fused path's sizes, or None where k is too large a part of F for sampling to pay.
 
-    For each stride the fewest chunks of rows that fit the scratch memory; of these the plan with the
-    least estimated time. The rates are rough ones of one H100: another GPU may do with a worse plan,
-    never with a wrong result.
+    For each stride the fewest chunks of rows that fit the scratch memory; of these the plan with
+    the least estimated time. The rates are rough ones of one H100: another GPU may get a worse
+    plan, never a wrong result.
     """
     if D % 8 or F < 2048 or k > 512:
         return None
@@ -134,10 +137,12 @@ def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | Non
             )
             capacity = 64
             while _overflow_chance(stride, rank, _QUADS * parts, capacity) > _OVERFLOW_CHANCE:
-                capacity *= 2
+                capacity += 16
+            keys = triton.next_power_of_2(max(256, math.ceil(1.3 * hits), 2 * k))
             plan = Plan(
                 stride, rank, parts, capacity, rows,
-                keys=triton.next_power_of_2(max(256, math.ceil(1.3 * hits), 4 * k, 2 * capacity)),
+                keys=keys,
+                select_warps=triton.cdiv(keys, 512),
                 threshold_warps=1 if F // stride <= 1024 else 4,
             )  # fmt: skip
             scratch = rows * (8 * plan.pitch(F) + 4 * plan.lists + 8)
@@ -309,17 +314,15 @@ def _key(bits, latent):
 
 
 @triton.jit
-def _cut(row_keys, count, k, KEYS: tl.constexpr):
-    """Moves the k largest of a row's first `count` keys to its front (all where it holds fewer);
-    keys below 0 are none. Returns how many it moved."""
-    slots = tl.arange(0, KEYS)
-    keys = tl.load(row_keys + slots, mask=slots < count, other=-1)
+def _keep(row_keys, keys, k):
+    """Writes the k largest of some keys to the front of a row's (all where there are fewer); keys
+    below 0 are none. Returns how many it wrote."""
     bits = (keys >> 32).to(tl.int32)
     latent = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
     tau, last = _kth(bits, latent, k, 0)
     kept = (bits > tau) | ((bits == tau) & (latent <= last))
     at = tl.cumsum(kept.to(tl.int32), 0) - 1
-    # Every thread has read its keys before any slot is overwritten.
+    # Every thread has read its keys before any is overwritten.
     tl.debug_barrier()
     tl.store(row_keys + at, keys, mask=kept)
     tl.debug_barrier()
@@ -334,9 +337,11 @@ def _stream_row(
     """The exact slow path: all activations of one row in chunks, cut back to k whenever full."""
     depth = tl.arange(0, BLOCK_K)
     count = tl.zeros([], tl.int32)
+    slots = tl.arange(0, KEYS)
     for f0 in range(0, F, CHUNK):
         if count + CHUNK > KEYS:
-            count = _cut(row_keys, count, k, KEYS)
+            held = tl.load(row_keys + slots, mask=slots < count, other=-1)
+            count = _keep(row_keys, held, k)
         f = f0 + tl.arange(0, CHUNK)
         w_rows = w_ptr + tl.minimum(f, F - 1).to(tl.int64)[:, None] * D
         total = tl.zeros((CHUNK,), tl.float32)
@@ -350,37 +355,41 @@ def _stream_row(
         tl.store(row_keys + count + tl.arange(0, CHUNK), keys)
         tl.debug_barrier()
         count += CHUNK
-    _cut(row_keys, count, k, KEYS)
+    _keep(row_keys, tl.load(row_keys + slots, mask=slots < count, other=-1), k)
 
 
 @triton.jit
 def _read_lists(
-    row_lists, row_counts, F, k, num_lists,
-    CAPACITY: tl.constexpr, KEYS: tl.constexpr, AT_A_TIME: tl.constexpr,
+    row_lists, row_counts, F, k, num_lists, total, CAPACITY: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Turns a row's lists into keys at the front of the same memory, cut back to k whenever full.
+    """Writes the keys of the k largest of a row's `total` entries to the front of its lists.
 
-    Returns how many; keys below 0 among them are none. No key is written past the lists read.
+    Returns how many it wrote. Most rows need one round; a list's entries are read before the keys
+    of a round may overwrite them, since k <= KEYS.
     """
+    slots = tl.arange(0, KEYS)
     found = tl.zeros([], tl.int32)
-    slots = tl.arange(0, CAPACITY)
-    for first in range(0, num_lists, AT_A_TIME):
-        each = first + tl.arange(0, AT_A_TIME)
-        counts = tl.load(row_counts + each, mask=each < num_lists, other=0)
-        there = slots[None, :] < counts[:, None]
-        at = each[:, None] * CAPACITY + slots[None, :]
-        entry = tl.load(row_lists + at, mask=there, other=0)
-        total = tl.sum(counts, 0)
-        if found + total > KEYS:
-            found = _cut(row_lists, found, k, KEYS)
-        latent = (entry & 0x7FFFFFFF).to(tl.int32)
-        bits = _relu_bits((entry >> 32).to(tl.int32).to(tl.float32, bitcast=True))
-        key = tl.where(latent < F, _key(bits, latent), -1)
-        to = found + (tl.cumsum(counts, 0) - counts)[:, None] + slots[None, :]
-        tl.debug_barrier()
-        tl.store(row_lists + to, key, mask=there)
-        tl.debug_barrier()
-        found += total
+    done = tl.zeros([], tl.int32)
+    while done < total:
+        entry = done + slots - found
+        # The list that holds an entry, and how many entries the lists before it hold.
+        which = tl.zeros([KEYS], tl.int32)
+        before = tl.zeros([KEYS], tl.int32)
+        end = tl.zeros([], tl.int32)
+        for i in range(num_lists - 1):
+            end += tl.load(row_counts + i)
+            past = entry >= end
+            which += past.to(tl.int32)
+            before = tl.where(past, end, before)
+        new = (slots >= found) & (entry < total)
+        at = which * CAPACITY + entry - before
+        pair = tl.load(row_lists + at, mask=new, other=0)
+        latent = (pair & 0x7FFFFFFF).to(tl.int32)
+        bits = _relu_bits((pair >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+        old = tl.load(row_lists + slots, mask=slots < found, other=-1)
+        keys = tl.where(new & (latent < F), _key(bits, latent), old)
+        done += KEYS - found
+        found = _keep(row_lists, keys, k)
     return found
 
 
@@ -388,17 +397,17 @@ def _read_lists(
 def _select_kernel(
     x_ptr, w_ptr, bias_ptr, count_ptr, lists_ptr, pitch, num_lists, values_ptr, indices_ptr, F, D,
     k, CAPACITY: tl.constexpr, LISTS_POW2: tl.constexpr, KEYS: tl.constexpr,
-    K_POW2: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, AT_A_TIME: tl.constexpr,
+    K_POW2: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_keys = lists_ptr + row * pitch
     row_counts = count_ptr + row * num_lists
     each = tl.arange(0, LISTS_POW2)
-    longest = tl.max(tl.load(row_counts + each, mask=each < num_lists, other=0), 0)
+    counts = tl.load(row_counts + each, mask=each < num_lists, other=0)
     found = tl.zeros([], tl.int32)
-    if longest <= CAPACITY:
-        found = _read_lists(row_keys, row_counts, F, k, num_lists, CAPACITY, KEYS, AT_A_TIME)
-        found = _cut(row_keys, found, k, KEYS)
+    if tl.max(counts, 0) <= CAPACITY:
+        total = tl.sum(counts, 0)
+        found = _read_lists(row_keys, row_counts, F, k, num_lists, total, CAPACITY, KEYS)
     if found < k:
         _stream_row(x_ptr + row * D, w_ptr, bias_ptr, row_keys, F, D, k, KEYS, CHUNK, BLOCK_K)
     j = tl.arange(0, K_POW2)
@@ -481,8 +490,7 @@ def fused_topk(
         _select_kernel[(size,)](
             part, W_enc, b_enc, count, scratch, scratch.stride(0), plan.lists, values[start:],
             indices[start:], F, D, k, plan.capacity, lists_pow2, plan.keys,
-            triton.next_power_of_2(k), min(32, plan.keys // 2), 64,
-            max(1, plan.keys // 2 // plan.capacity), num_warps=plan.select_warps,
+            triton.next_power_of_2(k), min(32, plan.keys // 2), 64, num_warps=plan.select_warps,
         )  # fmt: skip
     return values, indices
 
@@ -491,7 +499,8 @@ def _filter(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, tau: Tensor, last: Tensor, count: Tensor,
     scratch: Tensor, plan: Plan, precision: str,
 ) -> None:  # fmt: skip
-    m, n, d = plan.block_m, plan.block_n, plan.block_k
+    # Half the width: this filter needs registers for its atomics' addresses.
+    m, n, d = plan.block_m, min(128, plan.block_n), plan.block_k
     programs = _num_programs(x.device)
     _filter_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [m, d]), TensorDescriptor.from_tensor(W_enc, [n, d]),
@@ -561,7 +570,13 @@ def topk_encode_aux(
     aux_mask: Tensor,  # [F] bool
     k_aux: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.topk_encode_aux` on a GPU: the main list fused, the second in blocks of rows."""
+    """`reference.topk_encode_aux` on a GPU, the second list in ascending order of latents."""
     values, indices = topk_encode(x, W_enc, b_enc, k)
-    aux = encode_blocked.masked_topk(x.contiguous(), W_enc, b_enc.float(), aux_mask, k_aux)
+    if x.shape[0] == 0 or x.dtype == torch.float32 or x.shape[1] % 8:
+        aux = encode_blocked.masked_topk(x.contiguous(), W_enc, b_enc.float(), aux_mask, k_aux)
+    else:
+        x, W_enc = _aligned(x), _aligned(W_enc)
+        aux = encode_aux.masked_topk(
+            x, W_enc, b_enc.float().contiguous(), aux_mask.contiguous(), k_aux
+        )
     return values, indices, *aux

@@ -28,7 +28,7 @@ class TopKAux(NamedTuple):
 
     values: Tensor  # [N, K] float32/64, descending, >= 0
     indices: Tensor  # [N, K] int32
-    aux_values: Tensor  # [N, k_aux] float32/64, descending, no ReLU; -inf where the mask ran out
+    aux_values: Tensor  # [N, k_aux] float32/64 in any order, no ReLU; -inf where the mask ran out
     aux_indices: Tensor  # [N, k_aux] int32; 0 where the mask ran out
 
 

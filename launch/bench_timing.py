@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,25 @@ from rich.table import Table
 _FLUSH_BYTES = 256 << 20
 
 
-def median_ms(fn: Callable[[], Any], repeats: int = 20, warmup: int = 3) -> float:
-    """Median time of a call on the current CUDA device, the L2 cache emptied before each."""
+# Such writes last about a millisecond, in which the host launches the timed call's kernels.
+_FLUSHES_AHEAD = 16
+
+
+def median_ms(
+    fn: Callable[[], Any], repeats: int = 20, warmup: int = 3, *, ahead: bool = False
+) -> float:
+    """Median time of a call on the current CUDA device, the L2 cache emptied before each.
+
+    With `ahead` the device is kept busy while the host launches the call's kernels, so that the
+    time is the device's alone; `host_ms` tells the host's.
+    """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     for _ in range(warmup):
         fn()
     times: list[float] = []
     for _ in range(repeats):
-        flush.zero_()
+        for _ in range(_FLUSHES_AHEAD if ahead else 1):
+            flush.zero_()
         begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         begin.record()
@@ -32,6 +44,18 @@ def median_ms(fn: Callable[[], Any], repeats: int = 20, warmup: int = 3) -> floa
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def host_ms(fn: Callable[[], Any], repeats: int = 20) -> float:
+    """Median time that a call keeps the host, its kernels' execution aside."""
+    times: list[float] = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        fn()
+        times.append(1e3 * (time.perf_counter() - begin))
+    torch.cuda.synchronize()
     return statistics.median(times)
 
 

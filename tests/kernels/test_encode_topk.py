@@ -11,7 +11,7 @@ from torch import Tensor
 from flash_sae_dist.kernels import encode_blocked, ops, reference
 
 triton = pytest.importorskip("triton")
-from flash_sae_dist.kernels import encode_topk  # noqa: E402
+from flash_sae_dist.kernels import encode_aux, encode_topk  # noqa: E402
 
 KINDS = ["normal", "heavy", "ascending", "descending", "equal", "group", "few", "negative"]
 
@@ -126,6 +126,66 @@ def test_blocked_equals_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
+def assert_same_lists(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
+    """The same latents with the same values, in whatever order."""
+    order, order_want = got[1].sort(stable=True).indices, want[1].sort(stable=True).indices
+    assert torch.equal(got[1].gather(1, order), want[1].gather(1, order_want))
+    torch.testing.assert_close(
+        got[0].gather(1, order), want[0].gather(1, order_want), rtol=1e-5, atol=1e-5
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "nan"])
+@pytest.mark.parametrize(
+    ("part", "k"), [(0.0, 3), (0.05, 40), (0.1, 7), (0.5, 40), (1.0, 5), (1.0, 301)]
+)
+def test_second_list_in_the_interpreter(kind: str, part: float, k: int) -> None:
+    x, W, b = make("normal", 20, 24, 301, torch.float32, "cpu")
+    if kind == "ties":
+        x, W, b = x.sign(), W.sign(), b * 0
+    elif kind == "zeros":
+        x, b = x * 0, b * 0
+    elif kind == "nan":
+        x[3], b[11] = torch.nan, -torch.inf
+    mask = torch.rand(301, generator=torch.Generator().manual_seed(1)) < part
+    got = encode_aux.masked_topk(x, W, b, mask, k, max_chunk=64, block=(16, 16, 16))
+    want = reference.topk_encode_aux(x, W, b, 5, mask, k)[2:]
+    if kind == "nan":
+        # All of its activations are NaN: any k of them will do.
+        rows = torch.arange(20) != 3
+        assert got[0][3, : int(mask.sum().clamp(max=k))].isnan().all()
+        got, want = (got[0][rows], got[1][rows]), (want[0][rows], want[1][rows])
+    assert_same_lists(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("N", "D", "F", "part", "k"),
+    [(300, 776, 20_000, 0.1, 388), (300, 776, 20_000, 0.9, 700), (130, 64, 2048, 0.01, 512),
+     (1, 4096, 65_536, 0.3, 2048), (77, 768, 5001, 1.0, 5001), (64, 64, 4096, 0.0, 32)],
+)  # fmt: skip
+def test_second_list_on_the_gpu(
+    N: int, D: int, F: int, part: float, k: int, dtype: torch.dtype
+) -> None:
+    x, W, b = make("normal", N, D, F, dtype, "cuda")
+    mask = torch.rand(F, device="cuda") < part
+    values, indices = encode_aux.masked_topk(x, W, b, mask, k)
+    pre = (x.double() @ W.double().T + b.double()).masked_fill(~mask, -torch.inf)
+    count = min(k, int(mask.sum()))
+    want = pre.topk(k, dim=1).values
+    got = values.sort(descending=True).values
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    assert (indices[:, count:] == 0).all()
+    own = pre.gather(1, indices[:, :count].long())
+    torch.testing.assert_close(values[:, :count].double(), own, rtol=1e-4, atol=1e-4)
+    assert (indices[:, :count].diff(dim=1) > 0).all(), "a latent twice"
+    again = encode_aux.masked_topk(x, W, b, mask, k)
+    assert torch.equal(values, again[0])
+    assert torch.equal(indices, again[1])
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -179,7 +239,10 @@ def test_aux_list_and_gradients_on_the_gpu() -> None:
     got = ops.topk_encode_aux(x, W, b, 16, mask, 384)
     pre = (x.double() @ W.double().T + b.double()).masked_fill(~mask, -torch.inf)
     torch.testing.assert_close(
-        got.aux_values.double(), pre.topk(384, dim=1).values, rtol=1e-4, atol=1e-4
+        got.aux_values.sort(descending=True).values.double(),
+        pre.topk(384, dim=1).values,
+        rtol=1e-4,
+        atol=1e-4,
     )
     assert mask[got.aux_indices.long()].all()
     leaves = [t.float().requires_grad_() for t in (x, W, b)]
