@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .shapes import cdiv
+
 _ROWS = 32
 _COLS = 128
 
@@ -46,7 +48,7 @@ def centre(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] in dtype, [blocks, D] float32, [blocks, blocks]
     """`reference.centre` in one pass over x."""
     N, D = x.shape
-    grid = (triton.cdiv(N, _ROWS), triton.cdiv(D, _COLS))
+    grid = (cdiv(N, _ROWS), cdiv(D, _COLS))
     out = x.new_empty((N, D), dtype=dtype)
     sums = x.new_empty((grid[0], D), dtype=torch.float32)
     squares = x.new_empty(grid, dtype=torch.float32)

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .shapes import cdiv, next_power_of_2
+
 _SCRATCH_BYTES = 48 << 20
 # A chunk's latents in one row of the merge: 32 a thread of 16 warps.
 _MAX_CHUNK = 16384
@@ -71,7 +73,7 @@ def _between(lo, hi):
 @triton.jit
 def _merge_kernel(
     scratch_ptr, list_ptr, count_ptr, values_ptr, indices_ptr, first, CHUNK, k,
-    MERGES: tl.constexpr, BLOCK: tl.constexpr, K_POW2: tl.constexpr,
+    MERGES: tl.constexpr, BLOCK: tl.constexpr, K_POW2: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Row's best k of a chunk and, where it MERGES, of its list so far.
 
@@ -130,17 +132,23 @@ def _merge_kernel(
             tl.store(indices_ptr + row * k + at, old_latent, mask=kept)
             written += tl.sum(kept.to(tl.int32), 0)
             room -= tl.sum((kept & tie).to(tl.int32), 0)
-        tie = (new == lo) & there
-        rank = tl.cumsum(tie.to(tl.int32), 0)
-        kept = (new > lo) | (tie & (rank <= room))
-        at = written + tl.cumsum(kept.to(tl.int32), 0) - 1
-        latent = tl.load(list_ptr + first + j, mask=kept, other=0)
-        # -inf marks the places that the mask leaves empty, at latent 0.
-        v = tl.where(v != v, float("nan"), v + 0.0)
-        latent = tl.where(v == float("-inf"), 0, latent)
-        tl.store(values_ptr + row * k + at, v, mask=kept)
-        tl.store(indices_ptr + row * k + at, latent, mask=kept)
-        written += tl.sum(kept.to(tl.int32), 0)
+        # Anew from the scratch memory, which costs fewer registers than to hold it.
+        for start in range(0, tl.minimum(count - first, CHUNK), PIECE):
+            at_j = start + tl.arange(0, PIECE)
+            is_there = (at_j < CHUNK) & (first + at_j < count)
+            value = tl.load(scratch_ptr + row * CHUNK + at_j, mask=is_there, other=0.0)
+            bits = tl.where(is_there, _ordered(value), NONE)
+            ties = (bits == lo) & is_there
+            keeps = (bits > lo) | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= room))
+            to = written + tl.cumsum(keeps.to(tl.int32), 0) - 1
+            latent = tl.load(list_ptr + first + at_j, mask=keeps, other=0)
+            # -inf marks the places that the mask leaves empty, at latent 0.
+            value = tl.where(value != value, float("nan"), value + 0.0)
+            latent = tl.where(value == float("-inf"), 0, latent)
+            tl.store(values_ptr + row * k + to, value, mask=keeps)
+            tl.store(indices_ptr + row * k + to, latent, mask=keeps)
+            written += tl.sum(keeps.to(tl.int32), 0)
+            room -= tl.sum((keeps & ties).to(tl.int32), 0)
         tl.store(values_ptr + row * k + i, float("-inf"), mask=(i >= written) & (i < k))
         tl.store(indices_ptr + row * k + i, 0, mask=(i >= written) & (i < k))
 
@@ -160,28 +168,28 @@ def masked_topk(
     indices = torch.empty(N, k, dtype=torch.int32, device=device)
     through = mask.cumsum(0, dtype=torch.int32)
     latents = torch.empty(F, dtype=torch.int32, device=device)
-    _list_kernel[(triton.cdiv(F, 1024),)](mask.view(torch.uint8), through, latents, F, 1024)
+    _list_kernel[(cdiv(F, 1024),)](mask.view(torch.uint8), through, latents, F, 1024)
     count = through[-1:]
     # An eighth of the latents at a time: what a run that resorts to the second list rarely exceeds.
-    chunk = min(max_chunk, max(2048, triton.cdiv(triton.cdiv(F, 8), 128) * 128), F)
-    chunk = max(chunk, min(F, triton.cdiv(k, 128) * 128))
+    chunk = min(max_chunk, max(2048, cdiv(cdiv(F, 8), 128) * 128), F)
+    chunk = max(chunk, min(F, cdiv(k, 128) * 128))
     rows = min(N, max(128, _SCRATCH_BYTES // (4 * chunk) // 128 * 128))
     scratch = torch.empty(rows, chunk, dtype=torch.float32, device=device)
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     m, n, d = block
-    pow2 = triton.next_power_of_2(chunk)
+    pow2 = next_power_of_2(chunk)
     for start in range(0, N, rows):
         part = x[start : start + rows]
         size = part.shape[0]
         x_desc = TensorDescriptor.from_tensor(part, [m, d])
         for first in range(0, F, chunk):
-            _multiply_kernel[(triton.cdiv(size, m), triton.cdiv(chunk, n))](
+            _multiply_kernel[(cdiv(size, m), cdiv(chunk, n))](
                 x_desc, W_enc, b_enc, latents, count, scratch, size, D, first, chunk, m, n, d,
                 precision, num_warps=4, num_stages=3,
             )  # fmt: skip
             _merge_kernel[(size,)](
                 scratch, latents, count, values[start:], indices[start:], first, chunk, k,
-                first > 0, pow2, triton.next_power_of_2(k),
+                first > 0, pow2, next_power_of_2(k), min(1024, pow2),
                 num_warps=min(16, max(1, pow2 // 1024)),
             )  # fmt: skip
     return values, indices

@@ -32,6 +32,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import encode_aux, encode_blocked
+from .shapes import cdiv, next_power_of_2
 
 _SCRATCH_BYTES = 56 << 20
 _GATHERED_BYTES = 16 << 20
@@ -68,8 +69,8 @@ class Plan(NamedTuple):
 
     def pitch(self, F: int) -> int:
         """int64 words of scratch a row: samples, then lists, then the selection's keys."""
-        samples = triton.cdiv(F // self.stride, 2 * self.sample_n) * self.sample_n
-        return int(max(samples, self.lists * self.capacity, self.keys))
+        samples = cdiv(F // self.stride, 2 * self.sample_n) * self.sample_n
+        return max(samples, self.lists * self.capacity, self.keys)
 
 
 def _poisson_below(mean: float, r: int) -> float:
@@ -110,7 +111,7 @@ def _overflow_chance(stride: int, rank: int, lists: int, capacity: int) -> float
 
 def _rounds(blocks: int, tiles: int, parts: int, programs: int) -> int:
     """Tiles that the busiest program does, where `parts` programs share a block of rows."""
-    return int(triton.cdiv(blocks * parts, programs) * triton.cdiv(tiles, parts))
+    return cdiv(blocks * parts, programs) * cdiv(tiles, parts)
 
 
 @lru_cache(maxsize=256)
@@ -129,30 +130,31 @@ def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | Non
         hits = rank * stride
         if hits * 16 > F:
             continue
-        for chunks in range(1, triton.cdiv(N, 128) + 1):
-            rows = triton.cdiv(triton.cdiv(N, chunks), 128) * 128
-            blocks, tiles = rows // 128, triton.cdiv(F, 256)
+        for chunks in range(1, cdiv(N, 128) + 1):
+            rows = cdiv(cdiv(N, chunks), 128) * 128
+            blocks, tiles = rows // 128, cdiv(F, 256)
             parts = min(
                 range(1, min(tiles, 32) + 1), key=lambda p: (_rounds(blocks, tiles, p, programs), p)
             )
             capacity = 64
             while _overflow_chance(stride, rank, _QUADS * parts, capacity) > _OVERFLOW_CHANCE:
                 capacity += 16
-            keys = triton.next_power_of_2(max(256, math.ceil(1.3 * hits), 2 * k))
+            keys = max(2 * next_power_of_2(_QUADS * parts), math.ceil(1.3 * hits), 2 * k, 256)
+            keys = next_power_of_2(keys)
             plan = Plan(
                 stride, rank, parts, capacity, rows,
                 keys=keys,
-                select_warps=triton.cdiv(keys, 512),
+                select_warps=1 if keys <= 1024 else 4,
                 threshold_warps=1 if F // stride <= 1024 else 4,
             )  # fmt: skip
             scratch = rows * (8 * plan.pitch(F) + 4 * plan.lists + 8)
             if scratch + min(_GATHERED_BYTES, F // stride * 2 * D) > _SCRATCH_BYTES:
                 continue
-            sample_tiles = triton.cdiv(blocks * triton.cdiv(F // stride, 128), programs)
+            sample_tiles = cdiv(blocks * cdiv(F // stride, 128), programs)
             tile = 128 * 256 * D * 2 / 5.5e12
             filtering = _rounds(blocks, tiles, parts, programs) * (tile + 3e-7 + 25e-6 * hits / F)
             each = 15e-6 + 0.6 * sample_tiles * tile + filtering + rows * F // stride * 8 / 3e12
-            cost = triton.cdiv(N, rows) * each
+            cost = cdiv(N, rows) * each
             if best is None or cost < best[0]:
                 best = (cost, plan)
             break
@@ -290,11 +292,12 @@ def _filter_kernel(
         bits = acc.to(tl.int32, bitcast=True)
         hit = (bits > limit[:, None]) & (f < F)[None, :] & (rows < N)[:, None]
         part = (tile // num_m) % PARTS
-        which = rows[:, None] * (4 * PARTS) + (part * 4 + (f // 2) % 4)[None, :]
+        number = (part * 4 + (f // 2) % 4)[None, :]
+        which = rows[:, None] * (4 * PARTS) + number
         slot = tl.atomic_add(count_ptr + which, hit.to(tl.int32), mask=hit, sem="relaxed")
-        at = rows.to(tl.int64)[:, None] * pitch + (part * 4 + (f // 2) % 4)[None, :] * CAPACITY
+        at = rows[:, None] * pitch + slot * (4 * PARTS) + number
         entry = (bits.to(tl.int64) << 32) | f.to(tl.int64)[None, :]
-        tl.store(lists_ptr + at + slot, entry, mask=hit & (slot < CAPACITY))
+        tl.store(lists_ptr + at, entry, mask=hit & (slot < CAPACITY))
 
 
 @triton.jit
@@ -360,37 +363,37 @@ def _stream_row(
 
 @triton.jit
 def _read_lists(
-    row_lists, row_counts, F, k, num_lists, total, CAPACITY: tl.constexpr, KEYS: tl.constexpr,
+    row_lists, row_counts, F, k, num_lists, longest,
+    LISTS_POW2: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the keys of the k largest of a row's `total` entries to the front of its lists.
+    """Turns a row's lists into keys at the front of the same memory, cut back to k whenever full.
 
-    Returns how many it wrote. Most rows need one round; a list's entries are read before the keys
-    of a round may overwrite them, since k <= KEYS.
+    Returns how many; keys below 0 among them are none. Entry s of list l is at s * num_lists + l,
+    so that no key is written past the entries read.
     """
+    HALF: tl.constexpr = KEYS // 2
     slots = tl.arange(0, KEYS)
+    place = tl.arange(0, HALF)
+    which = place % LISTS_POW2
+    counts = tl.load(row_counts + which, mask=which < num_lists, other=0)
     found = tl.zeros([], tl.int32)
-    done = tl.zeros([], tl.int32)
-    while done < total:
-        entry = done + slots - found
-        # The list that holds an entry, and how many entries the lists before it hold.
-        which = tl.zeros([KEYS], tl.int32)
-        before = tl.zeros([KEYS], tl.int32)
-        end = tl.zeros([], tl.int32)
-        for i in range(num_lists - 1):
-            end += tl.load(row_counts + i)
-            past = entry >= end
-            which += past.to(tl.int32)
-            before = tl.where(past, end, before)
-        new = (slots >= found) & (entry < total)
-        at = which * CAPACITY + entry - before
-        pair = tl.load(row_lists + at, mask=new, other=0)
-        latent = (pair & 0x7FFFFFFF).to(tl.int32)
-        bits = _relu_bits((pair >> 32).to(tl.int32).to(tl.float32, bitcast=True))
-        old = tl.load(row_lists + slots, mask=slots < found, other=-1)
-        keys = tl.where(new & (latent < F), _key(bits, latent), old)
-        done += KEYS - found
-        found = _keep(row_lists, keys, k)
-    return found
+    for first in range(0, longest, HALF // LISTS_POW2):
+        slot = first + place // LISTS_POW2
+        there = slot < counts
+        entry = tl.load(row_lists + slot * num_lists + which, mask=there, other=0)
+        at = tl.cumsum(there.to(tl.int32), 0)
+        total = tl.sum(there.to(tl.int32), 0)
+        if found + total > KEYS:
+            found = _keep(row_lists, tl.load(row_lists + slots, mask=slots < found, other=-1), k)
+        latent = (entry & 0x7FFFFFFF).to(tl.int32)
+        bits = _relu_bits((entry >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+        key = tl.where(latent < F, _key(bits, latent), -1)
+        # Every thread has read its entries before any is overwritten.
+        tl.debug_barrier()
+        tl.store(row_lists + found + at - 1, key, mask=there)
+        tl.debug_barrier()
+        found += total
+    return _keep(row_lists, tl.load(row_lists + slots, mask=slots < found, other=-1), k)
 
 
 @triton.jit
@@ -405,9 +408,9 @@ def _select_kernel(
     each = tl.arange(0, LISTS_POW2)
     counts = tl.load(row_counts + each, mask=each < num_lists, other=0)
     found = tl.zeros([], tl.int32)
-    if tl.max(counts, 0) <= CAPACITY:
-        total = tl.sum(counts, 0)
-        found = _read_lists(row_keys, row_counts, F, k, num_lists, total, CAPACITY, KEYS)
+    longest = tl.max(counts, 0)
+    if longest <= CAPACITY:
+        found = _read_lists(row_keys, row_counts, F, k, num_lists, longest, LISTS_POW2, KEYS)
     if found < k:
         _stream_row(x_ptr + row * D, w_ptr, bias_ptr, row_keys, F, D, k, KEYS, CHUNK, BLOCK_K)
     j = tl.arange(0, K_POW2)
@@ -431,7 +434,7 @@ def _sample(
     """Fills samples [rows, pitch] with the columns from `first` on whose weights are gathered."""
     (N, D), m, n, d = x.shape, plan.block_m, plan.sample_n, plan.block_k
     size = gathered.shape[0]
-    _sample_kernel[(triton.cdiv(N, m), triton.cdiv(size, n))](
+    _sample_kernel[(cdiv(N, m), cdiv(size, n))](
         TensorDescriptor.from_tensor(x, [m, d]), TensorDescriptor.from_tensor(gathered, [n, d]),
         b_enc, samples, N, D, first, min(num_samples, first + size), samples.stride(0),
         plan.stride, m, n, d, precision, num_warps=plan.sample_warps, num_stages=4,
@@ -452,7 +455,7 @@ def fused_topk(
     values = torch.empty(N, k, dtype=torch.float32, device=x.device)
     indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
     num_samples = F // plan.stride
-    rows = min(triton.cdiv(N, plan.block_m) * plan.block_m, plan.block_rows)
+    rows = min(cdiv(N, plan.block_m) * plan.block_m, plan.block_rows)
     scratch = torch.empty(rows, plan.pitch(F), dtype=torch.int64, device=x.device)
     samples = scratch.view(torch.float32)
     count = torch.empty(rows, plan.lists, dtype=torch.int32, device=x.device)
@@ -461,7 +464,7 @@ def fused_topk(
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     at_once = max(1, _GATHERED_BYTES // (x.element_size() * D * plan.sample_n)) * plan.sample_n
     gathered = torch.empty(min(at_once, num_samples), D, dtype=x.dtype, device=x.device)
-    lists_pow2 = triton.next_power_of_2(plan.lists)
+    lists_pow2 = next_power_of_2(plan.lists)
     for start in range(0, N, rows):
         part = x[start : start + rows]
         size = part.shape[0]
@@ -469,13 +472,13 @@ def fused_topk(
             some = gathered[: num_samples - first]
             if start == 0 or num_samples > at_once:
                 _gather_kernel[(some.shape[0],)](
-                    W_enc, some, first, D, plan.stride, min(1024, triton.next_power_of_2(D)),
+                    W_enc, some, first, D, plan.stride, min(1024, next_power_of_2(D)),
                     num_warps=2,
                 )  # fmt: skip
             _sample(part, W_enc, b_enc, samples, some, first, plan, num_samples, precision)
         _threshold_kernel[(size,)](
             samples, tau, last, count, num_samples, samples.stride(0), plan.rank, plan.lists,
-            plan.stride, triton.next_power_of_2(num_samples), lists_pow2,
+            plan.stride, next_power_of_2(num_samples), lists_pow2,
             num_warps=plan.threshold_warps,
         )  # fmt: skip
         if hopper:
@@ -490,7 +493,7 @@ def fused_topk(
         _select_kernel[(size,)](
             part, W_enc, b_enc, count, scratch, scratch.stride(0), plan.lists, values[start:],
             indices[start:], F, D, k, plan.capacity, lists_pow2, plan.keys,
-            triton.next_power_of_2(k), min(32, plan.keys // 2), 64, num_warps=plan.select_warps,
+            next_power_of_2(k), min(32, plan.keys // 2), 64, num_warps=plan.select_warps,
         )  # fmt: skip
     return values, indices
 

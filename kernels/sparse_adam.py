@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import AdamOptions, LatentRows, PairOrder, Pairs
+from .shapes import cdiv, next_power_of_2
 from .sparse_grad import _token_of, heavy_sums
 
 _MAX_D = 16384
@@ -301,17 +302,17 @@ def _reset_fired_kernel(counter_ptr, acts_ptr, idx_ptr, P, BLOCK: tl.constexpr):
 def _decoder_blocks(D: int) -> dict[str, int]:
     if D > _MAX_D:
         raise ValueError(f"sparse_adam_step_ takes D up to {_MAX_D}, not {D}; use torch.optim.Adam")
-    block_d = triton.next_power_of_2(D)
+    block_d = next_power_of_2(D)
     # 8 columns a thread: more threads in flight were faster than more columns each (seed shape).
     return {"BLOCK_D": block_d, "PAIRS": 2, "num_warps": min(16, max(1, block_d // 256))}
 
 
 def _encoder_blocks(F: int, D: int) -> dict[str, int]:
-    block_d = min(256, max(16, triton.next_power_of_2(D)))
-    programs_a_latent = triton.cdiv(D, block_d)
+    block_d = min(256, max(16, next_power_of_2(D)))
+    programs_a_latent = cdiv(D, block_d)
     # Rows a program: enough programs to fill a GPU, few enough partial sums for b_dec.
     latents = min(64, max(1, F * programs_a_latent // 8192))
-    latents = triton.next_power_of_2(latents + 1) // 2
+    latents = next_power_of_2(latents + 1) // 2
     return {"LATENTS": latents, "BLOCK_D": block_d, "PAIRS": 2, "num_warps": 1}
 
 
@@ -335,7 +336,7 @@ def sparse_adam_step_(
     flags = {"LAZY": options.lazy, "COPIES": rows.copies is not None, "HEAVY": sums.heavy}
     moments = tuple(zip(rows.exp_avg, rows.exp_avg_sq, strict=True))
     blocks = _encoder_blocks(F, D)
-    grid = (triton.cdiv(F, blocks["LATENTS"]), triton.cdiv(D, blocks["BLOCK_D"]))
+    grid = (cdiv(F, blocks["LATENTS"]), cdiv(D, blocks["BLOCK_D"]))
     weighted = rows.W_enc.new_empty((grid[0], D), dtype=torch.float32)
     _adam_encoder_kernel[grid](
         order.order, order.offsets, pairs.enc_coef, pairs.enc_rows, sums.enc, sums.values,
@@ -372,9 +373,7 @@ def adam_vector_(
     """`reference.adam_vector_` in one launch."""
     D, (beta1, beta2) = param.numel(), options.betas
     args = (param, exp_avg, exp_avg_sq, grad, scalars, D)
-    _adam_vector_kernel[(triton.cdiv(D, 256),)](
-        *args, 1 - beta1, beta2, 1 - beta2, options.eps, BLOCK=256
-    )
+    _adam_vector_kernel[(cdiv(D, 256),)](*args, 1 - beta1, beta2, 1 - beta2, options.eps, BLOCK=256)
 
 
 def count_fired_(
@@ -388,4 +387,4 @@ def count_fired_(
     P = top_idx.numel()
     if P:
         args = (tokens_since_fired, top_acts.contiguous(), top_idx.contiguous(), P)
-        _reset_fired_kernel[(triton.cdiv(P, 512),)](*args, BLOCK=512)
+        _reset_fired_kernel[(cdiv(P, 512),)](*args, BLOCK=512)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .shapes import cdiv, next_power_of_2
+
 
 @triton.jit
 def _decode_kernel(
@@ -93,12 +95,12 @@ def _dots_kernel(
 
 def _decode_blocks(D: int) -> dict[str, int]:
     # One warp a program, so that no sum crosses warps: 1.8x over four at D=768, K=32.
-    return {"BLOCK_K": 4, "BLOCK_D": min(256, max(16, triton.next_power_of_2(D))), "num_warps": 1}
+    return {"BLOCK_K": 4, "BLOCK_D": min(256, max(16, next_power_of_2(D))), "num_warps": 1}
 
 
 def _dots_blocks(D: int, K: int) -> dict[str, int]:
-    block_d = min(256, max(16, triton.next_power_of_2(D)))
-    return {"BLOCK_K": min(8, triton.next_power_of_2(K)), "BLOCK_D": block_d, "num_warps": 1}
+    block_d = min(256, max(16, next_power_of_2(D)))
+    return {"BLOCK_K": min(8, next_power_of_2(K)), "BLOCK_D": block_d, "num_warps": 1}
 
 
 def sparse_decode(
@@ -113,7 +115,7 @@ def sparse_decode(
         top_acts, top_idx, W_dec = top_acts.contiguous(), top_idx.contiguous(), W_dec.contiguous()
         blocks = _decode_blocks(D)
         args: tuple[Any, ...] = (top_acts, top_idx, W_dec, out, out, out, out, D, K)
-        _decode_kernel[(N, triton.cdiv(D, blocks["BLOCK_D"]))](*args, RESIDUAL=False, **blocks)
+        _decode_kernel[(N, cdiv(D, blocks["BLOCK_D"]))](*args, RESIDUAL=False, **blocks)
     return out
 
 
@@ -128,7 +130,7 @@ def decode_residual(
     (N, K), D = top_idx.shape, W_dec.shape[1]
     out = W_dec.new_empty((N, D))
     blocks = _decode_blocks(D)
-    num_blocks = triton.cdiv(D, blocks["BLOCK_D"])
+    num_blocks = cdiv(D, blocks["BLOCK_D"])
     sq = W_dec.new_empty((N, num_blocks), dtype=torch.float32)
     if N:
         args = (top_acts.contiguous(), top_idx.contiguous(), W_dec.contiguous(), out, b_dec)
@@ -146,7 +148,7 @@ def gathered_dots(
     out = W.new_empty((N, K), dtype=torch.float32)
     if N:
         blocks = _dots_blocks(D, K)
-        grid = (N, triton.cdiv(K, blocks["BLOCK_K"]))
+        grid = (N, cdiv(K, blocks["BLOCK_K"]))
         grad, top_idx, W = grad.contiguous(), top_idx.contiguous(), W.contiguous()
         _dots_kernel[grid](grad, top_idx, W, out, out, out, out, D, K, COEFS=False, **blocks)
     return out
@@ -165,7 +167,7 @@ def pair_coefs(
     dec = torch.empty_like(enc)
     if N:
         blocks = _dots_blocks(D, K)
-        grid = (N, triton.cdiv(K, blocks["BLOCK_K"]))
+        grid = (N, cdiv(K, blocks["BLOCK_K"]))
         args = (residual, top_idx.contiguous(), W_dec, enc, top_acts.contiguous(), dec, scale)
         _dots_kernel[grid](*args, D, K, COEFS=True, **blocks)
     return dec, enc

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import PairOrder, order_pairs
+from .shapes import cdiv, next_power_of_2
 
 # Scratch of the heavy blocks is kept under this many bytes by making the blocks longer.
 _MAX_SCRATCH_BYTES = 32 << 20
@@ -207,8 +208,8 @@ def heavy_sums(
     enc = torch.empty_like(dec) if enc_rows is not None else None
     values = dec.new_empty(blocks)
     if blocks:
-        block_d = min(256, triton.next_power_of_2(D))
-        _heavy_kernel[(blocks, triton.cdiv(D, block_d))](
+        block_d = min(256, next_power_of_2(D))
+        _heavy_kernel[(blocks, cdiv(D, block_d))](
             order.order,
             order.latents,
             dec_coef,
@@ -249,8 +250,8 @@ def scatter_rows(
     order = order_pairs(top_idx, num_latents, coef != 0) if order is None else order
     sums = heavy_sums(order, coef, rows, num_latents, (N, K, 0))
     out = rows.new_empty((num_latents, D), dtype=dtype or torch.float32)
-    block_d = min(1024, triton.next_power_of_2(D))
-    _scatter_rows_kernel[(num_latents, triton.cdiv(D, block_d))](
+    block_d = min(1024, next_power_of_2(D))
+    _scatter_rows_kernel[(num_latents, cdiv(D, block_d))](
         order.order,
         order.offsets,
         coef,
@@ -279,10 +280,10 @@ def scatter_values(
     order = order_pairs(top_idx, num_latents, coef != 0) if order is None else order
     out = coef.new_empty(num_latents, dtype=torch.float32)
     P = coef.numel()
-    blocks = triton.cdiv(P, _MIN_HEAVY)
+    blocks = cdiv(P, _MIN_HEAVY)
     sums = coef.new_empty(blocks, dtype=torch.float32)
     _block_values_kernel[(blocks,)](order.order, coef, sums, P, HEAVY=_MIN_HEAVY, num_warps=1)
-    _scatter_values_kernel[(triton.cdiv(num_latents, 16),)](
+    _scatter_values_kernel[(cdiv(num_latents, 16),)](
         order.order,
         order.offsets,
         coef,
