@@ -10,20 +10,15 @@ Legend: N tokens, D d_in, F d_sae (of this shard), K k, S the sampling stride.
 3. A filter (`_filter_kernel` here; `encode_hopper.filter_rows` on GPUs that have warpgroup
    instructions) is the whole matmul; its epilogue appends the activations that reach their row's
    threshold, on the fp32 accumulators, to short lists, several a row.
-4. `_select_kernel` finds the exact k of a row's lists. Where they hold fewer than k activations, or
-   one overflowed, the row is done anew by streaming over all latents: the result is exact in every
-   case.
-
-Activations are compared as the int32 bits of their fp32 value: those order non-negative floats, put
-NaN above +inf and negative ones, which ReLU makes zero, below.
+4. `encode_select.select_kernel` finds the exact k of a row's lists. Where they hold fewer than k
+   activations, or one overflowed, the row is done anew by streaming over all latents: the result is
+   exact in every case.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -32,133 +27,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import encode_aux, encode_blocked
+from .encode_plan import GATHERED_BYTES, Plan, make_plan
+from .encode_select import kth, relu_bits, select_kernel
 from .shapes import cdiv, next_power_of_2
-
-_SCRATCH_BYTES = 56 << 20
-_GATHERED_BYTES = 16 << 20
-_MISS_CHANCE = 1e-8
-_OVERFLOW_CHANCE = 1e-7
-# Lists a row in one program: columns 0 and 1, 2 and 3, 4 and 5, 6 and 7 of each 8, the columns that
-# one thread holds of a warpgroup instruction's result.
-_QUADS = 4
-
-
-class Plan(NamedTuple):
-    """Sizes of one call; a function of shapes alone, so that every rank makes the same."""
-
-    stride: int
-    rank: int
-    parts: int  # programs that share a block of rows
-    capacity: int  # activations a list holds
-    block_rows: int
-    block_m: int = 128
-    block_n: int = 256
-    block_k: int = 64
-    num_warps: int = 8
-    num_stages: int = 4
-    sample_n: int = 128
-    sample_warps: int = 4
-    threshold_warps: int = 1
-    keys: int = 1024  # activations that a row's selection holds at a time
-    select_warps: int = 2
-
-    @property
-    def lists(self) -> int:
-        """Lists a row."""
-        return _QUADS * self.parts
-
-    def pitch(self, F: int) -> int:
-        """int64 words of scratch a row: samples, then lists, then the selection's keys."""
-        samples = cdiv(F // self.stride, 2 * self.sample_n) * self.sample_n
-        return max(samples, self.lists * self.capacity, self.keys)
-
-
-def _poisson_below(mean: float, r: int) -> float:
-    """P(Poisson(mean) < r)."""
-    return sum(math.exp(j * math.log(mean) - mean - math.lgamma(j + 1)) for j in range(r))
-
-
-@lru_cache(maxsize=256)
-def _rank(mean: float) -> int:
-    """Smallest r with P(Poisson(mean) >= r) < _MISS_CHANCE."""
-    r = max(1, math.ceil(mean))
-    while 1.0 - _poisson_below(mean, r) > _MISS_CHANCE:
-        r += 1
-    return r
-
-
-@lru_cache(maxsize=1024)
-def _overflow_chance(stride: int, rank: int, lists: int, capacity: int) -> float:
-    """Chance that one of a row's lists overflows.
-
-    The number of activations that reach the rank-th largest of every stride-th is stride times a
-    Gamma(rank) variable; they spread over the lists evenly.
-    """
-    chance, steps = 0.0, 160
-    width = (rank + 8 * math.sqrt(rank)) / steps
-    for i in range(steps):
-        g = (i + 0.5) * width
-        density = math.exp((rank - 1) * math.log(g) - g - math.lgamma(rank))
-        mean = g * stride / lists
-        if mean < capacity:
-            # Chernoff's bound of P(Poisson(mean) > capacity).
-            one = math.exp(capacity - mean - capacity * math.log(capacity / mean))
-        else:
-            one = 1.0
-        chance += density * width * min(1.0, lists * one)
-    return chance
-
-
-def _rounds(blocks: int, tiles: int, parts: int, programs: int) -> int:
-    """Tiles that the busiest program does, where `parts` programs share a block of rows."""
-    return cdiv(blocks * parts, programs) * cdiv(tiles, parts)
-
-
-@lru_cache(maxsize=256)
-def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | None:
-    """The fused path's sizes, or None where k is too large a part of F for sampling to pay.
-
-    For each stride the fewest chunks of rows that fit the scratch memory; of these the plan with
-    the least estimated time. The rates are rough ones of one H100: another GPU may get a worse
-    plan, never a wrong result.
-    """
-    if D % 8 or F < 2048 or k > 512:
-        return None
-    best: tuple[float, Plan] | None = None
-    for stride in (128, 64, 48, 32, 24, 16, 12, 8):
-        rank = _rank(k / stride)
-        hits = rank * stride
-        if hits * 16 > F:
-            continue
-        for chunks in range(1, cdiv(N, 128) + 1):
-            rows = cdiv(cdiv(N, chunks), 128) * 128
-            blocks, tiles = rows // 128, cdiv(F, 256)
-            parts = min(
-                range(1, min(tiles, 32) + 1), key=lambda p: (_rounds(blocks, tiles, p, programs), p)
-            )
-            capacity = 64
-            while _overflow_chance(stride, rank, _QUADS * parts, capacity) > _OVERFLOW_CHANCE:
-                capacity += 16
-            keys = max(2 * next_power_of_2(_QUADS * parts), math.ceil(1.3 * hits), 2 * k, 256)
-            keys = next_power_of_2(keys)
-            plan = Plan(
-                stride, rank, parts, capacity, rows,
-                keys=keys,
-                select_warps=1 if keys <= 1024 else 4,
-                threshold_warps=1 if F // stride <= 1024 else 4,
-            )  # fmt: skip
-            scratch = rows * (8 * plan.pitch(F) + 4 * plan.lists + 8)
-            if scratch + min(_GATHERED_BYTES, F // stride * 2 * D) > _SCRATCH_BYTES:
-                continue
-            sample_tiles = cdiv(blocks * cdiv(F // stride, 128), programs)
-            tile = 128 * 256 * D * 2 / 5.5e12
-            filtering = _rounds(blocks, tiles, parts, programs) * (tile + 3e-7 + 25e-6 * hits / F)
-            each = 15e-6 + 0.6 * sample_tiles * tile + filtering + rows * F // stride * 8 / 3e12
-            cost = cdiv(N, rows) * each
-            if best is None or cost < best[0]:
-                best = (cost, plan)
-            break
-    return None if best is None else best[1]
 
 
 @triton.jit
@@ -167,52 +38,6 @@ def _sampled_latent(j, STRIDE: tl.constexpr):
     of W meets it."""
     h = j.to(tl.uint32) * 0x9E3779B1
     return j * STRIDE + ((h >> 16) % STRIDE).to(tl.int32)
-
-
-@triton.jit
-def _relu_bits(v):
-    """int32 bits of relu(v), NaN kept."""
-    bits = tl.where(v != v, 0x7FC00000, v.to(tl.int32, bitcast=True))
-    return tl.maximum(bits, 0)
-
-
-@triton.jit
-def _kth(bits, latent, k, slack):
-    """(value bits, last latent) that at least k and at most k + slack of the entries reach.
-
-    An entry reaches them with a larger value, or an equal one and a latent up to `last`. Entries
-    below 0 do not count; where there are fewer than k, all reach.
-    """
-    hi = tl.max(bits, 0)
-    count = tl.sum((bits >= 0).to(tl.int32), 0)
-    lo = tl.zeros([], tl.int32)
-    # Most searches end within two octaves of the maximum: try there before halving the whole range.
-    near = tl.maximum(hi - (2 << 23), 0)
-    c = tl.sum((bits >= near).to(tl.int32), 0)
-    if c >= k:
-        lo = near
-        count = c
-    while (lo < hi) & (count > k + slack):
-        mid = lo + (hi - lo + 1) // 2
-        c = tl.sum((bits >= mid).to(tl.int32), 0)
-        if c >= k:
-            lo = mid
-            count = c
-        else:
-            hi = mid - 1
-    last = tl.full([], 0x7FFFFFFF, tl.int32)
-    if count > k + slack:
-        # More than enough equal values: the lowest latents of them.
-        first = tl.zeros([], tl.int32)
-        need = k - tl.sum((bits > lo).to(tl.int32), 0)
-        last = tl.max(tl.where(bits >= 0, latent, 0), 0)
-        while first < last:
-            mid = first + (last - first) // 2
-            if tl.sum(((bits == lo) & (latent <= mid)).to(tl.int32), 0) >= need:
-                last = mid
-            else:
-                first = mid + 1
-    return lo, last
 
 
 @triton.jit
@@ -256,8 +81,8 @@ def _threshold_kernel(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     v = tl.load(samples_ptr + row * pitch + cols, mask=cols < num_samples, other=0.0)
-    bits = tl.where(cols < num_samples, _relu_bits(v), -1)
-    tau, last = _kth(bits, _sampled_latent(cols, STRIDE), rank, rank // 8)
+    bits = tl.where(cols < num_samples, relu_bits(v), -1)
+    tau, last = kth(bits, _sampled_latent(cols, STRIDE), rank, rank // 8)
     tl.store(tau_ptr + row, tau)
     tl.store(last_ptr + row, last)
     each = tl.arange(0, LISTS_POW2)
@@ -310,116 +135,6 @@ def _limit(tau, includes_equal):
     return tl.where(includes_equal, tl.where(tau == 0, -2147483648, tau - 1), tau)
 
 
-@triton.jit
-def _key(bits, latent):
-    """(relu'd bits, latent) as an int64 that sorts by activation, then lowest latent."""
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - latent).to(tl.int64)
-
-
-@triton.jit
-def _keep(row_keys, keys, k):
-    """Writes the k largest of some keys to the front of a row's (all where there are fewer); keys
-    below 0 are none. Returns how many it wrote."""
-    bits = (keys >> 32).to(tl.int32)
-    latent = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
-    tau, last = _kth(bits, latent, k, 0)
-    kept = (bits > tau) | ((bits == tau) & (latent <= last))
-    at = tl.cumsum(kept.to(tl.int32), 0) - 1
-    # Every thread has read its keys before any is overwritten.
-    tl.debug_barrier()
-    tl.store(row_keys + at, keys, mask=kept)
-    tl.debug_barrier()
-    return tl.sum(kept.to(tl.int32), 0)
-
-
-@triton.jit
-def _stream_row(
-    x_row, w_ptr, bias_ptr, row_keys, F, D, k,
-    KEYS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The exact slow path: all activations of one row in chunks, cut back to k whenever full."""
-    depth = tl.arange(0, BLOCK_K)
-    count = tl.zeros([], tl.int32)
-    slots = tl.arange(0, KEYS)
-    for f0 in range(0, F, CHUNK):
-        if count + CHUNK > KEYS:
-            held = tl.load(row_keys + slots, mask=slots < count, other=-1)
-            count = _keep(row_keys, held, k)
-        f = f0 + tl.arange(0, CHUNK)
-        w_rows = w_ptr + tl.minimum(f, F - 1).to(tl.int64)[:, None] * D
-        total = tl.zeros((CHUNK,), tl.float32)
-        for d0 in range(0, D, BLOCK_K):
-            inside = d0 + depth < D
-            x = tl.load(x_row + d0 + depth, mask=inside, other=0.0).to(tl.float32)
-            w = tl.load(w_rows + (d0 + depth)[None, :], mask=inside[None, :], other=0.0)
-            total += tl.sum(w.to(tl.float32) * x[None, :], 1)
-        v = total + tl.load(bias_ptr + f, mask=f < F, other=0.0)
-        keys = tl.where(f < F, _key(_relu_bits(v), f), -1)
-        tl.store(row_keys + count + tl.arange(0, CHUNK), keys)
-        tl.debug_barrier()
-        count += CHUNK
-    _keep(row_keys, tl.load(row_keys + slots, mask=slots < count, other=-1), k)
-
-
-@triton.jit
-def _read_lists(
-    row_lists, row_counts, F, k, num_lists, longest,
-    LISTS_POW2: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Turns a row's lists into keys at the front of the same memory, cut back to k whenever full.
-
-    Returns how many; keys below 0 among them are none. Entry s of list l is at s * num_lists + l,
-    so that no key is written past the entries read.
-    """
-    HALF: tl.constexpr = KEYS // 2
-    slots = tl.arange(0, KEYS)
-    place = tl.arange(0, HALF)
-    which = place % LISTS_POW2
-    counts = tl.load(row_counts + which, mask=which < num_lists, other=0)
-    found = tl.zeros([], tl.int32)
-    for first in range(0, longest, HALF // LISTS_POW2):
-        slot = first + place // LISTS_POW2
-        there = slot < counts
-        entry = tl.load(row_lists + slot * num_lists + which, mask=there, other=0)
-        at = tl.cumsum(there.to(tl.int32), 0)
-        total = tl.sum(there.to(tl.int32), 0)
-        if found + total > KEYS:
-            found = _keep(row_lists, tl.load(row_lists + slots, mask=slots < found, other=-1), k)
-        latent = (entry & 0x7FFFFFFF).to(tl.int32)
-        bits = _relu_bits((entry >> 32).to(tl.int32).to(tl.float32, bitcast=True))
-        key = tl.where(latent < F, _key(bits, latent), -1)
-        # Every thread has read its entries before any is overwritten.
-        tl.debug_barrier()
-        tl.store(row_lists + found + at - 1, key, mask=there)
-        tl.debug_barrier()
-        found += total
-    return _keep(row_lists, tl.load(row_lists + slots, mask=slots < found, other=-1), k)
-
-
-@triton.jit
-def _select_kernel(
-    x_ptr, w_ptr, bias_ptr, count_ptr, lists_ptr, pitch, num_lists, values_ptr, indices_ptr, F, D,
-    k, CAPACITY: tl.constexpr, LISTS_POW2: tl.constexpr, KEYS: tl.constexpr,
-    K_POW2: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    row_keys = lists_ptr + row * pitch
-    row_counts = count_ptr + row * num_lists
-    each = tl.arange(0, LISTS_POW2)
-    counts = tl.load(row_counts + each, mask=each < num_lists, other=0)
-    found = tl.zeros([], tl.int32)
-    longest = tl.max(counts, 0)
-    if longest <= CAPACITY:
-        found = _read_lists(row_keys, row_counts, F, k, num_lists, longest, LISTS_POW2, KEYS)
-    if found < k:
-        _stream_row(x_ptr + row * D, w_ptr, bias_ptr, row_keys, F, D, k, KEYS, CHUNK, BLOCK_K)
-    j = tl.arange(0, K_POW2)
-    keys = tl.sort(tl.load(row_keys + j, mask=j < k, other=-1), descending=True)
-    value = (keys >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    tl.store(values_ptr + row * k + j, value, mask=j < k)
-    tl.store(indices_ptr + row * k + j, 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32), mask=j < k)
-
-
 @lru_cache(maxsize=8)
 def _num_programs(device: torch.device) -> int:
     if device.type != "cuda":
@@ -462,7 +177,7 @@ def fused_topk(
     tau, last = torch.empty(2, rows, dtype=torch.int32, device=x.device).unbind()
     # 16-bit inputs are exact in the tensor cores' fp32 sums whatever is named here.
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
-    at_once = max(1, _GATHERED_BYTES // (x.element_size() * D * plan.sample_n)) * plan.sample_n
+    at_once = max(1, GATHERED_BYTES // (x.element_size() * D * plan.sample_n)) * plan.sample_n
     gathered = torch.empty(min(at_once, num_samples), D, dtype=x.dtype, device=x.device)
     lists_pow2 = next_power_of_2(plan.lists)
     for start in range(0, N, rows):
@@ -490,7 +205,7 @@ def fused_topk(
             )  # fmt: skip
         else:
             _filter(part, W_enc, b_enc, tau, last, count, scratch, plan, precision)
-        _select_kernel[(size,)](
+        select_kernel[(size,)](
             part, W_enc, b_enc, count, scratch, scratch.stride(0), plan.lists, values[start:],
             indices[start:], F, D, k, plan.capacity, lists_pow2, plan.keys,
             next_power_of_2(k), min(32, plan.keys // 2), 64, num_warps=plan.select_warps,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_sae_dist.kernels import encode_blocked, ops, reference
+from flash_sae_dist.kernels import encode_blocked, encode_plan, ops, reference
 
 triton = pytest.importorskip("triton")
 from flash_sae_dist.kernels import encode_aux, encode_topk  # noqa: E402
@@ -58,7 +58,7 @@ def assert_exact(x: Tensor, W: Tensor, b: Tensor, k: int, values: Tensor, indice
     assert (indices[:, :-1] < indices[:, 1:])[tied].all(), "equal values go to the lowest index"
 
 
-def small_plan(**changes: object) -> encode_topk.Plan:
+def small_plan(**changes: object) -> encode_plan.Plan:
     sizes = {
         "block_m": 16,
         "block_n": 64,
@@ -67,7 +67,7 @@ def small_plan(**changes: object) -> encode_topk.Plan:
         "sample_n": 16,
         "keys": 64,
     }
-    return encode_topk.Plan(8, 8, 2, 16, 16, **(sizes | changes))  # type: ignore[arg-type]
+    return encode_plan.Plan(8, 8, 2, 16, 16, **(sizes | changes))  # type: ignore[arg-type]
 
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests cover it")
@@ -196,15 +196,15 @@ def test_second_list_on_the_gpu(
     ],
 )
 def test_plans_keep_to_the_memory_bar(shape: tuple[int, int, int, int]) -> None:
-    plan = encode_topk.make_plan(*shape)
+    plan = encode_plan.make_plan(*shape)
     assert plan is not None
     N, D, F, k = shape
     rows = min(N, plan.block_rows)
-    gathered = min(encode_topk._GATHERED_BYTES, F // plan.stride * 2 * D)
+    gathered = min(encode_plan.GATHERED_BYTES, F // plan.stride * 2 * D)
     outputs = 8 * N * k
     assert rows * (8 * plan.pitch(F) + 4 * plan.lists + 8) + gathered + outputs <= 64 << 20
     assert plan.rank > k / plan.stride
-    assert encode_topk.make_plan(*shape) == plan, "every rank makes the same plan"
+    assert encode_plan.make_plan(*shape) == plan, "every rank makes the same plan"
 
 
 @pytest.mark.gpu

@@ -1,0 +1,138 @@
+"""Sizes of the fused encoder: how sparse a sample, how many lists, how long.
+
+Legend: N tokens, D d_in, F d_sae (of this shard), K k.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+from .shapes import cdiv, next_power_of_2
+
+SCRATCH_BYTES = 56 << 20
+GATHERED_BYTES = 16 << 20
+_MISS_CHANCE = 1e-8
+_OVERFLOW_CHANCE = 1e-7
+# Lists a row in one program: columns 0 and 1, 2 and 3, 4 and 5, 6 and 7 of each 8, the columns that
+# one thread holds of a warpgroup instruction's result.
+QUADS = 4
+
+
+class Plan(NamedTuple):
+    """Sizes of one call; a function of shapes alone, so that every rank makes the same."""
+
+    stride: int
+    rank: int
+    parts: int  # programs that share a block of rows
+    capacity: int  # activations a list holds
+    block_rows: int
+    block_m: int = 128
+    block_n: int = 256
+    block_k: int = 64
+    num_warps: int = 8
+    num_stages: int = 4
+    sample_n: int = 128
+    sample_warps: int = 4
+    threshold_warps: int = 1
+    keys: int = 1024  # activations that a row's selection holds at a time
+    select_warps: int = 2
+
+    @property
+    def lists(self) -> int:
+        """Lists a row."""
+        return QUADS * self.parts
+
+    def pitch(self, F: int) -> int:
+        """int64 words of scratch a row: samples, then lists, then the selection's keys."""
+        samples = cdiv(F // self.stride, 2 * self.sample_n) * self.sample_n
+        return max(samples, self.lists * self.capacity, self.keys)
+
+
+def _poisson_below(mean: float, r: int) -> float:
+    """P(Poisson(mean) < r)."""
+    return sum(math.exp(j * math.log(mean) - mean - math.lgamma(j + 1)) for j in range(r))
+
+
+@lru_cache(maxsize=256)
+def _rank(mean: float) -> int:
+    """Smallest r with P(Poisson(mean) >= r) < _MISS_CHANCE."""
+    r = max(1, math.ceil(mean))
+    while 1.0 - _poisson_below(mean, r) > _MISS_CHANCE:
+        r += 1
+    return r
+
+
+@lru_cache(maxsize=1024)
+def _overflow_chance(stride: int, rank: int, lists: int, capacity: int) -> float:
+    """Chance that one of a row's lists overflows.
+
+    The number of activations that reach the rank-th largest of every stride-th is stride times a
+    Gamma(rank) variable; they spread over the lists evenly.
+    """
+    chance, steps = 0.0, 160
+    width = (rank + 8 * math.sqrt(rank)) / steps
+    for i in range(steps):
+        g = (i + 0.5) * width
+        density = math.exp((rank - 1) * math.log(g) - g - math.lgamma(rank))
+        mean = g * stride / lists
+        if mean < capacity:
+            # Chernoff's bound of P(Poisson(mean) > capacity).
+            one = math.exp(capacity - mean - capacity * math.log(capacity / mean))
+        else:
+            one = 1.0
+        chance += density * width * min(1.0, lists * one)
+    return chance
+
+
+def _rounds(blocks: int, tiles: int, parts: int, programs: int) -> int:
+    """Tiles that the busiest program does, where `parts` programs share a block of rows."""
+    return cdiv(blocks * parts, programs) * cdiv(tiles, parts)
+
+
+@lru_cache(maxsize=256)
+def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | None:
+    """The fused path's sizes, or None where k is too large a part of F for sampling to pay.
+
+    For each stride the fewest chunks of rows that fit the scratch memory; of these the plan with
+    the least estimated time. The rates are rough ones of one H100: another GPU may get a worse
+    plan, never a wrong result.
+    """
+    if D % 8 or F < 2048 or k > 512:
+        return None
+    best: tuple[float, Plan] | None = None
+    for stride in (128, 64, 48, 32, 24, 16, 12, 8):
+        rank = _rank(k / stride)
+        hits = rank * stride
+        if hits * 16 > F:
+            continue
+        for chunks in range(1, cdiv(N, 128) + 1):
+            rows = cdiv(cdiv(N, chunks), 128) * 128
+            blocks, tiles = rows // 128, cdiv(F, 256)
+            parts = min(
+                range(1, min(tiles, 32) + 1), key=lambda p: (_rounds(blocks, tiles, p, programs), p)
+            )
+            capacity = 64
+            while _overflow_chance(stride, rank, QUADS * parts, capacity) > _OVERFLOW_CHANCE:
+                capacity += 16
+            keys = max(2 * next_power_of_2(QUADS * parts), math.ceil(1.3 * hits), 2 * k, 256)
+            keys = next_power_of_2(keys)
+            plan = Plan(
+                stride, rank, parts, capacity, rows,
+                keys=keys,
+                select_warps=1 if keys <= 1024 else 4,
+                threshold_warps=1 if F // stride <= 1024 else 4,
+            )  # fmt: skip
+            scratch = rows * (8 * plan.pitch(F) + 4 * plan.lists + 8)
+            if scratch + min(GATHERED_BYTES, F // stride * 2 * D) > SCRATCH_BYTES:
+                continue
+            sample_tiles = cdiv(blocks * cdiv(F // stride, 128), programs)
+            tile = 128 * 256 * D * 2 / 5.5e12
+            filtering = _rounds(blocks, tiles, parts, programs) * (tile + 3e-7 + 25e-6 * hits / F)
+            each = 15e-6 + 0.6 * sample_tiles * tile + filtering + rows * F // stride * 8 / 3e12
+            cost = cdiv(N, rows) * each
+            if best is None or cost < best[0]:
+                best = (cost, plan)
+            break
+    return None if best is None else best[1]
