@@ -30,49 +30,70 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
-STAGES = 4
+STAGES, LEAD = 4, 2
 
 
 @constexpr_function
-def _filter_ptx(parts: int, capacity: int) -> str:
-    """PTX of 128 outputs and 6 operands for each of a thread's 128 accumulators: new lengths; bits,
-    limit, lengths so far, byte offset of the list's first entry, latent, address of the lists.
+def _start_ptx(parts: int, capacity: int) -> str:
+    """PTX of 128 outputs and 2 operands for each of a thread's 128 accumulators: a cursor; byte
+    offset of the list's first entry, address of the lists.
 
-    Element 0 speaks for row r, element 2 for row r + 8; the other lengths are never read nor
-    written. A length past `capacity` goes on counting, and its entries fall on the last one.
+    Of a cursor elements 0 and 2 say where the next entry of rows r and r + 8 goes (the lower half
+    of its address), elements 1 and 3 where a list is full; the others are never read nor written.
     """
-    each = ["bits", "limit", "length", "offset", "latent", "lists"]
-    first = {name: 128 + i * 128 for i, name in enumerate(each)}
-    lines = [".reg .pred p;", ".reg .b32 t, f, n0, n1;", ".reg .b64 a, b0, b1;"]
+    lines = [".reg .b32 low, high;", "mov.b64 {low, high}, $256;"]
     for half in (0, 1):
         lines += [
-            f"cvt.u64.u32 b{half}, ${first['offset'] + 2 * half};",
-            f"add.s64 b{half}, b{half}, ${first['lists']};",
-            f"mov.b32 n{half}, ${first['length'] + 2 * half};",
+            f"add.u32 ${2 * half}, ${128 + 2 * half}, low;",
+            f"add.u32 ${2 * half + 1}, ${2 * half}, {(capacity + 1) * 4 * parts * 8};",
         ]
-    for i in range(128):
-        half = i >> 1 & 1
-        lines += [
-            f"setp.gt.s32 p, ${first['bits'] + i}, ${first['limit'] + 2 * half};",
-            f"min.u32 t, n{half}, {capacity - 1};",
-            f"mad.wide.u32 a, t, {4 * parts * 8}, b{half};",
-            f"add.s32 f, ${first['latent']}, {(i & 1) + 8 * (i >> 2)};",
-            f"@p st.global.v2.b32 [a], {{f, ${first['bits'] + i}}};",
-            f"@p add.s32 n{half}, n{half}, 1;",
-        ]
-    lines += [f"mov.b32 ${2 * half}, n{half};" for half in (0, 1)]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 @constexpr_function
-def _finish_ptx() -> str:
-    """PTX of 32 unused outputs and 3 operands as above: lengths, list numbers, address of the
-    lengths to write."""
-    lines = [".reg .b64 a;"]
+def _filter_ptx(parts: int) -> str:
+    """PTX of 128 outputs and 5 operands as above: the new cursor; bits, limit, cursor, latent,
+    address of the lists.
+
+    Four and a half instructions an accumulator: the upper half of an address never changes, and a
+    cursor is held back after each 8 accumulators of a row instead of each, so that up to
+    OVERSHOOT entries fall behind a full list.
+    """
+    each = ["bits", "limit", "cursor", "latent", "lists"]
+    first = {name: 128 + i * 128 for i, name in enumerate(each)}
+    lines = [".reg .pred p;", ".reg .b32 f, low, high, c0, c1;", ".reg .b64 a;"]
+    lines += [f"mov.b64 {{low, high}}, ${first['lists']};"]
+    lines += [f"mov.b32 c{half}, ${first['cursor'] + 2 * half};" for half in (0, 1)]
+    for pair in range(64):
+        lines += [f"add.s32 f, ${first['latent']}, {(pair & 1) + 8 * (pair >> 1)};"]
+        for half in (0, 1):
+            bits = first["bits"] + 4 * (pair >> 1) + 2 * half + (pair & 1)
+            lines += [
+                f"setp.gt.s32 p, ${bits}, ${first['limit'] + 2 * half};",
+                f"mov.b64 a, {{c{half}, high}};",
+                f"@p st.global.v2.b32 [a], {{f, ${bits}}};",
+                f"@p add.u32 c{half}, c{half}, {4 * parts * 8};",
+            ]
+            if pair % 8 == 7:
+                lines += [f"min.u32 c{half}, c{half}, ${first['cursor'] + 2 * half + 1};"]
+    for half in (0, 1):
+        lines += [f"mov.b32 ${2 * half}, c{half};"]
+        lines += [f"mov.b32 ${2 * half + 1}, ${first['cursor'] + 2 * half + 1};"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@constexpr_function
+def _finish_ptx(parts: int, capacity: int) -> str:
+    """PTX of 32 unused outputs and 3 operands as above: cursor, list numbers, address of the
+    lengths to write. The length of a list that overflowed is capacity + 1."""
+    lines = [".reg .b64 a;", ".reg .b32 n;"]
     for half in (0, 1):
         lines += [
+            f"sub.u32 n, ${32 + 2 * half + 1}, ${32 + 2 * half};",
+            f"div.u32 n, n, {4 * parts * 8};",
+            f"sub.u32 n, {capacity + 1}, n;",
             f"mad.wide.u32 a, ${32 + 128 + 2 * half}, 4, ${32 + 256};",
-            f"st.global.b32 [a], ${32 + 2 * half};",
+            "st.global.b32 [a], n;",
         ]
     return "{\n" + "\n".join(lines) + "\n}"
 
@@ -84,7 +105,7 @@ def _constraints(outputs: int, operands: str) -> str:
 
 @gluon.jit
 def _produce(
-    x_desc, w_desc, a_bufs, b_bufs, full, empty, N, F, D,
+    x_desc, w_desc, bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N, F, D,
     PARTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -92,13 +113,19 @@ def _produce(
     HALF: gl.constexpr = BLOCK_M // 2
     stage = 0
     phase = 1
+    tile = 0
     for unit in range(gl.program_id(0), num_m * PARTS, gl.num_programs(0)):
         m0 = (unit % num_m) * BLOCK_M
         for f0 in range(unit // num_m * BLOCK_N, F, PARTS * BLOCK_N):
             for d0 in range(0, D, BLOCK_K):
                 mbarrier.wait(empty.index(stage), phase)
                 bar = full.index(stage)
-                mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
+                if d0 == 0:
+                    mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2 + BLOCK_N * 4)
+                    bias_buf = bias_bufs.index(tile % STAGES)
+                    tma.async_copy_global_to_shared(bias_desc, [f0], bar, bias_buf)
+                else:
+                    mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
                 tma.async_copy_global_to_shared(x_desc, [m0, d0], bar, a_bufs.index(2 * stage))
                 tma.async_copy_global_to_shared(
                     x_desc, [m0 + HALF, d0], bar, a_bufs.index(2 * stage + 1)
@@ -108,39 +135,53 @@ def _produce(
                 if stage == STAGES:
                     stage = 0
                     phase ^= 1
+            tile += 1
 
 
 @gluon.jit
 def _consume(
-    a_bufs, b_bufs, full, empty, lead, bias_ptr, tau_ptr, last_ptr, count_ptr, lists_ptr, pitch, N,
+    a_bufs, b_bufs, bias_bufs, full, empty, lead, tau_ptr, last_ptr, count_ptr, lists_ptr, pitch, N,
     F, D, GROUP: gl.constexpr, PARTS: gl.constexpr, CAPACITY: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = BLOCK_M // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     num_m = gl.cdiv(N, BLOCK_M)
     zeros = gl.zeros([HALF, BLOCK_N], gl.int32, layout=LAYOUT)
-    # The first group runs ahead by all stages but one, and so stays: the groups' filters fall
-    # beside each other's products, not beside each other.
-    ahead = gl.minimum(BLOCK_K * (STAGES - 2), (gl.cdiv(D, BLOCK_K) - 1) * BLOCK_K)
+    # The first group runs ahead by LEAD stages, and about so stays: the groups' filters fall beside
+    # each other's products, not beside each other.
+    ahead = gl.minimum(BLOCK_K * LEAD, (gl.cdiv(D, BLOCK_K) - 1) * BLOCK_K)
     starts = True
     stage = 0
     phase = 0
+    tile = 0
     for unit in range(gl.program_id(0), num_m * PARTS, gl.num_programs(0)):
         part = unit // num_m
         rows = (unit % num_m) * BLOCK_M + GROUP * HALF
         rows += gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
         tau = gl.load(tau_ptr + rows, mask=rows < N, other=0x7FFFFFFF)
         last = gl.load(last_ptr + rows, mask=rows < N, other=-1)
-        length = zeros
+        cols = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
+        number = part * 4 + cols // 2 % 4
+        cursor = gl.inline_asm_elementwise(
+            _start_ptx(PARTS, CAPACITY), _constraints(128, "rl"),
+            [
+                (rows * pitch * 8)[:, None] + (number * 8)[None, :],
+                zeros.to(gl.int64) + lists_ptr.to(gl.int64),
+            ],
+            dtype=gl.int32, is_pure=False, pack=128,
+        )  # fmt: skip
         for f0 in range(part * BLOCK_N, F, PARTS * BLOCK_N):
             cols = f0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-            # + 0: a pre-activation of -0 would have a negative number's bits.
-            acc = gl.zeros([HALF, BLOCK_N], gl.float32, layout=LAYOUT)
-            acc += gl.load(bias_ptr + cols, mask=cols < F, other=float("-inf"))[None, :]
             if GROUP == 1:  # noqa: SIM102 - known when compiled
                 if starts:
                     mbarrier.wait(lead.index(0), 0)
+            # It came with the tile's first stage.
+            mbarrier.wait(full.index(stage), phase)
+            bias = bias_bufs.index(tile % STAGES).load(gl.SliceLayout(0, LAYOUT))
+            tile += 1
+            # + 0: a pre-activation of -0 would have a negative number's bits.
+            acc = gl.zeros([HALF, BLOCK_N], gl.float32, layout=LAYOUT) + bias[None, :]
             for d0 in range(0, D, BLOCK_K):
                 mbarrier.wait(full.index(stage), phase)
                 acc = warpgroup_mma(
@@ -164,14 +205,12 @@ def _consume(
             # As encode_topk._limit.
             inclusive = gl.where(tau == 0, -2147483648, tau - 1)
             limit = gl.where(last >= f0, inclusive, tau)
-            number = part * 4 + cols // 2 % 4
-            length = gl.inline_asm_elementwise(
-                _filter_ptx(PARTS, CAPACITY), _constraints(128, "rrrrrl"),
+            cursor = gl.inline_asm_elementwise(
+                _filter_ptx(PARTS), _constraints(128, "rrrrl"),
                 [
                     acc.to(gl.int32, bitcast=True),
                     zeros + limit[:, None],
-                    length,
-                    (rows * pitch * 8)[:, None] + (number * 8)[None, :],
+                    cursor,
                     zeros + cols[None, :],
                     zeros.to(gl.int64) + lists_ptr.to(gl.int64),
                 ],
@@ -180,9 +219,9 @@ def _consume(
         cols = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
         number = part * 4 + cols // 2 % 4
         gl.inline_asm_elementwise(
-            _finish_ptx(), _constraints(32, "rrl"),
+            _finish_ptx(PARTS, CAPACITY), _constraints(32, "rrl"),
             [
-                length,
+                cursor,
                 (rows * (4 * PARTS))[:, None] + number[None, :],
                 zeros.to(gl.int64) + count_ptr.to(gl.int64),
             ],
@@ -192,13 +231,15 @@ def _consume(
 
 @gluon.jit
 def _filter_kernel(
-    x_desc, w_desc, bias_ptr, tau_ptr, last_ptr, count_ptr, lists_ptr, pitch, N, F, D,
+    x_desc, w_desc, bias_desc, tau_ptr, last_ptr, count_ptr, lists_ptr, pitch, N, F, D,
     PARTS: gl.constexpr, CAPACITY: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = BLOCK_M // 2
     a_bufs = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, HALF, BLOCK_K], x_desc.layout)
     b_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], w_desc.layout)
+    # One a stage: a tile has at least one step, so none is overwritten before it is read.
+    bias_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], bias_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     lead = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -209,15 +250,17 @@ def _filter_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                a_bufs, b_bufs, full, empty, lead, bias_ptr, tau_ptr, last_ptr, count_ptr,
+                a_bufs, b_bufs, bias_bufs, full, empty, lead, tau_ptr, last_ptr, count_ptr,
                 lists_ptr, pitch, N, F, D, 0, PARTS, CAPACITY, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+                LEAD,
             )),
             (_consume, (
-                a_bufs, b_bufs, full, empty, lead, bias_ptr, tau_ptr, last_ptr, count_ptr,
+                a_bufs, b_bufs, bias_bufs, full, empty, lead, tau_ptr, last_ptr, count_ptr,
                 lists_ptr, pitch, N, F, D, 1, PARTS, CAPACITY, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+                LEAD,
             )),
             (_produce, (
-                x_desc, w_desc, a_bufs, b_bufs, full, empty, N, F, D,
+                x_desc, w_desc, bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N, F, D,
                 PARTS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
             )),
         ],
@@ -226,32 +269,36 @@ def _filter_kernel(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=8)
-def _layout(block_rows: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    kind = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
-    return gl.NVMMASharedLayout.get_default_for([block_rows, BLOCK_K], kind)
+@lru_cache(maxsize=32)
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    kinds = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+    return gl.NVMMASharedLayout.get_default_for(list(block), kinds[dtype])
 
 
-def _descriptor(rows: Tensor, block_rows: int) -> TensorDescriptor:
-    layout = _layout(block_rows, rows.dtype)
-    return TensorDescriptor.from_tensor(rows, [block_rows, BLOCK_K], layout)
+def _descriptor(t: Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(t, list(block), _layout(block, t.dtype))
 
 
 def filter_rows(
     x: Tensor,  # [N, D] bf16 or fp16
     W_enc: Tensor,  # [F, D]
-    b_enc: Tensor,  # [F] float32
+    b_enc: Tensor,  # [F] float32, from a 16-byte boundary on
     tau: Tensor,  # [N] int32
     last: Tensor,  # [N] int32
     count: Tensor,  # [N, 4 * parts] int32, filled
-    lists: Tensor,  # [N, pitch] int64, filled: 4 * parts lists of `capacity` a row, entry by entry
+    lists: Tensor,  # [N, pitch] int64, filled: 4 * parts lists a row, entry by entry
     parts: int,
     capacity: int,
     num_programs: int,
+    block_k: int = BLOCK_K,
+    stages: int = STAGES,
+    lead: int = LEAD,
 ) -> None:
-    """What `encode_topk._filter_kernel` does, on a GPU of compute capability 9.0."""
+    """What `encode_topk._filter_kernel` does, on a GPU of compute capability 9.0; up to OVERSHOOT
+    entries more than `capacity` may be written to a list."""
     _filter_kernel[(num_programs,)](
-        _descriptor(x, BLOCK_M // 2), _descriptor(W_enc, BLOCK_N), b_enc, tau, last, count, lists,
-        lists.stride(0), x.shape[0], W_enc.shape[0], x.shape[1], parts, capacity, BLOCK_M, BLOCK_N,
-        BLOCK_K, STAGES, num_warps=4,
+        _descriptor(x, BLOCK_M // 2, block_k), _descriptor(W_enc, BLOCK_N, block_k),
+        _descriptor(b_enc, BLOCK_N), tau, last, count, lists, lists.stride(0), x.shape[0],
+        W_enc.shape[0], x.shape[1], parts, capacity, BLOCK_M, BLOCK_N, block_k, stages, lead,
+        num_warps=4,
     )  # fmt: skip

@@ -18,6 +18,8 @@ _OVERFLOW_CHANCE = 1e-7
 # Lists a row in one program: columns 0 and 1, 2 and 3, 4 and 5, 6 and 7 of each 8, the columns that
 # one thread holds of a warpgroup instruction's result.
 QUADS = 4
+# Entries that a filter may write past a list that is full, before it looks.
+OVERSHOOT = 9
 
 
 class Plan(NamedTuple):
@@ -47,7 +49,7 @@ class Plan(NamedTuple):
     def pitch(self, F: int) -> int:
         """int64 words of scratch a row: samples, then lists, then the selection's keys."""
         samples = cdiv(F // self.stride, 2 * self.sample_n) * self.sample_n
-        return max(samples, self.lists * self.capacity, self.keys)
+        return max(samples, self.lists * (self.capacity + OVERSHOOT), self.keys)
 
 
 def _poisson_below(mean: float, r: int) -> float:
@@ -113,7 +115,8 @@ def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | Non
             parts = min(
                 range(1, min(tiles, 32) + 1), key=lambda p: (_rounds(blocks, tiles, p, programs), p)
             )
-            capacity = 64
+            # Were all hits neighbours, a list would get the 64 of each of its tiles.
+            capacity = 64 * cdiv(cdiv(hits + rank // 8 * stride + 255, 256), parts)
             while _overflow_chance(stride, rank, QUADS * parts, capacity) > _OVERFLOW_CHANCE:
                 capacity += 16
             keys = max(2 * next_power_of_2(QUADS * parts), math.ceil(1.3 * hits), 2 * k, 256)

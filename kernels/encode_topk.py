@@ -272,7 +272,7 @@ def topk_encode(
     k: int,
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32 descending, [N, k] int32
     """`reference.topk_encode` on a GPU: fused where sampling pays, else in blocks of rows."""
-    x, W_enc, b_enc = _aligned(x), _aligned(W_enc), b_enc.float().contiguous()
+    x, W_enc, b_enc = _aligned(x), _aligned(W_enc), _aligned(b_enc.float())
     N, D, F = *x.shape, W_enc.shape[0]
     plan = make_plan(N, D, F, k, _num_programs(x.device)) if N else None
     if plan is None or x.dtype == torch.float32:

@@ -1,8 +1,8 @@
-"""The public operations: custom ops with fake and autograd registrations over
-`dispatch.implementation`.
+"""The public operations over `dispatch.implementation`: custom ops with fake and autograd
+registrations where a compiler traces, eager.py's Functions elsewhere.
 
-Legend: N tokens, D d_in, F d_sae (of this shard), K k.  The Functions here hold no arithmetic of
-their own: kernels and reference do, so both can be tested without autograd.
+Legend: N tokens, D d_in, F d_sae (of this shard), K k.  Nothing here holds arithmetic of its own:
+kernels, reference and gradients.py do, so they can be tested without autograd.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import implementation
+from . import eager
+from .eager import compute
+from .gradients import Kit, centred, decode_gradients, encode_gradients
 from .reference import accumulate_dtype
 
 
@@ -32,23 +34,12 @@ class TopKAux(NamedTuple):
     aux_indices: Tensor  # [N, k_aux] int32; 0 where the mask ran out
 
 
-def _compute(name: str, like: Tensor, *args: Any) -> Any:
-    """Runs an operation's implementation for tensors like `like`, its dtypes as they are: a
-    surrounding autocast would round the reference's float32 sums."""
-    with torch.autocast(like.device.type, enabled=False):
-        return implementation(name, like)(*args)
-
-
-def _centred(x: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if b_dec is None else (x.to(b_dec.dtype) - b_dec).to(dtype)
-
-
 @torch.library.custom_op("flash_sae_dist::topk_encode", mutates_args=())
 def _topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
-    xc = _centred(x, b_dec, W_enc.dtype).contiguous()
-    values, indices = _compute("topk_encode", W_enc, xc, W_enc, b_enc, k)
+    xc = centred(x, b_dec, W_enc.dtype).contiguous()
+    values, indices = compute("topk_encode", W_enc, xc, W_enc, b_enc, k)
     return values, indices
 
 
@@ -70,8 +61,8 @@ def _topk_encode_aux(
     aux_mask: Tensor,
     k_aux: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    xc = _centred(x, b_dec, W_enc.dtype).contiguous()
-    out = _compute("topk_encode_aux", W_enc, xc, W_enc, b_enc, k, aux_mask, k_aux)
+    xc = centred(x, b_dec, W_enc.dtype).contiguous()
+    out = compute("topk_encode_aux", W_enc, xc, W_enc, b_enc, k, aux_mask, k_aux)
     return out[0], out[1], out[2], out[3]
 
 
@@ -97,7 +88,7 @@ def _(
 
 @torch.library.custom_op("flash_sae_dist::sparse_decode", mutates_args=())
 def _sparse_decode(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
-    out: Tensor = _compute("sparse_decode", W_dec, top_acts, top_idx, W_dec)
+    out: Tensor = compute("sparse_decode", W_dec, top_acts, top_idx, W_dec)
     return out
 
 
@@ -109,7 +100,7 @@ def _(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
 @torch.library.custom_op("flash_sae_dist::gathered_dots", mutates_args=())
 def gathered_dots(grad: Tensor, top_idx: Tensor, W: Tensor) -> Tensor:
     """`reference.gathered_dots`, by kernel where there is one."""
-    out: Tensor = _compute("gathered_dots", W, grad, top_idx, W)
+    out: Tensor = compute("gathered_dots", W, grad, top_idx, W)
     return out
 
 
@@ -127,7 +118,7 @@ def scatter_rows(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`reference.scatter_rows`, by kernel where there is one."""
-    out: Tensor = _compute("scatter_rows", rows, coef, top_idx, rows, num_latents, dtype)
+    out: Tensor = compute("scatter_rows", rows, coef, top_idx, rows, num_latents, dtype)
     return out
 
 
@@ -146,7 +137,7 @@ def _(
 @torch.library.custom_op("flash_sae_dist::scatter_values", mutates_args=())
 def scatter_values(coef: Tensor, top_idx: Tensor, num_latents: int) -> Tensor:
     """`reference.scatter_values`, by kernel where there is one."""
-    out: Tensor = _compute("scatter_values", coef, coef, top_idx, num_latents)
+    out: Tensor = compute("scatter_values", coef, coef, top_idx, num_latents)
     return out
 
 
@@ -162,37 +153,20 @@ def _encode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(x, W_enc, b_enc, b_dec, *output)
 
 
-def _encode_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of x, W_enc, b_enc and b_dec from those of the one or two value lists, over the
-    selected pairs alone.
+# Where a compiler traces, an order is made within each op.
+_CUSTOM = Kit(
+    gathered_dots=lambda grad, idx, W: gathered_dots(grad, idx, W),
+    scatter_rows=lambda coef, idx, rows, num_latents, dtype, order: scatter_rows(
+        coef, idx, rows, num_latents, dtype
+    ),
+    scatter_values=lambda coef, idx, num_latents, order: scatter_values(coef, idx, num_latents),
+    sparse_decode=lambda acts, idx, W: _sparse_decode(acts, idx, W),
+    order_pairs=lambda idx, num_latents, coef: None,
+)
 
-    `grad_b_dec = -(sum over tokens of grad_pre) @ W_enc` costs F*D: no [N, D] gradient is made
-    unless x needs one.
-    """
-    x, W_enc, b_enc, b_dec, *lists = ctx.saved_tensors
-    coefs, indices = [], []
-    if grads[0] is not None:
-        coefs.append(grads[0] * (lists[0] > 0))  # ReLU's gradient; a padded slot has value 0
-        indices.append(lists[1])
-    if len(lists) == 4 and grads[2] is not None:
-        coefs.append(grads[2].masked_fill(lists[2] == -torch.inf, 0))
-        indices.append(lists[3])
-    if not coefs:
-        return None, None, None, None
-    coef, idx = torch.cat(coefs, dim=1), torch.cat(indices, dim=1)
-    need_x, need_W, need_b, need_b_dec = ctx.needs_input_grad[:4]
-    grad_x = grad_W = grad_b = grad_b_dec = None
-    if need_W:
-        xc = _centred(x, b_dec, W_enc.dtype).contiguous()
-        grad_W = scatter_rows(coef, idx, xc, W_enc.shape[0], W_enc.dtype)
-    if need_b or need_b_dec:
-        sums = scatter_values(coef, idx, W_enc.shape[0])
-        grad_b = sums.to(b_enc.dtype) if need_b else None
-        if need_b_dec:
-            grad_b_dec = -(sums.to(W_enc.dtype) @ W_enc).to(b_dec.dtype)
-    if need_x:
-        grad_x = sparse_decode(coef, idx, W_enc).to(x.dtype)
-    return grad_x, grad_W, grad_b, grad_b_dec
+
+def _encode_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return encode_gradients(_CUSTOM, ctx.needs_input_grad[:4], ctx.saved_tensors, grads)
 
 
 def _topk_encode_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -212,17 +186,7 @@ def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    top_acts, top_idx, W_dec = ctx.saved_tensors
-    grad = grad.contiguous()
-    grad_acts = (
-        gathered_dots(grad, top_idx, W_dec).to(top_acts.dtype) if ctx.needs_input_grad[0] else None
-    )
-    grad_W = (
-        scatter_rows(top_acts, top_idx, grad, W_dec.shape[0], W_dec.dtype)
-        if ctx.needs_input_grad[2]
-        else None
-    )
-    return grad_acts, None, grad_W
+    return decode_gradients(_CUSTOM, ctx.needs_input_grad, ctx.saved_tensors, grad)
 
 
 _sparse_decode.register_autograd(_decode_backward, setup_context=_decode_setup)
@@ -270,7 +234,8 @@ def topk_encode(
     value passes no gradient. Raises ValueError on shapes, dtypes, devices or k that do not fit.
     """
     _check_encode(x, W_enc, b_enc, b_dec, k)
-    return TopK(*_topk_encode(x, W_enc, b_enc, b_dec, k))
+    op = eager.Encode.apply if eager.applies(x, W_enc, b_enc, b_dec) else _topk_encode
+    return TopK(*op(x, W_enc, b_enc, b_dec, k))
 
 
 def topk_encode_aux(
@@ -299,7 +264,8 @@ def topk_encode_aux(
         raise ValueError(
             f"k_aux={k_aux} is outside 1..{W_enc.shape[0]}, the number of latents; lower k_aux"
         )
-    return TopKAux(*_topk_encode_aux(x, W_enc, b_enc, b_dec, k, aux_mask, k_aux))
+    op = eager.Encode.apply if eager.applies(x, W_enc, b_enc, b_dec) else _topk_encode_aux
+    return TopKAux(*op(x, W_enc, b_enc, b_dec, k, aux_mask, k_aux))
 
 
 def sparse_decode(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
@@ -321,5 +287,6 @@ def sparse_decode(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
         )
     if W_dec.ndim != 2:
         raise ValueError(f"W_dec must be [F, D], a latent a row, not {list(W_dec.shape)}")
-    out: Tensor = _sparse_decode(top_acts, top_idx, W_dec)
+    op = eager.Decode.apply if eager.applies(top_acts, top_idx, W_dec) else _sparse_decode
+    out: Tensor = op(top_acts, top_idx, W_dec)
     return out

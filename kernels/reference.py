@@ -133,12 +133,15 @@ def scatter_rows(
     rows: Tensor,  # [N, D]
     num_latents: int,
     dtype: torch.dtype | None = None,
+    order: PairOrder | None = None,
 ) -> Tensor:  # [F, D] in dtype; left out, float32, or float64
     """`out[f] = sum of coef[n, j] * rows[n] over the pairs with top_idx[n, j] == f`: both weight
     gradients.
 
-    Deterministic: the pairs of a latent are added in token order.
+    Deterministic: the pairs of a latent are added in token order. The kernel takes an order made
+    before for the same pairs; here it is not needed.
     """
+    del order
     wanted, dtype = dtype, accumulate_dtype(rows.dtype)
     num_tokens, k = top_idx.shape
     token = torch.arange(num_tokens, device=rows.device).repeat_interleave(k)
@@ -163,10 +166,12 @@ def scatter_values(
     coef: Tensor,  # [N, K]
     top_idx: Tensor,  # [N, K]
     num_latents: int,
+    order: PairOrder | None = None,
 ) -> Tensor:  # [F] float32, or float64
     """`out[f] = sum of coef[n, j] over the pairs with top_idx[n, j] == f`: the encoder bias's
-    gradient.
+    gradient. `order` as in `scatter_rows`.
     """
+    del order
     coef = coef.to(accumulate_dtype(coef.dtype)).flatten()
     return coef.new_zeros(num_latents).index_add_(0, top_idx.flatten().long(), coef)
 
@@ -210,16 +215,16 @@ class PairOrder(NamedTuple):
 def order_pairs(
     top_idx: Tensor,  # any shape, P elements
     num_latents: int,
-    keep: Tensor | None = None,  # bool, as top_idx
+    coef: Tensor | None = None,  # as top_idx
 ) -> PairOrder:
-    """The by-latent ordering that both weight gradients share; pairs not in keep go last, beyond
-    every latent's.
+    """The by-latent ordering that both weight gradients share; pairs whose coef is 0 go last,
+    beyond every latent's.
     """
     # A radix sort's passes are the key's bytes: two are enough for most dictionaries.
     dtype = torch.int16 if num_latents < 2**15 else torch.int32
     keys = top_idx.flatten().to(dtype)
-    if keep is not None:
-        keys = keys.masked_fill(~keep.flatten(), num_latents)
+    if coef is not None:
+        keys = keys.masked_fill(coef.flatten() == 0, num_latents)
     latents, order = keys.sort(stable=True)
     bounds = torch.arange(num_latents + 1, dtype=dtype, device=keys.device)
     return PairOrder(order, latents, torch.searchsorted(latents, bounds, out_int32=True))

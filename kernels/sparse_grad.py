@@ -16,12 +16,75 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import PairOrder, order_pairs
+from .reference import PairOrder
 from .shapes import cdiv, next_power_of_2
 
 # Scratch of the heavy blocks is kept under this many bytes by making the blocks longer.
 _MAX_SCRATCH_BYTES = 32 << 20
 _MIN_HEAVY = 64
+
+
+@triton.jit
+def _keys_kernel(
+    idx_ptr,  # [P]
+    coef_ptr,  # [P], HAS_COEF only
+    keys_ptr,  # [P] int16 or int32
+    P,
+    F,
+    HAS_COEF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(idx_ptr + at, mask=at < P, other=0).to(tl.int32)
+    if HAS_COEF:
+        coef = tl.load(coef_ptr + at, mask=at < P, other=0.0)
+        key = tl.where(coef == 0, F, key)
+    tl.store(keys_ptr + at, key.to(keys_ptr.dtype.element_ty), mask=at < P)
+
+
+@triton.jit
+def _offsets_kernel(
+    latents_ptr,  # [P] ordered
+    offsets_ptr,  # [F + 1]
+    P,
+    F,
+    STEPS: tl.constexpr,  # log2(P + 1), rounded up
+    BLOCK: tl.constexpr,
+):
+    """offsets[f] = the first place whose latent is at least f, by halving."""
+    f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros([BLOCK], tl.int32)
+    high = tl.zeros([BLOCK], tl.int32) + P
+    for _ in range(STEPS):
+        open_ = low < high
+        middle = (low + high) // 2
+        below = tl.load(latents_ptr + middle, mask=open_, other=0).to(tl.int32) < f
+        low = tl.where(open_ & below, middle + 1, low)
+        high = tl.where(open_ & (below == 0), middle, high)
+    tl.store(offsets_ptr + f, low, mask=f <= F)
+
+
+def order_pairs(
+    top_idx: Tensor,  # any shape, P elements
+    num_latents: int,
+    coef: Tensor | None = None,  # as top_idx
+) -> PairOrder:
+    """`reference.order_pairs`: two small kernels around torch's sort, which is stable."""
+    P = top_idx.numel()
+    dtype = torch.int16 if num_latents < 2**15 else torch.int32
+    keys = torch.empty(P, dtype=dtype, device=top_idx.device)
+    offsets = torch.empty(num_latents + 1, dtype=torch.int32, device=top_idx.device)
+    top_idx = top_idx.contiguous()
+    if P:
+        _keys_kernel[(cdiv(P, 1024),)](
+            top_idx, top_idx if coef is None else coef.contiguous(), keys, P, num_latents,
+            HAS_COEF=coef is not None, BLOCK=1024,
+        )  # fmt: skip
+    latents, order = keys.sort(stable=True)
+    _offsets_kernel[(cdiv(num_latents + 1, 128),)](
+        latents, offsets, P, num_latents, STEPS=P.bit_length(), BLOCK=128, num_warps=4
+    )
+    return PairOrder(order, latents, offsets)
 
 
 class HeavySums(NamedTuple):
@@ -247,7 +310,7 @@ def scatter_rows(
     if N == 0:
         return rows.new_zeros((num_latents, D), dtype=dtype or torch.float32)
     coef, rows = coef.contiguous(), rows.contiguous()
-    order = order_pairs(top_idx, num_latents, coef != 0) if order is None else order
+    order = order_pairs(top_idx, num_latents, coef) if order is None else order
     sums = heavy_sums(order, coef, rows, num_latents, (N, K, 0))
     out = rows.new_empty((num_latents, D), dtype=dtype or torch.float32)
     block_d = min(1024, next_power_of_2(D))
@@ -277,7 +340,7 @@ def scatter_values(
     if top_idx.numel() == 0:
         return coef.new_zeros(num_latents, dtype=torch.float32)
     coef = coef.contiguous()
-    order = order_pairs(top_idx, num_latents, coef != 0) if order is None else order
+    order = order_pairs(top_idx, num_latents, coef) if order is None else order
     out = coef.new_empty(num_latents, dtype=torch.float32)
     P = coef.numel()
     blocks = cdiv(P, _MIN_HEAVY)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels import reference
 from ..kernels.dispatch import implementation
-from ..kernels.reference import Pairs, order_pairs, variance_of
+from ..kernels.reference import Pairs, variance_of
 from ..models.dead_latents import DeadLatents
 from ..models.topk import TopKSAE
 from ..parallel import comm
@@ -154,33 +154,36 @@ class FusedStep:
     def _step(self, x: Tensor, use_aux: bool) -> Tensor:  # [3]
         sae, mesh = self.sae, self.sae.mesh
         W_enc, W_dec = self.optimizer.compute_weights
+        order_pairs = implementation("order_pairs", W_dec)
         xc, *parts = implementation("centre", W_dec)(x, sae.b_dec.detach(), W_dec.dtype)
         with self._beside():
             variance = variance_of(parts[0], parts[1], x.shape[0])
             variance = variance.clamp_min(torch.finfo(variance.dtype).tiny)
             scale = 2 / variance
+            scaled = self._mark()
         values, indices, aux = self._encode(xc, W_enc, use_aux)
         with self._beside():
+            order = None if use_aux else order_pairs(indices, sae.d_sae_local, values)
             implementation("count_fired_", W_dec)(
                 self.dead.tokens_since_fired, values, indices, x.shape[0]
             )
             l0 = (values > 0).sum().to(variance.dtype) / x.shape[0]
-            order = None if use_aux else order_pairs(indices, sae.d_sae_local, values != 0)
         residual, error = self._residual(values, indices, W_dec, x)
-        self._meet()
-        with self._beside():
-            b_dec = residual.sum(dim=0, dtype=scale.dtype) * scale
+        self._await(scaled)
         dec, enc = implementation("pair_coefs", W_dec)(values, indices, W_dec, residual, scale)
         second = self._second(aux, W_dec, residual, variance) if aux is not None else None
         pairs = _join(indices, dec, enc, residual, xc, second)
         if order is None:
-            order = order_pairs(pairs.indices, sae.d_sae_local, pairs.dec_coef != 0)
+            order = order_pairs(pairs.indices, sae.d_sae_local, pairs.dec_coef)
+        with self._beside():
+            b_dec = residual.sum(dim=0, dtype=scale.dtype) * scale
+            loss = torch.zeros_like(error) if second is None else second.loss
+            metrics = torch.stack([error / variance, loss, l0])
         self._meet()
         self.optimizer.gradients = LatentGradients(pairs, order, b_dec)
         self.optimizer.step()
-        comm.all_reduce_(l0, mesh.shard_group, mesh.num_shards)
-        loss = torch.zeros_like(error) if second is None else second.loss
-        return torch.stack([error / variance, loss, l0])
+        comm.all_reduce_(metrics[2:], mesh.shard_group, mesh.num_shards)
+        return metrics
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
@@ -193,6 +196,15 @@ class FusedStep:
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             yield
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """An event where the second stream is now, for `_await`."""
+        return None if self._side is None else self._side.record_event()
+
+    def _await(self, event: torch.cuda.Event | None) -> None:
+        """Goes on when what lay before a mark is done, whatever the second stream does since."""
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
 
     def _meet(self) -> None:
         if self._side is not None:

@@ -45,7 +45,7 @@ def make_pairs(
     enc_rows = torch.randn(N, D, generator=gen)
     tensors = [t.to(DEVICE) for t in (idx, dec, enc, dec_rows, enc_rows)]
     pairs = Pairs(*tensors, (N, K, K2))
-    order = reference.order_pairs(pairs.indices, F, pairs.dec_coef != 0)
+    order = reference.order_pairs(pairs.indices, F, pairs.dec_coef)
     return pairs, order
 
 

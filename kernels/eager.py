@@ -1,0 +1,119 @@
+"""The operations as autograd Functions that call the kernels straight away.
+
+A custom op costs the host 50 to 100 us a call, which at small widths is more than its kernels take;
+ops.py uses custom ops where a compiler traces and these everywhere else.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dispatch import implementation, use_kernels
+from .gradients import Kit, centred, decode_gradients, encode_gradients
+from .reference import PairOrder
+
+
+def compute(name: str, like: Tensor, *args: Any) -> Any:
+    """Runs an operation's implementation for tensors like `like`, its dtypes as they are: a
+    surrounding autocast would round the reference's float32 sums."""
+    with torch.autocast(like.device.type, enabled=False):
+        return implementation(name, like)(*args)
+
+
+DIRECT = Kit(
+    gathered_dots=lambda grad, idx, W: compute("gathered_dots", W, grad, idx, W),
+    scatter_rows=lambda coef, idx, rows, *rest: compute(
+        "scatter_rows", rows, coef, idx, rows, *rest
+    ),
+    scatter_values=lambda coef, *rest: compute("scatter_values", coef, coef, *rest),
+    sparse_decode=lambda acts, idx, W: compute("sparse_decode", W, acts, idx, W),
+    order_pairs=lambda idx, num_latents, coef: (
+        compute("order_pairs", coef, idx, num_latents, coef) if use_kernels(coef) else None
+    ),
+)
+
+
+def applies(*tensors: Tensor | None) -> bool:
+    """True outside compilers and for tensors that hold data: no fakes, no subclasses."""
+    plain = (Tensor, torch.nn.Parameter)
+    return not torch.compiler.is_compiling() and all(t is None or type(t) in plain for t in tensors)
+
+
+class Encode(torch.autograd.Function):
+    """`topk_encode`, or with a mask `topk_encode_aux`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor | None,
+        k: int,
+        *aux: Any,  # mask, k_aux
+    ) -> Any:
+        """The lists: values and indices, and again for the mask."""
+        xc = centred(x, b_dec, W_enc.dtype).contiguous()
+        name = "topk_encode_aux" if aux else "topk_encode"
+        output = compute(name, W_enc, xc, W_enc, b_enc, k, *aux)
+        ctx.num_rest = 1 + len(aux)
+        ctx.mark_non_differentiable(*output[1::2])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, W_enc, b_enc, b_dec, *output)
+        return tuple(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Gradients of the four tensors."""
+        needs = ctx.needs_input_grad[:4]
+        found = encode_gradients(DIRECT, needs, ctx.saved_tensors, grads)
+        return (*found, *[None] * ctx.num_rest)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class Decode(torch.autograd.Function):
+    """`sparse_decode`; the order that its backward needs is made beside the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
+        """The reconstruction."""
+        ctx.order, ctx.side = None, None
+        # A graph that captures the forward pass alone would be left with a stream that never ends.
+        if (
+            ctx.needs_input_grad[2]
+            and use_kernels(W_dec)
+            and use_kernels(top_acts)
+            and not torch.cuda.is_current_stream_capturing()
+        ):
+            ctx.side = _side_stream(W_dec.device)
+            ctx.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(ctx.side):
+                ctx.order = DIRECT.order_pairs(top_idx, W_dec.shape[0], top_acts)
+            for t in (top_acts, top_idx):
+                t.record_stream(ctx.side)
+        ctx.save_for_backward(top_acts, top_idx, W_dec)
+        out: Tensor = compute("sparse_decode", W_dec, top_acts, top_idx, W_dec)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Gradients of top_acts and W_dec."""
+        order: PairOrder | None = ctx.order
+        if order is not None:
+            current = torch.cuda.current_stream()
+            current.wait_stream(ctx.side)
+            for t in order:
+                t.record_stream(current)
+        needs = ctx.needs_input_grad
+        return decode_gradients(DIRECT, needs, ctx.saved_tensors, grads[0], order)
