@@ -19,7 +19,7 @@ KERNEL_FILES: dict[str, str] = {
     "topk_encode": "encode_topk",
     "topk_encode_aux": "encode_topk",
     "sparse_decode": "sparse_decode",
-    "decode_residual": "sparse_decode",
+    "decode_coefs": "sparse_decode",
     "gathered_dots": "sparse_decode",
     "pair_coefs": "sparse_decode",
     "order_pairs": "sparse_grad",

@@ -21,8 +21,11 @@ from .reference import PairOrder
 def compute(name: str, like: Tensor, *args: Any) -> Any:
     """Runs an operation's implementation for tensors like `like`, its dtypes as they are: a
     surrounding autocast would round the reference's float32 sums."""
+    run = implementation(name, like)
+    if not torch.is_autocast_enabled(like.device.type):
+        return run(*args)
     with torch.autocast(like.device.type, enabled=False):
-        return implementation(name, like)(*args)
+        return run(*args)
 
 
 DIRECT = Kit(
@@ -44,6 +47,34 @@ def applies(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and all(t is None or type(t) in plain for t in tensors)
 
 
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _lists(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int, *aux: Any
+) -> tuple[Tensor, ...]:
+    xc = centred(x, b_dec, W_enc.dtype).contiguous()
+    name = "topk_encode_aux" if aux else "topk_encode"
+    return tuple(compute(name, W_enc, xc, W_enc, b_enc, k, *aux))
+
+
+def encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int, *aux: Any
+) -> tuple[Tensor, ...]:
+    """`Encode` where a gradient is wanted, else its lists alone."""
+    if not _wants_gradients(x, W_enc, b_enc, b_dec):
+        return _lists(x, W_enc, b_enc, b_dec, k, *aux)
+    return Encode.apply(x, W_enc, b_enc, b_dec, k, *aux)  # type: ignore[no-any-return]
+
+
+def decode(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
+    """`Decode` where a gradient is wanted, else the reconstruction alone."""
+    if not _wants_gradients(top_acts, W_dec):
+        return compute("sparse_decode", W_dec, top_acts, top_idx, W_dec)  # type: ignore[no-any-return]
+    return Decode.apply(top_acts, top_idx, W_dec)  # type: ignore[no-any-return]
+
+
 class Encode(torch.autograd.Function):
     """`topk_encode`, or with a mask `topk_encode_aux`."""
 
@@ -58,14 +89,12 @@ class Encode(torch.autograd.Function):
         *aux: Any,  # mask, k_aux
     ) -> Any:
         """The lists: values and indices, and again for the mask."""
-        xc = centred(x, b_dec, W_enc.dtype).contiguous()
-        name = "topk_encode_aux" if aux else "topk_encode"
-        output = compute(name, W_enc, xc, W_enc, b_enc, k, *aux)
+        output = _lists(x, W_enc, b_enc, b_dec, k, *aux)
         ctx.num_rest = 1 + len(aux)
         ctx.mark_non_differentiable(*output[1::2])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, b_enc, b_dec, *output)
-        return tuple(output)
+        return output
 
     @staticmethod
     @once_differentiable

@@ -234,7 +234,7 @@ def topk_encode(
     value passes no gradient. Raises ValueError on shapes, dtypes, devices or k that do not fit.
     """
     _check_encode(x, W_enc, b_enc, b_dec, k)
-    op = eager.Encode.apply if eager.applies(x, W_enc, b_enc, b_dec) else _topk_encode
+    op = eager.encode if eager.applies(x, W_enc, b_enc, b_dec) else _topk_encode
     return TopK(*op(x, W_enc, b_enc, b_dec, k))
 
 
@@ -264,7 +264,7 @@ def topk_encode_aux(
         raise ValueError(
             f"k_aux={k_aux} is outside 1..{W_enc.shape[0]}, the number of latents; lower k_aux"
         )
-    op = eager.Encode.apply if eager.applies(x, W_enc, b_enc, b_dec) else _topk_encode_aux
+    op = eager.encode if eager.applies(x, W_enc, b_enc, b_dec) else _topk_encode_aux
     return TopKAux(*op(x, W_enc, b_enc, b_dec, k, aux_mask, k_aux))
 
 
@@ -287,6 +287,6 @@ def sparse_decode(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
         )
     if W_dec.ndim != 2:
         raise ValueError(f"W_dec must be [F, D], a latent a row, not {list(W_dec.shape)}")
-    op = eager.Decode.apply if eager.applies(top_acts, top_idx, W_dec) else _sparse_decode
+    op = eager.decode if eager.applies(top_acts, top_idx, W_dec) else _sparse_decode
     out: Tensor = op(top_acts, top_idx, W_dec)
     return out

@@ -7,6 +7,7 @@ is a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -176,19 +177,6 @@ def scatter_values(
     return coef.new_zeros(num_latents).index_add_(0, top_idx.flatten().long(), coef)
 
 
-def decode_residual(
-    top_acts: Tensor,  # [N, K]
-    top_idx: Tensor,  # [N, K]
-    W_dec: Tensor,  # [F, D]
-    b_dec: Tensor,  # [D]
-    x: Tensor,  # [N, D]
-) -> tuple[Tensor, Tensor]:  # [N, D] in W_dec's dtype, scalar float32/64
-    """`recon - x` and the sum of its squares (taken before the residual is rounded)."""
-    dtype = accumulate_dtype(W_dec.dtype)
-    residual = sparse_decode(top_acts, top_idx, W_dec.to(dtype)) + b_dec.to(dtype) - x.to(dtype)
-    return residual.to(W_dec.dtype), residual.square().sum()
-
-
 def pair_coefs(
     top_acts: Tensor,  # [N, K]
     top_idx: Tensor,  # [N, K]
@@ -202,6 +190,21 @@ def pair_coefs(
     """
     dots = gathered_dots(residual, top_idx, W_dec)
     return top_acts.to(dots.dtype) * scale, (dots * scale).masked_fill(top_acts == 0, 0)
+
+
+def decode_coefs(
+    top_acts: Tensor,  # [N, K]
+    top_idx: Tensor,  # [N, K]
+    W_dec: Tensor,  # [F, D]
+    b_dec: Tensor,  # [D]
+    x: Tensor,  # [N, D]
+    scale: Tensor,  # scalar
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N, D], scalar float32/64, [N, K] float32/64 x 2
+    """`recon - x`, the sum of its squares (taken before it is rounded), and its `pair_coefs`."""
+    dtype = accumulate_dtype(W_dec.dtype)
+    residual = sparse_decode(top_acts, top_idx, W_dec.to(dtype)) + b_dec.to(dtype) - x.to(dtype)
+    rounded, error = residual.to(W_dec.dtype), residual.square().sum()
+    return rounded, error, *pair_coefs(top_acts, top_idx, W_dec, rounded, scale)
 
 
 class PairOrder(NamedTuple):
@@ -386,11 +389,12 @@ def sparse_adam_step_(
     scalars: Tensor,  # [2] of adam_scalars_
     step: Tensor,  # scalar
     options: AdamOptions,
-) -> Tensor:  # [D] float32/64
+    take_sums: Callable[[Tensor], None],  # [any, D] float32/64
+) -> None:
     """One Adam step of every latent from its pairs, in place; the copies are refreshed.
 
-    Returns the b_enc gradients times the rows of W_enc before the step, summed over latents: what
-    b_dec's gradient through the encoder is the negative of.
+    take_sums is given, before W_dec is stepped, the b_enc gradients times the rows of W_enc before
+    the step, in parts that are to be added: b_dec's gradient through the encoder is their negative.
 
     Exact Adam moves every row; lazy Adam only latents that have pairs in order, with the bias
     correction of the global step count, as torch.optim.SparseAdam.
@@ -398,7 +402,7 @@ def sparse_adam_step_(
     num_latents, D = rows.W_dec.shape
     enc, dec = pair_gradients(pairs, num_latents)
     grad_b_enc = scatter_values(pairs.enc_coef, pairs.indices, num_latents)
-    weighted = grad_b_enc @ rows.W_enc.to(grad_b_enc.dtype)
+    take_sums(grad_b_enc[None] @ rows.W_enc.to(grad_b_enc.dtype))
     moved = torch.ones(num_latents, dtype=torch.bool, device=enc.device)
     if options.lazy:
         moved = order.offsets[1:] > order.offsets[:-1]
@@ -417,7 +421,6 @@ def sparse_adam_step_(
     if rows.copies is not None:
         rows.copies[0].copy_(rows.W_enc)
         rows.copies[1].copy_(rows.W_dec)
-    return weighted
 
 
 def adam_vector_(

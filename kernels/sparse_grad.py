@@ -158,36 +158,92 @@ def _heavy_kernel(
 
 
 @triton.jit
+def by_fours(cols):
+    """The same columns, known to the compiler as neighbours by fours alone: 16-bit rows then take
+    the layout of float32 ones, and nothing is carried from one to the other."""
+    return cols // 4 * 4 + cols % 4
+
+
+@triton.jit
+def _add_pairs(
+    grad, value, begin, end, order_ptr, coef_ptr, rows_ptr, cols, D, shift, NK, K, K2,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Adds the ordered pairs begin .. end to a latent's gradient and its coefficients' sum, PAIRS
+    rows in flight at once; rows of a second list lie `shift` below the first's.
+    """
+    quads = by_fours(cols)
+    for i in range(begin, end, PAIRS):
+        # Row by row: as one tile the sum over its pairs would cross warps.
+        for j in tl.static_range(PAIRS):
+            there = i + j < end
+            pair = tl.load(order_ptr + i + j, mask=there, other=0)
+            row = _token_of(pair, NK, K, K2) + tl.where(pair < NK, 0, shift)
+            coef = tl.load(coef_ptr + pair, mask=there, other=0.0).to(tl.float32)
+            x = tl.load(rows_ptr + row * D + quads, mask=there & (quads < D), other=0.0)
+            grad += coef * x.to(tl.float32)
+            value += coef
+    return grad, value
+
+
+@triton.jit
+def latent_gradient(
+    begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, D, shift, NK, K, K2,
+    HEAVY: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A latent's gradient and its coefficients' sum: its pairs before, within and after the whole
+    blocks that heavy_sums added.
+    """
+    first, last = tl.cdiv(begin, HEAVY), end // HEAVY
+    split = first < last
+    grad = tl.zeros([BLOCK_D], tl.float32)
+    value = tl.zeros([], tl.float32)
+    grad, value = _add_pairs(
+        grad, value, begin, tl.where(split, first * HEAVY, end), order_ptr, coef_ptr, rows_ptr,
+        cols, D, shift, NK, K, K2, PAIRS,
+    )  # fmt: skip
+    if split:
+        for block in range(first, last):
+            # 32 bits suffice: the scratch is bounded.
+            grad += tl.load(sums_ptr + block * D + cols, mask=cols < D, other=0.0)
+            value += tl.load(values_ptr + block)
+        grad, value = _add_pairs(
+            grad, value, last * HEAVY, end, order_ptr, coef_ptr, rows_ptr,
+            cols, D, shift, NK, K, K2, PAIRS,
+        )  # fmt: skip
+    return grad, value
+
+
+@triton.jit
 def _scatter_rows_kernel(
     order_ptr,  # [P] int64
     offsets_ptr,  # [F + 1]
     coef_ptr,  # [P]
     rows_ptr,  # [N, D]
     sums_ptr,  # [P // HEAVY, D] of _heavy_kernel
+    values_ptr,  # [P // HEAVY]; what is read here is not used
     out_ptr,  # [F, D]
+    F,
     D,
+    P,
     K,
     HEAVY: tl.constexpr,
+    LATENTS: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    latent = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    begin = tl.load(offsets_ptr + latent)
-    end = tl.load(offsets_ptr + latent + 1)
-    first, last = tl.cdiv(begin, HEAVY), end // HEAVY  # whole blocks of this latent
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for i in range(begin, tl.where(first < last, first * HEAVY, end)):
-        pair = tl.load(order_ptr + i)
-        row = tl.load(rows_ptr + (pair // K) * D + cols, mask=cols < D, other=0.0)
-        acc += tl.load(coef_ptr + pair).to(tl.float32) * row.to(tl.float32)
-    for block in range(first, last):
-        # 32 bits suffice: the scratch is bounded.
-        acc += tl.load(sums_ptr + block * D + cols, mask=cols < D, other=0.0)
-    for i in range(tl.where(first < last, last * HEAVY, end), end):
-        pair = tl.load(order_ptr + i)
-        row = tl.load(rows_ptr + (pair // K) * D + cols, mask=cols < D, other=0.0)
-        acc += tl.load(coef_ptr + pair).to(tl.float32) * row.to(tl.float32)
-    tl.store(out_ptr + latent * D + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < D)
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start = tl.program_id(1) * LATENTS
+    for i in range(0, tl.minimum(LATENTS, F - start)):
+        latent = (start + i).to(tl.int64)
+        begin = tl.load(offsets_ptr + latent)
+        end = tl.load(offsets_ptr + latent + 1)
+        grad, _ = latent_gradient(
+            begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, D, 0,
+            P, K, 1, HEAVY, PAIRS, BLOCK_D,
+        )  # fmt: skip
+        out = grad.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + latent * D + cols, out, mask=cols < D)
 
 
 @triton.jit
@@ -313,20 +369,12 @@ def scatter_rows(
     order = order_pairs(top_idx, num_latents, coef) if order is None else order
     sums = heavy_sums(order, coef, rows, num_latents, (N, K, 0))
     out = rows.new_empty((num_latents, D), dtype=dtype or torch.float32)
-    block_d = min(1024, next_power_of_2(D))
-    _scatter_rows_kernel[(num_latents, cdiv(D, block_d))](
-        order.order,
-        order.offsets,
-        coef,
-        rows,
-        sums.dec,
-        out,
-        D,
-        K,
-        HEAVY=sums.heavy,
-        BLOCK_D=block_d,
-        num_warps=4,
-    )
+    block_d = min(256, max(16, next_power_of_2(D)))
+    # One warp a program; latents enough that a program outlives its launch.
+    _scatter_rows_kernel[(cdiv(D, block_d), cdiv(num_latents, 4))](
+        order.order, order.offsets, coef, rows, sums.dec, sums.values, out, num_latents, D, N * K,
+        K, HEAVY=sums.heavy, LATENTS=4, PAIRS=4, BLOCK_D=block_d, num_warps=1,
+    )  # fmt: skip
     return out
 
 

@@ -7,8 +7,6 @@ Nothing is read by the host; on one CUDA device the step is captured in a graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -121,8 +119,7 @@ class FusedStep:
             and implementation(encode, sae.W_dec) is not getattr(reference, encode)
         )
         self.graph = can_capture and graph is not False
-        device = sae.W_dec.device
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.side = optimizer.side
         self._calls: dict[tuple[object, ...], int] = {}
         self._captured: dict[tuple[object, ...], _Captured] = {}
 
@@ -156,59 +153,35 @@ class FusedStep:
         W_enc, W_dec = self.optimizer.compute_weights
         order_pairs = implementation("order_pairs", W_dec)
         xc, *parts = implementation("centre", W_dec)(x, sae.b_dec.detach(), W_dec.dtype)
-        with self._beside():
+        with self.side.beside():
             variance = variance_of(parts[0], parts[1], x.shape[0])
             variance = variance.clamp_min(torch.finfo(variance.dtype).tiny)
             scale = 2 / variance
-            scaled = self._mark()
+            scaled = self.side.mark()
         values, indices, aux = self._encode(xc, W_enc, use_aux)
-        with self._beside():
+        with self.side.beside():
             order = None if use_aux else order_pairs(indices, sae.d_sae_local, values)
+            ordered = self.side.mark()
             implementation("count_fired_", W_dec)(
                 self.dead.tokens_since_fired, values, indices, x.shape[0]
             )
             l0 = (values > 0).sum().to(variance.dtype) / x.shape[0]
-        residual, error = self._residual(values, indices, W_dec, x)
-        self._await(scaled)
-        dec, enc = implementation("pair_coefs", W_dec)(values, indices, W_dec, residual, scale)
+        self.side.wait(scaled)
+        residual, error, dec, enc = self._decode(values, indices, W_dec, x, scale)
         second = self._second(aux, W_dec, residual, variance) if aux is not None else None
         pairs = _join(indices, dec, enc, residual, xc, second)
         if order is None:
             order = order_pairs(pairs.indices, sae.d_sae_local, pairs.dec_coef)
-        with self._beside():
+        with self.side.beside():
             b_dec = residual.sum(dim=0, dtype=scale.dtype) * scale
             loss = torch.zeros_like(error) if second is None else second.loss
             metrics = torch.stack([error / variance, loss, l0])
-        self._meet()
+        self.side.wait(ordered)
         self.optimizer.gradients = LatentGradients(pairs, order, b_dec)
         self.optimizer.step()
+        self.side.meet()
         comm.all_reduce_(metrics[2:], mesh.shard_group, mesh.num_shards)
         return metrics
-
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """Runs small work on a second stream beside the large kernels. Its tensors must live until
-        the step's end: the streams meet only at `_meet` and at the next `_beside`.
-        """
-        if self._side is None:
-            yield
-            return
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            yield
-
-    def _mark(self) -> torch.cuda.Event | None:
-        """An event where the second stream is now, for `_await`."""
-        return None if self._side is None else self._side.record_event()
-
-    def _await(self, event: torch.cuda.Event | None) -> None:
-        """Goes on when what lay before a mark is done, whatever the second stream does since."""
-        if event is not None:
-            torch.cuda.current_stream().wait_event(event)
-
-    def _meet(self) -> None:
-        if self._side is not None:
-            torch.cuda.current_stream().wait_stream(self._side)
 
     def _encode(
         self, xc: Tensor, W_enc: Tensor, use_aux: bool
@@ -231,19 +204,22 @@ class FusedStep:
         keep = comm.global_topk_mask(values, indices, sae.k, first, mesh)
         return (values if keep is None else values * keep), indices, aux
 
-    def _residual(
-        self, values: Tensor, indices: Tensor, W_dec: Tensor, x: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`recon - x` in the compute dtype and the sum of its squares."""
-        mesh, b_dec = self.sae.mesh, self.sae.b_dec.detach()
-        if mesh.num_shards == 1:
-            out: tuple[Tensor, Tensor] = implementation("decode_residual", W_dec)(
-                values, indices, W_dec, b_dec, x
+    def _decode(
+        self, values: Tensor, indices: Tensor, W_dec: Tensor, x: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`recon - x` in the compute dtype, the sum of its squares, and what each pair adds to its
+        latent's rows of W_dec and W_enc."""
+        b_dec = self.sae.b_dec.detach()
+        if self.sae.mesh.num_shards == 1:
+            out: tuple[Tensor, Tensor, Tensor, Tensor] = implementation("decode_coefs", W_dec)(
+                values, indices, W_dec, b_dec, x, scale
             )
             return out
         recon = self._combine(values, indices, W_dec) + b_dec
-        residual = recon - x.to(recon.dtype)
-        return residual.to(W_dec.dtype), residual.square().sum()
+        exact = recon - x.to(recon.dtype)
+        residual = exact.to(W_dec.dtype)
+        coefs = implementation("pair_coefs", W_dec)(values, indices, W_dec, residual, scale)
+        return residual, exact.square().sum(), *coefs
 
     def _combine(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
         """The decoder without b_dec, summed over shards, in b_dec's dtype."""

@@ -12,6 +12,7 @@ from ..kernels.dispatch import implementation
 from ..kernels.reference import AdamOptions, LatentRows, PairOrder, Pairs
 from ..models.topk import TopKSAE
 from ..parallel import comm
+from .side_stream import SideStream
 
 
 class LatentGradients(NamedTuple):
@@ -19,7 +20,7 @@ class LatentGradients(NamedTuple):
 
     pairs: Pairs
     order: PairOrder
-    b_dec: Tensor  # [D], the decoder's part
+    b_dec: Tensor  # [D], the decoder's part; made beside the current stream
 
 
 class SparseAdam(torch.optim.Optimizer):
@@ -57,6 +58,7 @@ class SparseAdam(torch.optim.Optimizer):
             )
         self.lazy, self.seed, self.ema_decay = lazy, seed, ema_decay
         self.gradients: LatentGradients | None = None
+        self.side = SideStream(sae.W_dec.device)
         self._mesh = sae.mesh
         self._params = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
         super().__init__(self._params, {"lr": lr, "betas": betas, "eps": eps})
@@ -128,18 +130,30 @@ class SparseAdam(torch.optim.Optimizer):
         W_dec, b_dec = self._params[2], self._params[3]
         state, options = self.state[b_dec], self.options()
         implementation("adam_scalars_", W_dec)(self._step, self._lr, self._betas, self._scalars)
-        weighted = implementation("sparse_adam_step_", W_dec)(
-            self._latent_rows(), grads.pairs, grads.order, self._scalars, self._step, options
-        )
-        comm.all_reduce_(weighted, self._mesh.shard_group, self._mesh.num_shards)
-        implementation("adam_vector_", W_dec)(
-            b_dec.detach(),
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            grads.b_dec - weighted,
+
+        kept: list[Tensor] = []  # until the streams meet
+
+        def update_b_dec(sums: Tensor) -> None:
+            with self.side.beside():
+                weighted = sums.sum(dim=0)
+                comm.all_reduce_(weighted, self._mesh.shard_group, self._mesh.num_shards)
+                grad = grads.b_dec - weighted
+                moments = (state["exp_avg"], state["exp_avg_sq"])
+                implementation("adam_vector_", W_dec)(
+                    b_dec.detach(), *moments, grad, self._scalars, options
+                )
+            kept.extend((sums, weighted, grad))
+
+        implementation("sparse_adam_step_", W_dec)(
+            self._latent_rows(),
+            grads.pairs,
+            grads.order,
             self._scalars,
+            self._step,
             options,
+            update_b_dec,
         )
+        self.side.meet()
         if self.ema_decay is not None:
             emas = [self.state[p]["ema"] for p in self._params]
             torch._foreach_lerp_(emas, [p.detach() for p in self._params], 1 - self.ema_decay)

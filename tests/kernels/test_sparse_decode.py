@@ -94,22 +94,34 @@ def test_any_shape(n: int, d: int, f: int, k: int, seed: int) -> None:
         close(out, reference.sparse_decode(acts, idx, W), torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_residual_and_coefs_equal_the_reference(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    acts, idx, W, x = pairs(4, 600, 9, 5, dtype)
-    b_dec, scale = torch.randn(600, device=DEVICE), torch.tensor(0.37, device=DEVICE)
-    want, want_sum = reference.decode_residual(acts, idx, W, b_dec, x)
-    want_coefs = reference.pair_coefs(acts, idx, W, want, scale)
-    poison(monkeypatch)
-    got, got_sum = kernels.decode_residual(acts, idx, W, b_dec, x)
+def check_decode_coefs(n: int, d: int, f: int, k: int, dtype: torch.dtype) -> None:
+    acts, idx, W, x = pairs(n, d, f, k, dtype)
+    b_dec, scale = torch.randn(d, device=DEVICE), torch.tensor(0.37, device=DEVICE)
+    want, want_sum, *_ = reference.decode_coefs(acts, idx, W, b_dec, x, scale)
+    got, got_sum, *coefs = kernels.decode_coefs(acts, idx, W, b_dec, x, scale)
     close(got, want, dtype)
     close(got_sum, want_sum, torch.float32)
-    for coef, expected in zip(
-        kernels.pair_coefs(acts, idx, W, want, scale), want_coefs, strict=True
-    ):
-        close(coef, expected, torch.float32)
+    # The coefficients of the kernel's own residual, which may be a rounding away.
+    for together in (coefs, kernels.pair_coefs(acts, idx, W, got, scale)):
+        for coef, expected in zip(
+            together, reference.pair_coefs(acts, idx, W, got, scale), strict=True
+        ):
+            close(coef, expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-D{}-F{}-K{}".format(*s))
+def test_residual_and_coefs_equal_the_reference(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch)
+    check_decode_coefs(*shape, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", REAL, ids=lambda s: "N{}-D{}-F{}-K{}".format(*s))
+def test_residual_and_coefs_at_real_shapes(shape: tuple[int, int, int, int]) -> None:
+    check_decode_coefs(*shape, torch.bfloat16)
 
 
 def test_a_zero_activation_reads_no_row() -> None:
