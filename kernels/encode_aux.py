@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .shapes import cdiv, next_power_of_2
+from .shapes import cdiv, next_power_of_2, num_programs
 
 _SCRATCH_BYTES = 48 << 20
 # A chunk's latents in one row of the merge: 32 a thread of 16 warps.
@@ -40,9 +40,11 @@ def _multiply_kernel(
 ):  # fmt: skip
     """out[n, j] = x[n] @ W[list[first + j]] + bias[list[first + j]], for the latents there are."""
     count = tl.load(count_ptr)
-    j0 = tl.program_id(1) * BLOCK_N
-    if first + j0 < count:
-        m0 = tl.program_id(0) * BLOCK_M
+    num_m = tl.cdiv(N, BLOCK_M)
+    num_tiles = num_m * tl.cdiv(tl.maximum(tl.minimum(count - first, CHUNK), 0), BLOCK_N)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        m0 = (tile % num_m) * BLOCK_M
+        j0 = (tile // num_m) * BLOCK_N
         rows = m0 + tl.arange(0, BLOCK_M)
         j = j0 + tl.arange(0, BLOCK_N)
         latents = tl.load(list_ptr + tl.minimum(first + j, count - 1))
@@ -71,86 +73,99 @@ def _between(lo, hi):
 
 
 @triton.jit
-def _merge_kernel(
-    scratch_ptr, list_ptr, count_ptr, values_ptr, indices_ptr, first, CHUNK, k,
+def _merge_row(
+    row, count, scratch_ptr, list_ptr, values_ptr, indices_ptr, first, CHUNK, k,
     MERGES: tl.constexpr, BLOCK: tl.constexpr, K_POW2: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Row's best k of a chunk and, where it MERGES, of its list so far.
+    """A row's best k of a chunk and, where it MERGES, of its list so far.
 
     NONE, the least int32, stands for no entry.
     """
     NONE: tl.constexpr = -2147483648
+    j = tl.arange(0, BLOCK)
+    there = (j < CHUNK) & (first + j < count)
+    v = tl.load(scratch_ptr + row * CHUNK + j, mask=there, other=0.0)
+    new = tl.where(there, _ordered(v), NONE)
+    i = tl.arange(0, K_POW2)
+    # Places after the list's end hold no entry; there is one only where it is full.
+    held = tl.minimum(first, k)
+    if MERGES:
+        old_value = tl.load(values_ptr + row * k + i, mask=i < held, other=0.0)
+        old_latent = tl.load(indices_ptr + row * k + i, mask=i < held, other=0)
+        old = tl.where(i < held, _ordered(old_value), NONE)
+        tl.debug_barrier()
+    total = tl.minimum(count - first, CHUNK)
+    hi = tl.max(new, 0)
+    if MERGES:
+        total += held
+        hi = tl.maximum(hi, tl.max(old, 0))
+    # The value that at least k entries reach and fewer than k exceed.
+    lo = tl.full([], NONE, tl.int32) + 1
+    above = tl.zeros([], tl.int32)
+    if total > k:
+        at_lo = total
+        probe = tl.maximum(hi, NONE + (1 << 26)) - (1 << 25)
+        while (lo < hi) & (at_lo != k):
+            n = tl.sum((new >= probe).to(tl.int32), 0)
+            if MERGES:
+                n += tl.sum((old >= probe).to(tl.int32), 0)
+            if n >= k:
+                lo = probe
+                at_lo = n
+            else:
+                hi = probe - 1
+            probe = _between(lo, hi)
+        above = tl.sum((new > lo).to(tl.int32), 0)
+        if MERGES:
+            above += tl.sum((old > lo).to(tl.int32), 0)
+    else:
+        lo = tl.full([], NONE, tl.int32)
+    room = k - above
+    written = tl.zeros([], tl.int32)
+    if MERGES:
+        tie = (old == lo) & (i < held)
+        rank = tl.cumsum(tie.to(tl.int32), 0)
+        kept = (old > lo) | (tie & (rank <= room))
+        at = tl.cumsum(kept.to(tl.int32), 0) - 1
+        tl.store(values_ptr + row * k + at, old_value, mask=kept)
+        tl.store(indices_ptr + row * k + at, old_latent, mask=kept)
+        written += tl.sum(kept.to(tl.int32), 0)
+        room -= tl.sum((kept & tie).to(tl.int32), 0)
+    # Anew from the scratch memory, which costs fewer registers than to hold it.
+    for start in range(0, tl.minimum(count - first, CHUNK), PIECE):
+        at_j = start + tl.arange(0, PIECE)
+        is_there = (at_j < CHUNK) & (first + at_j < count)
+        value = tl.load(scratch_ptr + row * CHUNK + at_j, mask=is_there, other=0.0)
+        bits = tl.where(is_there, _ordered(value), NONE)
+        ties = (bits == lo) & is_there
+        keeps = (bits > lo) | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= room))
+        to = written + tl.cumsum(keeps.to(tl.int32), 0) - 1
+        latent = tl.load(list_ptr + first + at_j, mask=keeps, other=0)
+        # -inf marks the places that the mask leaves empty, at latent 0.
+        value = tl.where(value != value, float("nan"), value + 0.0)
+        latent = tl.where(value == float("-inf"), 0, latent)
+        tl.store(values_ptr + row * k + to, value, mask=keeps)
+        tl.store(indices_ptr + row * k + to, latent, mask=keeps)
+        written += tl.sum(keeps.to(tl.int32), 0)
+        room -= tl.sum((keeps & ties).to(tl.int32), 0)
+    tl.store(values_ptr + row * k + i, float("-inf"), mask=(i >= written) & (i < k))
+    tl.store(indices_ptr + row * k + i, 0, mask=(i >= written) & (i < k))
+
+
+@triton.jit
+def _merge_kernel(
+    scratch_ptr, list_ptr, count_ptr, values_ptr, indices_ptr, first, CHUNK, k, N,
+    MERGES: tl.constexpr, BLOCK: tl.constexpr, K_POW2: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """`_merge_row` of every row, unless the chunk lies past the mask's end."""
     count = tl.load(count_ptr)
     if (first < count) | (not MERGES):
-        row = tl.program_id(0).to(tl.int64)
-        j = tl.arange(0, BLOCK)
-        there = (j < CHUNK) & (first + j < count)
-        v = tl.load(scratch_ptr + row * CHUNK + j, mask=there, other=0.0)
-        new = tl.where(there, _ordered(v), NONE)
-        i = tl.arange(0, K_POW2)
-        # Places after the list's end hold no entry; there is one only where it is full.
-        held = tl.minimum(first, k)
-        if MERGES:
-            old_value = tl.load(values_ptr + row * k + i, mask=i < held, other=0.0)
-            old_latent = tl.load(indices_ptr + row * k + i, mask=i < held, other=0)
-            old = tl.where(i < held, _ordered(old_value), NONE)
-            tl.debug_barrier()
-        total = tl.minimum(count - first, CHUNK)
-        hi = tl.max(new, 0)
-        if MERGES:
-            total += held
-            hi = tl.maximum(hi, tl.max(old, 0))
-        # The value that at least k entries reach and fewer than k exceed.
-        lo = tl.full([], NONE, tl.int32) + 1
-        above = tl.zeros([], tl.int32)
-        if total > k:
-            at_lo = total
-            probe = tl.maximum(hi, NONE + (1 << 26)) - (1 << 25)
-            while (lo < hi) & (at_lo != k):
-                n = tl.sum((new >= probe).to(tl.int32), 0)
-                if MERGES:
-                    n += tl.sum((old >= probe).to(tl.int32), 0)
-                if n >= k:
-                    lo = probe
-                    at_lo = n
-                else:
-                    hi = probe - 1
-                probe = _between(lo, hi)
-            above = tl.sum((new > lo).to(tl.int32), 0)
-            if MERGES:
-                above += tl.sum((old > lo).to(tl.int32), 0)
-        else:
-            lo = tl.full([], NONE, tl.int32)
-        room = k - above
-        written = tl.zeros([], tl.int32)
-        if MERGES:
-            tie = (old == lo) & (i < held)
-            rank = tl.cumsum(tie.to(tl.int32), 0)
-            kept = (old > lo) | (tie & (rank <= room))
-            at = tl.cumsum(kept.to(tl.int32), 0) - 1
-            tl.store(values_ptr + row * k + at, old_value, mask=kept)
-            tl.store(indices_ptr + row * k + at, old_latent, mask=kept)
-            written += tl.sum(kept.to(tl.int32), 0)
-            room -= tl.sum((kept & tie).to(tl.int32), 0)
-        # Anew from the scratch memory, which costs fewer registers than to hold it.
-        for start in range(0, tl.minimum(count - first, CHUNK), PIECE):
-            at_j = start + tl.arange(0, PIECE)
-            is_there = (at_j < CHUNK) & (first + at_j < count)
-            value = tl.load(scratch_ptr + row * CHUNK + at_j, mask=is_there, other=0.0)
-            bits = tl.where(is_there, _ordered(value), NONE)
-            ties = (bits == lo) & is_there
-            keeps = (bits > lo) | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= room))
-            to = written + tl.cumsum(keeps.to(tl.int32), 0) - 1
-            latent = tl.load(list_ptr + first + at_j, mask=keeps, other=0)
-            # -inf marks the places that the mask leaves empty, at latent 0.
-            value = tl.where(value != value, float("nan"), value + 0.0)
-            latent = tl.where(value == float("-inf"), 0, latent)
-            tl.store(values_ptr + row * k + to, value, mask=keeps)
-            tl.store(indices_ptr + row * k + to, latent, mask=keeps)
-            written += tl.sum(keeps.to(tl.int32), 0)
-            room -= tl.sum((keeps & ties).to(tl.int32), 0)
-        tl.store(values_ptr + row * k + i, float("-inf"), mask=(i >= written) & (i < k))
-        tl.store(indices_ptr + row * k + i, 0, mask=(i >= written) & (i < k))
+        for number in range(tl.program_id(0), N, tl.num_programs(0)):
+            row = tl.zeros([], tl.int64) + number
+            _merge_row(
+                row, count, scratch_ptr, list_ptr, values_ptr, indices_ptr, first,
+                CHUNK, k, MERGES, BLOCK, K_POW2, PIECE,
+            )  # fmt: skip
 
 
 def masked_topk(
@@ -183,12 +198,14 @@ def masked_topk(
         size = part.shape[0]
         x_desc = TensorDescriptor.from_tensor(part, [m, d])
         for first in range(0, F, chunk):
-            _multiply_kernel[(cdiv(size, m), cdiv(chunk, n))](
+            # Chunks past the first are mostly empty: few programs, which then end at once.
+            tiles, few = cdiv(size, m) * cdiv(chunk, n), num_programs(device)
+            _multiply_kernel[(min(tiles, 2 * few) if first else tiles,)](
                 x_desc, W_enc, b_enc, latents, count, scratch, size, D, first, chunk, m, n, d,
                 precision, num_warps=4, num_stages=3,
             )  # fmt: skip
-            _merge_kernel[(size,)](
-                scratch, latents, count, values[start:], indices[start:], first, chunk, k,
+            _merge_kernel[(min(size, 4 * few) if first else size,)](
+                scratch, latents, count, values[start:], indices[start:], first, chunk, k, size,
                 first > 0, pow2, next_power_of_2(k), min(1024, pow2),
                 num_warps=min(16, max(1, pow2 // 1024)),
             )  # fmt: skip

@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import encode_aux, encode_blocked
 from .encode_plan import GATHERED_BYTES, Plan, make_plan
 from .encode_select import kth, relu_bits, select_kernel
-from .shapes import cdiv, next_power_of_2
+from .shapes import cdiv, next_power_of_2, num_programs
 
 
 @triton.jit
@@ -135,13 +135,6 @@ def _limit(tau, includes_equal):
     return tl.where(includes_equal, tl.where(tau == 0, -2147483648, tau - 1), tau)
 
 
-@lru_cache(maxsize=8)
-def _num_programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _sample(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, samples: Tensor, gathered: Tensor, first: int,
     plan: Plan, num_samples: int, precision: str,
@@ -201,7 +194,7 @@ def fused_topk(
 
             encode_hopper.filter_rows(
                 part, W_enc, b_enc, tau, last, count, scratch, plan.parts, plan.capacity,
-                _num_programs(x.device),
+                num_programs(x.device),
             )  # fmt: skip
         else:
             _filter(part, W_enc, b_enc, tau, last, count, scratch, plan, precision)
@@ -219,7 +212,7 @@ def _filter(
 ) -> None:  # fmt: skip
     # Half the width: this filter needs registers for its atomics' addresses.
     m, n, d = plan.block_m, min(128, plan.block_n), plan.block_k
-    programs = _num_programs(x.device)
+    programs = num_programs(x.device)
     _filter_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [m, d]), TensorDescriptor.from_tensor(W_enc, [n, d]),
         b_enc, tau, last, count, scratch, scratch.stride(0), x.shape[0], W_enc.shape[0],
@@ -245,7 +238,7 @@ def _uses_hopper(device: torch.device, dtype: torch.dtype) -> bool:
     x = torch.randn(200, 64, generator=g, device=device).to(dtype)
     W_enc = torch.randn(8192 + 72, 64, generator=g, device=device).to(dtype)
     b_enc = torch.randn(8192 + 72, generator=g, device=device)
-    plan = make_plan(200, 64, 8192 + 72, 16, _num_programs(device))
+    plan = make_plan(200, 64, 8192 + 72, 16, num_programs(device))
     assert plan is not None
     want = fused_topk(x, W_enc, b_enc, 16, plan)
     got = fused_topk(x, W_enc, b_enc, 16, plan, hopper=True)
@@ -274,7 +267,7 @@ def topk_encode(
     """`reference.topk_encode` on a GPU: fused where sampling pays, else in blocks of rows."""
     x, W_enc, b_enc = _aligned(x), _aligned(W_enc), _aligned(b_enc.float())
     N, D, F = *x.shape, W_enc.shape[0]
-    plan = make_plan(N, D, F, k, _num_programs(x.device)) if N else None
+    plan = make_plan(N, D, F, k, num_programs(x.device)) if N else None
     if plan is None or x.dtype == torch.float32:
         return encode_blocked.topk_encode(x, W_enc, b_enc, k)
     return fused_topk(x, W_enc, b_enc, k, plan, _uses_hopper(x.device, x.dtype))

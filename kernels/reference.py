@@ -199,12 +199,14 @@ def decode_coefs(
     b_dec: Tensor,  # [D]
     x: Tensor,  # [N, D]
     scale: Tensor,  # scalar
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N, D], scalar float32/64, [N, K] float32/64 x 2
-    """`recon - x`, the sum of its squares (taken before it is rounded), and its `pair_coefs`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N, D], [any] float32/64, [N, K] float32/64 x 2
+    """`recon - x`, its squares in parts that are to be added (taken before it is rounded), and its
+    `pair_coefs`.
+    """
     dtype = accumulate_dtype(W_dec.dtype)
     residual = sparse_decode(top_acts, top_idx, W_dec.to(dtype)) + b_dec.to(dtype) - x.to(dtype)
-    rounded, error = residual.to(W_dec.dtype), residual.square().sum()
-    return rounded, error, *pair_coefs(top_acts, top_idx, W_dec, rounded, scale)
+    rounded, squares = residual.to(W_dec.dtype), residual.square().sum().view(1)
+    return rounded, squares, *pair_coefs(top_acts, top_idx, W_dec, rounded, scale)
 
 
 class PairOrder(NamedTuple):

@@ -19,11 +19,9 @@ from torch import Tensor
 
 from .reference import AdamOptions, LatentRows, PairOrder, Pairs
 from .shapes import cdiv, next_power_of_2
-from .sparse_grad import by_fours, heavy_sums, latent_gradient
+from .sparse_grad import heavy_sums, latent_gradient
 
 _MAX_D = 16384
-_PREFETCH = True
-_COLS_FIRST = True
 
 
 @triton.jit
@@ -73,15 +71,6 @@ def _store_moments(
     tl.store(v_ptr + at, v.to(v_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _prefetch(ptr, at):
-    """Asks for elements to be brought into L2, which takes no registers while they come."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(ptr + at).to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["seed"])
 def _adam_encoder_kernel(
     order_ptr,  # [P] int64
@@ -113,38 +102,26 @@ def _adam_encoder_kernel(
     LAZY: tl.constexpr,
     COPIES: tl.constexpr,
     HEAVY: tl.constexpr,
-    PREFETCH: tl.constexpr,
     LATENTS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    COLS_FIRST: tl.constexpr = True,
 ):
     """LATENTS rows of W_enc in a block of columns, one after another; the old rows times their
     bias gradients are summed on the way, for b_dec.
     """
-    # Columns run fastest: programs that run together share rows of memory pages.
-    block = tl.program_id(1 if COLS_FIRST else 0)
-    part = tl.program_id(0 if COLS_FIRST else 1)
-    cols = part * BLOCK_D + tl.arange(0, BLOCK_D)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = cols < D
     weighted = tl.zeros([BLOCK_D], tl.float32)
-    start = block * LATENTS
+    start = tl.program_id(0) * LATENTS
     for i in range(0, tl.minimum(LATENTS, F - start)):
         latent = (start + i).to(tl.int64)
         begin = tl.load(offsets_ptr + latent)
         end = tl.load(offsets_ptr + latent + 1)
         if (not LAZY) | (begin < end):
             at = latent * D + cols
-            quads = latent * D + by_fours(cols)
-            if PREFETCH:  # noqa: SIM102 - known when compiled
-                if i + 1 < tl.minimum(LATENTS, F - start):
-                    ahead = (latent + 1) * D + tl.minimum(cols, D - 1)
-                    _prefetch(W_ptr, ahead)
-                    _prefetch(m_ptr, ahead)
-                    _prefetch(v_ptr, ahead)
             w = tl.load(W_ptr + at, mask=inside, other=0.0)
-            m = tl.load(m_ptr + quads, mask=inside, other=0.0).to(tl.float32)
-            v = tl.load(v_ptr + quads, mask=inside, other=0.0).to(tl.float32)
+            m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
             grad, value = latent_gradient(
                 begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, D, 0,
                 NK, K, K2, HEAVY, PAIRS, BLOCK_D,
@@ -155,9 +132,9 @@ def _adam_encoder_kernel(
             )  # fmt: skip
             tl.store(W_ptr + at, w, mask=inside)
             if COPIES:
-                tl.store(copy_ptr + quads, w.to(copy_ptr.dtype.element_ty), mask=inside)
-            _store_moments(m_ptr, v_ptr, quads, inside, m, v, seed, step_ptr, 0, latent, cols)
-            if part == 0:
+                tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
+            _store_moments(m_ptr, v_ptr, at, inside, m, v, seed, step_ptr, 0, latent, cols)
+            if tl.program_id(1) == 0:
                 b, b_m, b_v = _adam(
                     tl.load(b_ptr + latent), tl.load(b_m_ptr + latent), tl.load(b_v_ptr + latent),
                     value, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps,
@@ -165,7 +142,7 @@ def _adam_encoder_kernel(
                 tl.store(b_ptr + latent, b)
                 tl.store(b_m_ptr + latent, b_m)
                 tl.store(b_v_ptr + latent, b_v)
-    tl.store(weighted_ptr + block * D + cols, weighted, mask=inside)
+    tl.store(weighted_ptr + tl.program_id(0) * D + cols, weighted, mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -196,7 +173,6 @@ def _adam_decoder_kernel(
     UNIT_NORM: tl.constexpr,
     COPIES: tl.constexpr,
     HEAVY: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -208,19 +184,13 @@ def _adam_decoder_kernel(
         cols = tl.arange(0, BLOCK_D)
         inside = cols < D
         at = latent * D + cols
-        quads = latent * D + by_fours(cols)
-        if PREFETCH:
-            ahead = latent * D + tl.minimum(cols, D - 1)
-            _prefetch(W_ptr, ahead)
-            _prefetch(m_ptr, ahead)
-            _prefetch(v_ptr, ahead)
         grad, value = latent_gradient(
             begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, D, N,
             NK, K, K2, HEAVY, PAIRS, BLOCK_D,
         )  # fmt: skip
         w = tl.load(W_ptr + at, mask=inside, other=0.0)
-        m = tl.load(m_ptr + quads, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + quads, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if UNIT_NORM:
             grad -= tl.sum(grad * w, axis=0) * w
         w, m, v = _adam(
@@ -231,8 +201,8 @@ def _adam_decoder_kernel(
             w = w / tl.maximum(norm, 1.1754943508222875e-38)
         tl.store(W_ptr + at, w, mask=inside)
         if COPIES:
-            tl.store(copy_ptr + quads, w.to(copy_ptr.dtype.element_ty), mask=inside)
-        _store_moments(m_ptr, v_ptr, quads, inside, m, v, seed, step_ptr, 1, latent, cols)
+            tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
+        _store_moments(m_ptr, v_ptr, at, inside, m, v, seed, step_ptr, 1, latent, cols)
 
 
 @triton.jit
@@ -318,21 +288,15 @@ def sparse_adam_step_(
     copies = rows.copies or (rows.W_enc, rows.W_dec)
     beta1, beta2 = options.betas
     constants = (1 - beta1, beta2, 1 - beta2, options.eps, options.seed)
-    flags = {
-        "LAZY": options.lazy,
-        "COPIES": rows.copies is not None,
-        "HEAVY": sums.heavy,
-        "PREFETCH": rows.W_enc.is_cuda and _PREFETCH,
-    }
+    flags = {"LAZY": options.lazy, "COPIES": rows.copies is not None, "HEAVY": sums.heavy}
     moments = tuple(zip(rows.exp_avg, rows.exp_avg_sq, strict=True))
     blocks = _encoder_blocks(F, D)
     grid = (cdiv(F, blocks["LATENTS"]), cdiv(D, blocks["BLOCK_D"]))
     weighted = rows.W_enc.new_empty((grid[0], D), dtype=torch.float32)
-    _adam_encoder_kernel[grid[::-1] if _COLS_FIRST else grid](
+    _adam_encoder_kernel[grid](
         order.order, order.offsets, pairs.enc_coef, pairs.enc_rows, sums.enc, sums.values,
         rows.W_enc, *moments[0], copies[0], rows.b_enc, *moments[1], weighted,
         scalars, step, F, D, N * K, K, max(K2, 1), *constants, **flags, **blocks,
-        COLS_FIRST=_COLS_FIRST,
     )  # fmt: skip
     take_sums(weighted)
     _adam_decoder_kernel[(F,)](

@@ -160,8 +160,14 @@ def _decode_blocks(D: int) -> dict[str, int]:
 
 
 def _dots_blocks(D: int, K: int) -> dict[str, int]:
-    block_d = min(256, max(16, next_power_of_2(D)))
-    return {"BLOCK_K": min(8, next_power_of_2(K)), "BLOCK_D": block_d, "num_warps": 1}
+    # 163 us against 190 with 8 latents by 256 columns at D=4096, K=64; 47 against 56 at D=768.
+    block_d = min(128, max(16, next_power_of_2(D)))
+    return {"BLOCK_K": min(16, next_power_of_2(K)), "BLOCK_D": block_d, "num_warps": 1}
+
+
+def _decode_coefs_blocks(D: int, K: int) -> dict[str, int]:
+    # 16 latents at once 203 us, 8 263 us at D=4096, K=64; at D=768, K=32 66 and 61.
+    return {**_decode_blocks(D), "BLOCK_K": 16 if K > 32 else 8}
 
 
 def sparse_decode(
@@ -222,12 +228,12 @@ def decode_coefs(
     b_dec: Tensor,  # [D]
     x: Tensor,  # [N, D]
     scale: Tensor,  # scalar float32
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N, D], scalar float32, [N, K] float32 x 2
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N, D], [any, any] float32, [N, K] float32 x 2
     """`reference.decode_coefs` with the rows of W_dec read once from memory: the dot products find
     them in the caches.
     """
     (N, K), D = top_idx.shape, W_dec.shape[1]
-    block = _decode_blocks(D)
+    block = _decode_coefs_blocks(D, K)
     blocks = cdiv(D, block["BLOCK_D"])
     out = W_dec.new_empty((N, D))
     sq = W_dec.new_empty((N, blocks), dtype=torch.float32)
@@ -239,4 +245,4 @@ def decode_coefs(
         _decode_coefs_kernel[(N, blocks)](*args, **block)
         pairs = (top_acts, dots, scale, dec, enc, N * K, K, blocks)
         _coefs_kernel[(cdiv(N * K, 512),)](*pairs, BLOCK=512)
-    return out, sq.sum(), dec, enc
+    return out, sq, dec, enc

@@ -158,13 +158,6 @@ def _heavy_kernel(
 
 
 @triton.jit
-def by_fours(cols):
-    """The same columns, known to the compiler as neighbours by fours alone: 16-bit rows then take
-    the layout of float32 ones, and nothing is carried from one to the other."""
-    return cols // 4 * 4 + cols % 4
-
-
-@triton.jit
 def _add_pairs(
     grad, value, begin, end, order_ptr, coef_ptr, rows_ptr, cols, D, shift, NK, K, K2,
     PAIRS: tl.constexpr,
@@ -172,17 +165,15 @@ def _add_pairs(
     """Adds the ordered pairs begin .. end to a latent's gradient and its coefficients' sum, PAIRS
     rows in flight at once; rows of a second list lie `shift` below the first's.
     """
-    quads = by_fours(cols)
     for i in range(begin, end, PAIRS):
-        # Row by row: as one tile the sum over its pairs would cross warps.
-        for j in tl.static_range(PAIRS):
-            there = i + j < end
-            pair = tl.load(order_ptr + i + j, mask=there, other=0)
-            row = _token_of(pair, NK, K, K2) + tl.where(pair < NK, 0, shift)
-            coef = tl.load(coef_ptr + pair, mask=there, other=0.0).to(tl.float32)
-            x = tl.load(rows_ptr + row * D + quads, mask=there & (quads < D), other=0.0)
-            grad += coef * x.to(tl.float32)
-            value += coef
+        at = i + tl.arange(0, PAIRS)
+        pair = tl.load(order_ptr + at, mask=at < end, other=0)
+        row = _token_of(pair, NK, K, K2) + tl.where(pair < NK, 0, shift)
+        coef = tl.load(coef_ptr + pair, mask=at < end, other=0.0).to(tl.float32)
+        mask = (at < end)[:, None] & (cols < D)[None, :]
+        rows = tl.load(rows_ptr + row[:, None] * D + cols[None, :], mask=mask, other=0.0)
+        grad += tl.sum(coef[:, None] * rows.to(tl.float32), axis=0)
+        value += tl.sum(coef, axis=0)
     return grad, value
 
 
@@ -197,7 +188,7 @@ def latent_gradient(
     first, last = tl.cdiv(begin, HEAVY), end // HEAVY
     split = first < last
     grad = tl.zeros([BLOCK_D], tl.float32)
-    value = tl.zeros([], tl.float32)
+    value = tl.sum(tl.zeros([PAIRS], tl.float32), axis=0)
     grad, value = _add_pairs(
         grad, value, begin, tl.where(split, first * HEAVY, end), order_ptr, coef_ptr, rows_ptr,
         cols, D, shift, NK, K, K2, PAIRS,

@@ -3,7 +3,8 @@
     python -m flash_sae_dist.launch.bench_step decode [--shape gpt2] [--json FILE]
     python -m flash_sae_dist.launch.bench_step step
 
-fp32 master weights, bf16 compute; medians of CUDA event times. Peers are dense PyTorch (eager and
+fp32 master weights, bf16 compute; medians of CUDA event times of the device alone, as in a loop
+that keeps it busy, L2 emptied before each. Peers are dense PyTorch (eager and
 compiled), sparsify where it is installed, and a Triton decoder in the style of OpenAI's
 sparse_autoencoder (bench_openai.py); all train with fused Adam, remove the gradient along decoder
 rows and renormalise them.
@@ -195,7 +196,7 @@ def _measure(make: Callable[[], Step], repeats: int) -> dict[str, float | str]:
         torch.cuda.synchronize()
         extra = (torch.cuda.max_memory_allocated() - before) / 2**20
         step()
-        return {"ms": median_ms(step, repeats), "extra MiB": extra}
+        return {"ms": median_ms(step, repeats, ahead=True), "extra MiB": extra}
     except (ImportError, RuntimeError, TypeError) as e:
         # A peer that is absent or does not fit is a row of the table, not the end of the run.
         return {"ms": float("nan"), "remark": f"{type(e).__name__}: {e}"[:80]}

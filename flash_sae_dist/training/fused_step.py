@@ -157,6 +157,7 @@ class FusedStep:
             variance = variance_of(parts[0], parts[1], x.shape[0])
             variance = variance.clamp_min(torch.finfo(variance.dtype).tiny)
             scale = 2 / variance
+            self.optimizer.advance_()
             scaled = self.side.mark()
         values, indices, aux = self._encode(xc, W_enc, use_aux)
         with self.side.beside():
@@ -167,15 +168,15 @@ class FusedStep:
             )
             l0 = (values > 0).sum().to(variance.dtype) / x.shape[0]
         self.side.wait(scaled)
-        residual, error, dec, enc = self._decode(values, indices, W_dec, x, scale)
+        residual, squares, dec, enc = self._decode(values, indices, W_dec, x, scale)
         second = self._second(aux, W_dec, residual, variance) if aux is not None else None
         pairs = _join(indices, dec, enc, residual, xc, second)
         if order is None:
             order = order_pairs(pairs.indices, sae.d_sae_local, pairs.dec_coef)
         with self.side.beside():
             b_dec = residual.sum(dim=0, dtype=scale.dtype) * scale
-            loss = torch.zeros_like(error) if second is None else second.loss
-            metrics = torch.stack([error / variance, loss, l0])
+            loss = torch.zeros_like(l0) if second is None else second.loss
+            metrics = torch.stack([squares.sum() / variance, loss, l0])
         self.side.wait(ordered)
         self.optimizer.gradients = LatentGradients(pairs, order, b_dec)
         self.optimizer.step()
@@ -207,7 +208,7 @@ class FusedStep:
     def _decode(
         self, values: Tensor, indices: Tensor, W_dec: Tensor, x: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`recon - x` in the compute dtype, the sum of its squares, and what each pair adds to its
+        """`recon - x` in the compute dtype, its squares in parts, and what each pair adds to its
         latent's rows of W_dec and W_enc."""
         b_dec = self.sae.b_dec.detach()
         if self.sae.mesh.num_shards == 1:
@@ -219,7 +220,7 @@ class FusedStep:
         exact = recon - x.to(recon.dtype)
         residual = exact.to(W_dec.dtype)
         coefs = implementation("pair_coefs", W_dec)(values, indices, W_dec, residual, scale)
-        return residual, exact.square().sum(), *coefs
+        return residual, exact.square().sum().view(1), *coefs
 
     def _combine(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
         """The decoder without b_dec, summed over shards, in b_dec's dtype."""

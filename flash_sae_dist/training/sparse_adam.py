@@ -122,6 +122,14 @@ class SparseAdam(torch.optim.Optimizer):
         return LatentRows(W_enc, b_enc, W_dec, (m[0], m[1], m[2]), (v[0], v[1], v[2]), self.copies)
 
     @torch.no_grad()
+    def advance_(self) -> None:
+        """Counts a step and computes the scalars of its update; once before each `step`, which
+        then need not wait for it."""
+        implementation("adam_scalars_", self._params[2])(
+            self._step, self._lr, self._betas, self._scalars
+        )
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Applies and forgets `gradients`. Raises RuntimeError where none were put."""
         if closure is not None or self.gradients is None:
@@ -129,8 +137,6 @@ class SparseAdam(torch.optim.Optimizer):
         grads, self.gradients = self.gradients, None
         W_dec, b_dec = self._params[2], self._params[3]
         state, options = self.state[b_dec], self.options()
-        implementation("adam_scalars_", W_dec)(self._step, self._lr, self._betas, self._scalars)
-
         kept: list[Tensor] = []  # until the streams meet
 
         def update_b_dec(sums: Tensor) -> None:
