@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .shapes import cdiv, next_power_of_2, num_programs
+from .shapes import cdiv, next_power_of_2, num_programs, num_stages
 
 _SCRATCH_BYTES = 48 << 20
 # A chunk's latents in one row of the merge: 32 a thread of 16 warps.
@@ -202,7 +202,8 @@ def masked_topk(
             tiles, few = cdiv(size, m) * cdiv(chunk, n), num_programs(device)
             _multiply_kernel[(min(tiles, 2 * few) if first else tiles,)](
                 x_desc, W_enc, b_enc, latents, count, scratch, size, D, first, chunk, m, n, d,
-                precision, num_warps=4, num_stages=3,
+                precision, num_warps=4,
+                num_stages=num_stages(device, (m + n) * d * x.element_size(), most=3),
             )  # fmt: skip
             _merge_kernel[(min(size, 4 * few) if first else size,)](
                 scratch, latents, count, values[start:], indices[start:], first, chunk, k, size,

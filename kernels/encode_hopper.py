@@ -29,6 +29,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+# Triton 3.9 gave it a new name.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
 STAGES, LEAD = 4, 2
 
@@ -123,14 +126,12 @@ def _produce(
                 if d0 == 0:
                     mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2 + BLOCK_N * 4)
                     bias_buf = bias_bufs.index(tile % STAGES)
-                    tma.async_copy_global_to_shared(bias_desc, [f0], bar, bias_buf)
+                    _load(bias_desc, [f0], bar, bias_buf)
                 else:
                     mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
-                tma.async_copy_global_to_shared(x_desc, [m0, d0], bar, a_bufs.index(2 * stage))
-                tma.async_copy_global_to_shared(
-                    x_desc, [m0 + HALF, d0], bar, a_bufs.index(2 * stage + 1)
-                )
-                tma.async_copy_global_to_shared(w_desc, [f0, d0], bar, b_bufs.index(stage))
+                _load(x_desc, [m0, d0], bar, a_bufs.index(2 * stage))
+                _load(x_desc, [m0 + HALF, d0], bar, a_bufs.index(2 * stage + 1))
+                _load(w_desc, [f0, d0], bar, b_bufs.index(stage))
                 stage += 1
                 if stage == STAGES:
                     stage = 0

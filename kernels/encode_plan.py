@@ -34,7 +34,6 @@ class Plan(NamedTuple):
     block_n: int = 256
     block_k: int = 64
     num_warps: int = 8
-    num_stages: int = 4
     sample_n: int = 128
     sample_warps: int = 4
     threshold_warps: int = 1

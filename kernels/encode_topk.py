@@ -24,12 +24,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import encode_aux, encode_blocked
-from .encode_plan import GATHERED_BYTES, Plan, make_plan
+from .encode_plan import GATHERED_BYTES, QUADS, Plan, make_plan
 from .encode_select import kth, relu_bits, select_kernel
-from .shapes import cdiv, next_power_of_2, num_programs
+from .shapes import cdiv, next_power_of_2, num_programs, num_stages
 
 
 @triton.jit
@@ -75,8 +76,8 @@ def _sample_kernel(
 
 @triton.jit
 def _threshold_kernel(
-    samples_ptr, tau_ptr, last_ptr, count_ptr, num_samples, pitch, rank, num_lists,
-    STRIDE: tl.constexpr, BLOCK: tl.constexpr, LISTS_POW2: tl.constexpr,
+    samples_ptr, tau_ptr, last_ptr, num_samples, pitch, rank,
+    STRIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -85,44 +86,69 @@ def _threshold_kernel(
     tau, last = kth(bits, _sampled_latent(cols, STRIDE), rank, rank // 8)
     tl.store(tau_ptr + row, tau)
     tl.store(last_ptr + row, last)
-    each = tl.arange(0, LISTS_POW2)
-    tl.store(count_ptr + row * num_lists + each, tl.zeros_like(each), mask=each < num_lists)
+
+
+@triton.jit
+def _append(
+    acc, f, limit, count, row_lists, F, PARTS: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """Appends a piece's activations over their row's limit; returns the new lengths."""
+    bits = acc.to(tl.int32, bitcast=True)
+    hit = ((bits > limit[:, None]) & (f < F)[None, :]).to(tl.int32)
+    slot = count[:, None] + tl.cumsum(hit, 1) - 1
+    entry = (bits.to(tl.int64) << 32) | f.to(tl.int64)[None, :]
+    keeps = (hit != 0) & (slot < CAPACITY)
+    tl.store(row_lists[:, None] + slot * PARTS, entry, mask=keeps)
+    return count + tl.sum(hit, 1)
+
+
+@triton.jit
+def _halves(acc):
+    """The left and the right half of a tile's columns."""
+    M: tl.constexpr = acc.shape[0]
+    N: tl.constexpr = acc.shape[1]
+    return acc.reshape(M, 2, N // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
 def _filter_kernel(
     x_desc, w_desc, bias_ptr, tau_ptr, last_ptr, count_ptr, lists_ptr, pitch, N, F, D,
     PARTS: tl.constexpr, CAPACITY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, NUM_PROGRAMS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The filter for any GPU: an atomic for each activation that passes."""
+    """The filter for any GPU: a program keeps to a block of rows and every PARTS-th tile, and
+    appends to one list a row, whose lengths it holds."""
     num_m = tl.cdiv(N, BLOCK_M)
-    num_tiles = num_m * tl.cdiv(F, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS):
-        # Row blocks run fastest: neighbours share a tile of W_enc, and x stays in L2.
-        m0 = (tile % num_m) * BLOCK_M
-        f0 = (tile // num_m) * BLOCK_N
-        f = f0 + tl.arange(0, BLOCK_N)
-        bias = tl.load(bias_ptr + f, mask=f < F, other=float("-inf"))
-        # + 0: a pre-activation of -0 would have a negative number's bits.
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias[None, :]
-        for d0 in range(0, D, BLOCK_K):
-            a = x_desc.load([m0, d0])
-            b = w_desc.load([f0, d0])
-            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    for unit in range(tl.program_id(0), num_m * PARTS, tl.num_programs(0)):
+        part = unit // num_m
+        m0 = (unit % num_m) * BLOCK_M
         rows = m0 + tl.arange(0, BLOCK_M)
         tau = tl.load(tau_ptr + rows, mask=rows < N, other=0x7FFFFFFF)
         last = tl.load(last_ptr + rows, mask=rows < N, other=-1)
-        limit = _limit(tau, last >= f0)
-        bits = acc.to(tl.int32, bitcast=True)
-        hit = (bits > limit[:, None]) & (f < F)[None, :] & (rows < N)[:, None]
-        part = (tile // num_m) % PARTS
-        number = (part * 4 + (f // 2) % 4)[None, :]
-        which = rows[:, None] * (4 * PARTS) + number
-        slot = tl.atomic_add(count_ptr + which, hit.to(tl.int32), mask=hit, sem="relaxed")
-        at = rows[:, None] * pitch + slot * (4 * PARTS) + number
-        entry = (bits.to(tl.int64) << 32) | f.to(tl.int64)[None, :]
-        tl.store(lists_ptr + at, entry, mask=hit & (slot < CAPACITY))
+        row_lists = lists_ptr + rows.to(tl.int64) * pitch + part
+        count = tl.zeros((BLOCK_M,), tl.int32)
+        for f0 in range(part * BLOCK_N, F, PARTS * BLOCK_N):
+            f = f0 + tl.arange(0, BLOCK_N)
+            bias = tl.load(bias_ptr + f, mask=f < F, other=float("-inf"))
+            # + 0: a pre-activation of -0 would have a negative number's bits.
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias[None, :]
+            for d0 in range(0, D, BLOCK_K):
+                a = x_desc.load([m0, d0])
+                b = w_desc.load([f0, d0])
+                acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+            limit = _limit(tau, last >= f0)
+            # In quarters, which take fewer registers.
+            left, right = _halves(acc)
+            quarter = f0 + tl.arange(0, BLOCK_N // 4)
+            for piece in tl.static_range(4):
+                half = left if piece < 2 else right
+                first, second = _halves(half)
+                values = first if piece % 2 == 0 else second
+                count = _append(
+                    values, quarter + piece * (BLOCK_N // 4), limit, count, row_lists, F, PARTS,
+                    CAPACITY,
+                )  # fmt: skip
+        tl.store(count_ptr + rows * PARTS + part, count, mask=rows < N)
 
 
 @triton.jit
@@ -145,7 +171,8 @@ def _sample(
     _sample_kernel[(cdiv(N, m), cdiv(size, n))](
         TensorDescriptor.from_tensor(x, [m, d]), TensorDescriptor.from_tensor(gathered, [n, d]),
         b_enc, samples, N, D, first, min(num_samples, first + size), samples.stride(0),
-        plan.stride, m, n, d, precision, num_warps=plan.sample_warps, num_stages=4,
+        plan.stride, m, n, d, precision, num_warps=plan.sample_warps,
+        num_stages=num_stages(x.device, (m + n) * d * x.element_size()),
     )  # fmt: skip
 
 
@@ -166,13 +193,17 @@ def fused_topk(
     rows = min(cdiv(N, plan.block_m) * plan.block_m, plan.block_rows)
     scratch = torch.empty(rows, plan.pitch(F), dtype=torch.int64, device=x.device)
     samples = scratch.view(torch.float32)
-    count = torch.empty(rows, plan.lists, dtype=torch.int32, device=x.device)
+    # The plain filter has one list where the other has four, of as many entries together.
+    lists, capacity = plan.lists, plan.capacity
+    if not hopper:
+        lists, capacity = plan.parts, plan.capacity * QUADS
+    lists_pow2 = next_power_of_2(lists)
+    count = torch.empty(rows, lists, dtype=torch.int32, device=x.device)
     tau, last = torch.empty(2, rows, dtype=torch.int32, device=x.device).unbind()
     # 16-bit inputs are exact in the tensor cores' fp32 sums whatever is named here.
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     at_once = max(1, GATHERED_BYTES // (x.element_size() * D * plan.sample_n)) * plan.sample_n
     gathered = torch.empty(min(at_once, num_samples), D, dtype=x.dtype, device=x.device)
-    lists_pow2 = next_power_of_2(plan.lists)
     for start in range(0, N, rows):
         part = x[start : start + rows]
         size = part.shape[0]
@@ -185,8 +216,8 @@ def fused_topk(
                 )  # fmt: skip
             _sample(part, W_enc, b_enc, samples, some, first, plan, num_samples, precision)
         _threshold_kernel[(size,)](
-            samples, tau, last, count, num_samples, samples.stride(0), plan.rank, plan.lists,
-            plan.stride, next_power_of_2(num_samples), lists_pow2,
+            samples, tau, last, num_samples, samples.stride(0), plan.rank,
+            plan.stride, next_power_of_2(num_samples),
             num_warps=plan.threshold_warps,
         )  # fmt: skip
         if hopper:
@@ -197,10 +228,10 @@ def fused_topk(
                 num_programs(x.device),
             )  # fmt: skip
         else:
-            _filter(part, W_enc, b_enc, tau, last, count, scratch, plan, precision)
+            _filter(part, W_enc, b_enc, tau, last, count, scratch, plan, capacity, precision)
         select_kernel[(size,)](
-            part, W_enc, b_enc, count, scratch, scratch.stride(0), plan.lists, values[start:],
-            indices[start:], F, D, k, plan.capacity, lists_pow2, plan.keys,
+            part, W_enc, b_enc, count, scratch, scratch.stride(0), lists, values[start:],
+            indices[start:], F, D, k, capacity, lists_pow2, plan.keys,
             next_power_of_2(k), min(32, plan.keys // 2), 64, num_warps=plan.select_warps,
         )  # fmt: skip
     return values, indices
@@ -208,16 +239,15 @@ def fused_topk(
 
 def _filter(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, tau: Tensor, last: Tensor, count: Tensor,
-    scratch: Tensor, plan: Plan, precision: str,
+    scratch: Tensor, plan: Plan, capacity: int, precision: str,
 ) -> None:  # fmt: skip
-    # Half the width: this filter needs registers for its atomics' addresses.
     m, n, d = plan.block_m, min(128, plan.block_n), plan.block_k
-    programs = num_programs(x.device)
-    _filter_kernel[(programs,)](
+    _filter_kernel[(num_programs(x.device),)](
         TensorDescriptor.from_tensor(x, [m, d]), TensorDescriptor.from_tensor(W_enc, [n, d]),
         b_enc, tau, last, count, scratch, scratch.stride(0), x.shape[0], W_enc.shape[0],
-        x.shape[1], plan.parts, plan.capacity, m, n, d, programs, precision,
-        num_warps=plan.num_warps, num_stages=plan.num_stages,
+        x.shape[1], plan.parts, capacity, m, n, d, precision,
+        num_warps=plan.num_warps,
+        num_stages=num_stages(x.device, (m + n) * d * x.element_size()),
     )  # fmt: skip
 
 
@@ -230,10 +260,6 @@ def _uses_hopper(device: torch.device, dtype: torch.dtype) -> bool:
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
-    try:
-        from . import encode_hopper  # noqa: F401
-    except ImportError:  # the part of Triton that it is written in is experimental
-        return False
     g = torch.Generator(device=device).manual_seed(0)
     x = torch.randn(200, 64, generator=g, device=device).to(dtype)
     W_enc = torch.randn(8192 + 72, 64, generator=g, device=device).to(dtype)
@@ -241,12 +267,18 @@ def _uses_hopper(device: torch.device, dtype: torch.dtype) -> bool:
     plan = make_plan(200, 64, 8192 + 72, 16, num_programs(device))
     assert plan is not None
     want = fused_topk(x, W_enc, b_enc, 16, plan)
-    got = fused_topk(x, W_enc, b_enc, 16, plan, hopper=True)
-    if torch.equal(want[0], got[0]) and torch.equal(want[1], got[1]):
-        return True
+    try:
+        got = fused_topk(x, W_enc, b_enc, 16, plan, hopper=True)
+    # The part of Triton that it is written in is experimental: names and types change in it.
+    except (ImportError, AttributeError, TypeError, RuntimeError, TritonError) as e:
+        reason = f"does not compile ({type(e).__name__}: {str(e)[:200]})"
+    else:
+        if torch.equal(want[0], got[0]) and torch.equal(want[1], got[1]):
+            return True
+        reason = "disagrees with the plain one"
     warnings.warn(
-        "The encoder's filter for Hopper GPUs disagrees with the plain one under this version of "
-        "Triton; the plain one, which is slower, is used.",
+        f"The encoder's filter for Hopper GPUs {reason} under Triton {triton.__version__}; the "
+        "plain one, which is slower, is used.",
         stacklevel=2,
     )
     return False

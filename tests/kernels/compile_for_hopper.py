@@ -1,0 +1,93 @@
+"""Compiles the kernels for compute capability 9.0 on any machine: a GPU is needed to run them, not
+to compile them. Prints a line a kernel: name, bytes of spilled registers' stack, shared memory.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from flash_sae_dist.kernels import encode_hopper, encode_topk, sparse_adam, sparse_decode
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+class Hopper:
+    """What a compiler asks of a driver."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def report(name: str, kernel: Any) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(kernel.asm["cubin"])
+        f.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", f.name], capture_output=True, text=True, check=True
+        ).stdout
+    stack = re.search(r"STACK:(\d+)", usage)
+    assert stack is not None, usage
+    print(name, stack[1], kernel.metadata.shared)
+
+
+def main() -> None:
+    driver.set_active(Hopper())
+    bf16 = torch.empty(256, 768, dtype=torch.bfloat16)
+    f32, i32 = torch.empty(64), torch.empty(64, dtype=torch.int32)
+    i64 = torch.empty(64, dtype=torch.int64)
+    h = encode_hopper
+    for dtype in (torch.bfloat16, torch.float16):
+        x = bf16.to(dtype)
+        args = (h._descriptor(x, 64, 64), h._descriptor(x, 256, 64))
+        kernel = h._filter_kernel.warmup(
+            args[0], args[1], h._descriptor(torch.empty(256), 256), i32, i32, i32, i64, 1536, 256,
+            256, 768, 4, 64, h.BLOCK_M, h.BLOCK_N, h.BLOCK_K, h.STAGES, h.LEAD, num_warps=4,
+            grid=(132,),
+        )  # fmt: skip
+        report(f"filter-hopper-{dtype}", kernel)
+    desc = TensorDescriptor.from_tensor(bf16, [128, 64])
+    kernel = encode_topk._filter_kernel.warmup(
+        desc, desc, f32, i32, i32, i32, i64, 1536, 256, 256, 768, 4, 256, 128, 128, 64, "tf32",
+        num_warps=8, num_stages=4, grid=(132,),
+    )  # fmt: skip
+    report("filter", kernel)
+    constants = (0.1, 0.999, 0.001, 6e-10, 0)
+    flags = {"LAZY": False, "COPIES": True, "HEAVY": 64}
+    step = torch.zeros(())
+    for D in (768, 4096):
+        kernel = sparse_adam._adam_encoder_kernel.warmup(
+            i64, i32, f32, bf16, f32, f32, f32, f32, f32, bf16, f32, f32, f32, f32, f32, step,
+            24576, D, 131072, 32, 1, *constants, **flags, **sparse_adam._encoder_blocks(24576, D),
+            grid=(1, 1),
+        )  # fmt: skip
+        report(f"adam-encoder-{D}", kernel)
+        kernel = sparse_adam._adam_decoder_kernel.warmup(
+            i64, i32, f32, bf16, f32, f32, f32, f32, f32, bf16, f32, step, D, 4096, 131072, 32, 1,
+            *constants, UNIT_NORM=True, **flags, **sparse_adam._decoder_blocks(D), grid=(1,),
+        )  # fmt: skip
+        report(f"adam-decoder-{D}", kernel)
+        kernel = sparse_decode._decode_coefs_kernel.warmup(
+            f32, i32, bf16, f32, f32, bf16, f32, f32, D, 64,
+            **sparse_decode._decode_coefs_blocks(D, 64), grid=(1, 1),
+        )  # fmt: skip
+        report(f"decode-coefs-{D}", kernel)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The kernels compile for Hopper GPUs with the installed Triton, without spilling."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).with_name("compile_for_hopper.py")
+# What a block of threads may have on a compute capability of 9.0.
+SHARED_BYTES = 232_448
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_hopper_without_a_gpu() -> None:
+    """The filter is written in a part of Triton that changes between versions."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[2])
+    run = subprocess.run(
+        [sys.executable, SCRIPT], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [line.split() for line in run.stdout.splitlines() if line]
+    assert [name for name, *_ in lines][:3] == [
+        "filter-hopper-torch.bfloat16", "filter-hopper-torch.float16", "filter",
+    ]  # fmt: skip
+    assert len(lines) == 9
+    for name, stack, shared in lines:
+        assert int(stack) <= 16, f"{name} spills {stack} bytes"
+        assert int(shared) <= SHARED_BYTES, name
