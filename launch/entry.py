@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import Config, ConfigError, load_config, nearest_name
+from ..config import Config, ConfigError, nearest_name
+from ..config_file import load_config
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG.yaml", help="YAML file; `flash-sae keys` lists its keys.")

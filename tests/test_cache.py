@@ -21,7 +21,8 @@ from flash_sae_dist.activations.language_model import (
 )
 from flash_sae_dist.activations.loader import ActivationLoader, BlockReader
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError
-from flash_sae_dist.config import ConfigError, ModelConfig, parse_config
+from flash_sae_dist.config import ConfigError, ModelConfig
+from flash_sae_dist.config_file import parse_config
 from tests.tiny_model import config_data, save_bert
 
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ import torch
 from flash_sae_dist import TopKSAE
 from flash_sae_dist.activations.language_model import load_language_model
 from flash_sae_dist.activations.text import held_out_table
-from flash_sae_dist.config import ConfigError, parse_config
+from flash_sae_dist.config import ConfigError
+from flash_sae_dist.config_file import parse_config
 from flash_sae_dist.evaluation.loss_recovered import LossMeter, LossRecovered
 from flash_sae_dist.evaluation.metrics import density_histogram, measure
 from flash_sae_dist.evaluation.report import evaluation_record, write_evaluation, write_report

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from flash_sae_dist import TopKSAE
-from flash_sae_dist.config import parse_config
+from flash_sae_dist.config_file import parse_config
 from flash_sae_dist.interop import sae_lens, sparsify
 from flash_sae_dist.launch import export
 

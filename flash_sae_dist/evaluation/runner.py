@@ -14,7 +14,8 @@ from ..activations.language_model import LanguageModel, load_language_model
 from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
 from ..activations.text import TokenTable, held_out_table
-from ..config import Config, ConfigError, parse_config
+from ..config import Config, ConfigError
+from ..config_file import parse_config
 from ..models.topk import CONFIG_FILE, TopKSAE
 from ..progress import progress_bar
 from .loss_recovered import LossMeter

@@ -6,7 +6,8 @@ import fnmatch
 import itertools
 from pathlib import Path
 
-from ..config import Config, ConfigError, nearest_name, with_values
+from ..config import Config, ConfigError, nearest_name
+from ..config_file import with_values
 from ..training.records import Job
 
 

@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from ..config import Config, ConfigError, parse_config
+from ..config import Config, ConfigError
+from ..config_file import parse_config
 
 State = Literal["running", "finished", "failed"]
 LogMetrics = Callable[[dict[str, float], int], None]
