@@ -15,8 +15,14 @@ Precision = Literal["auto", "float64", "float32", "bfloat16"]
 ExportFormat = Literal["sae_lens", "sparsify"]
 
 
-class ConfigError(ValueError):
-    """A mistake in a config or on the command line, told in one sentence: the key, the value, the
+class UserError(ValueError):
+    """Something that the user can set right, told in one sentence; a verb ends with it, not with a
+    traceback.
+    """
+
+
+class ConfigError(UserError):
+    """A mistake in a config or on the command line, found before any work: the key, the value, the
     fix.
     """
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..config import Config, ConfigError, nearest_name
+from ..config import Config, ConfigError, UserError, nearest_name
 from ..config_file import load_config
 
 ConfigArgument = Annotated[
@@ -25,23 +29,43 @@ OverridesArgument = Annotated[
     ),
 ]
 Run = Callable[[Config], None]
+# How long a process waits for the others. NCCL's ten minutes would end a grid whose groups have
+# unequal work, or a cache whose first process tokenises long; the launcher sees to dead processes.
+_PATIENCE = timedelta(days=7)
 
 
 def command(run: Run) -> Callable[[str, list[str] | None], None]:
-    """A verb's typer command: a mistake ends it in one sentence and exit code 2."""
+    """A verb's typer command: a mistake ends it in one sentence and exit code 2, a failure that
+    the user can set right in one sentence and exit code 1.
+    """
 
     def verb(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-        logging.getLogger("httpx").setLevel(logging.WARNING)
+        # Other libraries' chatter comes once a process; ours is said by one of them.
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger("flash_sae_dist").setLevel(logging.INFO)
+        if os.environ.get("RANK", "0") != "0":
+            # Bars of downloads and of loading weights: one process's are enough.
+            os.environ.setdefault("TQDM_DISABLE", "1")
         try:
             run(load_config(config, overrides or []))
-        except ConfigError as e:
-            if os.environ.get("RANK", "0") == "0":
-                typer.echo(f"error: {e}", err=True)
-            sys.exit(2)
+        except UserError as e:
+            _tell(f"error: {e}")
+            sys.exit(2 if isinstance(e, ConfigError) else 1)
 
     verb.__doc__ = run.__doc__
     return verb
+
+
+def _tell(sentence: str) -> None:
+    """Prints an error once, and hands it to the launcher, whose report of the failed processes is
+    what stands last on the terminal."""
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        # The form that torch.distributed.elastic reads.
+        told = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(report).write_text(json.dumps({"message": told}))
+    if not report or os.environ.get("RANK", "0") == "0":
+        typer.echo(sentence, err=True)
 
 
 def verb_main(run: Run) -> None:
@@ -52,7 +76,10 @@ def verb_main(run: Run) -> None:
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:
-    """Raises ConfigError for a tracker that accelerate does not know or that is not installed."""
+    """Raises ConfigError for a tracker that accelerate does not know or that is not installed.
+
+    They are started by the verb, once all else has been checked.
+    """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     installed = [tracker.value for tracker in get_available_trackers()]
@@ -74,6 +101,7 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     """
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     if trackers:
         _check_trackers(config.trackers)
@@ -81,10 +109,9 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
         cpu=not torch.cuda.is_available(),
         log_with=(list(config.trackers) or None) if trackers else None,
         project_dir=config.output,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
     try:
-        if trackers and config.trackers:
-            accelerator.init_trackers("flash_sae_dist")
         yield accelerator
     finally:
         # Left up, a gloo group aborts some processes after their work is done.

@@ -19,6 +19,7 @@ import torch
 
 from .. import __version__
 from ..config import CacheConfig, Config, ConfigError
+from ..parallel import comm
 from ..progress import progress_bar
 from .language_model import (
     LanguageModel,
@@ -120,19 +121,27 @@ def _shared_table(
         first = accelerator.is_main_process
     # The marker tells of which config the table is: one that was killed early leaves no other sign.
     marker, digest = folder / "whole", _digest(config)
+    error = None
     if first and not (marker.exists() and marker.read_text() == digest):
         shutil.rmtree(folder, ignore_errors=True)
-        table = token_table(
-            config.text,
-            lm.tokenizer,
-            context_length=config.cache.context_length,
-            causal=lm.causal,
-            drop_special_tokens=config.cache.drop_special_tokens,
-            num_rows=config.cache.num_tokens,
-        )
-        table.save(folder)
-        marker.write_text(digest)
-    accelerator.wait_for_everyone()
+        try:
+            with progress_bar(
+                "tokenise", config.cache.num_tokens, "tokens", accelerator.is_main_process
+            ) as bar:
+                table = token_table(
+                    config.text,
+                    lm.tokenizer,
+                    context_length=config.cache.context_length,
+                    causal=lm.causal,
+                    drop_special_tokens=config.cache.drop_special_tokens,
+                    num_rows=config.cache.num_tokens,
+                    advance=bar.advance,
+                )
+            table.save(folder)
+            marker.write_text(digest)
+        except ConfigError as e:
+            error = e
+    comm.raise_together(error)
     return TokenTable.load(folder)
 
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from ..config import ConfigError, nearest_name
+from ..config import ConfigError, UserError, nearest_name
 
 Array = npt.NDArray[Any]
 FORMAT = 1
@@ -32,7 +32,7 @@ _MIN_CHUNKS = 64
 TOKEN_ARRAYS = ("ids", "document", "position")
 
 
-class DamagedStoreError(ValueError):
+class DamagedStoreError(UserError):
     """A store whose data are missing, torn or changed."""
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import glob
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -127,6 +127,7 @@ def token_table(
     causal: bool,
     drop_special_tokens: bool,
     num_rows: int,
+    advance: Callable[[int], None] = lambda n: None,
 ) -> TokenTable:
     """Tokenises documents into sequences until they give num_rows stored tokens or the text ends.
 
@@ -138,7 +139,9 @@ def token_table(
     parts: list[Sequence] = []
     for sequence in _sequences(cfg, tokenizer, context_length, causal, drop_special_tokens):
         parts.append(sequence)
-        num_rows -= int(sequence.keep.sum())
+        rows = int(sequence.keep.sum())
+        num_rows -= rows
+        advance(rows)
         if num_rows <= 0:
             break
     return _table(parts, context_length)
