@@ -7,6 +7,7 @@ help text. `config_file.py` reads files and tells mistakes.
 from __future__ import annotations
 
 import difflib
+from fnmatch import fnmatchcase
 from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -111,8 +112,9 @@ class CacheConfig(StrictModel):
     store: str
     """Folder or fsspec URL of the Zarr store."""
     hookpoints: tuple[str, ...] = Field(min_length=1)
-    """Module names, wildcards allowed: `model.layers.*.mlp`; add `:input` to read a module's input
-    instead of its output.
+    """Module names, wildcards allowed: `model.layers.*` are all blocks, `model.layers.*.mlp` their
+    MLPs (`*` is one part of a name, `**` any number); add `:input` to read a module's input instead
+    of its output.
     """
     num_tokens: int = Field(gt=0)
     """Rows to store for each hookpoint; fewer if the text ends first."""
@@ -267,7 +269,7 @@ class GridConfig(StrictModel):
     """Many SAEs from one store: every hookpoint with every combination of values."""
 
     hookpoints: tuple[str, ...] = ("*",)
-    """Hookpoints of the store, wildcards allowed."""
+    """Hookpoints of the store, wildcards as in cache.hookpoints; `*` alone are all."""
     values: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     """Lists of values by dotted key of the sections sae and train, such as `sae.k: [16, 32]`."""
 
@@ -354,6 +356,23 @@ class Config(StrictModel):
                     f"section {section!r} is missing: `{verb}` needs it; "
                     "see configs/quickstart.yaml"
                 )
+
+
+def match_names(pattern: str, names: list[str]) -> list[str]:
+    """The module names that a pattern means, in their order.
+
+    `*` is (part of) one part of a dotted name, so `layers.*` are the blocks and not all that is
+    inside them; `**` is any number of parts; `?` and `[...]` are as in a shell.
+    """
+    return [name for name in names if _matches(pattern.split("."), name.split("."))]
+
+
+def _matches(pattern: list[str], name: list[str]) -> bool:
+    if not pattern:
+        return not name
+    if pattern[0] == "**":
+        return any(_matches(pattern[1:], name[n:]) for n in range(len(name) + 1))
+    return bool(name) and fnmatchcase(name[0], pattern[0]) and _matches(pattern[1:], name[1:])
 
 
 def nearest_name(word: str, known: list[str]) -> str:

@@ -17,11 +17,12 @@ from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.language_model import (
     capture_activations,
     load_language_model,
+    replace_activations,
     resolve_hookpoints,
 )
 from flash_sae_dist.activations.loader import ActivationLoader, BlockReader
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError
-from flash_sae_dist.config import ConfigError, ModelConfig
+from flash_sae_dist.config import ConfigError, ModelConfig, match_names
 from flash_sae_dist.config_file import parse_config
 from tests.tiny_model import config_data, save_bert
 
@@ -140,6 +141,70 @@ def test_hookpoint_names(made: Path) -> None:
         resolve_hookpoints(lm.model, ("model.layer.2",))
     with pytest.raises(ConfigError, match=":inputs"):
         resolve_hookpoints(lm.model, ("model.layers.2:inputs",))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("model.layers.*", ["model.layers.0", "model.layers.1", "model.layers.2"]),
+        ("model.layers.[02].mlp", ["model.layers.0.mlp", "model.layers.2.mlp"]),
+        ("**.self_attn", [f"model.layers.{i}.self_attn" for i in range(3)]),
+        ("model.layers.1.*_proj", []),
+        ("model.layers.1.**.o_proj", ["model.layers.1.self_attn.o_proj"]),
+        ("model.*.1", ["model.layers.1"]),
+    ],
+)
+def test_a_star_is_one_part_of_a_name(made: Path, pattern: str, found: list[str]) -> None:
+    """`model.layers.*` with all that is inside the blocks would fill a disk."""
+    lm = load_language_model(ModelConfig(name=str(made / "model")), CPU)
+    assert match_names(pattern, [name for name, _ in lm.model.named_modules()]) == found
+    if found:
+        assert resolve_hookpoints(lm.model, (pattern,)) == found
+    else:
+        with pytest.raises(ConfigError, match="matches no module"):
+            resolve_hookpoints(lm.model, (pattern,))
+
+
+def test_every_kind_of_module_is_read_and_replaced(made: Path) -> None:
+    """Tensors, tuples (attention), Hugging Face outputs (the whole stack), arguments by keyword."""
+    lm = load_language_model(ModelConfig(name=str(made / "model"), dtype="float32"), CPU)
+    ids, attention = torch.arange(4, 14).view(2, 5), torch.ones(2, 5, dtype=torch.bool)
+    stack: Any = lm.model.model
+    names = ["model.layers.0.self_attn", "model.layers.0.self_attn:input", "model.layers.0:input"]
+    names += ["model.layers.0.mlp", "model.norm:input", "model"]
+    seen = capture_activations(lm, names, ids, attention)
+    embedded = stack.embed_tokens(ids)
+    block = stack.layers[0]
+    torch.testing.assert_close(seen["model.layers.0:input"], embedded)
+    normed = block.input_layernorm(embedded)
+    torch.testing.assert_close(seen["model.layers.0.self_attn:input"], normed)
+    middle = embedded + seen["model.layers.0.self_attn"]
+    mlp = block.mlp(block.post_attention_layernorm(middle))
+    torch.testing.assert_close(seen["model.layers.0.mlp"], mlp)
+    torch.testing.assert_close(seen["model"], stack.norm(seen["model.norm:input"]))
+    clean = lm.model(input_ids=ids).logits
+    for name in names:
+        with torch.no_grad(), replace_activations(lm, name, torch.clone):
+            torch.testing.assert_close(lm.model(input_ids=ids).logits, clean)
+        with torch.no_grad(), replace_activations(lm, name, torch.zeros_like):
+            assert not torch.equal(lm.model(input_ids=ids).logits, clean), name
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"hookpoints": ["model.rotary_emb"]}, r"'model.rotary_emb' gives a tensor of shape"),
+        ({"hookpoints": ["model.layers"]}, "never called"),
+        ({"context_length": 1}, r"cache.context_length=1 leaves no token"),
+        ({"context_length": 65}, r"cache.context_length=65 exceeds the model's 64 positions"),
+    ],
+)
+def test_what_cannot_be_cached_is_told(made: Path, change: dict[str, Any], word: str) -> None:
+    data = config_data(made, store=str(made / "none.zarr"), **change)
+    with pytest.raises(ConfigError, match=word):
+        run_cache(parse_config(data), Accelerator(cpu=True))
+    assert not list((made / "none.zarr").glob("activations")), "nothing was begun"
 
 
 def test_masked_models_are_harvested_without_padding(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from ..progress import progress_bar
 from .language_model import (
     LanguageModel,
     capture_activations,
+    check_context_length,
     load_language_model,
     resolve_hookpoints,
 )
@@ -64,6 +65,7 @@ def run_cache(config: Config, accelerator: Any) -> None:
         return
     lm = load_language_model(config.model, accelerator.device)
     hookpoints = resolve_hookpoints(lm.model, config.cache.hookpoints)
+    check_context_length(lm, config.cache.context_length)
     table = _shared_table(config, lm, accelerator, writer)
     widths = _widths(lm, hookpoints, table)
     rows = min(config.cache.num_tokens, int(table.keep.sum()))
@@ -146,14 +148,16 @@ def _shared_table(
 
 
 def _widths(lm: LanguageModel, hookpoints: list[str], table: TokenTable) -> dict[str, int]:
-    ids = torch.from_numpy(np.array(table.ids[:1], dtype=np.int64)).to(lm.device)
-    attention = torch.from_numpy(np.array(table.attention[:1])).to(lm.device)
+    # The same sequence twice: a tensor without a batch dimension would pass with one.
+    ids = torch.from_numpy(np.array(table.ids[[0, 0]], dtype=np.int64)).to(lm.device)
+    attention = torch.from_numpy(np.array(table.attention[[0, 0]])).to(lm.device)
     seen = capture_activations(lm, hookpoints, ids, attention)
     for name, value in seen.items():
-        if value.ndim != 3:
+        if value.ndim != 3 or value.shape[:2] != ids.shape:
             raise ConfigError(
                 f"cache.hookpoints: {name!r} gives a tensor of shape {list(value.shape)}, "
-                "not [batch, tokens, width]"
+                f"not [batch, tokens, width] = [{ids.shape[0]}, {ids.shape[1]}, width]; "
+                "name another module"
             )
     return {name: seen[name].shape[-1] for name in hookpoints}
 

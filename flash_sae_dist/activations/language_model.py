@@ -4,7 +4,6 @@ measure its loss.
 
 from __future__ import annotations
 
-import fnmatch
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ConfigError, ModelConfig, nearest_name
+from ..config import ConfigError, ModelConfig, match_names, nearest_name
 
 
 class LanguageModel(NamedTuple):
@@ -94,6 +93,24 @@ def _task(config: Any) -> str:
     return "none" if kinds else "causal-lm"
 
 
+def check_context_length(lm: LanguageModel, length: int) -> None:
+    """Raises ConfigError for sequences that the model has no positions for, or that its special
+    tokens would fill.
+    """
+    config: Any = getattr(lm.model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(text, "max_position_embeddings", None)
+    if isinstance(most, int) and length > most:
+        raise ConfigError(
+            f"cache.context_length={length} exceeds the model's {most} positions; lower it"
+        )
+    special = 1 if lm.causal else 2
+    if length <= special:
+        raise ConfigError(
+            f"cache.context_length={length} leaves no token beside {special} special ones; raise it"
+        )
+
+
 def resolve_hookpoints(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     """Module names for patterns with wildcards; `NAME:input` reads what goes into a module.
 
@@ -107,10 +124,11 @@ def resolve_hookpoints(model: nn.Module, patterns: tuple[str, ...]) -> list[str]
             raise ConfigError(
                 f"cache.hookpoints: {pattern!r} must end in :input, :output or nothing"
             )
-        matched = fnmatch.filter(names, stem)
+        matched = match_names(stem, names)
         if not matched:
             near = nearest_name(stem, names) if len(names) < 40 else _nearest_only(stem, names)
-            raise ConfigError(f"cache.hookpoints: {stem!r} is no module of the model{near}")
+            what = "matches no module" if set("*?[") & set(stem) else "is no module"
+            raise ConfigError(f"cache.hookpoints: {stem!r} {what} of the model{near}")
         suffix = ":input" if side == "input" else ""
         found += [name + suffix for name in matched if name + suffix not in found]
     return found
@@ -121,12 +139,27 @@ def _nearest_only(stem: str, names: list[str]) -> str:
     return told if told.startswith("; did") else f"; the first are {', '.join(names[:8])}, ..."
 
 
-def _first_tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else _first_tensor(value[0])
+def _first_tensor(value: Any, hookpoint: str) -> Tensor:
+    """The activations in what a module gives: a tensor, or the first of a tuple or of a Hugging
+    Face output.
+    """
+    while not isinstance(value, Tensor):
+        if not isinstance(value, tuple | list | dict) or not value:
+            raise ConfigError(
+                f"cache.hookpoints: {hookpoint!r} gives a {type(value).__name__}, not a tensor; "
+                "name another module"
+            )
+        value = next(iter(value.values())) if isinstance(value, dict) else value[0]
+    return value
 
 
 def _with_first(value: Any, new: Tensor) -> Any:
-    return new if isinstance(value, Tensor) else (_with_first(value[0], new), *value[1:])
+    if isinstance(value, Tensor):
+        return new
+    if isinstance(value, dict):
+        key, first = next(iter(value.items()))
+        return type(value)(**{**value, key: _with_first(first, new)})
+    return type(value)([_with_first(value[0], new), *value[1:]])
 
 
 def _hook(
@@ -140,16 +173,21 @@ def _hook(
     if side != "input":
 
         def after(_: nn.Module, args: Any, output: Any) -> Any:
-            new = change(_first_tensor(output))
+            new = change(_first_tensor(output, hookpoint))
             return None if new is None else _with_first(output, new)
 
         return module.register_forward_hook(after)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            new = change(_first_tensor(args[0]))
+            new = change(_first_tensor(args[0], hookpoint))
             return None if new is None else ((_with_first(args[0], new), *args[1:]), kwargs)
-        key = next(k for k, v in kwargs.items() if isinstance(v, Tensor) and v.ndim == 3)
+        key = next((k for k, v in kwargs.items() if isinstance(v, Tensor) and v.ndim == 3), None)
+        if key is None:
+            raise ConfigError(
+                f"cache.hookpoints: {hookpoint!r} is given no [batch, tokens, width] tensor; "
+                "name another module"
+            )
         new = change(kwargs[key])
         return None if new is None else (args, kwargs | {key: new})
 
