@@ -88,7 +88,7 @@ class TextConfig(StrictModel):
     column: str = "text"
     """Column or JSON key that holds the text."""
     paths: tuple[str, ...] = ()
-    """Files or glob patterns (source: files)."""
+    """Files, glob patterns or fsspec URLs of files (source: files)."""
     streaming: bool = True
     """Read a hub dataset as a stream instead of downloading it whole."""
 

@@ -21,7 +21,7 @@ from flash_sae_dist.activations.language_model import (
     resolve_hookpoints,
 )
 from flash_sae_dist.activations.loader import ActivationLoader, BlockReader
-from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError
+from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError, array_names
 from flash_sae_dist.config import ConfigError, ModelConfig, match_names
 from flash_sae_dist.config_file import parse_config
 from tests.tiny_model import config_data, save_bert
@@ -301,6 +301,43 @@ def test_damage_is_found(root: Path, damage: str) -> None:
         reader.close()
 
 
+@pytest.mark.parametrize("lost", ["activations", "tokens", "record"])
+def test_what_was_lost_is_made_again(made: Path, tmp_path: Path, lost: str) -> None:
+    """The advice of the messages above works, though the store had been complete."""
+    shutil.copytree(made, tmp_path / "again")
+    data = config_data(tmp_path / "again", shard_mib=0.002)
+    data["model"]["name"], data["text"]["paths"] = str(made / "model"), [str(made / "text.jsonl")]
+    store = tmp_path / "again/store.zarr"
+    where = {
+        "activations": store / ACTS / "c/1/0",
+        "tokens": store / "tokens/position/c/2",
+        "record": store / "records/shard-00000001.json",
+    }
+    where[lost].unlink()
+    kept = store / ACTS / "c/0/0"
+    before = kept.stat().st_mtime_ns
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    again, first = ActivationStore.open(str(store)), ActivationStore.open(str(made / "store.zarr"))
+    again.verify()
+    for name in array_names(first.widths):
+        assert np.array_equal(again.read(name, 0, 1500), first.read(name, 0, 1500))
+    assert kept.stat().st_mtime_ns == before, "what was whole was left alone"
+
+
+def test_a_store_is_not_gone_on_with_from_another_text(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "again")
+    data = config_data(tmp_path / "again", shard_mib=0.002)
+    data["model"]["name"], data["text"]["paths"] = str(made / "model"), [str(made / "text.jsonl")]
+    (tmp_path / "again/store.zarr/records/shard-00000001.json").unlink()
+    text = (made / "text.jsonl").read_text()
+    try:
+        (made / "text.jsonl").write_text(text.replace("word7", "word8"))
+        with pytest.raises(ConfigError, match="begun with another text"):
+            run_cache(parse_config(data), Accelerator(cpu=True))
+    finally:
+        (made / "text.jsonl").write_text(text)
+
+
 def test_no_store_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="flash-sae cache"):
         ActivationStore.open(str(tmp_path / "none.zarr"))
@@ -312,15 +349,28 @@ def test_a_damaged_record_is_told(root: Path) -> None:
         ActivationStore.open(str(root / "store.zarr"))
 
 
-def test_any_fsspec_url_works(made: Path) -> None:
-    data = config_data(made, store="memory://acts.zarr", num_tokens=300)
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_any_fsspec_url_works(made: Path, tmp_path: Path, kind: str) -> None:
+    url = "memory://acts.zarr" if kind == "memory" else f"file://{tmp_path}/acts.zarr"
+    data = config_data(made, store=url, num_tokens=300)
+    data["text"]["paths"] = [f"file://{made}/*.jsonl"]
     run_cache(parse_config(data), Accelerator(cpu=True))
-    store = ActivationStore.open("memory://acts.zarr")
+    store = ActivationStore.open(url)
+    assert store.records.local == (kind == "file")
     store.verify()
+    assert store.num_documents() > 3
     with ActivationLoader(store, "model.layers.0", batch_tokens=50, seed=0, num_steps=6) as loader:
         rows = torch.cat(list(loader))
     everything = torch.from_numpy(store.read(ACTS, 0, 300))
     assert torch.equal(rows.sort(dim=0).values, everything.sort(dim=0).values)
+    file = store.shard_file(ACTS, 0)
+    data = bytearray(store.records.fs.cat_file(file))
+    data[5] ^= 1
+    store.records.fs.pipe_file(file, bytes(data))
+    reader = BlockReader(store, "model.layers.0")
+    with pytest.raises(DamagedStoreError, match="damaged"):
+        reader.read(0)
+    reader.close()
 
 
 def test_records_are_plain_json(made: Path) -> None:

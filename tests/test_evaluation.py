@@ -86,7 +86,7 @@ def make_meter(root: Path, model: str, hookpoint: str) -> LossMeter:
         context_length=24,
         causal=lm.causal,
         drop_special_tokens=True,
-        after_rows=500,
+        after_documents=15,
         num_sequences=6,
     )
     return LossMeter(lm, hookpoint, table, batch_sequences=4)

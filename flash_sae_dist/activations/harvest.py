@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def run_cache(config: Config, accelerator: Any) -> None:
     assert config.model is not None
     assert config.cache is not None
     writer = StoreWriter(config.cache.store, store_config(config), create=True)
-    if writer.records.read("complete.json") is not None:
+    if writer.is_complete():
         if accelerator.is_main_process:
             print(f"{config.cache.store} is complete; nothing to do")
         return
@@ -77,10 +78,12 @@ def run_cache(config: Config, accelerator: Any) -> None:
         )
     itemsize = storage_dtype(config.cache.dtype).itemsize
     geometry = make_geometry(rows, max(widths.values()), itemsize, config.cache.shard_mib)
+    text = table.checksum()
+    writer.check_text(geometry, text)
     if accelerator.is_main_process:
-        writer.create(geometry, widths, config.cache.dtype, _provenance(config, lm))
+        writer.create(geometry, widths, config.cache.dtype, _provenance(config, lm), text)
     accelerator.wait_for_everyone()
-    todo = writer.missing(geometry)
+    todo = writer.missing(geometry, widths)
     accelerator.wait_for_everyone()
     harvester = _Harvester(lm, hookpoints, table, geometry, config.cache)
     mine = todo[accelerator.process_index :: accelerator.num_processes]
@@ -90,12 +93,12 @@ def run_cache(config: Config, accelerator: Any) -> None:
     total = world * sum(stop - start for start, stop in map(geometry.shard_range, mine))
     with progress_bar(title, total, "tokens", accelerator.is_main_process) as bar:
         for shard in mine:
-            writer.write_shard(geometry, shard, harvester.shard(shard))
-            start, stop = geometry.shard_range(shard)
-            bar.advance(world * (stop - start))
+            arrays = harvester.shard(shard, lambda rows: bar.advance(world * rows))
+            writer.write_shard(geometry, shard, arrays)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        writer.finish(geometry, hookpoints)
+        writer.finish(geometry, hookpoints, int(table.document.max()) + 1)
+    if accelerator.is_local_main_process:
         shutil.rmtree(_table_folder(config, writer), ignore_errors=True)
     accelerator.wait_for_everyone()
 
@@ -192,8 +195,9 @@ class _Harvester:
         kept = table.keep.sum(axis=1)[self.order]
         self.ends = np.cumsum(kept)
 
-    def shard(self, shard: int) -> dict[str, npt.NDArray[Any]]:
-        """All arrays of a shard: a function of config and shard number alone.
+    def shard(self, shard: int, advance: Callable[[int], None]) -> dict[str, npt.NDArray[Any]]:
+        """All arrays of a shard: a function of config and shard number alone. advance is told the
+        rows that each pass gave.
 
         A sequence whose rows fall into two shards is run for both.
         """
@@ -209,10 +213,15 @@ class _Harvester:
         for name in ("ids", "document", "position"):
             out[f"tokens/{name}"] = getattr(self.table, name)[sequences][keep][rows][shuffle]
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in self.hookpoints}
+        done = start
         for at in range(0, len(sequences), self.cfg.batch_sequences):
             batch = sequences[at : at + self.cfg.batch_sequences]
             for name, value in self._forward(batch).items():
                 parts[name].append(value)
+            # Some rows of the first and of the last sequence are the neighbouring shards'.
+            reached = min(int(self.ends[first + at + len(batch) - 1]), stop)
+            advance(reached - done)
+            done = reached
         for name in self.hookpoints:
             value = torch.cat(parts[name])[rows][torch.from_numpy(shuffle)]
             bits = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value

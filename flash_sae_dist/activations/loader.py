@@ -74,6 +74,7 @@ class BlockReader:
         self.chunks_a_shard = store.geometry.shard_rows // self.chunk_rows
         self.files: dict[int, tuple[int, tuple[int, ...]]] = {}
         self.lock = Lock()
+        self.remote = None if store.records.local else store.array(self.name)
 
     def close(self) -> None:
         """Closes the shards' files."""
@@ -91,7 +92,10 @@ class BlockReader:
                 tail = os.pread(descriptor, size + 4, os.fstat(descriptor).st_size - size - 4)
                 if len(tail) != size + 4 or google_crc32c.value(tail) != _CRC_RESIDUE:
                     os.close(descriptor)
-                    raise DamagedStoreError(f"{path} is torn: its index does not hold; cache again")
+                    raise DamagedStoreError(
+                        f"{path} is torn: its index does not hold; delete that file "
+                        "and run the same `flash-sae cache` again"
+                    )
                 self.files[shard] = (descriptor, struct.unpack(f"<{size // 8}Q", tail[:size]))
             return self.files[shard]
 
@@ -99,8 +103,14 @@ class BlockReader:
         """Rows of a block [rows, D]. Raises DamagedStoreError where a checksum does not hold."""
         start = block * self.chunk_rows
         stop = min(self.store.rows, start + self.chunk_rows)
-        if not self.store.records.local:
-            return self.store.read(self.name, start, stop)
+        if self.remote is not None:
+            try:
+                return np.asarray(self.remote[start:stop])
+            except ValueError as e:
+                raise DamagedStoreError(
+                    f"{self.name} of {self.store.path} is damaged in rows {start}..{stop}: {e}; "
+                    "delete that shard's file and run the same `flash-sae cache` again"
+                ) from e
         shard, chunk = divmod(block, self.chunks_a_shard)
         descriptor, index = self._open(shard)
         offset, length = index[2 * chunk : 2 * chunk + 2]
@@ -110,7 +120,7 @@ class BlockReader:
             path = self.store.shard_file(self.name, shard)
             raise DamagedStoreError(
                 f"{path} is damaged in chunk {chunk}: its crc32c does not hold; "
-                f"delete records/shard-{shard:08d}.json and cache again"
+                "delete that file and run the same `flash-sae cache` again"
             )
         count = (expected - 4) // self.dtype.itemsize
         rows = np.frombuffer(data, dtype=self.dtype, count=count)

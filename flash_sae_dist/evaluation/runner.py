@@ -63,7 +63,9 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     # Neighbours share a hookpoint, and with it the clean and the zero loss.
     saes.sort(key=lambda s: s.hookpoint)
     mine = saes[len(saes) * rank // world : len(saes) * (rank + 1) // world]
-    lm, text = _language_model(config, accelerator.device) if cfg.loss_sequences else (None, None)
+    lm, text = None, None
+    if cfg.loss_sequences:
+        lm, text = _language_model(config, store, accelerator.device)
     passes = len(mine) + 2 * len({s.hookpoint for s in mine})
     work = cfg.num_tokens * len(mine) + (text.ids.size * passes if text is not None else 0)
     meters: dict[str, LossMeter] = {}
@@ -85,7 +87,9 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     return everyone
 
 
-def _language_model(config: Config, device: torch.device) -> tuple[LanguageModel, TokenTable]:
+def _language_model(
+    config: Config, store: ActivationStore, device: torch.device
+) -> tuple[LanguageModel, TokenTable]:
     config.need("model", "text", "cache", verb="evaluate")
     assert config.model is not None
     assert config.text is not None
@@ -97,7 +101,7 @@ def _language_model(config: Config, device: torch.device) -> tuple[LanguageModel
         context_length=config.cache.context_length,
         causal=lm.causal,
         drop_special_tokens=config.cache.drop_special_tokens,
-        after_rows=config.cache.num_tokens,
+        after_documents=store.num_documents(),
         num_sequences=config.evaluate.loss_sequences,
     )
     return lm, table
