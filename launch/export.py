@@ -24,13 +24,12 @@ def run(config: Config) -> None:
     """
     from ..evaluation.runner import finished_saes
     from ..interop import sae_lens, sparsify
-    from ..models.topk import TopKSAE
 
     root = Path(config.export.directory or Path(config.output) / "export")
     with processes(config) as accelerator:
         rank, world = accelerator.process_index, accelerator.num_processes
         for found in finished_saes(Path(config.output))[rank::world]:
-            sae = TopKSAE.load(found.folder / "sae")
+            sae = found.load()
             if "sae_lens" in config.export.formats:
                 sae_lens.export(
                     sae,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from ..activations.language_model import LanguageModel, load_language_model
 from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
 from ..activations.text import TokenTable, held_out_table
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, EvaluateConfig, UserError
 from ..config_file import parse_config
 from ..models.topk import CONFIG_FILE, TopKSAE
 from ..progress import progress_bar
@@ -29,6 +31,13 @@ class FinishedSAE(NamedTuple):
     name: str
     folder: Path
     hookpoint: str
+
+    def load(self, device: torch.device | str = "cpu") -> TopKSAE:
+        """The SAE itself. Raises UserError where its files are damaged."""
+        try:
+            return TopKSAE.load(self.folder / "sae", device=device)
+        except ValueError as e:
+            raise UserError(str(e)) from e
 
 
 def finished_saes(output: Path) -> list[FinishedSAE]:
@@ -67,7 +76,8 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     if cfg.loss_sequences:
         lm, text = _language_model(config, store, accelerator.device)
     passes = len(mine) + 2 * len({s.hookpoint for s in mine})
-    work = cfg.num_tokens * len(mine) + (text.ids.size * passes if text is not None else 0)
+    num_tokens = min(cfg.num_tokens, store.rows)
+    work = num_tokens * len(mine) + (text.ids.size * passes if text is not None else 0)
     meters: dict[str, LossMeter] = {}
     records = []
     with progress_bar("evaluate", work, "tokens", accelerator.is_main_process) as bar:
@@ -77,8 +87,8 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
                 meters[sae.hookpoint] = LossMeter(
                     lm, sae.hookpoint, text, config.cache.batch_sequences, bar.advance
                 )
-            records.append(_evaluate(sae, config, store, meters.get(sae.hookpoint), accelerator))
-            bar.advance(cfg.num_tokens)
+            meter = meters.get(sae.hookpoint)
+            records.append(_evaluate(sae, cfg, store, meter, accelerator.device, bar.advance))
     everyone: list[dict[str, Any]] = gather_object(records) if world > 1 else records
     everyone.sort(key=lambda r: r["job"])
     if accelerator.is_main_process:
@@ -109,26 +119,38 @@ def _language_model(
 
 def _evaluate(
     found: FinishedSAE,
-    config: Config,
+    cfg: EvaluateConfig,
     store: ActivationStore,
     meter: LossMeter | None,
-    accelerator: Any,
+    device: torch.device,
+    advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    sae = TopKSAE.load(found.folder / "sae", device=accelerator.device)
-    cfg = config.evaluate
+    sae = found.load(device)
+    if sae.d_in != store.width(found.hookpoint):
+        raise ConfigError(
+            f"{found.folder}: the SAE is of width {sae.d_in}, but {found.hookpoint} in "
+            f"{store.path} of {store.width(found.hookpoint)}; name the store it was trained on"
+        )
     # Never more than the store holds: a row measured twice is no new evidence.
     num_tokens = min(cfg.num_tokens, store.rows)
-    batch_tokens = min(cfg.batch_tokens, num_tokens)
+    # Passes of equal size, so that no rest is left out.
+    num_steps = -(-num_tokens // cfg.batch_tokens)
     loader = ActivationLoader(
         store,
         found.hookpoint,
-        batch_tokens=batch_tokens,
+        batch_tokens=num_tokens // num_steps,
         seed=-1 & 0x7FFFFFFF,
-        num_steps=num_tokens // batch_tokens,
-        device=accelerator.device,
+        num_steps=num_steps,
+        device=device,
     )
+
+    def batches() -> Iterator[Tensor]:
+        for batch in loader:
+            yield batch
+            advance(len(batch))
+
     with loader:
-        metrics = measure(sae, loader)
+        metrics = measure(sae, batches())
     loss = meter.measure(sae) if meter is not None else None
     record = evaluation_record(found.name, found.hookpoint, sae.k, sae.d_sae, metrics, loss)
     write_evaluation(found.folder, record)
