@@ -49,7 +49,6 @@ def _fields(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
     return rows
 
 
-@app.command()
 def keys(
     contains: Annotated[str, typer.Argument(help="Show only keys that contain this word.")] = "",
 ) -> None:
@@ -61,10 +60,6 @@ def keys(
     Console().print(table)
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
 def bench(
     context: typer.Context,
     what: Annotated[str, typer.Argument(help="encode, decode, step or parity")] = "",
@@ -81,6 +76,9 @@ def build() -> typer.Typer:
     """The application with every verb; each verb's own imports wait until it runs."""
     for name in VERBS:
         app.command(name)(command(importlib.import_module(f"{__package__}.{name}").run))
+    app.command()(keys)
+    extra = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(context_settings=extra, add_help_option=False)(bench)
     return app
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ ConfigArgument = Annotated[
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Replace values: train.batch_tokens=8192 sae.k=64",
     ),
 ]
@@ -52,7 +53,9 @@ def command(run: Run) -> Callable[[str, list[str] | None], None]:
             _tell(f"error: {e}")
             sys.exit(2 if isinstance(e, ConfigError) else 1)
 
-    verb.__doc__ = run.__doc__
+    # Paragraphs on one line: the terminal's width breaks them.
+    paragraphs = inspect.cleandoc(run.__doc__ or "").split("\n\n")
+    verb.__doc__ = "\n\n".join(" ".join(p.split()) for p in paragraphs)
     return verb
 
 
@@ -93,6 +96,19 @@ def _check_trackers(names: tuple[str, ...]) -> None:
             )
 
 
+def _check_devices() -> None:
+    """Raises ConfigError where a host has fewer GPUs than processes: NCCL takes one each."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < gpus < local and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        raise ConfigError(
+            f"--num_processes puts {local} processes on this host, which has {gpus} GPU(s); "
+            f"start at most {gpus} a host, or set ACCELERATE_USE_CPU=1"
+        )
+
+
 @contextmanager
 def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     """The accelerator of this launch, torn down whatever happens inside.
@@ -103,10 +119,13 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    _check_devices()
     if trackers:
         _check_trackers(config.trackers)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
+        # A user's own accelerate config may say fp16; the precision is train.precision's.
+        mixed_precision="no",
         log_with=(list(config.trackers) or None) if trackers else None,
         project_dir=config.output,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],

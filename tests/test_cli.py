@@ -32,6 +32,44 @@ def test_help_names_every_verb(app: Any) -> None:
         assert "CONFIG.yaml" in result.output
 
 
+def test_help_teaches(app: Any) -> None:
+    """What the verb does, which sections it reads, an example, and how several processes start."""
+    for verb in VERBS:
+        text = " ".join(RUNNER.invoke(app, [verb, "--help"]).output.split())
+        assert f"flash-sae {verb} configs/" in text
+        assert "flash-sae keys" in text
+        assert "train.batch_tokens=8192" in text
+    text = RUNNER.invoke(app, ["--help"]).output
+    assert "accelerate launch -m" in text
+    assert text.index("cache ") < text.index("export ") < text.index("keys ")
+
+
+def test_errors_reach_the_launchers_report(
+    app: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank hands over its sentence; the first one prints it."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for rank, printed in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        result = RUNNER.invoke(app, ["train", str(root / "c.yaml"), "sae.kk=1"])
+        assert result.exit_code == 2
+        assert result.output.count("error: ") == printed
+        told = json.loads((tmp_path / "error.json").read_text())["message"]
+        assert "did you mean 'sae.k'" in told["message"]
+        (tmp_path / "error.json").unlink()
+
+
+def test_more_processes_than_gpus_are_told(
+    app: Any, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert "2 processes on this host, which has 1 GPU(s)" in mistake(
+        app, "train", str(root / "c.yaml")
+    )
+
+
 def test_keys_lists_fields_with_their_meaning(app: Any) -> None:
     result = RUNNER.invoke(app, ["keys", "sae.k"])
     assert "sae.k" in result.output
