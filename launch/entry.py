@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,6 +97,22 @@ def _check_trackers(names: tuple[str, ...]) -> None:
             )
 
 
+def end_with_launcher() -> None:
+    """Ends this process when its launcher dies.
+
+    A launcher that is killed cannot end its processes: they would go on, and beside those of the
+    same command started again they would write the same files.
+    """
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
 def _check_devices() -> None:
     """Raises ConfigError where a host has fewer GPUs than processes: NCCL takes one each."""
     import torch
@@ -119,6 +136,8 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    if "RANK" in os.environ:
+        end_with_launcher()
     _check_devices()
     if trackers:
         _check_trackers(config.trackers)

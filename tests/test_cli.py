@@ -4,7 +4,14 @@ end to end.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +22,7 @@ from flash_sae_dist.launch.cli import VERBS, build
 from tests.tiny_model import config_data, write_config
 
 RUNNER = CliRunner()
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +65,44 @@ def test_errors_reach_the_launchers_report(
         told = json.loads((tmp_path / "error.json").read_text())["message"]
         assert "did you mean 'sae.k'" in told["message"]
         (tmp_path / "error.json").unlink()
+
+
+_LAUNCHER = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+_RANK = """
+import os, time
+from flash_sae_dist.launch.entry import end_with_launcher
+end_with_launcher()
+print("watching", flush=True)
+time.sleep(60)
+"""
+
+
+def test_processes_end_with_a_killed_launcher() -> None:
+    """Else they would go on beside those of the same command started again."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", _LAUNCHER, _RANK], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout is not None
+    lines = [launcher.stdout.readline() for _ in range(2)]
+    assert "watching\n" in lines
+    pid = int(next(line for line in lines if line.strip().isdigit()))
+    launcher.kill()
+    launcher.wait()
+    # The rank's end closes the last writer of the pipe.
+    deadline = time.monotonic() + 10
+    while select.select([launcher.stdout], [], [], 0.1)[0] == [] and time.monotonic() < deadline:
+        pass
+    try:
+        assert time.monotonic() < deadline, "the rank went on"
+        assert launcher.stdout.read() == ""
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_more_processes_than_gpus_are_told(

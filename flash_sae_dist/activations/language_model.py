@@ -250,6 +250,22 @@ def replace_activations(
         handle.remove()
 
 
+def check_has_loss(lm: LanguageModel) -> None:
+    """Raises ConfigError for an encoder without a language-modelling head, or without a token to
+    hide others behind.
+    """
+    if lm.task == "none":
+        raise ConfigError(
+            "evaluate.loss_sequences: this model has no language-modelling head to measure "
+            "a loss with; set evaluate.loss_sequences=0"
+        )
+    if not lm.causal and lm.tokenizer.mask_token_id is None:
+        raise ConfigError(
+            "evaluate.loss_sequences: this model's tokenizer has no mask token to measure a "
+            "masked-LM loss with; set evaluate.loss_sequences=0"
+        )
+
+
 @torch.no_grad()
 def language_model_loss(
     lm: LanguageModel,
@@ -262,11 +278,7 @@ def language_model_loss(
     causal-lm: every token after the first of each sequence; masked-lm: the tokens in `masked`.
     Raises ConfigError for an encoder without a language-modelling head.
     """
-    if lm.task == "none":
-        raise ConfigError(
-            "evaluate.loss_sequences: this model has no language-modelling head to measure "
-            "a loss with; set evaluate.loss_sequences=0"
-        )
+    check_has_loss(lm)
     if lm.causal:
         logits = _run(lm, ids, attention).logits[:, :-1]
         target, used = ids[:, 1:], attention[:, 1:]

@@ -12,7 +12,7 @@ import yaml
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..activations.language_model import LanguageModel, load_language_model
+from ..activations.language_model import LanguageModel, check_has_loss, load_language_model
 from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
 from ..activations.text import TokenTable, held_out_table
@@ -105,6 +105,7 @@ def _language_model(
     assert config.text is not None
     assert config.cache is not None
     lm = load_language_model(config.model, device)
+    check_has_loss(lm)
     table = held_out_table(
         config.text,
         lm.tokenizer,
