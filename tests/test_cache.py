@@ -252,6 +252,20 @@ def test_a_table_of_another_config_is_not_taken(tmp_path: Path) -> None:
     ActivationStore.open(data["cache"]["store"]).verify()
 
 
+def test_one_long_document(tmp_path: Path, made: Path) -> None:
+    """Its number is 0 in every row: Zarr leaves out files that hold nothing but zeros."""
+    data = config_data(tmp_path, shard_mib=0.002)
+    lines = (made / "text.jsonl").read_text().splitlines()
+    (tmp_path / "book.txt").write_text(" ".join(json.loads(line)["text"] for line in lines))
+    data["text"]["paths"] = [str(tmp_path / "book.txt")]
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    store = ActivationStore.open(data["cache"]["store"])
+    store.verify()
+    assert store.num_documents() == 1
+    assert not store.read("tokens/document", 0, store.rows).any()
+    run_cache(parse_config(data), Accelerator(cpu=True))
+
+
 def test_text_that_ends_early_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = config_data(tmp_path, num_tokens=10**6)
     run_cache(parse_config(data), Accelerator(cpu=True))

@@ -30,7 +30,7 @@ from .language_model import (
     resolve_hookpoints,
 )
 from .store import Geometry, StoreWriter, make_geometry, storage_dtype
-from .text import TokenTable, token_table
+from .text import TokenTable, begin_token, token_table
 
 logger = logging.getLogger(__name__)
 # What may differ when a cache is resumed: where it is, and how many rows a pass takes is part of
@@ -172,6 +172,7 @@ def _provenance(config: Config, lm: LanguageModel) -> dict[str, Any]:
         "config": store_config(config),
         "model_commit": commit,
         "tokenizer": type(lm.tokenizer).__name__,
+        "begin_token": begin_token(lm.tokenizer, lm.causal) is not None,
         "task": lm.task,
         "versions": {"flash_sae_dist": __version__, **{n: version(n) for n in packages}},
     }

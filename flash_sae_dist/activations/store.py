@@ -258,19 +258,22 @@ class StoreWriter:
         arrays: name (`activations/...`, `tokens/...`) -> the shard's rows.
         """
         start, stop = geometry.shard_range(shard)
-        group = zarr.open_group(self.records.zarr, mode="r+")
         record: dict[str, Any] = {"rows": stop - start, "crc32c": {}}
-        for name, rows in arrays.items():
-            assert len(rows) == stop - start
-            target = group[name]
-            assert isinstance(target, zarr.Array)
-            target[start:stop] = rows
-            record["crc32c"][name] = google_crc32c.value(np.ascontiguousarray(rows).tobytes())
-            if name.startswith("activations/"):
-                sums = group[f"{name.replace('activations', 'statistics', 1)}/shard_sums"]
-                assert isinstance(sums, zarr.Array)
-                wide = as_float64(rows, str(target.attrs["dtype"]))
-                sums[shard] = np.append(wide.sum(axis=0), np.square(wide).sum())
+        # Zarr leaves out chunks and files of nothing but zeros, such as the number of the first
+        # document: to us they would be lost.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            group = zarr.open_group(self.records.zarr, mode="r+")
+            for name, rows in arrays.items():
+                assert len(rows) == stop - start
+                target = group[name]
+                assert isinstance(target, zarr.Array)
+                target[start:stop] = rows
+                record["crc32c"][name] = google_crc32c.value(np.ascontiguousarray(rows).tobytes())
+                if name.startswith("activations/"):
+                    sums = group[f"{name.replace('activations', 'statistics', 1)}/shard_sums"]
+                    assert isinstance(sums, zarr.Array)
+                    wide = as_float64(rows, str(target.attrs["dtype"]))
+                    sums[shard] = np.append(wide.sum(axis=0), np.square(wide).sum())
         self.records.write(shard_record(shard), record)
 
     def finish(
@@ -337,6 +340,10 @@ class ActivationStore:
                     f"{self.shard_file(name, min(lost))} is missing from the store, and Zarr would "
                     "read it as zeros; run the same `flash-sae cache` again"
                 )
+
+    def begins_with_token(self) -> bool:
+        """Whether every sequence of the text began with the tokenizer's begin token."""
+        return bool(zarr.open_group(self.records.zarr, mode="r").attrs.get("begin_token", True))
 
     def num_documents(self) -> int:
         """How many documents of the text the rows came from: 0 .. num_documents - 1."""

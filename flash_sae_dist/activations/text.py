@@ -250,10 +250,18 @@ def _tokenised(cfg: TextConfig, tokenizer: Any, skip: int) -> Iterator[list[int]
         yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def begin_token(tokenizer: Any, causal: bool) -> int | None:
+    """The token that every sequence begins with, or None."""
+    if not causal and tokenizer.cls_token_id is not None:
+        return int(tokenizer.cls_token_id)
+    return None if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+
+
 def _packed(
     numbered: Iterator[tuple[int, list[int]]], tokenizer: Any, length: int
 ) -> Iterator[tuple[npt.NDArray[np.int32], ...]]:
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    first = begin_token(tokenizer, causal=True)
+    begin = [] if first is None else [first]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     body = length - len(begin)
     head = np.array([[*begin], [-1] * len(begin), [_SPECIAL] * len(begin)], dtype=np.int32)
@@ -272,7 +280,7 @@ def _packed(
 def _separate(
     numbered: Iterator[tuple[int, list[int]]], tokenizer: Any, length: int
 ) -> Iterator[tuple[npt.NDArray[np.int32], ...]]:
-    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    first = begin_token(tokenizer, causal=False)
     last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
     begin, end = [t for t in [first] if t is not None], [t for t in [last] if t is not None]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
