@@ -12,13 +12,16 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from flash_sae_dist.config_file import load_config
 from flash_sae_dist.launch.cli import VERBS, build
+from flash_sae_dist.launch.entry import processes
 from tests.tiny_model import config_data, write_config
 
 RUNNER = CliRunner()
@@ -65,6 +68,29 @@ def test_errors_reach_the_launchers_report(
         told = json.loads((tmp_path / "error.json").read_text())["message"]
         assert "did you mean 'sae.k'" in told["message"]
         (tmp_path / "error.json").unlink()
+
+
+def test_processes_wait_for_one_another_and_compute_as_told(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group of a grid may wait for hours; a user's accelerate config may say fp16."""
+    made: dict[str, Any] = {}
+
+    class Recorder:
+        def __init__(self, **options: Any) -> None:
+            made.update(options)
+
+        def end_training(self) -> None:
+            made["ended"] = True
+
+    monkeypatch.setattr("accelerate.Accelerator", Recorder)
+    with processes(load_config(root / "c.yaml")):
+        assert "ended" not in made
+    assert made["ended"]
+    (handler,) = made["kwargs_handlers"]
+    assert handler.to_kwargs()["timeout"] > timedelta(days=1)
+    assert made["mixed_precision"] == "no"
+    assert made["log_with"] is None
 
 
 _LAUNCHER = """
