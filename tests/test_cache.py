@@ -355,6 +355,17 @@ def test_a_store_is_not_gone_on_with_from_another_text(made: Path, tmp_path: Pat
 def test_no_store_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="flash-sae cache"):
         ActivationStore.open(str(tmp_path / "none.zarr"))
+    with pytest.raises(ConfigError, match="store 'nosuch://a.zarr' cannot be reached: .*nosuch"):
+        ActivationStore.open("nosuch://a.zarr")
+
+
+@pytest.mark.parametrize("given", ["text", (), (None, torch.ones(1))])
+def test_a_module_that_gives_no_tensor_is_told(made: Path, given: Any) -> None:
+    lm = load_language_model(ModelConfig(name=str(made / "model")), CPU)
+    lm.model.get_submodule("model.norm").register_forward_hook(lambda *_: given)
+    ids = torch.ones(1, 5, dtype=torch.int64)
+    with pytest.raises(ConfigError, match=r"'model\.norm' gives a .*not a tensor"):
+        capture_activations(lm, ["model.norm"], ids, ids.bool())
 
 
 def test_a_damaged_record_is_told(root: Path) -> None:

@@ -146,6 +146,7 @@ def test_hub_source_reads_a_local_dataset(tmp_path: Path) -> None:
         ({"paths": ("{tmp}/number.jsonl",)}, "text.column='text' holds a int in line 2"),
         ({"paths": ("{tmp}/list.jsonl",)}, "it has no columns"),
         ({"paths": ("{tmp}/empty.txt",)}, "gave no text"),
+        ({"paths": ("nosuch://a.txt",)}, "'nosuch://a.txt' cannot be reached: .*nosuch"),
         ({"paths": ("{tmp}/x.csv",)}, "x.csv is no .txt"),
         ({"source": "hub", "name": "{tmp}/no-dataset"}, "no-dataset' cannot be loaded"),
         ({"source": "hub", "name": "no/such-dataset"}, "text.name='no/such-dataset' cannot be"),

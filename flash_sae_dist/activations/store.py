@@ -86,7 +86,10 @@ class Records:
     """Small JSON files beside the arrays, renamed into place on a disk; any fsspec URL works."""
 
     def __init__(self, path: str) -> None:
-        self.fs, self.root = fsspec.core.url_to_fs(path)
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(path)
+        except (ImportError, ValueError) as e:
+            raise ConfigError(f"store {path!r} cannot be reached: {e}") from e
         self.local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
         # For Zarr a file:// URL is no folder: it would neither make folders nor rename into place.
         self.zarr = self.root if self.local else path

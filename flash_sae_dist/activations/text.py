@@ -76,7 +76,10 @@ def _pydoc(cfg: TextConfig) -> Iterator[str]:
 
 def _files(cfg: TextConfig) -> Iterator[str]:
     for pattern in cfg.paths:
-        fs, path = fsspec.core.url_to_fs(pattern)
+        try:
+            fs, path = fsspec.core.url_to_fs(pattern)
+        except (ImportError, ValueError) as e:
+            raise ConfigError(f"text.paths: {pattern!r} cannot be reached: {e}") from e
         found = sorted(f for f in fs.glob(path) if fs.isfile(f))
         if not found:
             raise ConfigError(f"text.paths: {pattern!r} names no file; check the path")
