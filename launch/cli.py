@@ -65,6 +65,10 @@ def bench(
     what: Annotated[str, typer.Argument(help="encode, decode, step or parity")] = "",
 ) -> None:
     """Time kernels beside their peers on this machine's GPU: `flash-sae bench encode --help`."""
+    if what in ("", "--help"):
+        typer.echo(context.get_help())
+        typer.echo(f"WHAT is one of {', '.join(BENCHES)}; each has a --help of its own.")
+        raise typer.Exit(0 if what else 2)
     if what not in BENCHES:
         typer.echo(f"error: bench {what!r} is none of {', '.join(BENCHES)}", err=True)
         raise typer.Exit(2)

@@ -55,6 +55,14 @@ def test_help_teaches(app: Any) -> None:
     assert text.index("cache ") < text.index("export ") < text.index("keys ")
 
 
+def test_bench_tells_what_there_is(app: Any) -> None:
+    result = RUNNER.invoke(app, ["bench", "--help"])
+    assert result.exit_code == 0
+    assert "encode, decode, step, parity" in result.output
+    assert "error" not in result.output
+    assert "bench 'foo' is none of encode" in mistake(app, "bench", "foo")
+
+
 def test_errors_reach_the_launchers_report(
     app: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
