@@ -68,7 +68,7 @@ class ModelConfig(StrictModel):
     """Head used to measure the loss recovered; auto reads the model's own config."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights of the language model; auto is bfloat16 where the device computes in it, else
-    float32.
+    float32. On GPUs its products are bfloat16 in any case (autocast).
     """
 
 

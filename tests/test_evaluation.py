@@ -78,6 +78,9 @@ def test_a_damaged_sae_is_told(trained: Path, tmp_path: Path) -> None:
     TopKSAE(8, 24, 3).save(file.parent)
     with pytest.raises(ConfigError, match="width 8, but model.layers.0 in .* of 16"):
         run_evaluation(parse_config(data), Accelerator(cpu=True))
+    (file.parent / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="sae is damaged"):
+        run_evaluation(parse_config(data), Accelerator(cpu=True))
 
 
 def test_nothing_to_measure_is_told() -> None:

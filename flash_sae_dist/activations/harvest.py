@@ -33,8 +33,8 @@ from .store import Geometry, StoreWriter, make_geometry, storage_dtype
 from .text import TokenTable, begin_token, token_table
 
 logger = logging.getLogger(__name__)
-# What may differ when a cache is resumed: where it is, and how many rows a pass takes is part of
-# the content.
+# What may differ when a cache is resumed: where it is. How many sequences a pass takes is part of
+# the content, since it may change a matmul's rounding.
 _FREE_KEYS = {"store"}
 
 

@@ -32,6 +32,19 @@ class FinishedSAE(NamedTuple):
     folder: Path
     hookpoint: str
 
+    def check_fits(self, store: ActivationStore) -> None:
+        """Raises ConfigError where the store holds other activations than it was trained on."""
+        try:
+            d_in = json.loads((self.folder / "sae" / CONFIG_FILE).read_text())["d_in"]
+        except (OSError, KeyError, json.JSONDecodeError) as e:
+            raise ConfigError(f"{self.folder}/sae is damaged ({e}); train it anew") from e
+        width = store.width(self.hookpoint)
+        if d_in != width:
+            raise ConfigError(
+                f"{self.folder}: the SAE is of width {d_in}, but {self.hookpoint} in {store.path} "
+                f"of {width}; name the store it was trained on"
+            )
+
     def load(self, device: torch.device | str = "cpu") -> TopKSAE:
         """The SAE itself. Raises UserError where its files are damaged."""
         try:
@@ -68,6 +81,8 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     cfg, output = config.evaluate, Path(config.output)
     saes = finished_saes(output)
     store = ActivationStore.open(config.store_path())
+    for sae in saes:
+        sae.check_fits(store)
     rank, world = accelerator.process_index, accelerator.num_processes
     # Neighbours share a hookpoint, and with it the clean and the zero loss.
     saes.sort(key=lambda s: s.hookpoint)
@@ -127,11 +142,6 @@ def _evaluate(
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
     sae = found.load(device)
-    if sae.d_in != store.width(found.hookpoint):
-        raise ConfigError(
-            f"{found.folder}: the SAE is of width {sae.d_in}, but {found.hookpoint} in "
-            f"{store.path} of {store.width(found.hookpoint)}; name the store it was trained on"
-        )
     # Never more than the store holds: a row measured twice is no new evidence.
     num_tokens = min(cfg.num_tokens, store.rows)
     # Passes of equal size, so that no rest is left out.
