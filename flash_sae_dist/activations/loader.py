@@ -24,6 +24,9 @@ from .store import ActivationStore, DamagedStoreError, storage_dtype
 
 _READ_AHEAD = 4
 _CACHED_BLOCKS = 8
+# One thread's reads from the page cache come to about 1.3 GB/s on an H100's host (2026-11-23); a
+# step of 8192 x 4096 bfloat16 in 25 ms takes 2.6.
+_READERS = 4
 # crc32c of any bytes followed by their own crc32c: checks a chunk without copying its body out.
 _CRC_RESIDUE = 0x48674BC7
 
@@ -161,7 +164,7 @@ class ActivationLoader:
         self.steps = range(start_step, start_step + num_steps)
         self.cache: OrderedDict[int, Future[npt.NDArray[Any]]] = OrderedDict()
         self.cache_lock = Lock()
-        self.blocks = ThreadPoolExecutor(2, thread_name_prefix="block")
+        self.blocks = ThreadPoolExecutor(_READERS, thread_name_prefix="block")
         self.batches = ThreadPoolExecutor(1, thread_name_prefix="batch")
 
     def __enter__(self) -> Self:
@@ -191,11 +194,18 @@ class ActivationLoader:
         start = step * self.batch_tokens + self.rank * self.share
         pieces = list(self.order.pieces(start, start + self.share))
         waiting = [(self._block(block), first, stop) for block, first, stop in pieces]
-        rows = np.concatenate([future.result()[first:stop] for future, first, stop in waiting])
-        batch = torch.from_numpy(rows)
-        if self.torch_dtype == torch.bfloat16:
-            batch = batch.view(torch.bfloat16)
-        return batch.pin_memory() if self.device.type == "cuda" else batch
+        # Filled in place: page-locked memory comes from torch's cache, used again and again.
+        batch = torch.empty(
+            (self.share, self.reader.width),
+            dtype=self.torch_dtype,
+            pin_memory=self.device.type == "cuda",
+        )
+        bits = batch.view(torch.uint16) if self.torch_dtype == torch.bfloat16 else batch
+        target, at = bits.numpy(), 0
+        for future, first, stop in waiting:
+            target[at : at + stop - first] = future.result()[first:stop]
+            at += stop - first
+        return batch
 
     def __iter__(self) -> Iterator[Tensor]:
         ahead: list[Future[Tensor]] = []
