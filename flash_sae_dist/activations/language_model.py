@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..config import ConfigError, ModelConfig, match_names, nearest_name
@@ -36,6 +37,11 @@ class _Stop(Exception):  # noqa: N818 (no error: it ends a forward pass whose re
 
 
 def _folder_or_name(name: str) -> str:
+    if name.startswith(("/", "./", "../", "~")):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"model.name={name!r} is no folder; check the path")
+        return str(folder)
     if not name.startswith("package:"):
         return name
     package, _, below = name.removeprefix("package:").partition("/")
@@ -76,9 +82,10 @@ def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel
         }
         model = loaders[task].from_pretrained(source, dtype=_dtype(cfg.dtype, device), **where)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
-    except (OSError, ValueError, ImportError) as e:
+    except (OSError, ValueError, ImportError, SafetensorError) as e:
         raise ConfigError(
-            f"model.name={cfg.name!r} cannot be loaded: {' '.join(str(e).split())}"
+            f"model.name={cfg.name!r} cannot be loaded: {' '.join(str(e).split())}; check the "
+            "name, model.revision and model.gguf_file, and that the hub can be reached"
         ) from e
     return LanguageModel(model.to(device).eval(), tokenizer, task, device)
 
