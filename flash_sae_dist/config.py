@@ -1,25 +1,29 @@
-"""Strict, frozen configuration: YAML in, one clear sentence out when something does not fit.
+"""Strict, frozen configuration: what may be in a config file, section by section.
 
 One file describes a whole run; each verb reads the sections it needs. A field's docstring is its
-help text.
+help text. `config_file.py` reads files and tells mistakes.
 """
 
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import Any, Literal, Self, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Precision = Literal["auto", "float64", "float32", "bfloat16"]
 ExportFormat = Literal["sae_lens", "sparsify"]
 
 
-class ConfigError(ValueError):
-    """A mistake in a config or on the command line, told in one sentence: the key, the value, the
+class UserError(ValueError):
+    """Something that the user can set right, told in one sentence; a verb ends with it, not with a
+    traceback.
+    """
+
+
+class ConfigError(UserError):
+    """A mistake in a config or on the command line, found before any work: the key, the value, the
     fix.
     """
 
@@ -64,7 +68,7 @@ class ModelConfig(StrictModel):
     """Head used to measure the loss recovered; auto reads the model's own config."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights of the language model; auto is bfloat16 where the device computes in it, else
-    float32.
+    float32. On GPUs its products are bfloat16 in any case (autocast).
     """
 
 
@@ -84,7 +88,7 @@ class TextConfig(StrictModel):
     column: str = "text"
     """Column or JSON key that holds the text."""
     paths: tuple[str, ...] = ()
-    """Files or glob patterns (source: files)."""
+    """Files, glob patterns or fsspec URLs of files (source: files)."""
     streaming: bool = True
     """Read a hub dataset as a stream instead of downloading it whole."""
 
@@ -108,8 +112,9 @@ class CacheConfig(StrictModel):
     store: str
     """Folder or fsspec URL of the Zarr store."""
     hookpoints: tuple[str, ...] = Field(min_length=1)
-    """Module names, wildcards allowed: `model.layers.*.mlp`; add `:input` to read a module's input
-    instead of its output.
+    """Module names, wildcards allowed: `model.layers.*` are all blocks, `model.layers.*.mlp` their
+    MLPs (`*` is one part of a name, `**` any number); add `:input` to read a module's input instead
+    of its output.
     """
     num_tokens: int = Field(gt=0)
     """Rows to store for each hookpoint; fewer if the text ends first."""
@@ -264,7 +269,7 @@ class GridConfig(StrictModel):
     """Many SAEs from one store: every hookpoint with every combination of values."""
 
     hookpoints: tuple[str, ...] = ("*",)
-    """Hookpoints of the store, wildcards allowed."""
+    """Hookpoints of the store, wildcards as in cache.hookpoints; `*` alone are all."""
     values: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     """Lists of values by dotted key of the sections sae and train, such as `sae.k: [16, 32]`."""
 
@@ -276,7 +281,9 @@ class GridConfig(StrictModel):
         ]
         for key, choices in values.items():
             if key not in known:
-                raise ValueError(f"grid.values has no use for key {key!r}{_nearest(key, known)}")
+                raise ValueError(
+                    f"grid.values has no use for key {key!r}{nearest_name(key, known)}"
+                )
             if not choices:
                 raise ValueError(f"grid.values: {key!r} is an empty list; give at least one value")
         return values
@@ -306,7 +313,7 @@ class Config(StrictModel):
     """A whole run."""
 
     output: str
-    """Folder of everything that is trained, evaluated and exported."""
+    """Folder of everything that is trained, evaluated and exported; a path, not a URL."""
     model: ModelConfig | None = None
     text: TextConfig | None = None
     cache: CacheConfig | None = None
@@ -321,6 +328,15 @@ class Config(StrictModel):
     """Trackers of accelerate, by name: tensorboard, wandb, trackio, ...; an empty list logs to
     files alone.
     """
+
+    @model_validator(mode="after")
+    def _folders_are_paths(self) -> Self:
+        for key, folder in (("output", self.output), ("export.directory", self.export.directory)):
+            if folder is not None and "://" in folder:
+                raise ValueError(
+                    f"{key}={folder!r} is a URL; give a folder (only stores and text may be URLs)"
+                )
+        return self
 
     def store_path(self) -> str:
         """The store that training reads. Raises ConfigError where none is named."""
@@ -342,109 +358,24 @@ class Config(StrictModel):
                 )
 
 
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+def match_names(pattern: str, names: list[str]) -> list[str]:
+    """The module names that a pattern means, in their order.
+
+    `*` is (part of) one part of a dotted name, so `layers.*` are the blocks and not all that is
+    inside them; `**` is any number of parts; `?` and `[...]` are as in a shell.
+    """
+    return [name for name in names if _matches(pattern.split("."), name.split("."))]
+
+
+def _matches(pattern: list[str], name: list[str]) -> bool:
+    if not pattern:
+        return not name
+    if pattern[0] == "**":
+        return any(_matches(pattern[1:], name[n:]) for n in range(len(name) + 1))
+    return bool(name) and fnmatchcase(name[0], pattern[0]) and _matches(pattern[1:], name[1:])
 
 
 def nearest_name(word: str, known: list[str]) -> str:
     """The end of an error sentence: the nearest known name, or all of them when none is near."""
-    return _nearest(word, known)
-
-
-def _section_fields(loc: tuple[int | str, ...]) -> list[str]:
-    model: Any = Config
-    for part in loc:
-        annotation = model.model_fields[part].annotation
-        options = [
-            a
-            for a in (*get_args(annotation), annotation)
-            if isinstance(a, type) and issubclass(a, BaseModel)
-        ]
-        model = options[0]
-    return list(model.model_fields)
-
-
-def _sentence(error: ErrorDetails) -> str:
-    loc = tuple(p for p in error["loc"])
-    key = ".".join(str(p) for p in loc)
-    if error["type"] == "extra_forbidden":
-        known = [".".join(map(str, (*loc[:-1], name))) for name in _section_fields(loc[:-1])]
-        return f"unknown key {key!r} (value {error['input']!r}){_nearest(key, known)}"
-    if error["type"] == "missing":
-        return f"key {key!r} is missing; add it"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return message
-    if error["type"] == "literal_error":
-        choices = [
-            c.strip("', ") for c in error["ctx"]["expected"].replace(" or ", ", ").split(", ")
-        ]
-        hint = _nearest(str(error["input"]), choices)
-        return f"{key}={error['input']!r} is not a choice{hint}"
-    return f"{key}={error['input']!r} does not fit: {message[0].lower()}{message[1:]}"
-
-
-def parse_config(data: dict[str, Any], source: str = "config") -> Config:
-    """Builds a Config from plain data. Raises ConfigError telling the first mistake."""
-    try:
-        return Config.model_validate(data)
-    except ValidationError as e:
-        # A typing mistake (an unknown key) explains the missing one beside it, so it is told first.
-        first = min(e.errors(), key=lambda err: err["type"] != "extra_forbidden")
-        raise ConfigError(f"{source}: {_sentence(first)}") from None
-
-
-def apply_override(data: dict[str, Any], override: str) -> None:
-    """Sets one `dotted.key=value` (value read as YAML) in place. Raises ConfigError on a malformed
-    one.
-    """
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(
-            f"override {override!r} is not of the form key=value, such as train.batch_tokens=4096"
-        )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
-    *path, last = key.split(".")
-    if path[:2] == ["grid", "values"]:
-        path, last = path[:2], key.removeprefix("grid.values.")
-    for part in path:
-        if data.get(part) is None:
-            data[part] = {}
-        data = data[part]
-        if not isinstance(data, dict):
-            raise ConfigError(f"override {override!r}: {part!r} is not a section")
-    data[last] = value
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a YAML config and applies `key=value` overrides. Raises ConfigError."""
-    file = Path(path)
-    if not file.is_file():
-        near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
-        raise ConfigError(
-            f"config {str(path)!r} does not exist{_nearest(str(path), near) if near else ''}"
-        )
-    try:
-        data = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(
-            f"{path}: the file must hold sections, `name: ...`, not {type(data).__name__}"
-        )
-    for override in overrides:
-        apply_override(data, override)
-    return parse_config(data, str(path))
-
-
-def with_values(config: Config, values: dict[str, Any]) -> Config:
-    """A copy of a config with dotted keys replaced, checked anew. Raises ConfigError."""
-    data = config.model_dump(mode="json", exclude_unset=True)
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        data[section] = {**(data.get(section) or {}), name: value}
-    return parse_config(data, "grid")
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"

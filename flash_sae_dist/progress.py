@@ -74,14 +74,17 @@ class _Lines:
 
 
 @contextmanager
-def progress_bar(description: str, total: int, unit: str, enabled: bool) -> Iterator[Bar]:
+def progress_bar(
+    description: str, total: int, unit: str, enabled: bool, *, shared: bool = False
+) -> Iterator[Bar]:
     """A bar over `total` units with its rate and time left; disabled (on all ranks but one) it
-    shows nothing.
+    shows nothing. Where other processes show theirs on the same terminal (shared), all print
+    lines: live bars would overwrite one another.
     """
     if not enabled:
         yield Bar(description, total, unit, lambda done, rate: None)
         return
-    if not sys.stderr.isatty():
+    if shared or not sys.stderr.isatty():
         yield Bar(description, total, unit, _Lines(description, total))
         return
     columns = (

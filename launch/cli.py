@@ -49,7 +49,6 @@ def _fields(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
     return rows
 
 
-@app.command()
 def keys(
     contains: Annotated[str, typer.Argument(help="Show only keys that contain this word.")] = "",
 ) -> None:
@@ -61,15 +60,15 @@ def keys(
     Console().print(table)
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
 def bench(
     context: typer.Context,
     what: Annotated[str, typer.Argument(help="encode, decode, step or parity")] = "",
 ) -> None:
     """Time kernels beside their peers on this machine's GPU: `flash-sae bench encode --help`."""
+    if what in ("", "--help"):
+        typer.echo(context.get_help())
+        typer.echo(f"WHAT is one of {', '.join(BENCHES)}; each has a --help of its own.")
+        raise typer.Exit(0 if what else 2)
     if what not in BENCHES:
         typer.echo(f"error: bench {what!r} is none of {', '.join(BENCHES)}", err=True)
         raise typer.Exit(2)
@@ -81,6 +80,9 @@ def build() -> typer.Typer:
     """The application with every verb; each verb's own imports wait until it runs."""
     for name in VERBS:
         app.command(name)(command(importlib.import_module(f"{__package__}.{name}").run))
+    app.command()(keys)
+    extra = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(context_settings=extra, add_help_option=False)(bench)
     return app
 
 

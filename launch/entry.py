@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..config import Config, ConfigError, load_config, nearest_name
+from ..config import Config, ConfigError, UserError, nearest_name
+from ..config_file import load_config
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG.yaml", help="YAML file; `flash-sae keys` lists its keys.")
@@ -19,28 +26,50 @@ ConfigArgument = Annotated[
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Replace values: train.batch_tokens=8192 sae.k=64",
     ),
 ]
 Run = Callable[[Config], None]
+# How long a process waits for the others. NCCL's ten minutes would end a grid whose groups have
+# unequal work, or a cache whose first process tokenises long; the launcher sees to dead processes.
+_PATIENCE = timedelta(days=7)
 
 
 def command(run: Run) -> Callable[[str, list[str] | None], None]:
-    """A verb's typer command: a mistake ends it in one sentence and exit code 2."""
+    """A verb's typer command: a mistake ends it in one sentence and exit code 2, a failure that
+    the user can set right in one sentence and exit code 1.
+    """
 
     def verb(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-        logging.getLogger("httpx").setLevel(logging.WARNING)
+        # Other libraries' chatter comes once a process; ours is said by one of them.
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger("flash_sae_dist").setLevel(logging.INFO)
+        if os.environ.get("RANK", "0") != "0":
+            # Bars of downloads and of loading weights: one process's are enough.
+            os.environ.setdefault("TQDM_DISABLE", "1")
         try:
             run(load_config(config, overrides or []))
-        except ConfigError as e:
-            if os.environ.get("RANK", "0") == "0":
-                typer.echo(f"error: {e}", err=True)
-            sys.exit(2)
+        except UserError as e:
+            _tell(f"error: {e}")
+            sys.exit(2 if isinstance(e, ConfigError) else 1)
 
-    verb.__doc__ = run.__doc__
+    # Paragraphs on one line: the terminal's width breaks them.
+    paragraphs = inspect.cleandoc(run.__doc__ or "").split("\n\n")
+    verb.__doc__ = "\n\n".join(" ".join(p.split()) for p in paragraphs)
     return verb
+
+
+def _tell(sentence: str) -> None:
+    """Prints an error once, and hands it to the launcher, whose report of the failed processes is
+    what stands last on the terminal."""
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        # The form that torch.distributed.elastic reads.
+        told = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(report).write_text(json.dumps({"message": told}))
+    if not report or os.environ.get("RANK", "0") == "0":
+        typer.echo(sentence, err=True)
 
 
 def verb_main(run: Run) -> None:
@@ -51,7 +80,10 @@ def verb_main(run: Run) -> None:
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:
-    """Raises ConfigError for a tracker that accelerate does not know or that is not installed."""
+    """Raises ConfigError for a tracker that accelerate does not know or that is not installed.
+
+    They are started by the verb, once all else has been checked.
+    """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     installed = [tracker.value for tracker in get_available_trackers()]
@@ -65,6 +97,35 @@ def _check_trackers(names: tuple[str, ...]) -> None:
             )
 
 
+def end_with_launcher() -> None:
+    """Ends this process when its launcher dies.
+
+    A launcher that is killed cannot end its processes: they would go on, and beside those of the
+    same command started again they would write the same files.
+    """
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+def _check_devices() -> None:
+    """Raises ConfigError where a host has fewer GPUs than processes: NCCL takes one each."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < gpus < local and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        raise ConfigError(
+            f"--num_processes puts {local} processes on this host, which has {gpus} GPU(s); "
+            f"start at most {gpus} a host, or set ACCELERATE_USE_CPU=1"
+        )
+
+
 @contextmanager
 def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     """The accelerator of this launch, torn down whatever happens inside.
@@ -73,17 +134,22 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     """
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
+    if "RANK" in os.environ:
+        end_with_launcher()
+    _check_devices()
     if trackers:
         _check_trackers(config.trackers)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
+        # A user's own accelerate config may say fp16; the precision is train.precision's.
+        mixed_precision="no",
         log_with=(list(config.trackers) or None) if trackers else None,
         project_dir=config.output,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
     try:
-        if trackers and config.trackers:
-            accelerator.init_trackers("flash_sae_dist")
         yield accelerator
     finally:
         # Left up, a gloo group aborts some processes after their work is done.

@@ -7,11 +7,11 @@ from .entry import processes, verb_main
 
 
 def run(config: Config) -> None:
-    """Measure every finished SAE under output: FVU, cosine, L0, dead latents, densities, loss
-    recovered.
+    """Measure every finished SAE: FVU, cosine, L0, dead latents, densities, loss recovered.
 
-    Writes evaluation.json, report.md and plots, and prints a table. With evaluate.loss_sequences=0
-    the language model is not loaded. Several processes divide the SAEs among them.
+    Takes all under output. Writes evaluation.json, report.md and plots, and prints a table. With
+    evaluate.loss_sequences=0 the language model is not loaded. Several processes divide the SAEs
+    among them.
 
     flash-sae evaluate configs/quickstart.yaml evaluate.num_tokens=65536
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import Config
+from ..config import Config, UserError
 from .entry import processes, verb_main
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ def run(config: Config) -> None:
     """
     from ..evaluation.runner import finished_saes
     from ..interop import sae_lens, sparsify
-    from ..models.topk import TopKSAE
 
     root = Path(config.export.directory or Path(config.output) / "export")
+    begins = _begins_with_token(config)
     with processes(config) as accelerator:
         rank, world = accelerator.process_index, accelerator.num_processes
         for found in finished_saes(Path(config.output))[rank::world]:
-            sae = TopKSAE.load(found.folder / "sae")
+            sae = found.load()
             if "sae_lens" in config.export.formats:
                 sae_lens.export(
                     sae,
@@ -38,11 +38,22 @@ def run(config: Config) -> None:
                     hookpoint=found.hookpoint,
                     model_name=config.model.name if config.model else None,
                     context_length=config.cache.context_length if config.cache else None,
+                    prepend_bos=begins,
                 )
             if "sparsify" in config.export.formats:
                 sparsify.export(sae, root / "sparsify" / _hookpoint_last(found))
             print(f"{found.name} -> {root} ({', '.join(config.export.formats)})")
         accelerator.wait_for_everyone()
+
+
+def _begins_with_token(config: Config) -> bool:
+    """What the store tells; true, as for most models, where it is not at hand."""
+    from ..activations.store import ActivationStore
+
+    try:
+        return ActivationStore.open(config.store_path()).begins_with_token()
+    except UserError:
+        return True
 
 
 def _hookpoint_last(found: FinishedSAE) -> Path:

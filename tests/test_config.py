@@ -10,14 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from flash_sae_dist.config import (
-    Config,
-    ConfigError,
-    StrictModel,
-    load_config,
-    parse_config,
-    with_values,
-)
+from flash_sae_dist.config import Config, ConfigError, StrictModel
+from flash_sae_dist.config_file import load_config, parse_config, with_values
 from flash_sae_dist.launch.cli import _fields
 
 GOOD: dict[str, Any] = {
@@ -50,7 +44,16 @@ def test_good_config() -> None:
         ("outptu", "x", ["outptu", "'x'", "'output'"]),
         ("train.lrr", 1, ["train.lrr", "1", "'train.lr'"]),
         ("train.batch_token", 5, ["train.batch_token", "5", "'train.batch_tokens'"]),
-        ("train.num_tokens", "many", ["train.num_tokens", "'many'", "integer"]),
+        ("train.num_tokens", "many", ["train.num_tokens", "'many'", "whole number"]),
+        ("train.num_tokens", 5e3, ["train.num_tokens", "5000.0", "whole number"]),
+        ("train.lr", "fast", ["train.lr", "'fast'", "write a number"]),
+        ("sae.k", [16], ["sae.k=[16]", "whole number"]),
+        ("sae", 3, ["sae=3", "section"]),
+        ("trackers", "wandb", ["trackers='wandb'", "list, such as [a, b]"]),
+        ("grid", {"values": {"sae.k": 16}}, ["grid.values.sae.k=16", "list"]),
+        ("grid", {"values": 16}, ["grid.values=16", "`key: value`"]),
+        ("output", "s3://bucket/run", ["output='s3://bucket/run'", "folder"]),
+        ("export", {"directory": "s3://b/x"}, ["export.directory", "'s3://b/x'"]),
         ("train.num_tokens", 0, ["train.num_tokens", "0", "greater than 0"]),
         ("train.num_tokens", True, ["train.num_tokens", "True"]),
         ("train.precision", "bf16", ["train.precision", "'bf16'", "'bfloat16'"]),
@@ -105,13 +108,28 @@ def test_bad_override(tmp_path: Path, override: str, word: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("[1, 2]", "sections"), ("a: [", "YAML"), ("!!python/name:os.system", "YAML")],
+    [
+        ("[1, 2]", "sections"),
+        ("", "is empty"),
+        ("a: [", "YAML"),
+        ("!!python/name:os.system", "YAML"),
+        ("output: a\nsae: {k: 1}\noutput: b", r"'output' stands there twice \(line 3\)"),
+        ("sae:\n  k: 1\n  k: 2", r"'k' stands there twice"),
+        (b"\xff\xfe\x00", "cannot be read as text"),
+    ],
 )
-def test_bad_file(tmp_path: Path, text: str, word: str) -> None:
+def test_bad_file(tmp_path: Path, text: str | bytes, word: str) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=word):
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=word) as e:
         load_config(file)
+    assert "\n" not in str(e.value)
+
+
+def test_a_folder_is_no_config(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text("output: x")
+    with pytest.raises(ConfigError, match=r"is a folder, not a file.*quickstart\.yaml"):
+        load_config(tmp_path)
 
 
 def test_missing_file_names_the_nearest(tmp_path: Path) -> None:

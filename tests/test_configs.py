@@ -11,7 +11,7 @@ import transformers
 import yaml
 
 from flash_sae_dist.activations.language_model import resolve_hookpoints
-from flash_sae_dist.config import load_config
+from flash_sae_dist.config_file import load_config
 from flash_sae_dist.grid import jobs
 
 CONFIGS = Path(__file__).parents[1] / "configs"

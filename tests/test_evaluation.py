@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from flash_sae_dist import TopKSAE
+from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.language_model import load_language_model
 from flash_sae_dist.activations.text import held_out_table
-from flash_sae_dist.config import ConfigError, parse_config
+from flash_sae_dist.config import ConfigError, UserError
+from flash_sae_dist.config_file import parse_config
 from flash_sae_dist.evaluation.loss_recovered import LossMeter, LossRecovered
 from flash_sae_dist.evaluation.metrics import density_histogram, measure
 from flash_sae_dist.evaluation.report import evaluation_record, write_evaluation, write_report
-from flash_sae_dist.evaluation.runner import finished_saes
+from flash_sae_dist.evaluation.runner import finished_saes, run_evaluation
+from flash_sae_dist.grid.runner import run_jobs
 from tests.tiny_model import config_data, save_bert
 
 CPU = torch.device("cpu")
@@ -40,6 +45,42 @@ def test_metrics_equal_their_definitions() -> None:
     cosine = torch.cosine_similarity(x, out.recon, dim=1).mean()
     assert m.cosine == pytest.approx(cosine.item(), rel=1e-9)
     torch.testing.assert_close(m.density, fired.double() / 100)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store and one SAE, as `cache` and `train` leave them."""
+    root = tmp_path_factory.mktemp("trained")
+    data = config_data(root)
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    data["train"] |= {"num_tokens": 640}
+    run_jobs(parse_config(data), Accelerator(cpu=True), grid=False)
+    return root
+
+
+@pytest.mark.parametrize(("asked", "batch"), [(1000, 384), (512, 128), (10**6, 400)])
+def test_the_rows_asked_for_are_measured(trained: Path, asked: int, batch: int) -> None:
+    data = config_data(trained)
+    data["evaluate"] = {"num_tokens": asked, "batch_tokens": batch, "loss_sequences": 0}
+    (record,) = run_evaluation(parse_config(data), Accelerator(cpu=True))
+    # Passes of equal size: at most one row a pass is left out, not the rest of a whole one.
+    assert 0 <= min(asked, 1500) - record["tokens"] <= 2
+    assert "loss" not in record
+
+
+def test_a_damaged_sae_is_told(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "run", tmp_path / "run")
+    data = config_data(trained) | {"output": str(tmp_path / "run")}
+    file = tmp_path / "run/model.layers.0/sae/sae.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(UserError, match="holds no whole TopK SAE"):
+        run_evaluation(parse_config(data), Accelerator(cpu=True))
+    TopKSAE(8, 24, 3).save(file.parent)
+    with pytest.raises(ConfigError, match="width 8, but model.layers.0 in .* of 16"):
+        run_evaluation(parse_config(data), Accelerator(cpu=True))
+    (file.parent / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="sae is damaged"):
+        run_evaluation(parse_config(data), Accelerator(cpu=True))
 
 
 def test_nothing_to_measure_is_told() -> None:
@@ -85,7 +126,7 @@ def make_meter(root: Path, model: str, hookpoint: str) -> LossMeter:
         context_length=24,
         causal=lm.causal,
         drop_special_tokens=True,
-        after_rows=500,
+        after_documents=15,
         num_sequences=6,
     )
     return LossMeter(lm, hookpoint, table, batch_sequences=4)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from flash_sae_dist import TopKSAE
-from flash_sae_dist.config import parse_config
+from flash_sae_dist.activations.loader import ActivationLoader
+from flash_sae_dist.activations.store import ActivationStore, Geometry, StoreWriter
+from flash_sae_dist.config_file import parse_config
 from flash_sae_dist.interop import sae_lens, sparsify
 from flash_sae_dist.launch import export
 
@@ -65,6 +69,27 @@ def test_train_puts_hookpoints_side_by_side(tmp_path: Path) -> None:
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     export.run(parse_config({"output": str(tmp_path / "run"), "trackers": []}))
     assert (tmp_path / "run/export/sparsify" / HOOKPOINTS[0] / "cfg.json").is_file()
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_sae_lens_is_told_how_sequences_begin(tmp_path: Path, begins: bool) -> None:
+    """Qwen's tokenizer, for one, has no begin token."""
+    finished_grid(tmp_path)
+    geometry, path = Geometry(16, 16, 16), str(tmp_path / "store.zarr")
+    writer = StoreWriter(path, {}, create=True)
+    writer.create(geometry, {"h": 12}, "float32", {"begin_token": begins})
+    # Zeros are rows like others, to Zarr's reader and to ours.
+    rows = {"activations/h": np.zeros((16, 12), np.float32)}
+    rows |= {f"tokens/{n}": np.zeros(16, np.int32) for n in ("ids", "document", "position")}
+    writer.write_shard(geometry, 0, rows)
+    writer.finish(geometry, ["h"])
+    with ActivationLoader(
+        ActivationStore.open(path), "h", batch_tokens=16, seed=0, num_steps=1
+    ) as loader:
+        assert torch.equal(next(iter(loader)), torch.zeros(16, 12))
+    export.run(parse_config({"output": str(tmp_path / "run"), "store": path, "trackers": []}))
+    for file in (tmp_path / "run/export/sae_lens").rglob("cfg.json"):
+        assert json.loads(file.read_text())["metadata"]["prepend_bos"] is begins
 
 
 @pytest.mark.slow

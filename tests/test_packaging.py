@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -25,6 +28,28 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*command, "-w", str(out), str(source)], check=True)
     (built,) = out.glob("*.whl")
     return built
+
+
+# Import name -> the distribution that brings it, where the two differ.
+_DISTRIBUTIONS = {"yaml": "pyyaml", "pydantic_core": "pydantic", "pyarrow": "datasets"}
+
+
+def test_what_is_imported_is_declared() -> None:
+    """A package that only another one brings is gone when that one drops it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needs = [*project["dependencies"], *project["optional-dependencies"]["interop"]]
+    declared = {re.split(r"[<>=;\[ ]", need, maxsplit=1)[0].replace("-", "_") for need in needs}
+    declared = {name.removeprefix("eai_") for name in declared}
+    imported: set[str] = set()
+    for folder in ("flash_sae_dist", "kernels", "launch"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                    imported.add(node.module.split(".")[0])
+    third = {_DISTRIBUTIONS.get(m, m) for m in imported - sys.stdlib_module_names}
+    assert third <= declared
 
 
 @pytest.mark.slow

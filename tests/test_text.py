@@ -86,15 +86,35 @@ def test_separate_sequences_pad_each_document(root: Path) -> None:
         assert len(set(row[row >= 0])) == 1, "a sequence holds one document"
 
 
-def test_held_out_follows_what_is_cached(root: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(root / "llama")
-    args: dict[str, Any] = {"context_length": 16, "causal": True, "drop_special_tokens": True}
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_held_out_follows_what_is_cached(root: Path, kind: str) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(root / kind)
+    args: dict[str, Any] = {
+        "context_length": 16,
+        "causal": kind == "llama",
+        "drop_special_tokens": True,
+    }
     everything = token_table(source(root), tokenizer, **args, num_rows=10**9)
     cached = token_table(source(root), tokenizer, **args, num_rows=500)
-    held = held_out_table(source(root), tokenizer, **args, after_rows=500, num_sequences=5)
-    n = len(cached.ids)
-    assert np.array_equal(held.ids, everything.ids[n : n + 5])
-    last = held_out_table(source(root), tokenizer, **args, after_rows=10**9, num_sequences=5)
+    n = int(cached.document.max()) + 1
+    seen: list[str] = []
+
+    def counting(batch: list[str], **options: Any) -> Any:
+        seen.extend(batch)
+        return tokenizer(batch, **options)
+
+    for name in ("bos_token_id", "eos_token_id", "all_special_ids"):
+        setattr(counting, name, getattr(tokenizer, name))
+    for name in ("cls_token_id", "sep_token_id", "pad_token_id"):
+        setattr(counting, name, getattr(tokenizer, name))
+    held = held_out_table(source(root), counting, **args, after_documents=n, num_sequences=5)
+    texts = words(root)
+    kept = tokenizer.convert_ids_to_tokens(held.ids[held.keep].tolist())
+    places = zip(held.document[held.keep], held.position[held.keep], strict=True)
+    assert kept == [texts[d][p] for d, p in places]
+    assert held.document[held.keep].min() == n, "the first document that was not cached"
+    assert [seen[0].split(), len(seen)] == [texts[n], len(texts) - n], "the others are passed over"
+    last = held_out_table(source(root), tokenizer, **args, after_documents=59, num_sequences=5)
     assert np.array_equal(last.ids, everything.ids[-5:]), "where the text ends, its last ones"
 
 
@@ -119,12 +139,47 @@ def test_hub_source_reads_a_local_dataset(tmp_path: Path) -> None:
     ("change", "word"),
     [
         ({"paths": ("nowhere/*.txt",)}, "nowhere"),
-        ({"column": "body"}, "'body'"),
+        ({"column": "body"}, "'body' is not in line 1 of .*text.jsonl; it has text"),
+        ({"paths": ("{tmp}/bad.jsonl",)}, "bad.jsonl cannot be read: .*line 1"),
+        ({"paths": ("{tmp}/latin.txt",)}, "latin.txt cannot be read: 'utf-8'"),
+        ({"paths": ("{tmp}/torn.parquet",)}, "torn.parquet cannot be read"),
+        ({"paths": ("{tmp}/number.jsonl",)}, "text.column='text' holds a int in line 2"),
+        ({"paths": ("{tmp}/list.jsonl",)}, "it has no columns"),
+        ({"paths": ("{tmp}/empty.txt",)}, "gave no text"),
+        ({"paths": ("nosuch://a.txt",)}, "'nosuch://a.txt' cannot be reached: .*nosuch"),
+        ({"paths": ("{tmp}/x.csv",)}, "x.csv is no .txt"),
+        ({"source": "hub", "name": "{tmp}/no-dataset"}, "no-dataset' cannot be loaded"),
+        ({"source": "hub", "name": "no/such-dataset"}, "text.name='no/such-dataset' cannot be"),
+        ({"source": "hub", "name": "{tmp}", "split": "tset"}, "text.split"),
     ],
 )
-def test_bad_sources_are_told(root: Path, change: dict[str, Any], word: str) -> None:
-    with pytest.raises(ConfigError, match=word):
-        list(documents(source(root).model_copy(update=change)))
+def test_bad_sources_are_told(
+    root: Path, tmp_path: Path, change: dict[str, Any], word: str
+) -> None:
+    (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    (tmp_path / "number.jsonl").write_text('{"text": null}\n{"text": 3}\n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "x.csv").write_text("text\none\n")
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(placed(v) for v in value)
+        return value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value
+
+    cfg = source(root).model_copy(update={k: placed(v) for k, v in change.items()})
+    with pytest.raises(ConfigError, match=word) as e:
+        list(documents(cfg))
+    assert "\n" not in str(e.value)
+
+
+def test_nulls_and_blank_lines_are_no_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n\n{"text": "one"}\n')
+    pq.write_table(pa.table({"text": ["two", None]}), tmp_path / "b.parquet")
+    cfg = TextConfig(source="files", paths=(f"{tmp_path}/*",))
+    assert list(documents(cfg)) == ["one", "two"]
 
 
 def test_text_shorter_than_a_sequence_is_told(tmp_path: Path, root: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,21 @@ import torch
 
 from .. import __version__
 from ..config import CacheConfig, Config, ConfigError
+from ..parallel import comm
 from ..progress import progress_bar
 from .language_model import (
     LanguageModel,
     capture_activations,
+    check_context_length,
     load_language_model,
     resolve_hookpoints,
 )
 from .store import Geometry, StoreWriter, make_geometry, storage_dtype
-from .text import TokenTable, token_table
+from .text import TokenTable, begin_token, token_table
 
 logger = logging.getLogger(__name__)
-# What may differ when a cache is resumed: where it is, and how many rows a pass takes is part of
-# the content.
+# What may differ when a cache is resumed: where it is. How many sequences a pass takes is part of
+# the content, since it may change a matmul's rounding.
 _FREE_KEYS = {"store"}
 
 
@@ -57,12 +60,13 @@ def run_cache(config: Config, accelerator: Any) -> None:
     assert config.model is not None
     assert config.cache is not None
     writer = StoreWriter(config.cache.store, store_config(config), create=True)
-    if writer.records.read("complete.json") is not None:
+    if writer.is_complete():
         if accelerator.is_main_process:
             print(f"{config.cache.store} is complete; nothing to do")
         return
     lm = load_language_model(config.model, accelerator.device)
     hookpoints = resolve_hookpoints(lm.model, config.cache.hookpoints)
+    check_context_length(lm, config.cache.context_length)
     table = _shared_table(config, lm, accelerator, writer)
     widths = _widths(lm, hookpoints, table)
     rows = min(config.cache.num_tokens, int(table.keep.sum()))
@@ -74,10 +78,12 @@ def run_cache(config: Config, accelerator: Any) -> None:
         )
     itemsize = storage_dtype(config.cache.dtype).itemsize
     geometry = make_geometry(rows, max(widths.values()), itemsize, config.cache.shard_mib)
+    text = table.checksum()
+    writer.check_text(geometry, text)
     if accelerator.is_main_process:
-        writer.create(geometry, widths, config.cache.dtype, _provenance(config, lm))
+        writer.create(geometry, widths, config.cache.dtype, _provenance(config, lm), text)
     accelerator.wait_for_everyone()
-    todo = writer.missing(geometry)
+    todo = writer.missing(geometry, widths)
     accelerator.wait_for_everyone()
     harvester = _Harvester(lm, hookpoints, table, geometry, config.cache)
     mine = todo[accelerator.process_index :: accelerator.num_processes]
@@ -87,12 +93,12 @@ def run_cache(config: Config, accelerator: Any) -> None:
     total = world * sum(stop - start for start, stop in map(geometry.shard_range, mine))
     with progress_bar(title, total, "tokens", accelerator.is_main_process) as bar:
         for shard in mine:
-            writer.write_shard(geometry, shard, harvester.shard(shard))
-            start, stop = geometry.shard_range(shard)
-            bar.advance(world * (stop - start))
+            arrays = harvester.shard(shard, lambda rows: bar.advance(world * rows))
+            writer.write_shard(geometry, shard, arrays)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        writer.finish(geometry, hookpoints)
+        writer.finish(geometry, hookpoints, int(table.document.max()) + 1)
+    if accelerator.is_local_main_process:
         shutil.rmtree(_table_folder(config, writer), ignore_errors=True)
     accelerator.wait_for_everyone()
 
@@ -120,31 +126,41 @@ def _shared_table(
         first = accelerator.is_main_process
     # The marker tells of which config the table is: one that was killed early leaves no other sign.
     marker, digest = folder / "whole", _digest(config)
+    error = None
     if first and not (marker.exists() and marker.read_text() == digest):
         shutil.rmtree(folder, ignore_errors=True)
-        table = token_table(
-            config.text,
-            lm.tokenizer,
-            context_length=config.cache.context_length,
-            causal=lm.causal,
-            drop_special_tokens=config.cache.drop_special_tokens,
-            num_rows=config.cache.num_tokens,
-        )
-        table.save(folder)
-        marker.write_text(digest)
-    accelerator.wait_for_everyone()
+        try:
+            with progress_bar(
+                "tokenise", config.cache.num_tokens, "tokens", accelerator.is_main_process
+            ) as bar:
+                table = token_table(
+                    config.text,
+                    lm.tokenizer,
+                    context_length=config.cache.context_length,
+                    causal=lm.causal,
+                    drop_special_tokens=config.cache.drop_special_tokens,
+                    num_rows=config.cache.num_tokens,
+                    advance=bar.advance,
+                )
+            table.save(folder)
+            marker.write_text(digest)
+        except ConfigError as e:
+            error = e
+    comm.raise_together(error)
     return TokenTable.load(folder)
 
 
 def _widths(lm: LanguageModel, hookpoints: list[str], table: TokenTable) -> dict[str, int]:
-    ids = torch.from_numpy(np.array(table.ids[:1], dtype=np.int64)).to(lm.device)
-    attention = torch.from_numpy(np.array(table.attention[:1])).to(lm.device)
+    # The same sequence twice: a tensor without a batch dimension would pass with one.
+    ids = torch.from_numpy(np.array(table.ids[[0, 0]], dtype=np.int64)).to(lm.device)
+    attention = torch.from_numpy(np.array(table.attention[[0, 0]])).to(lm.device)
     seen = capture_activations(lm, hookpoints, ids, attention)
     for name, value in seen.items():
-        if value.ndim != 3:
+        if value.ndim != 3 or value.shape[:2] != ids.shape:
             raise ConfigError(
                 f"cache.hookpoints: {name!r} gives a tensor of shape {list(value.shape)}, "
-                "not [batch, tokens, width]"
+                f"not [batch, tokens, width] = [{ids.shape[0]}, {ids.shape[1]}, width]; "
+                "name another module"
             )
     return {name: seen[name].shape[-1] for name in hookpoints}
 
@@ -156,6 +172,7 @@ def _provenance(config: Config, lm: LanguageModel) -> dict[str, Any]:
         "config": store_config(config),
         "model_commit": commit,
         "tokenizer": type(lm.tokenizer).__name__,
+        "begin_token": begin_token(lm.tokenizer, lm.causal) is not None,
         "task": lm.task,
         "versions": {"flash_sae_dist": __version__, **{n: version(n) for n in packages}},
     }
@@ -179,8 +196,9 @@ class _Harvester:
         kept = table.keep.sum(axis=1)[self.order]
         self.ends = np.cumsum(kept)
 
-    def shard(self, shard: int) -> dict[str, npt.NDArray[Any]]:
-        """All arrays of a shard: a function of config and shard number alone.
+    def shard(self, shard: int, advance: Callable[[int], None]) -> dict[str, npt.NDArray[Any]]:
+        """All arrays of a shard: a function of config and shard number alone. advance is told the
+        rows that each pass gave.
 
         A sequence whose rows fall into two shards is run for both.
         """
@@ -196,10 +214,15 @@ class _Harvester:
         for name in ("ids", "document", "position"):
             out[f"tokens/{name}"] = getattr(self.table, name)[sequences][keep][rows][shuffle]
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in self.hookpoints}
+        done = start
         for at in range(0, len(sequences), self.cfg.batch_sequences):
             batch = sequences[at : at + self.cfg.batch_sequences]
             for name, value in self._forward(batch).items():
                 parts[name].append(value)
+            # Some rows of the first and of the last sequence are the neighbouring shards'.
+            reached = min(int(self.ends[first + at + len(batch) - 1]), stop)
+            advance(reached - done)
+            done = reached
         for name in self.hookpoints:
             value = torch.cat(parts[name])[rows][torch.from_numpy(shuffle)]
             bits = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value

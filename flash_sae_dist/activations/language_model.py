@@ -4,7 +4,6 @@ measure its loss.
 
 from __future__ import annotations
 
-import fnmatch
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..config import ConfigError, ModelConfig, nearest_name
+from ..config import ConfigError, ModelConfig, match_names, nearest_name
 
 
 class LanguageModel(NamedTuple):
@@ -37,6 +37,11 @@ class _Stop(Exception):  # noqa: N818 (no error: it ends a forward pass whose re
 
 
 def _folder_or_name(name: str) -> str:
+    if name.startswith(("/", "./", "../", "~")):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"model.name={name!r} is no folder; check the path")
+        return str(folder)
     if not name.startswith("package:"):
         return name
     package, _, below = name.removeprefix("package:").partition("/")
@@ -77,9 +82,10 @@ def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel
         }
         model = loaders[task].from_pretrained(source, dtype=_dtype(cfg.dtype, device), **where)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
-    except (OSError, ValueError, ImportError) as e:
+    except (OSError, ValueError, ImportError, SafetensorError) as e:
         raise ConfigError(
-            f"model.name={cfg.name!r} cannot be loaded: {' '.join(str(e).split())}"
+            f"model.name={cfg.name!r} cannot be loaded: {' '.join(str(e).split())}; check the "
+            "name, model.revision and model.gguf_file, and that the hub can be reached"
         ) from e
     return LanguageModel(model.to(device).eval(), tokenizer, task, device)
 
@@ -92,6 +98,24 @@ def _task(config: Any) -> str:
         return "causal-lm"
     # A GGUF file names no class; only decoders come in that form.
     return "none" if kinds else "causal-lm"
+
+
+def check_context_length(lm: LanguageModel, length: int) -> None:
+    """Raises ConfigError for sequences that the model has no positions for, or that its special
+    tokens would fill.
+    """
+    config: Any = getattr(lm.model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(text, "max_position_embeddings", None)
+    if isinstance(most, int) and length > most:
+        raise ConfigError(
+            f"cache.context_length={length} exceeds the model's {most} positions; lower it"
+        )
+    special = 1 if lm.causal else 2
+    if length <= special:
+        raise ConfigError(
+            f"cache.context_length={length} leaves no token beside {special} special ones; raise it"
+        )
 
 
 def resolve_hookpoints(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
@@ -107,10 +131,11 @@ def resolve_hookpoints(model: nn.Module, patterns: tuple[str, ...]) -> list[str]
             raise ConfigError(
                 f"cache.hookpoints: {pattern!r} must end in :input, :output or nothing"
             )
-        matched = fnmatch.filter(names, stem)
+        matched = match_names(stem, names)
         if not matched:
             near = nearest_name(stem, names) if len(names) < 40 else _nearest_only(stem, names)
-            raise ConfigError(f"cache.hookpoints: {stem!r} is no module of the model{near}")
+            what = "matches no module" if set("*?[") & set(stem) else "is no module"
+            raise ConfigError(f"cache.hookpoints: {stem!r} {what} of the model{near}")
         suffix = ":input" if side == "input" else ""
         found += [name + suffix for name in matched if name + suffix not in found]
     return found
@@ -121,12 +146,27 @@ def _nearest_only(stem: str, names: list[str]) -> str:
     return told if told.startswith("; did") else f"; the first are {', '.join(names[:8])}, ..."
 
 
-def _first_tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else _first_tensor(value[0])
+def _first_tensor(value: Any, hookpoint: str) -> Tensor:
+    """The activations in what a module gives: a tensor, or the first of a tuple or of a Hugging
+    Face output.
+    """
+    while not isinstance(value, Tensor):
+        if not isinstance(value, tuple | list | dict) or not value:
+            raise ConfigError(
+                f"cache.hookpoints: {hookpoint!r} gives a {type(value).__name__}, not a tensor; "
+                "name another module"
+            )
+        value = next(iter(value.values())) if isinstance(value, dict) else value[0]
+    return value
 
 
 def _with_first(value: Any, new: Tensor) -> Any:
-    return new if isinstance(value, Tensor) else (_with_first(value[0], new), *value[1:])
+    if isinstance(value, Tensor):
+        return new
+    if isinstance(value, dict):
+        key, first = next(iter(value.items()))
+        return type(value)(**{**value, key: _with_first(first, new)})
+    return type(value)([_with_first(value[0], new), *value[1:]])
 
 
 def _hook(
@@ -140,16 +180,21 @@ def _hook(
     if side != "input":
 
         def after(_: nn.Module, args: Any, output: Any) -> Any:
-            new = change(_first_tensor(output))
+            new = change(_first_tensor(output, hookpoint))
             return None if new is None else _with_first(output, new)
 
         return module.register_forward_hook(after)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            new = change(_first_tensor(args[0]))
+            new = change(_first_tensor(args[0], hookpoint))
             return None if new is None else ((_with_first(args[0], new), *args[1:]), kwargs)
-        key = next(k for k, v in kwargs.items() if isinstance(v, Tensor) and v.ndim == 3)
+        key = next((k for k, v in kwargs.items() if isinstance(v, Tensor) and v.ndim == 3), None)
+        if key is None:
+            raise ConfigError(
+                f"cache.hookpoints: {hookpoint!r} is given no [batch, tokens, width] tensor; "
+                "name another module"
+            )
         new = change(kwargs[key])
         return None if new is None else (args, kwargs | {key: new})
 
@@ -212,6 +257,22 @@ def replace_activations(
         handle.remove()
 
 
+def check_has_loss(lm: LanguageModel) -> None:
+    """Raises ConfigError for an encoder without a language-modelling head, or without a token to
+    hide others behind.
+    """
+    if lm.task == "none":
+        raise ConfigError(
+            "evaluate.loss_sequences: this model has no language-modelling head to measure "
+            "a loss with; set evaluate.loss_sequences=0"
+        )
+    if not lm.causal and lm.tokenizer.mask_token_id is None:
+        raise ConfigError(
+            "evaluate.loss_sequences: this model's tokenizer has no mask token to measure a "
+            "masked-LM loss with; set evaluate.loss_sequences=0"
+        )
+
+
 @torch.no_grad()
 def language_model_loss(
     lm: LanguageModel,
@@ -224,11 +285,7 @@ def language_model_loss(
     causal-lm: every token after the first of each sequence; masked-lm: the tokens in `masked`.
     Raises ConfigError for an encoder without a language-modelling head.
     """
-    if lm.task == "none":
-        raise ConfigError(
-            "evaluate.loss_sequences: this model has no language-modelling head to measure "
-            "a loss with; set evaluate.loss_sequences=0"
-        )
+    check_has_loss(lm)
     if lm.causal:
         logits = _run(lm, ids, attention).logits[:, :-1]
         target, used = ids[:, 1:], attention[:, 1:]

@@ -24,6 +24,9 @@ from .store import ActivationStore, DamagedStoreError, storage_dtype
 
 _READ_AHEAD = 4
 _CACHED_BLOCKS = 8
+# One thread's reads from the page cache come to about 1.3 GB/s on an H100's host (2026-11-23); a
+# step of 8192 x 4096 bfloat16 in 25 ms takes 2.6.
+_READERS = 4
 # crc32c of any bytes followed by their own crc32c: checks a chunk without copying its body out.
 _CRC_RESIDUE = 0x48674BC7
 
@@ -74,6 +77,7 @@ class BlockReader:
         self.chunks_a_shard = store.geometry.shard_rows // self.chunk_rows
         self.files: dict[int, tuple[int, tuple[int, ...]]] = {}
         self.lock = Lock()
+        self.remote = None if store.records.local else store.array(self.name)
 
     def close(self) -> None:
         """Closes the shards' files."""
@@ -91,7 +95,10 @@ class BlockReader:
                 tail = os.pread(descriptor, size + 4, os.fstat(descriptor).st_size - size - 4)
                 if len(tail) != size + 4 or google_crc32c.value(tail) != _CRC_RESIDUE:
                     os.close(descriptor)
-                    raise DamagedStoreError(f"{path} is torn: its index does not hold; cache again")
+                    raise DamagedStoreError(
+                        f"{path} is torn: its index does not hold; delete that file "
+                        "and run the same `flash-sae cache` again"
+                    )
                 self.files[shard] = (descriptor, struct.unpack(f"<{size // 8}Q", tail[:size]))
             return self.files[shard]
 
@@ -99,8 +106,14 @@ class BlockReader:
         """Rows of a block [rows, D]. Raises DamagedStoreError where a checksum does not hold."""
         start = block * self.chunk_rows
         stop = min(self.store.rows, start + self.chunk_rows)
-        if not self.store.records.local:
-            return self.store.read(self.name, start, stop)
+        if self.remote is not None:
+            try:
+                return np.asarray(self.remote[start:stop])
+            except ValueError as e:
+                raise DamagedStoreError(
+                    f"{self.name} of {self.store.path} is damaged in rows {start}..{stop}: {e}; "
+                    "delete that shard's file and run the same `flash-sae cache` again"
+                ) from e
         shard, chunk = divmod(block, self.chunks_a_shard)
         descriptor, index = self._open(shard)
         offset, length = index[2 * chunk : 2 * chunk + 2]
@@ -110,7 +123,7 @@ class BlockReader:
             path = self.store.shard_file(self.name, shard)
             raise DamagedStoreError(
                 f"{path} is damaged in chunk {chunk}: its crc32c does not hold; "
-                f"delete records/shard-{shard:08d}.json and cache again"
+                "delete that file and run the same `flash-sae cache` again"
             )
         count = (expected - 4) // self.dtype.itemsize
         rows = np.frombuffer(data, dtype=self.dtype, count=count)
@@ -151,7 +164,7 @@ class ActivationLoader:
         self.steps = range(start_step, start_step + num_steps)
         self.cache: OrderedDict[int, Future[npt.NDArray[Any]]] = OrderedDict()
         self.cache_lock = Lock()
-        self.blocks = ThreadPoolExecutor(2, thread_name_prefix="block")
+        self.blocks = ThreadPoolExecutor(_READERS, thread_name_prefix="block")
         self.batches = ThreadPoolExecutor(1, thread_name_prefix="batch")
 
     def __enter__(self) -> Self:
@@ -181,11 +194,18 @@ class ActivationLoader:
         start = step * self.batch_tokens + self.rank * self.share
         pieces = list(self.order.pieces(start, start + self.share))
         waiting = [(self._block(block), first, stop) for block, first, stop in pieces]
-        rows = np.concatenate([future.result()[first:stop] for future, first, stop in waiting])
-        batch = torch.from_numpy(rows)
-        if self.torch_dtype == torch.bfloat16:
-            batch = batch.view(torch.bfloat16)
-        return batch.pin_memory() if self.device.type == "cuda" else batch
+        # Filled in place: page-locked memory comes from torch's cache, used again and again.
+        batch = torch.empty(
+            (self.share, self.reader.width),
+            dtype=self.torch_dtype,
+            pin_memory=self.device.type == "cuda",
+        )
+        bits = batch.view(torch.uint16) if self.torch_dtype == torch.bfloat16 else batch
+        target, at = bits.numpy(), 0
+        for future, first, stop in waiting:
+            target[at : at + stop - first] = future.result()[first:stop]
+            at += stop - first
+        return batch
 
     def __iter__(self) -> Iterator[Tensor]:
         ahead: list[Future[Tensor]] = []

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from ..config import ConfigError, nearest_name
+from ..config import ConfigError, UserError, nearest_name
 
 Array = npt.NDArray[Any]
 FORMAT = 1
@@ -32,7 +32,7 @@ _MIN_CHUNKS = 64
 TOKEN_ARRAYS = ("ids", "document", "position")
 
 
-class DamagedStoreError(ValueError):
+class DamagedStoreError(UserError):
     """A store whose data are missing, torn or changed."""
 
 
@@ -86,8 +86,13 @@ class Records:
     """Small JSON files beside the arrays, renamed into place on a disk; any fsspec URL works."""
 
     def __init__(self, path: str) -> None:
-        self.fs, self.root = fsspec.core.url_to_fs(path)
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(path)
+        except (ImportError, ValueError) as e:
+            raise ConfigError(f"store {path!r} cannot be reached: {e}") from e
         self.local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
+        # For Zarr a file:// URL is no folder: it would neither make folders nor rename into place.
+        self.zarr = self.root if self.local else path
 
     def _where(self, name: str) -> str:
         return f"{self.root}/records/{name}"
@@ -116,12 +121,30 @@ class Records:
             raise DamagedStoreError(f"{self._where(name)} is damaged: {e}; delete it") from e
         return data
 
+    def whole_shards(self, names: list[str]) -> set[int]:
+        """Shards that are recorded and whose files are there in every array."""
+        whole = self.shards()
+        for name in names:
+            folder = f"{self.root}/{name}/c"
+            tail = "/0" if name.startswith("activations/") else ""
+            # One listing an array: a question a file would take minutes on an object store.
+            files = [f[len(folder) + 1 :] for f in self.fs.find(folder)]
+            whole &= {
+                int(n) for f in files if f.endswith(tail) and (n := f.removesuffix(tail)).isdigit()
+            }
+        return whole
+
     def shards(self) -> set[int]:
         """Shards that are recorded."""
         if not self.fs.exists(f"{self.root}/records"):
             return set()
         names = [n.rsplit("/", 1)[-1] for n in self.fs.ls(f"{self.root}/records", detail=False)]
         return {int(n[6:14]) for n in names if n.startswith("shard-") and n.endswith(".json")}
+
+
+def array_names(widths: dict[str, int]) -> list[str]:
+    """The arrays that have a file a shard."""
+    return [f"activations/{h}" for h in widths] + [f"tokens/{n}" for n in TOKEN_ARRAYS]
 
 
 def shard_record(shard: int) -> str:
@@ -158,14 +181,39 @@ class StoreWriter:
             if error is not None:
                 raise error
 
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do: all was recorded, and no file has been lost since."""
+        shape = self.records.read("geometry.json")
+        if shape is None or self.records.read("complete.json") is None:
+            return False
+        geometry = Geometry(shape["rows"], shape["shard_rows"], shape["chunk_rows"])
+        return not self.missing(geometry, shape["widths"])
+
+    def check_text(self, geometry: Geometry, text_crc32c: int) -> None:
+        """Raises ConfigError where a store that was begun holds rows of another text."""
+        before = self.records.read("geometry.json")
+        if before is None:
+            return
+        asked = {**geometry._asdict(), "text_crc32c": text_crc32c}
+        if any(before.get(key, value) != value for key, value in asked.items()):
+            raise ConfigError(
+                f"cache.store={self.path!r} was begun with another text than this one, though "
+                "under the same config; name another store, or remove that one"
+            )
+
     def create(
-        self, geometry: Geometry, widths: dict[str, int], dtype: str, attributes: dict[str, Any]
+        self,
+        geometry: Geometry,
+        widths: dict[str, int],
+        dtype: str,
+        attributes: dict[str, Any],
+        text_crc32c: int | None = None,
     ) -> None:
         """Makes the empty arrays, once; on a store that exists it changes nothing. One process
         calls it.
         """
         if self.records.read("geometry.json") is None:
-            group = zarr.open_group(self.path, mode="a", zarr_format=3)
+            group = zarr.open_group(self.records.zarr, mode="a", zarr_format=3)
             group.attrs.update(attributes)
             for hookpoint, width in widths.items():
                 self._array(group, f"activations/{hookpoint}", geometry, dtype, width)
@@ -183,6 +231,8 @@ class StoreWriter:
                 self._array(group, f"tokens/{name}", geometry, "int32", None)
             self.records.write("config.json", self.config)
             shape = {"format": FORMAT, "dtype": dtype, "widths": widths, **geometry._asdict()}
+            if text_crc32c is not None:
+                shape["text_crc32c"] = text_crc32c
             self.records.write("geometry.json", shape)
 
     def _array(
@@ -200,9 +250,9 @@ class StoreWriter:
         )
         array.attrs["dtype"] = dtype
 
-    def missing(self, geometry: Geometry) -> list[int]:
-        """Shards that are not recorded yet, ascending."""
-        done = self.records.shards()
+    def missing(self, geometry: Geometry, widths: dict[str, int]) -> list[int]:
+        """Shards that are not recorded yet or have lost a file, ascending."""
+        done = self.records.whole_shards(array_names(widths))
         return [s for s in range(geometry.num_shards) if s not in done]
 
     def write_shard(self, geometry: Geometry, shard: int, arrays: dict[str, Array]) -> None:
@@ -211,25 +261,31 @@ class StoreWriter:
         arrays: name (`activations/...`, `tokens/...`) -> the shard's rows.
         """
         start, stop = geometry.shard_range(shard)
-        group = zarr.open_group(self.path, mode="r+")
         record: dict[str, Any] = {"rows": stop - start, "crc32c": {}}
-        for name, rows in arrays.items():
-            assert len(rows) == stop - start
-            target = group[name]
-            assert isinstance(target, zarr.Array)
-            target[start:stop] = rows
-            record["crc32c"][name] = google_crc32c.value(np.ascontiguousarray(rows).tobytes())
-            if name.startswith("activations/"):
-                sums = group[f"{name.replace('activations', 'statistics', 1)}/shard_sums"]
-                assert isinstance(sums, zarr.Array)
-                wide = as_float64(rows, str(target.attrs["dtype"]))
-                sums[shard] = np.append(wide.sum(axis=0), np.square(wide).sum())
+        # Zarr leaves out chunks and files of nothing but zeros, such as the number of the first
+        # document: to us they would be lost.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            group = zarr.open_group(self.records.zarr, mode="r+")
+            for name, rows in arrays.items():
+                assert len(rows) == stop - start
+                target = group[name]
+                assert isinstance(target, zarr.Array)
+                target[start:stop] = rows
+                record["crc32c"][name] = google_crc32c.value(np.ascontiguousarray(rows).tobytes())
+                if name.startswith("activations/"):
+                    sums = group[f"{name.replace('activations', 'statistics', 1)}/shard_sums"]
+                    assert isinstance(sums, zarr.Array)
+                    wide = as_float64(rows, str(target.attrs["dtype"]))
+                    sums[shard] = np.append(wide.sum(axis=0), np.square(wide).sum())
         self.records.write(shard_record(shard), record)
 
-    def finish(self, geometry: Geometry, hookpoints: list[str]) -> None:
+    def finish(
+        self, geometry: Geometry, hookpoints: list[str], num_documents: int | None = None
+    ) -> None:
         """Writes mean and mean squared norm of each hookpoint from the shards' sums, and then the
-        record that the store is complete. One process calls it."""
-        group = zarr.open_group(self.path, mode="r+")
+        record that the store is complete, with the number of documents that its text came from.
+        One process calls it."""
+        group = zarr.open_group(self.records.zarr, mode="r+")
         for hookpoint in hookpoints:
             sums = group[f"statistics/{hookpoint}/shard_sums"]
             assert isinstance(sums, zarr.Array)
@@ -238,7 +294,10 @@ class StoreWriter:
             group.create_array(f"{where}/mean", data=total[:-1], overwrite=True)
             norm = total[-1:].reshape(())
             group.create_array(f"{where}/mean_squared_norm", data=norm, overwrite=True)
-        self.records.write("complete.json", {"rows": geometry.rows, "shards": geometry.num_shards})
+        record = {"rows": geometry.rows, "shards": geometry.num_shards}
+        if num_documents is not None:
+            record["documents"] = num_documents
+        self.records.write("complete.json", record)
 
 
 class ActivationStore:
@@ -277,17 +336,24 @@ class ActivationStore:
         return store
 
     def _check_files(self) -> None:
-        for name in self._names():
-            for shard in range(self.geometry.num_shards):
-                file = self.shard_file(name, shard)
-                if not self.records.fs.exists(file):
-                    raise DamagedStoreError(
-                        f"{file} is missing from the store, and Zarr would read it as zeros; "
-                        f"delete records/{shard_record(shard)} and cache again"
-                    )
+        for name in array_names(self.widths):
+            lost = set(range(self.geometry.num_shards)) - self.records.whole_shards([name])
+            if lost:
+                raise DamagedStoreError(
+                    f"{self.shard_file(name, min(lost))} is missing from the store, and Zarr would "
+                    "read it as zeros; run the same `flash-sae cache` again"
+                )
 
-    def _names(self) -> list[str]:
-        return [f"activations/{h}" for h in self.widths] + [f"tokens/{n}" for n in TOKEN_ARRAYS]
+    def begins_with_token(self) -> bool:
+        """Whether every sequence of the text began with the tokenizer's begin token."""
+        return bool(zarr.open_group(self.records.zarr, mode="r").attrs.get("begin_token", True))
+
+    def num_documents(self) -> int:
+        """How many documents of the text the rows came from: 0 .. num_documents - 1."""
+        record = self.records.read("complete.json") or {}
+        if "documents" in record:
+            return int(record["documents"])
+        return int(self.read("tokens/document", 0, self.rows).max()) + 1
 
     def shard_file(self, name: str, shard: int) -> str:
         """Where a shard of an array lives."""
@@ -311,13 +377,17 @@ class ActivationStore:
             raise ConfigError(f"hookpoint {hookpoint!r} is not in the store {self.path}{near}")
         return self.widths[hookpoint]
 
+    def array(self, name: str) -> zarr.Array[Any]:
+        """An array through Zarr; opening it reads its metadata once."""
+        array = zarr.open_group(self.records.zarr, mode="r")[name]
+        assert isinstance(array, zarr.Array)
+        return array
+
     def read(self, name: str, start: int, stop: int) -> Array:
         """Rows of an array through Zarr, checksums verified: [stop - start, ...], bfloat16 as
         uint16 bits.
         """
-        array = zarr.open_group(self.path, mode="r")[name]
-        assert isinstance(array, zarr.Array)
-        return np.asarray(array[start:stop])
+        return np.asarray(self.array(name)[start:stop])
 
     def mean(self, hookpoint: str) -> Array:
         """Mean activation [D] float64."""
@@ -334,10 +404,11 @@ class ActivationStore:
                     found = google_crc32c.value(self.read(name, start, stop).tobytes())
                 except ValueError as e:
                     raise DamagedStoreError(
-                        f"{self.shard_file(name, shard)} is damaged: {e}"
+                        f"{self.shard_file(name, shard)} is damaged: {e}; delete that file and "
+                        "run the same `flash-sae cache` again"
                     ) from e
                 if found != expected:
                     raise DamagedStoreError(
                         f"{self.shard_file(name, shard)} does not hold what was written; "
-                        f"delete records/{shard_record(shard)} and cache again"
+                        "delete that file and run the same `flash-sae cache` again"
                     )

@@ -4,15 +4,16 @@ them.
 
 from __future__ import annotations
 
-import glob
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
@@ -36,6 +37,13 @@ class TokenTable:
         folder.mkdir(parents=True, exist_ok=True)
         for field in fields(self):
             np.save(folder / f"{field.name}.npy", getattr(self, field.name))
+
+    def checksum(self) -> int:
+        """crc32c of the token ids."""
+        crc = 0
+        for start in range(0, len(self.ids), 4096):
+            crc = google_crc32c.extend(crc, self.ids[start : start + 4096].tobytes())
+        return int(crc)
 
     @classmethod
     def load(cls, folder: Path) -> TokenTable:
@@ -68,55 +76,84 @@ def _pydoc(cfg: TextConfig) -> Iterator[str]:
 
 def _files(cfg: TextConfig) -> Iterator[str]:
     for pattern in cfg.paths:
-        found = sorted(glob.glob(pattern, recursive=True))
+        try:
+            fs, path = fsspec.core.url_to_fs(pattern)
+        except (ImportError, ValueError) as e:
+            raise ConfigError(f"text.paths: {pattern!r} cannot be reached: {e}") from e
+        found = sorted(f for f in fs.glob(path) if fs.isfile(f))
         if not found:
             raise ConfigError(f"text.paths: {pattern!r} names no file; check the path")
         for name in found:
-            yield from _file(Path(name), cfg.column)
+            try:
+                yield from _file(fs, name, cfg.column)
+            except (UnicodeDecodeError, json.JSONDecodeError, OSError) as e:
+                raise ConfigError(
+                    f"text.paths: {name} cannot be read: {e}; mend it or leave it out"
+                ) from e
 
 
-def _file(path: Path, column: str) -> Iterator[str]:
-    if path.suffix == ".txt":
-        yield path.read_text()
-    elif path.suffix == ".jsonl":
-        with path.open() as lines:
-            for number, line in enumerate(lines, 1):
-                record = json.loads(line)
-                if column not in record:
-                    raise ConfigError(
-                        f"text.column={column!r} is not in line {number} of {path}; "
-                        f"it has {', '.join(sorted(record))}"
-                    )
-                yield record[column]
-    elif path.suffix == ".parquet":
+def _file(fs: Any, path: str, column: str) -> Iterator[str]:
+    if path.endswith(".txt"):
+        with fs.open(path, "r", encoding="utf-8") as file:
+            yield file.read()
+    elif path.endswith(".jsonl"):
+        with fs.open(path, "r", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield from _text(json.loads(line), column, f"line {number} of {path}")
+    elif path.endswith(".parquet"):
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        file = pq.ParquetFile(path)
-        if column not in file.schema_arrow.names:
-            names = ", ".join(file.schema_arrow.names)
-            raise ConfigError(f"text.column={column!r} is not in {path}; it has {names}")
-        for batch in file.iter_batches(columns=[column]):
-            yield from batch.column(0).to_pylist()
+        with fs.open(path, "rb") as file:
+            try:
+                table = pq.ParquetFile(file)
+            except pa.ArrowInvalid as e:
+                raise OSError(str(e)) from e
+            if column not in table.schema_arrow.names:
+                names = ", ".join(table.schema_arrow.names)
+                raise ConfigError(f"text.column={column!r} is not in {path}; it has {names}")
+            for batch in table.iter_batches(columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    yield from _text({column: value}, column, path)
     else:
-        raise ConfigError(f"text.paths: {path} is no .txt, .jsonl or .parquet file")
+        raise ConfigError(
+            f"text.paths: {path} is no .txt, .jsonl or .parquet file; name files of these kinds"
+        )
+
+
+def _text(record: Any, column: str, where: str) -> Iterator[str]:
+    """The text of a record; nothing where it is null. Raises ConfigError where there is no such
+    column or no text in it.
+    """
+    if not isinstance(record, dict) or column not in record:
+        known = ", ".join(sorted(record)) if isinstance(record, dict) else "no columns"
+        raise ConfigError(f"text.column={column!r} is not in {where}; it has {known}")
+    value = record[column]
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(
+            f"text.column={column!r} holds a {type(value).__name__} in {where}, not text; "
+            "name another column"
+        )
+    if value is not None:
+        yield value
 
 
 def _hub(cfg: TextConfig) -> Iterator[str]:
     from datasets import load_dataset
 
     try:
+        # A stream is asked for its data only as it is read.
         data = load_dataset(cfg.name, cfg.subset, split=cfg.split, streaming=cfg.streaming)
-    except (OSError, ValueError) as e:
+        for record in data:
+            yield from _text(record, cfg.column, f"text.name={cfg.name!r}")
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError) as e:
         raise ConfigError(
-            f"text.name={cfg.name!r} cannot be loaded: {' '.join(str(e).split())}"
+            f"text.name={cfg.name!r} cannot be loaded: {' '.join(str(e).split())}; check the "
+            "name, text.subset and text.split, and that the hub can be reached"
         ) from e
-    for record in data:
-        if cfg.column not in record:
-            raise ConfigError(
-                f"text.column={cfg.column!r} is not in {cfg.name}; "
-                f"it has {', '.join(sorted(record))}"
-            )
-        yield record[cfg.column]
 
 
 def token_table(
@@ -127,6 +164,7 @@ def token_table(
     causal: bool,
     drop_special_tokens: bool,
     num_rows: int,
+    advance: Callable[[int], None] = lambda n: None,
 ) -> TokenTable:
     """Tokenises documents into sequences until they give num_rows stored tokens or the text ends.
 
@@ -138,7 +176,9 @@ def token_table(
     parts: list[Sequence] = []
     for sequence in _sequences(cfg, tokenizer, context_length, causal, drop_special_tokens):
         parts.append(sequence)
-        num_rows -= int(sequence.keep.sum())
+        rows = int(sequence.keep.sum())
+        num_rows -= rows
+        advance(rows)
         if num_rows <= 0:
             break
     return _table(parts, context_length)
@@ -151,23 +191,22 @@ def held_out_table(
     context_length: int,
     causal: bool,
     drop_special_tokens: bool,
-    after_rows: int,
+    after_documents: int,
     num_sequences: int,
 ) -> TokenTable:
-    """The num_sequences sequences that follow the first after_rows stored tokens: text that
-    `token_table` left out.
+    """The first num_sequences sequences of the documents after the first after_documents, which a
+    store's rows came from; those are passed over untokenised.
 
     Where the text ends before that, its last sequences.
     """
-    last: deque[Sequence] = deque(maxlen=num_sequences)
-    fresh = 0
-    for sequence in _sequences(cfg, tokenizer, context_length, causal, drop_special_tokens):
-        last.append(sequence)
-        fresh += after_rows <= 0
-        after_rows -= int(sequence.keep.sum())
-        if fresh == num_sequences:
-            break
-    return _table(list(last), context_length)
+
+    def sequences(skip: int) -> Iterator[Sequence]:
+        return _sequences(cfg, tokenizer, context_length, causal, drop_special_tokens, skip)
+
+    parts = list(islice(sequences(after_documents), num_sequences))
+    if len(parts) < num_sequences:
+        parts = list(deque(sequences(0), maxlen=num_sequences))
+    return _table(parts, context_length)
 
 
 class Sequence(NamedTuple):
@@ -181,10 +220,16 @@ class Sequence(NamedTuple):
 
 
 def _sequences(
-    cfg: TextConfig, tokenizer: Any, length: int, causal: bool, drop_special_tokens: bool
+    cfg: TextConfig,
+    tokenizer: Any,
+    length: int,
+    causal: bool,
+    drop_special_tokens: bool,
+    skip: int = 0,
 ) -> Iterator[Sequence]:
     special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int32)
-    for ids, document, position in (_packed if causal else _separate)(cfg, tokenizer, length):
+    numbered = enumerate(_tokenised(cfg, tokenizer, skip), start=skip)
+    for ids, document, position in (_packed if causal else _separate)(numbered, tokenizer, length):
         attention = position != _PADDING
         keep = attention.copy()
         if drop_special_tokens:
@@ -201,22 +246,30 @@ def _table(parts: list[Sequence], length: int) -> TokenTable:
 _SPECIAL, _PADDING = -1, -2  # values of `position` where no token of a document stands
 
 
-def _tokenised(cfg: TextConfig, tokenizer: Any) -> Iterator[list[int]]:
-    stream = documents(cfg)
+def _tokenised(cfg: TextConfig, tokenizer: Any, skip: int) -> Iterator[list[int]]:
+    stream = islice(documents(cfg), skip, None)
     while batch := list(islice(stream, _DOCUMENTS_A_BATCH)):
         # Long documents pass model_max_length on purpose: they are cut into sequences afterwards.
         yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def begin_token(tokenizer: Any, causal: bool) -> int | None:
+    """The token that every sequence begins with, or None."""
+    if not causal and tokenizer.cls_token_id is not None:
+        return int(tokenizer.cls_token_id)
+    return None if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+
+
 def _packed(
-    cfg: TextConfig, tokenizer: Any, length: int
+    numbered: Iterator[tuple[int, list[int]]], tokenizer: Any, length: int
 ) -> Iterator[tuple[npt.NDArray[np.int32], ...]]:
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    first = begin_token(tokenizer, causal=True)
+    begin = [] if first is None else [first]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     body = length - len(begin)
     head = np.array([[*begin], [-1] * len(begin), [_SPECIAL] * len(begin)], dtype=np.int32)
     waiting = np.empty((3, 0), dtype=np.int32)
-    for number, ids in enumerate(_tokenised(cfg, tokenizer)):
+    for number, ids in numbered:
         tokens = np.array([*ids, *end], dtype=np.int32)
         place = np.arange(len(tokens), dtype=np.int32)
         place[len(ids) :] = _SPECIAL
@@ -228,14 +281,14 @@ def _packed(
 
 
 def _separate(
-    cfg: TextConfig, tokenizer: Any, length: int
+    numbered: Iterator[tuple[int, list[int]]], tokenizer: Any, length: int
 ) -> Iterator[tuple[npt.NDArray[np.int32], ...]]:
-    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    first = begin_token(tokenizer, causal=False)
     last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
     begin, end = [t for t in [first] if t is not None], [t for t in [last] if t is not None]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     body = length - len(begin) - len(end)
-    for number, ids in enumerate(_tokenised(cfg, tokenizer)):
+    for number, ids in numbered:
         for start in range(0, len(ids), body):
             part = ids[start : start + body]
             padding = body - len(part)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 from accelerate.utils import gather_object
+from torch import Tensor
 
-from ..activations.language_model import LanguageModel, load_language_model
+from ..activations.language_model import LanguageModel, check_has_loss, load_language_model
 from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
 from ..activations.text import TokenTable, held_out_table
-from ..config import Config, ConfigError, parse_config
+from ..config import Config, ConfigError, EvaluateConfig, UserError
+from ..config_file import parse_config
 from ..models.topk import CONFIG_FILE, TopKSAE
 from ..progress import progress_bar
 from .loss_recovered import LossMeter
@@ -28,6 +31,26 @@ class FinishedSAE(NamedTuple):
     name: str
     folder: Path
     hookpoint: str
+
+    def check_fits(self, store: ActivationStore) -> None:
+        """Raises ConfigError where the store holds other activations than it was trained on."""
+        try:
+            d_in = json.loads((self.folder / "sae" / CONFIG_FILE).read_text())["d_in"]
+        except (OSError, KeyError, json.JSONDecodeError) as e:
+            raise ConfigError(f"{self.folder}/sae is damaged ({e}); train it anew") from e
+        width = store.width(self.hookpoint)
+        if d_in != width:
+            raise ConfigError(
+                f"{self.folder}: the SAE is of width {d_in}, but {self.hookpoint} in {store.path} "
+                f"of {width}; name the store it was trained on"
+            )
+
+    def load(self, device: torch.device | str = "cpu") -> TopKSAE:
+        """The SAE itself. Raises UserError where its files are damaged."""
+        try:
+            return TopKSAE.load(self.folder / "sae", device=device)
+        except ValueError as e:
+            raise UserError(str(e)) from e
 
 
 def finished_saes(output: Path) -> list[FinishedSAE]:
@@ -58,13 +81,18 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     cfg, output = config.evaluate, Path(config.output)
     saes = finished_saes(output)
     store = ActivationStore.open(config.store_path())
+    for sae in saes:
+        sae.check_fits(store)
     rank, world = accelerator.process_index, accelerator.num_processes
     # Neighbours share a hookpoint, and with it the clean and the zero loss.
     saes.sort(key=lambda s: s.hookpoint)
     mine = saes[len(saes) * rank // world : len(saes) * (rank + 1) // world]
-    lm, text = _language_model(config, accelerator.device) if cfg.loss_sequences else (None, None)
+    lm, text = None, None
+    if cfg.loss_sequences:
+        lm, text = _language_model(config, store, accelerator.device)
     passes = len(mine) + 2 * len({s.hookpoint for s in mine})
-    work = cfg.num_tokens * len(mine) + (text.ids.size * passes if text is not None else 0)
+    num_tokens = min(cfg.num_tokens, store.rows)
+    work = num_tokens * len(mine) + (text.ids.size * passes if text is not None else 0)
     meters: dict[str, LossMeter] = {}
     records = []
     with progress_bar("evaluate", work, "tokens", accelerator.is_main_process) as bar:
@@ -74,8 +102,8 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
                 meters[sae.hookpoint] = LossMeter(
                     lm, sae.hookpoint, text, config.cache.batch_sequences, bar.advance
                 )
-            records.append(_evaluate(sae, config, store, meters.get(sae.hookpoint), accelerator))
-            bar.advance(cfg.num_tokens)
+            meter = meters.get(sae.hookpoint)
+            records.append(_evaluate(sae, cfg, store, meter, accelerator.device, bar.advance))
     everyone: list[dict[str, Any]] = gather_object(records) if world > 1 else records
     everyone.sort(key=lambda r: r["job"])
     if accelerator.is_main_process:
@@ -84,19 +112,22 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     return everyone
 
 
-def _language_model(config: Config, device: torch.device) -> tuple[LanguageModel, TokenTable]:
+def _language_model(
+    config: Config, store: ActivationStore, device: torch.device
+) -> tuple[LanguageModel, TokenTable]:
     config.need("model", "text", "cache", verb="evaluate")
     assert config.model is not None
     assert config.text is not None
     assert config.cache is not None
     lm = load_language_model(config.model, device)
+    check_has_loss(lm)
     table = held_out_table(
         config.text,
         lm.tokenizer,
         context_length=config.cache.context_length,
         causal=lm.causal,
         drop_special_tokens=config.cache.drop_special_tokens,
-        after_rows=config.cache.num_tokens,
+        after_documents=store.num_documents(),
         num_sequences=config.evaluate.loss_sequences,
     )
     return lm, table
@@ -104,26 +135,33 @@ def _language_model(config: Config, device: torch.device) -> tuple[LanguageModel
 
 def _evaluate(
     found: FinishedSAE,
-    config: Config,
+    cfg: EvaluateConfig,
     store: ActivationStore,
     meter: LossMeter | None,
-    accelerator: Any,
+    device: torch.device,
+    advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    sae = TopKSAE.load(found.folder / "sae", device=accelerator.device)
-    cfg = config.evaluate
+    sae = found.load(device)
     # Never more than the store holds: a row measured twice is no new evidence.
     num_tokens = min(cfg.num_tokens, store.rows)
-    batch_tokens = min(cfg.batch_tokens, num_tokens)
+    # Passes of equal size, so that no rest is left out.
+    num_steps = -(-num_tokens // cfg.batch_tokens)
     loader = ActivationLoader(
         store,
         found.hookpoint,
-        batch_tokens=batch_tokens,
+        batch_tokens=num_tokens // num_steps,
         seed=-1 & 0x7FFFFFFF,
-        num_steps=num_tokens // batch_tokens,
-        device=accelerator.device,
+        num_steps=num_steps,
+        device=device,
     )
+
+    def batches() -> Iterator[Tensor]:
+        for batch in loader:
+            yield batch
+            advance(len(batch))
+
     with loader:
-        metrics = measure(sae, loader)
+        metrics = measure(sae, batches())
     loss = meter.measure(sae) if meter is not None else None
     record = evaluation_record(found.name, found.hookpoint, sae.k, sae.d_sae, metrics, loss)
     write_evaluation(found.folder, record)

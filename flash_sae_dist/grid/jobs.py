@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 from pathlib import Path
 
-from ..config import Config, ConfigError, nearest_name, with_values
+from ..config import Config, ConfigError, match_names, nearest_name
+from ..config_file import with_values
 from ..training.records import Job
 
 
@@ -37,7 +37,7 @@ def expand(config: Config, hookpoints: list[str]) -> list[Job]:
     assert config.grid is not None
     matched: list[str] = []
     for pattern in config.grid.hookpoints:
-        found = fnmatch.filter(hookpoints, pattern)
+        found = hookpoints if pattern == "*" else match_names(pattern, hookpoints)
         if not found:
             raise ConfigError(
                 f"grid.hookpoints: {pattern!r} is not in the store"

@@ -10,14 +10,19 @@ import torch
 import torch.distributed as dist
 
 from ..activations.store import ActivationStore
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, UserError
 from ..parallel.mesh import Mesh, make_mesh
 from ..training.records import Job, Status, check_same_job, read_metrics, read_status, write_status
 from ..training.trainer import Trainer, is_finished
 from . import jobs as job_list
 from .placement import Bundle, assign, make_bundles
+from .trackers import Trackers
 
 logger = logging.getLogger(__name__)
+
+
+class JobsFailedError(UserError):
+    """Some SAEs failed; their status.json tell why."""
 
 
 def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
@@ -25,7 +30,7 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     folders.
 
     One job's failure is recorded in its status.json and the others go on. Raises ConfigError
-    before any work when something does not fit, and RuntimeError at the end when a job failed.
+    before any work when something does not fit, and JobsFailedError at the end when a job failed.
     Collective over all processes.
     """
     verb = "grid" if grid else "train"
@@ -43,24 +48,25 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     )
     _check_fit(found, store, mesh)
     for job in found:
-        check_same_job(job)
+        check_same_job(job, store.config)
     open_jobs = [job for job in found if not is_finished(job)]
     widths = {name: store.width(name) for name in store.hookpoints}
     bundles = make_bundles(open_jobs, widths, mesh.num_shards, _memory_bytes(device))
     plan = assign(bundles, mesh.num_groups)
+    trackers = Trackers(accelerator, [job.name for job in open_jobs])
     # Every rank has looked at what is finished before any rank finishes more.
     accelerator.wait_for_everyone()
     for bundle in plan[mesh.group]:
-        _train_bundle(bundle.jobs, store, mesh, accelerator)
+        _train_bundle(bundle.jobs, store, mesh, accelerator.device, trackers)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _replay_other_groups(plan[1:], accelerator)
+        _replay_other_groups(plan[1:], trackers)
     failed = {
         j.name: s.error for j in found if (s := read_status(j.folder)) and s.state == "failed"
     }
     if failed:
         told = "; ".join(f"{name}: {error}" for name, error in failed.items())
-        raise RuntimeError(f"{len(failed)} of {len(found)} SAEs failed ({told})")
+        raise JobsFailedError(f"{len(failed)} of {len(found)} SAEs failed ({told})")
     return found
 
 
@@ -99,26 +105,28 @@ def _memory_bytes(device: torch.device) -> int:
     return int(least)
 
 
-def _train_bundle(jobs: list[Job], store: ActivationStore, mesh: Mesh, accelerator: Any) -> None:
-    def log_metrics(values: dict[str, float], step: int) -> None:
-        accelerator.log(values, step=step)
-
+def _train_bundle(
+    jobs: list[Job], store: ActivationStore, mesh: Mesh, device: torch.device, trackers: Trackers
+) -> None:
     try:
-        Trainer(jobs, store, mesh, accelerator.device, log_metrics).run()
+        Trainer(jobs, store, mesh, device, trackers.log).run()
     except (RuntimeError, ValueError, OSError) as e:
-        if len(jobs) == 1 and mesh.num_groups == 1:
-            raise
-        logger.exception("%s failed", ", ".join(job.name for job in jobs))
         for job in jobs:
-            status = read_status(job.folder) or Status("failed", 0, 0)
-            if mesh.is_lead and status.state != "finished":
+            status = read_status(job.folder) or Status("running", 0, 0)
+            # The first reason stands: other ranks then fail for want of this one.
+            if status.state == "running":
                 reason = f"{type(e).__name__}: {e}"
                 write_status(job, Status("failed", status.step, status.total_steps, reason))
+        # Where several ranks train together, the others may wait inside a collective that this one
+        # has left: the launch must end, not hang. A single job's error is best told as it is.
+        if mesh.members > 1 or (len(jobs) == 1 and mesh.num_groups == 1):
+            raise
+        logger.exception("%s failed", ", ".join(job.name for job in jobs))
 
 
-def _replay_other_groups(others: list[list[Bundle]], accelerator: Any) -> None:
+def _replay_other_groups(others: list[list[Bundle]], trackers: Trackers) -> None:
     """Trackers log on the main process alone: they get what other groups measured at the end."""
     for job in (job for bundles in others for bundle in bundles for job in bundle.jobs):
         for line in read_metrics(job.folder / "metrics.jsonl"):
-            values = {f"{job.name}/{k}": v for k, v in line.items() if k not in ("step", "tokens")}
-            accelerator.log(values, step=line["step"])
+            values = {k: v for k, v in line.items() if k not in ("step", "tokens")}
+            trackers.log(job.name, values, line["step"])

@@ -43,11 +43,12 @@ def export(
     hookpoint: str,
     model_name: str | None = None,
     context_length: int | None = None,
+    prepend_bos: bool = True,
 ) -> None:
     """Writes an SAE so that SAELens's `SAE.load_from_disk(folder)` reconstructs alike.
 
-    The metadata says how SAELens is to load the language model, and that sequences began with the
-    begin token, as the store's do.
+    The metadata says how SAELens is to load the language model, and whether sequences began with
+    the begin token.
     """
     lens = hook_name(hookpoint) != hookpoint
     metadata: dict[str, Any] = {
@@ -58,7 +59,7 @@ def export(
         "hf_hook_name": hookpoint,
         "hook_head_index": None,
         "context_size": context_length,
-        "prepend_bos": True,
+        "prepend_bos": prepend_bos,
         "model_class_name": "HookedTransformer" if lens else "AutoModelForCausalLM",
         # Centred weights would take the mean out of the residual stream, which SAEs have seen.
         "model_from_pretrained_kwargs": {"center_writing_weights": False} if lens else {},

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..config import ConfigError
 from ..kernels import reference
 from .mesh import Mesh
 
@@ -35,6 +36,19 @@ def all_reduce_(
     """Reduces a tensor over a group in place."""
     if size > 1:
         dist.all_reduce(tensor, op=op, group=group)
+
+
+def raise_together(error: ConfigError | None) -> None:
+    """Raises what any process met on all of them: a mistake that one process alone can find ends
+    the others with the same sentence, not with a broken connection. Collective over all processes.
+    """
+    if error is not None and not dist.is_initialized():
+        raise error
+    if dist.is_initialized():
+        told: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, None if error is None else str(error))
+        if sentences := [sentence for sentence in told if sentence]:
+            raise error or ConfigError(sentences[0])
 
 
 def gather_batch(x_local: Tensor, mesh: Mesh) -> Tensor:

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..config import UserError
 from ..parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class TrainingState(NamedTuple):
     info: dict[str, Any]  # plain values
 
 
-class DamagedCheckpointError(ValueError):
+class DamagedCheckpointError(UserError):
     """A checkpoint whose files are missing, torn or changed."""
 
 

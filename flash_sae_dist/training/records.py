@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from ..config import Config, ConfigError, parse_config
+from ..config import Config, ConfigError
+from ..config_file import parse_config
 
 State = Literal["running", "finished", "failed"]
-LogMetrics = Callable[[dict[str, float], int], None]
+LogMetrics = Callable[[str, dict[str, float], int], None]  # job, values, step
 
 
 class Job(NamedTuple):
@@ -38,14 +39,18 @@ class Status(NamedTuple):
 def write_text(path: Path, text: str) -> None:
     """Writes a file under a temporary name and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
+    # Ranks of one job may tell the same failure at the same time.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     partial.write_text(text)
     os.replace(partial, path)
 
 
-def write_job(job: Job) -> None:
-    """Writes `job.yaml`: the resolved config, which alone repeats the job."""
+def write_job(job: Job, store_config: dict[str, Any]) -> None:
+    """Writes `job.yaml`: the resolved config, which alone repeats the job; and `store.json`: what
+    the store's rows are.
+    """
     data = job.config.model_dump(mode="json", exclude_unset=True)
+    write_text(job.folder / "store.json", json.dumps(store_config, indent=1) + "\n")
     write_text(job.folder / "job.yaml", yaml.safe_dump(data, sort_keys=False))
 
 
@@ -53,8 +58,10 @@ def write_job(job: Job) -> None:
 _FREE_KEYS = {"num_shards", "num_replicas", "log_every", "checkpoint_every", "keep_checkpoints"}
 
 
-def check_same_job(job: Job) -> None:
-    """Raises ConfigError where the folder holds a job of another config."""
+def check_same_job(job: Job, store_config: dict[str, Any]) -> None:
+    """Raises ConfigError where the folder holds a job of another config or of another store's
+    rows.
+    """
     path = job.folder / "job.yaml"
     if not path.is_file():
         return
@@ -68,6 +75,15 @@ def check_same_job(job: Job) -> None:
                     f"{section}.{key}={asked!r} differs from {was!r} in {path}; "
                     "name another output folder, or remove that job's"
                 )
+    rows = job.folder / "store.json"
+    trained = json.loads(rows.read_text()) if rows.is_file() else store_config
+    for key in sorted(trained.keys() | store_config.keys()):
+        was, asked = trained.get(key), store_config.get(key)
+        if was != asked:
+            raise ConfigError(
+                f"the store's {key}={asked!r} differs from {was!r}, on which {job.folder} was "
+                "trained; name another output folder, or remove that job's"
+            )
 
 
 def write_status(job: Job, status: Status) -> None:

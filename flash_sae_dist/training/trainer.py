@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,9 @@ logger = logging.getLogger(__name__)
 class Member:
     """One job in the loop: its training state, files and fate."""
 
-    def __init__(self, job: Job, d_in: int, mesh: Mesh, device: torch.device) -> None:
+    def __init__(
+        self, job: Job, store_config: dict[str, Any], d_in: int, mesh: Mesh, device: torch.device
+    ) -> None:
         assert job.config.sae is not None
         assert job.config.train is not None
         self.job, self.mesh, self.cfg = job, mesh, job.config.train
@@ -39,10 +42,11 @@ class Member:
             sae = self.training.sae
             state = checkpoint.load(self.checkpoints, step, sae.first_latent, sae.d_sae_local)
             self.training.load_state(state)
-            logger.info("%s: resumed at step %d", job.name, step)
+            if mesh.is_lead:
+                logger.info("%s: resumed at step %d", job.name, step)
         self.log = MetricsLog(job.folder / "metrics.jsonl", step or 0, enabled=mesh.is_lead)
         if mesh.is_lead:
-            write_job(job)
+            write_job(job, store_config)
         self.write_status()
 
     @property
@@ -69,7 +73,8 @@ class Member:
     def fail(self, reason: str) -> None:
         """Ends this job and lets the others go on."""
         self.error = reason
-        logger.error("%s failed: %s", self.job.name, reason)
+        if self.mesh.is_lead:
+            logger.error("%s failed: %s", self.job.name, reason)
         self.write_status()
 
     def save_checkpoint(self) -> None:
@@ -117,7 +122,7 @@ class Trainer:
         self.cfg, self.hookpoint, self.store = cfg, cfg.hookpoint, store
         self.mesh, self.device, self.log_metrics = mesh, device, log_metrics
         d_in = store.width(self.hookpoint)
-        self.members = [Member(job, d_in, mesh, device) for job in jobs]
+        self.members = [Member(job, store.config, d_in, mesh, device) for job in jobs]
         self.total_steps = self.members[0].training.total_steps
 
     def run(self) -> None:
@@ -136,7 +141,9 @@ class Trainer:
         )
         title = f"train {self.hookpoint} ({len(self.members)} SAEs)"
         total = (self.total_steps - start) * self.cfg.batch_tokens
-        with loader, progress_bar(title, total, "tokens", self.mesh.is_lead) as bar:
+        mesh = self.mesh
+        bar_ = progress_bar(title, total, "tokens", mesh.is_lead, shared=mesh.num_groups > 1)
+        with loader, bar_ as bar:
             self._loop(loader, start, bar.advance)
         for member in self.members:
             if member.error is None:
@@ -181,7 +188,7 @@ class Trainer:
             phases = shared_ms | timer.milliseconds()
             values |= {f"ms/{phase}": ms for phase, ms in phases.items()}
             member.log.append({"step": step, "tokens": step * self.cfg.batch_tokens, **values})
-            self.log_metrics({f"{member.job.name}/{n}": v for n, v in values.items()}, step)
+            self.log_metrics(member.job.name, values, step)
             if not math.isfinite(values["fvu"]):
                 reason = f"fvu is {values['fvu']} at step {step}; lower train.lr, check the store"
                 member.fail(reason)

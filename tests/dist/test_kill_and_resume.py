@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from flash_sae_dist.activations.store import ActivationStore
+from flash_sae_dist.activations.store import ActivationStore, array_names
 from tests.dist.jobs import finish, kill_after, start
 from tests.tiny_model import config_data, save_text, write_config
 
@@ -37,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(path: str) -> dict[str, np.ndarray[Any, Any]]:
     store = ActivationStore.open(path)
     store.verify()
-    return {name: store.read(name, 0, store.rows) for name in store._names()}
+    return {name: store.read(name, 0, store.rows) for name in array_names(store.widths)}
 
 
 def assert_same_rows(a: str, b: str) -> None:

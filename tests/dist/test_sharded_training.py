@@ -33,6 +33,7 @@ def args(precision: str, kind: str, replicas: int = 1) -> tuple[str, ...]:
 
 
 def assert_equal(run: dict[str, Any], want: dict[str, Any]) -> None:
+    assert run["selected"].shape[0] == STEPS
     assert torch.equal(run["selected"], want["selected"])
     torch.testing.assert_close(run["losses"], want["losses"], rtol=1e-9, atol=1e-15)
 

@@ -76,10 +76,12 @@ def run(precision: str, steps: str, replicas: str, dead_after: str, kind: str) -
     for step in range(int(steps)):
         x = batch(step, training.master_dtype)
         mine = x[mesh.replica * per_replica : (mesh.replica + 1) * per_replica]
-        if step > 0:
-            active = global_selection(training, x, mesh)
-            selected.append(active)
-            short += int((active.sum(1) < K).sum())
+        if step == 0:
+            # As the step itself will do, so that its selection is among those compared.
+            training.init_b_dec(mine)
+        active = global_selection(training, x, mesh)
+        selected.append(active)
+        short += int((active.sum(1) < K).sum())
         metrics = training.step(mine, PhaseTimer(DEVICE, enabled=False))
         losses.append([float(m) for m in metrics])
     return {

@@ -1,0 +1,159 @@
+"""Config files: YAML in, one clear sentence out when something does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from .config import Config, ConfigError, nearest_name
+
+# What a type is called in YAML, with an example, by pydantic's name for the error.
+_WANTED = {
+    "int_type": "write a whole number, such as 4096",
+    "float_type": "write a number, such as 0.001",
+    "string_type": "write text, in quotes where YAML takes it for something else",
+    "bool_type": "write true or false",
+    "tuple_type": "write a list, such as [a, b]",
+    "dict_type": "write `key: value` lines",
+    "model_type": "write a section of `key: value` lines",
+}
+
+
+def _section_fields(loc: tuple[int | str, ...]) -> list[str]:
+    model: Any = Config
+    for part in loc:
+        annotation = model.model_fields[part].annotation
+        options = [
+            a
+            for a in (*get_args(annotation), annotation)
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
+        model = options[0]
+    return list(model.model_fields)
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML has it: lists are lists."""
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+def _sentence(error: ErrorDetails) -> str:
+    loc = tuple(p for p in error["loc"])
+    key = ".".join(str(p) for p in loc)
+    if error["type"] == "extra_forbidden":
+        known = [".".join(map(str, (*loc[:-1], name))) for name in _section_fields(loc[:-1])]
+        return f"unknown key {key!r} (value {_shown(error['input'])}){nearest_name(key, known)}"
+    if error["type"] == "missing":
+        return f"key {key!r} is missing; add it (`flash-sae keys {key}` tells what it means)"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    told = f"{key}={_shown(error['input'])}"
+    if error["type"] == "literal_error":
+        choices = [
+            c.strip("', ") for c in error["ctx"]["expected"].replace(" or ", ", ").split(", ")
+        ]
+        return f"{told} is not a choice{nearest_name(str(error['input']), choices)}"
+    if error["type"] in _WANTED:
+        return f"{told} is of the wrong type; {_WANTED[error['type']]}"
+    return f"{told} does not fit: {message[0].lower()}{message[1:]}"
+
+
+def parse_config(data: dict[str, Any], source: str = "config") -> Config:
+    """Builds a Config from plain data. Raises ConfigError telling the first mistake."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as e:
+        # A typing mistake (an unknown key) explains the missing one beside it, so it is told first.
+        first = min(e.errors(), key=lambda err: err["type"] != "extra_forbidden")
+        raise ConfigError(f"{source}: {_sentence(first)}") from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's own rule, which PyYAML does not check: it keeps the last of two equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} stands there twice (line {line})"
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    loader = _UniqueKeys(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets one `dotted.key=value` (value read as YAML) in place. Raises ConfigError on a malformed
+    one.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            f"override {override!r} is not of the form key=value, such as train.batch_tokens=4096"
+        )
+    try:
+        value = _read_yaml(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
+    *path, last = key.split(".")
+    if path[:2] == ["grid", "values"]:
+        path, last = path[:2], key.removeprefix("grid.values.")
+    for part in path:
+        if data.get(part) is None:
+            data[part] = {}
+        data = data[part]
+        if not isinstance(data, dict):
+            raise ConfigError(
+                f"override {override!r}: {part!r} is not a section; drop what follows it"
+            )
+    data[last] = value
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML config and applies `key=value` overrides. Raises ConfigError."""
+    file = Path(path)
+    if not file.is_file():
+        folder = file if file.is_dir() else file.parent
+        near = sorted(map(str, folder.glob("*.yaml"))) if folder.is_dir() else []
+        hint = nearest_name(str(path), near) if near else "; check the path"
+        what = "is a folder, not a file" if file.is_dir() else "does not exist"
+        raise ConfigError(f"config {str(path)!r} {what}{hint}")
+    try:
+        data = _read_yaml(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    except (UnicodeDecodeError, OSError) as e:
+        raise ConfigError(f"{path}: cannot be read as text: {e}; is it the config?") from None
+    if not isinstance(data, dict):
+        what = "is empty" if data is None else f"holds a {type(data).__name__}"
+        raise ConfigError(
+            f"{path}: the file {what}; it must hold sections, such as those of "
+            "configs/quickstart.yaml"
+        )
+    for override in overrides:
+        apply_override(data, override)
+    return parse_config(data, str(path))
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """A copy of a config with dotted keys replaced, checked anew. Raises ConfigError."""
+    data = config.model_dump(mode="json", exclude_unset=True)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        data[section] = {**(data.get(section) or {}), name: value}
+    return parse_config(data, "grid")

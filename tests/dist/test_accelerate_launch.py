@@ -1,0 +1,91 @@
+"""The verbs as users start several processes: `accelerate launch -m flash_sae_dist.launch.VERB`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.dist.ranks import free_port
+from tests.tiny_model import config_data, write_config
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+def launch(verb: str, *args: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Runs a verb to its end; a hang is a failure of the test."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", str(processes), "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", str(free_port()), "-m", f"flash_sae_dist.launch.{verb}"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *args],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("launch")
+    data = config_data(root)
+    data["train"] |= {"num_tokens": 1280, "log_every": 5}
+    data["trackers"] = ["tensorboard"]
+    return write_config(root / "c.yaml", data)
+
+
+def test_the_whole_job(config: Path) -> None:
+    for verb in ("cache", "grid", "evaluate", "export"):
+        done = launch(verb, str(config))
+        assert done.returncode == 0, done.stderr[-3000:]
+    out = config.parent / "run"
+    assert len(json.loads((out / "evaluation.json").read_text())) == 4
+    assert "recovered" in launch("evaluate", str(config), "evaluate.loss_sequences=0").stdout
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = {p.parent for p in out.rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder)).Reload()
+    for job in ("model.layers.0/k=2", "model.layers.1.mlp/k=4"):
+        tags = {t.removeprefix(f"{job}/") for t in events.Tags()["scalars"] if t.startswith(job)}
+        assert {"fvu", "l0", "dead_fraction", "lr", "tokens_per_s", "ms/data"} <= tags
+        curve = [(e.step, e.value) for e in events.Scalars(f"{job}/fvu")]
+        lines = [json.loads(x) for x in (out / job / "metrics.jsonl").read_text().splitlines()]
+        assert curve == [(x["step"], pytest.approx(x["fvu"], rel=1e-6)) for x in lines]
+
+
+@pytest.mark.parametrize(
+    ("verb", "override", "words"),
+    [
+        ("train", "sae.d_sae=63", "sae.d_sae=63 is not divisible by the 2 shards; use 64"),
+        # Found by the first process alone, while the second waits for it.
+        ("cache", "text.paths=[none.txt]", "text.paths: 'none.txt' names no file"),
+        ("train", "train.num_shards=3", "set accelerate launch --num_processes 3"),
+    ],
+)
+def test_a_mistake_ends_all_processes(
+    config: Path, verb: str, override: str, words: str, tmp_path: Path
+) -> None:
+    if not (config.parent / "store.zarr/records/complete.json").exists():
+        assert launch("cache", str(config)).returncode == 0
+    args = [override, f"output={tmp_path / 'none'}", f"cache.store={tmp_path / 'new.zarr'}"]
+    store = [] if verb == "cache" else [f"store={config.parent / 'store.zarr'}"]
+    done = launch(verb, str(config), *args, *store)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, "one process tells it"
+    assert words in said[0]
+    own = done.stderr.split("torch/distributed/elastic")[0]
+    assert "Traceback" not in own, "the launcher's own follows, but none of ours comes before it"
+    # What stands last on the terminal is the launcher's report: it holds the sentence, too.
+    assert words in done.stderr.rsplit("Root Cause", 1)[1]
+    assert not (tmp_path / "none").exists(), "nothing was begun"

@@ -1,0 +1,154 @@
+"""Running jobs: failures are recorded and told, trackers get each SAE's own steps, another store is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from flash_sae_dist.activations.harvest import run_cache
+from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError
+from flash_sae_dist.config import Config, ConfigError
+from flash_sae_dist.config_file import parse_config
+from flash_sae_dist.grid import runner
+from flash_sae_dist.grid.jobs import train_job
+from flash_sae_dist.grid.trackers import Trackers
+from flash_sae_dist.parallel.mesh import Mesh
+from flash_sae_dist.training.records import Status, read_status, write_status
+from tests.tiny_model import config_data
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runner")
+    run_cache(parse_config(config_data(root)), Accelerator(cpu=True))
+    return root
+
+
+def config(root: Path, out: Path, **train: Any) -> Config:
+    data = config_data(root) | {"output": str(out)}
+    data["train"] |= {"num_tokens": 640, **train}
+    return parse_config(data)
+
+
+class FakeTracker:
+    """Keeps what accelerate's trackers are given."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.lines, self.axes = name, [], {}
+        self.tracker = self
+
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        self.lines.append((step, values))
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.axes[name] = step_metric
+
+
+class FakeAccelerator:
+    """The trackers' part of an accelerator."""
+
+    is_main_process = True
+
+    def __init__(self, *names: str, error: Exception | None = None) -> None:
+        self.log_with, self.trackers, self.error = list(names), [], error
+
+    def init_trackers(self, project: str) -> None:
+        self.trackers = [FakeTracker(name) for name in self.log_with]
+        if self.error is not None:
+            raise self.error
+
+
+def test_each_sae_has_steps_of_its_own_in_wandb() -> None:
+    """wandb drops a step that is smaller than the last one: the second SAE's whole curve."""
+    accelerator = FakeAccelerator("wandb", "tensorboard")
+    trackers = Trackers(accelerator, ["a", "b"])
+    for job in ("a", "b"):
+        for step in (10, 20):
+            trackers.log(job, {"fvu": 0.5}, step)
+    wandb, tensorboard = accelerator.trackers
+    assert wandb.axes == {"a/*": "a/step", "b/*": "b/step"}
+    assert wandb.lines[2] == (None, {"b/fvu": 0.5, "b/step": 10})
+    assert tensorboard.lines[2] == (10, {"b/fvu": 0.5})
+
+
+def test_a_tracker_that_cannot_start_is_told() -> None:
+    accelerator = FakeAccelerator("wandb", error=RuntimeError("no API key\nconfigured"))
+    with pytest.raises(ConfigError, match="trackers: wandb cannot start: no API key configured"):
+        Trackers(accelerator, [])
+    assert not accelerator.trackers, "a half-made tracker must not be ended later"
+
+
+class Failing:
+    """A trainer that fails as a full disk or an out-of-memory does."""
+
+    def __init__(self, jobs: list[Any], *_: Any) -> None:
+        for job in jobs:
+            write_status(job, Status("running", 3, 10))
+
+    def run(self) -> None:
+        raise OSError("no space left")
+
+
+def test_ranks_that_train_together_end_together(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going on to the next jobs would leave the other ranks of this one in a collective."""
+    monkeypatch.setattr(runner, "Trainer", Failing)
+    cfg = config(root, tmp_path)
+    store = ActivationStore.open(cfg.store_path())
+    job = train_job(cfg, store.hookpoints)
+    trackers = Trackers(FakeAccelerator(), [])
+    together = Mesh(0, 2, 0, 1, 1, 2, None, None, None)
+    with pytest.raises(OSError, match="no space left"):
+        runner._train_bundle([job], store, together, CPU, trackers)
+    status = Status("failed", 3, 10, "OSError: no space left")
+    assert read_status(job.folder) == status
+    alone = Mesh(1, 2, 0, 1, 0, 1, None, None, None)
+    runner._train_bundle([job], store, alone, CPU, trackers)
+    assert read_status(job.folder) == status
+
+
+def test_a_failed_job_ends_the_launch_in_a_sentence(root: Path, tmp_path: Path) -> None:
+    cfg = config(root, tmp_path, lr=1e30)
+    with pytest.raises(runner.JobsFailedError, match=r"1 of 1 SAEs failed \(model.layers.0: .*lr"):
+        runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
+
+
+def test_damage_in_the_store_is_told_with_its_file(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "store.zarr", tmp_path / "store.zarr")
+    data = config_data(root) | {"output": str(tmp_path / "out")}
+    data["store"] = str(tmp_path / "store.zarr")
+    for file in (tmp_path / "store.zarr/activations/model.layers.0/c").glob("*/0"):
+        torn = bytearray(file.read_bytes())
+        torn[11] ^= 1
+        file.write_bytes(torn)
+    with pytest.raises(DamagedStoreError, match="damaged in chunk 0"):
+        runner.run_jobs(parse_config(data), Accelerator(cpu=True), grid=False)
+    (status,) = (tmp_path / "out").glob("*/status.json")
+    assert "DamagedStoreError" in json.loads(status.read_text())["error"]
+
+
+def test_another_store_is_not_taken_for_this_one(root: Path, tmp_path: Path) -> None:
+    """The same hookpoint of another text: its rows are not what the SAE was trained on."""
+    cfg = config(root, tmp_path / "out")
+    runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
+    data = config_data(root, store=str(tmp_path / "other.zarr"), seed=7)
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    data |= {"output": str(tmp_path / "out"), "train": cfg.model_dump(mode="json")["train"]}
+    with pytest.raises(ConfigError, match=r"cache\.seed=7 differs from 0, .*name another output"):
+        runner.run_jobs(parse_config(data), Accelerator(cpu=True), grid=False)
+    # Where it lies does not matter, what it holds does.
+    (root / "store.zarr").rename(tmp_path / "moved.zarr")
+    moved = cfg.model_copy(update={"store": str(tmp_path / "moved.zarr")})
+    assert runner.run_jobs(moved, Accelerator(cpu=True), grid=False)
+    (tmp_path / "moved.zarr").rename(root / "store.zarr")
