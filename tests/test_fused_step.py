@@ -17,6 +17,7 @@ from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.fused_step import FusedStep, ghost_rows
 from flash_sae_dist.training.optim import project_decoder_grad_, renormalise_decoder_
 from flash_sae_dist.training.sparse_adam import SparseAdam
+from flash_sae_dist.training.timing import PhaseTimer
 
 Kind = Literal["auxk", "ghost", "none"]
 D, F, K, N, K_AUX, LR = 12, 40, 4, 24, 5, 1e-2
@@ -157,6 +158,16 @@ def test_schedule_resume_and_ema() -> None:
         assert torch.equal(a, b)
         assert torch.equal(optimizer.state[a]["ema"], other.state[b]["ema"])
         assert not torch.equal(optimizer.state[a]["ema"], a)
+
+
+def test_a_timer_splits_the_step() -> None:
+    sae = make_sae()
+    step = FusedStep(sae, SparseAdam(sae, LR), make_dead())
+    timer = PhaseTimer(torch.device("cpu"), enabled=True)
+    step(batches(1)[0], timer)
+    spent = timer.milliseconds()
+    assert list(spent) == ["encode", "decode", "optimizer"]
+    assert all(ms > 0 for ms in spent.values())
 
 
 def test_misuse_is_named() -> None:

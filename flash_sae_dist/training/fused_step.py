@@ -19,6 +19,7 @@ from ..models.dead_latents import DeadLatents
 from ..models.topk import TopKSAE
 from ..parallel import comm
 from .sparse_adam import LatentGradients, SparseAdam
+from .timing import PhaseTimer
 
 # Calls of one kind made eagerly before its graph is captured: kernels compile, libraries warm up.
 _EAGER_CALLS = 2
@@ -124,31 +125,37 @@ class FusedStep:
         self._captured: dict[tuple[object, ...], _Captured] = {}
 
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> FusedMetrics:
-        """Trains on x [N, d_in]. Collective over the shard group; no host sync."""
+    def __call__(self, x: Tensor, timer: PhaseTimer | None = None) -> FusedMetrics:
+        """Trains on x [N, d_in]. Collective over the shard group; no host sync.
+
+        The timer's phases are encode, decode and optimizer, or fused_step where a graph is
+        replayed, which is one piece to the host.
+        """
+        timer = timer or PhaseTimer(x.device, enabled=False)
         self.optimizer.sync_lr_()
         use_aux = self.kind != "none" and self.dead.any_dead
         if not self.graph:
-            return FusedMetrics(*self._step(x, use_aux))
+            return FusedMetrics(*self._step(x, use_aux, timer))
         key = (x.shape, x.dtype, use_aux)
         if key not in self._captured:
             self._calls[key] = self._calls.get(key, 0) + 1
             if self._calls[key] <= _EAGER_CALLS:
-                return FusedMetrics(*self._step(x, use_aux))
+                return FusedMetrics(*self._step(x, use_aux, timer))
             self._captured[key] = self._capture(x, use_aux)
         captured = self._captured[key]
         captured.x.copy_(x)
         captured.graph.replay()
+        timer.mark("fused_step")
         return FusedMetrics(*captured.metrics.clone())
 
     def _capture(self, x: Tensor, use_aux: bool) -> _Captured:
         static, graph = torch.empty_like(x), torch.cuda.CUDAGraph()
         # The loader's threads pin memory meanwhile, which a global capture would take for its own.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            metrics = self._step(static, use_aux)
+            metrics = self._step(static, use_aux, PhaseTimer(x.device, enabled=False))
         return _Captured(graph, static, metrics)
 
-    def _step(self, x: Tensor, use_aux: bool) -> Tensor:  # [3]
+    def _step(self, x: Tensor, use_aux: bool, timer: PhaseTimer) -> Tensor:  # [3]
         sae, mesh = self.sae, self.sae.mesh
         W_enc, W_dec = self.optimizer.compute_weights
         order_pairs = implementation("order_pairs", W_dec)
@@ -160,6 +167,7 @@ class FusedStep:
             self.optimizer.advance_()
             scaled = self.side.mark()
         values, indices, aux = self._encode(xc, W_enc, use_aux)
+        timer.mark("encode")
         with self.side.beside():
             order = None if use_aux else order_pairs(indices, sae.d_sae_local, values)
             ordered = self.side.mark()
@@ -178,9 +186,11 @@ class FusedStep:
             loss = torch.zeros_like(l0) if second is None else second.loss
             metrics = torch.stack([squares.sum() / variance, loss, l0])
         self.side.wait(ordered)
+        timer.mark("decode")
         self.optimizer.gradients = LatentGradients(pairs, order, b_dec)
         self.optimizer.step()
         self.side.meet()
+        timer.mark("optimizer")
         comm.all_reduce_(metrics[2:], mesh.shard_group, mesh.num_shards)
         return metrics
 

@@ -152,8 +152,7 @@ class SAETraining:
     def _fused(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
         assert self.fused is not None
         # The kernels read any type; the reference computes in that of its input.
-        found = self.fused(x if x.is_cuda else x.to(self.master_dtype))
-        timer.mark("fused_step")
+        found = self.fused(x if x.is_cuda else x.to(self.master_dtype), timer)
         return StepMetrics(found.fvu, found.aux, found.l0)
 
     def _plain(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
