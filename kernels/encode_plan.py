@@ -120,19 +120,27 @@ def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | Non
                 capacity += 16
             keys = max(2 * next_power_of_2(QUADS * parts), math.ceil(1.3 * hits), 2 * k, 256)
             keys = next_power_of_2(keys)
+            # Narrower where there would be too few tiles to fill the GPU.
+            samples = F // stride
+            sample_n = next(
+                (n for n in (128, 64) if blocks * cdiv(samples, n) >= 0.75 * programs), 32
+            )
             plan = Plan(
                 stride, rank, parts, capacity, rows,
+                sample_n=sample_n,
                 keys=keys,
                 select_warps=1 if keys <= 1024 else 4,
-                threshold_warps=1 if F // stride <= 1024 else 4,
+                threshold_warps=1 if samples <= 1024 else 4,
             )  # fmt: skip
             scratch = rows * (8 * plan.pitch(F) + 4 * plan.lists + 8)
-            if scratch + min(GATHERED_BYTES, F // stride * 2 * D) > SCRATCH_BYTES:
+            if scratch + min(GATHERED_BYTES, samples * 2 * D) > SCRATCH_BYTES:
                 continue
-            sample_tiles = cdiv(blocks * cdiv(F // stride, 128), programs)
+            sample_tiles = cdiv(blocks * cdiv(samples, sample_n), programs) * (
+                0.5 if sample_n < 128 else 1
+            )
             tile = 128 * 256 * D * 2 / 5.5e12
             filtering = _rounds(blocks, tiles, parts, programs) * (tile + 3e-7 + 25e-6 * hits / F)
-            each = 15e-6 + 0.6 * sample_tiles * tile + filtering + rows * F // stride * 8 / 3e12
+            each = 15e-6 + 0.6 * sample_tiles * tile + filtering + rows * samples * 8 / 3e12
             cost = cdiv(N, rows) * each
             if best is None or cost < best[0]:
                 best = (cost, plan)

@@ -43,13 +43,12 @@ def _sampled_latent(j, STRIDE: tl.constexpr):
 
 @triton.jit
 def _gather_kernel(w_ptr, out_ptr, first, D, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Copies the weights of the samples from `first` on."""
+    """Copies a block of columns of the weights of the samples from `first` on."""
     j = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     latent = _sampled_latent(first + j, STRIDE).to(tl.int64)
-    for d0 in range(0, D, BLOCK):
-        d = d0 + tl.arange(0, BLOCK)
-        w = tl.load(w_ptr + latent * D + d, mask=d < D, other=0.0)
-        tl.store(out_ptr + j.to(tl.int64) * D + d, w, mask=d < D)
+    w = tl.load(w_ptr + latent * D + d, mask=d < D, other=0.0)
+    tl.store(out_ptr + j.to(tl.int64) * D + d, w, mask=d < D)
 
 
 @triton.jit
@@ -210,10 +209,10 @@ def fused_topk(
         for first in range(0, num_samples, at_once):
             some = gathered[: num_samples - first]
             if start == 0 or num_samples > at_once:
-                _gather_kernel[(some.shape[0],)](
-                    W_enc, some, first, D, plan.stride, min(1024, next_power_of_2(D)),
-                    num_warps=2,
-                )  # fmt: skip
+                block = min(1024, next_power_of_2(D))
+                _gather_kernel[(some.shape[0], cdiv(D, block))](
+                    W_enc, some, first, D, plan.stride, block, num_warps=2
+                )
             _sample(part, W_enc, b_enc, samples, some, first, plan, num_samples, precision)
         _threshold_kernel[(size,)](
             samples, tau, last, num_samples, samples.stride(0), plan.rank,

@@ -73,7 +73,7 @@ def bench(
         typer.echo(f"error: bench {what!r} is none of {', '.join(BENCHES)}", err=True)
         raise typer.Exit(2)
     module = importlib.import_module(f"{__package__}.{BENCHES[what]}")
-    module.app([what, *context.args], standalone_mode=True)
+    module.app([what, *context.args], prog_name="flash-sae bench")
 
 
 def build() -> typer.Typer:
