@@ -20,6 +20,7 @@ KERNEL_FILES: dict[str, str] = {
     "topk_encode_aux": "encode_topk",
     "sparse_decode": "sparse_decode",
     "decode_coefs": "sparse_decode",
+    "decode_backward": "decode_backward",
     "gathered_dots": "sparse_decode",
     "pair_coefs": "sparse_decode",
     "order_pairs": "sparse_grad",

@@ -38,6 +38,7 @@ DIRECT = Kit(
     order_pairs=lambda idx, num_latents, coef: (
         compute("order_pairs", coef, idx, num_latents, coef) if use_kernels(coef) else None
     ),
+    decode_backward=lambda acts, idx, W, *rest: compute("decode_backward", W, acts, idx, W, *rest),
 )
 
 
@@ -121,15 +122,13 @@ class Decode(torch.autograd.Function):
         if (
             ctx.needs_input_grad[2]
             and use_kernels(W_dec)
-            and use_kernels(top_acts)
             and not torch.cuda.is_current_stream_capturing()
         ):
             ctx.side = _side_stream(W_dec.device)
             ctx.side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(ctx.side):
-                ctx.order = DIRECT.order_pairs(top_idx, W_dec.shape[0], top_acts)
-            for t in (top_acts, top_idx):
-                t.record_stream(ctx.side)
+                ctx.order = compute("order_pairs", W_dec, top_idx, W_dec.shape[0])
+            top_idx.record_stream(ctx.side)
         ctx.save_for_backward(top_acts, top_idx, W_dec)
         out: Tensor = compute("sparse_decode", W_dec, top_acts, top_idx, W_dec)
         return out

@@ -24,6 +24,7 @@ class Kit(NamedTuple):
     scatter_values: Callable[..., Tensor]
     sparse_decode: Callable[[Tensor, Tensor, Tensor], Tensor]
     order_pairs: Callable[[Tensor, int, Tensor], PairOrder | None]
+    decode_backward: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 def centred(x: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -79,14 +80,15 @@ def decode_gradients(
     grad: Tensor,  # [N, D]
     order: PairOrder | None = None,
 ) -> tuple[Tensor | None, None, Tensor | None]:
-    """Gradients of top_acts and W_dec; an order made before is used."""
+    """Gradients of top_acts and W_dec; an order of all pairs made before is used."""
     top_acts, top_idx, W_dec = saved
     grad = grad.contiguous()
     grad_acts = grad_W = None
+    if needs[0] and needs[2] and kit.decode_backward is not None:
+        grad_acts, grad_W = kit.decode_backward(top_acts, top_idx, W_dec, grad, order)
+        return grad_acts.to(top_acts.dtype), None, grad_W
     if needs[0]:
         grad_acts = kit.gathered_dots(grad, top_idx, W_dec).to(top_acts.dtype)
     if needs[2]:
-        if order is None:
-            order = kit.order_pairs(top_idx, W_dec.shape[0], top_acts)
         grad_W = kit.scatter_rows(top_acts, top_idx, grad, W_dec.shape[0], W_dec.dtype, order)
     return grad_acts, None, grad_W

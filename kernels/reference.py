@@ -14,88 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows are encoded in blocks of at most this many pre-activations, so that a wide SAE fits a
-# laptop's memory.
-_MAX_BLOCK_ELEMENTS = 1 << 25
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are kept in: float64 for float64 inputs, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def select_topk(
-    values: Tensor,  # [N, M]
-    k: int,
-) -> tuple[Tensor, Tensor]:  # [N, k] values in descending order, [N, k] int64 columns
-    """The k largest of each row, exactly: ties go to the lowest column, NaN sorts above +inf as in
-    `torch.topk`.
-    """
-    top, cols = values.topk(k, dim=1)
-    # topk breaks ties arbitrarily: wherever more than k columns reach the k-th value, or NaN hides
-    # that, sort.
-    ambiguous = ~((values >= top[:, -1:]).sum(dim=1) == k)
-    if bool(ambiguous.any()):
-        rows = ambiguous.nonzero().squeeze(1)
-        ordered, order = values[rows].sort(dim=1, descending=True, stable=True)
-        top[rows], cols[rows] = ordered[:, :k], order[:, :k]
-    cols, by_col = cols.sort(dim=1)
-    top, by_value = top.gather(1, by_col).sort(dim=1, descending=True, stable=True)
-    return top, cols.gather(1, by_value)
-
-
-def pre_activations(
-    x: Tensor,  # [N, D]
-    W_enc: Tensor,  # [F, D]
-    b_enc: Tensor,  # [F]
-) -> Tensor:  # [N, F] float32, or float64 for float64 inputs
-    """`x @ W_enc.T + b_enc`, accumulated and returned in `accumulate_dtype(x.dtype)`."""
-    dtype = accumulate_dtype(x.dtype)
-    return torch.addmm(b_enc.to(dtype), x.to(dtype), W_enc.to(dtype).T)
-
-
-def topk_encode(
-    x: Tensor,  # [N, D]
-    W_enc: Tensor,  # [F, D]
-    b_enc: Tensor,  # [F]
-    k: int,
-) -> tuple[Tensor, Tensor]:  # [N, k] float32/64, descending; [N, k] int32
-    """The k largest of `relu(x @ W_enc.T + b_enc)` a row; equal values, zeros too, go to the
-    lowest index.
-    """
-    values, indices = [], []
-    for rows in torch.split(x, max(1, _MAX_BLOCK_ELEMENTS // W_enc.shape[0])):
-        v, i = select_topk(pre_activations(rows, W_enc, b_enc).relu_(), k)
-        values.append(v)
-        indices.append(i.to(torch.int32))
-    return torch.cat(values), torch.cat(indices)
-
-
-def topk_encode_aux(
-    x: Tensor,  # [N, D]
-    W_enc: Tensor,  # [F, D]
-    b_enc: Tensor,  # [F]
-    k: int,
-    aux_mask: Tensor,  # [F] bool
-    k_aux: int,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor
-]:  # [N, k] x 2 as topk_encode; [N, k_aux] float32/64, [N, k_aux] int32
-    """`topk_encode`, and the k_aux largest pre-activations (no ReLU) of the latents in aux_mask.
-
-    Where the mask holds fewer than k_aux latents, the rest of the second list is -inf at index 0.
-    """
-    out: list[tuple[Tensor, ...]] = []
-    for rows in torch.split(x, max(1, _MAX_BLOCK_ELEMENTS // W_enc.shape[0])):
-        pre = pre_activations(rows, W_enc, b_enc)
-        aux_values, aux_indices = select_topk(pre.masked_fill(~aux_mask, -torch.inf), k_aux)
-        aux_indices = aux_indices.masked_fill(aux_values == -torch.inf, 0)
-        values, indices = select_topk(pre.relu_(), k)
-        out.append((values, indices.to(torch.int32), aux_values, aux_indices.to(torch.int32)))
-    values, indices, aux_values, aux_indices = (
-        torch.cat(parts) for parts in zip(*out, strict=True)
-    )
-    return values, indices, aux_values, aux_indices
+from .reference_encode import accumulate_dtype as accumulate_dtype
+from .reference_encode import pre_activations as pre_activations
+from .reference_encode import select_topk as select_topk
+from .reference_encode import topk_encode as topk_encode
+from .reference_encode import topk_encode_aux as topk_encode_aux
 
 
 def sparse_decode(
@@ -161,6 +84,19 @@ def scatter_rows(
         coef.to(dtype).flatten(),
     )
     return grad if wanted is None else grad.to(wanted)
+
+
+def decode_backward(
+    top_acts: Tensor,  # [N, K]
+    top_idx: Tensor,  # [N, K]
+    W_dec: Tensor,  # [F, D]
+    grad: Tensor,  # [N, D]
+    order: PairOrder | None = None,
+) -> tuple[Tensor, Tensor]:  # [N, K] float32/64, [F, D] in W_dec's dtype
+    """`gathered_dots` and `scatter_rows`: the decoder's gradients. `order` as in `scatter_rows`."""
+    del order
+    grad_W = scatter_rows(top_acts, top_idx, grad, W_dec.shape[0], W_dec.dtype)
+    return gathered_dots(grad, top_idx, W_dec), grad_W
 
 
 def scatter_values(

@@ -136,7 +136,9 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    if "RANK" in os.environ:
+    # Only the agent of accelerate and torchrun stays with its processes: another launcher, such as
+    # a shell, may end before what it started.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_launcher()
     _check_devices()
     if trackers:
