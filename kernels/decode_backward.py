@@ -92,10 +92,13 @@ def _latents_kernel(
     PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # On one axis: a grid's others end at 65535.
+    blocks = tl.cdiv(D, BLOCK_D)
+    block = tl.program_id(0) % blocks
+    cols = block * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = cols < D
-    parts_ptr += tl.program_id(0) * P
-    start = tl.program_id(1) * LATENTS
+    parts_ptr += block * P
+    start = tl.program_id(0) // blocks * LATENTS
     for i in range(0, tl.minimum(LATENTS, F - start)):
         latent = (start + i).to(tl.int64)
         begin = tl.load(offsets_ptr + latent)
@@ -110,9 +113,9 @@ def _latents_kernel(
                 parts_ptr, cols, D, K, PAIRS,
             )  # fmt: skip
             if split:
-                for block in range(first, last):
+                for heavy in range(first, last):
                     # 32 bits suffice: the scratch is bounded.
-                    grad += tl.load(sums_ptr + block * D + cols, mask=inside, other=0.0)
+                    grad += tl.load(sums_ptr + heavy * D + cols, mask=inside, other=0.0)
                 grad = _add_pairs(
                     grad, w, last * HEAVY, end, order_ptr, coef_ptr, rows_ptr, parts_ptr, cols, D,
                     K, PAIRS,
@@ -156,7 +159,7 @@ def decode_backward(
             order.order, order.latents, top_acts, grad, W_dec, sums, parts, F, D, P, K, **sizes
         )
     out = torch.empty_like(W_dec)
-    _latents_kernel[(blocks, cdiv(F, 4))](
+    _latents_kernel[(blocks * cdiv(F, 4),)](
         order.order, order.offsets, top_acts, grad, W_dec, sums, parts, out, F, D, P, K, LATENTS=4,
         **sizes,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -45,6 +46,13 @@ def use_kernels(x: Tensor) -> bool:
     triton installed.
     """
     return x.is_cuda and x.dtype in _KERNEL_DTYPES and _has_triton()
+
+
+def on_device(like: Tensor) -> AbstractContextManager[Any]:
+    """Makes a tensor's CUDA device the current one, on which kernels are launched."""
+    if like.is_cuda and like.device.index != torch.cuda.current_device():
+        return torch.cuda.device(like.device)
+    return nullcontext()
 
 
 def implementation(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import implementation, use_kernels
+from .dispatch import implementation, on_device, use_kernels
 from .gradients import Kit, centred, decode_gradients, encode_gradients
 from .reference import PairOrder
 
@@ -22,10 +22,11 @@ def compute(name: str, like: Tensor, *args: Any) -> Any:
     """Runs an operation's implementation for tensors like `like`, its dtypes as they are: a
     surrounding autocast would round the reference's float32 sums."""
     run = implementation(name, like)
-    if not torch.is_autocast_enabled(like.device.type):
-        return run(*args)
-    with torch.autocast(like.device.type, enabled=False):
-        return run(*args)
+    with on_device(like):
+        if not torch.is_autocast_enabled(like.device.type):
+            return run(*args)
+        with torch.autocast(like.device.type, enabled=False):
+            return run(*args)
 
 
 DIRECT = Kit(
@@ -43,9 +44,11 @@ DIRECT = Kit(
 
 
 def applies(*tensors: Tensor | None) -> bool:
-    """True outside compilers and for tensors that hold data: no fakes, no subclasses."""
+    """True outside compilers and for tensors that hold data: no fakes, no subclasses, no meta."""
     plain = (Tensor, torch.nn.Parameter)
-    return not torch.compiler.is_compiling() and all(t is None or type(t) in plain for t in tensors)
+    return not torch.compiler.is_compiling() and all(
+        t is None or (type(t) in plain and not t.is_meta) for t in tensors
+    )
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:
@@ -125,9 +128,10 @@ class Decode(torch.autograd.Function):
             and not torch.cuda.is_current_stream_capturing()
         ):
             ctx.side = _side_stream(W_dec.device)
-            ctx.side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(ctx.side):
-                ctx.order = compute("order_pairs", W_dec, top_idx, W_dec.shape[0])
+            with on_device(W_dec):
+                ctx.side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(ctx.side):
+                    ctx.order = compute("order_pairs", W_dec, top_idx, W_dec.shape[0])
             top_idx.record_stream(ctx.side)
         ctx.save_for_backward(top_acts, top_idx, W_dec)
         out: Tensor = compute("sparse_decode", W_dec, top_acts, top_idx, W_dec)
@@ -139,7 +143,7 @@ class Decode(torch.autograd.Function):
         """Gradients of top_acts and W_dec."""
         order: PairOrder | None = ctx.order
         if order is not None:
-            current = torch.cuda.current_stream()
+            current = torch.cuda.current_stream(grads[0].device)
             current.wait_stream(ctx.side)
             for t in order:
                 t.record_stream(current)

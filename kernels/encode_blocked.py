@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .reference_encode import sort_keys
+
 _BLOCK_BYTES = 48 << 20
 _INDEX_BITS = 0x7FFFFFFF
 # Of one pre-activation: float32 values before and after masking, and an int64 key.
@@ -22,21 +24,11 @@ def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
 
 def _select(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of float32 values, ties to the lowest column, NaN above +inf."""
-    bits = values.view(torch.int32)
-    # Order-preserving: negative floats count down; the shift leaves room for the column, counted
-    # down too.
-    ordered = torch.where(bits < 0, bits ^ _INDEX_BITS, bits)
-    columns = torch.arange(_INDEX_BITS, _INDEX_BITS - values.shape[1], -1, device=values.device)
-    keys = (ordered.to(torch.int64) << 32).add_(columns)
+    keys = sort_keys(values, torch.arange(values.shape[1], device=values.device))
     top = keys.topk(k, dim=1).values
     high = (top >> 32).to(torch.int32)
     picked = torch.where(high < 0, high ^ _INDEX_BITS, high).view(torch.float32)
     return picked, (_INDEX_BITS - (top & 0xFFFFFFFF)).to(torch.int32)
-
-
-def _canonical(pre: Tensor) -> Tensor:
-    """One NaN, above +inf, and one zero."""
-    return torch.where(pre.isnan(), torch.nan, pre + 0.0)
 
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -46,7 +38,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
     rows = max(1, _BLOCK_BYTES // (_BYTES_EACH * W_enc.shape[0]))
     for start in range(0, x.shape[0], rows):
         part = slice(start, start + rows)
-        pre = _canonical(_pre_activations(x[part], W_enc, b_enc))
+        pre = _pre_activations(x[part], W_enc, b_enc)
         values[part], indices[part] = _select(pre.relu_(), k)
     return values, indices
 
@@ -60,7 +52,7 @@ def masked_topk(
     rows = max(1, _BLOCK_BYTES // (_BYTES_EACH * W_enc.shape[0]))
     for start in range(0, x.shape[0], rows):
         part = slice(start, start + rows)
-        pre = _canonical(_pre_activations(x[part], W_enc, b_enc))
+        pre = _pre_activations(x[part], W_enc, b_enc)
         values[part], where = _select(pre.masked_fill(~mask, -torch.inf), k)
         indices[part] = where.masked_fill(values[part] == -torch.inf, 0)
     return values, indices

@@ -103,7 +103,8 @@ def _finish_ptx(parts: int, capacity: int) -> str:
 
 @constexpr_function
 def _constraints(outputs: int, operands: str) -> str:
-    return ",".join(["=r"] * outputs + [c for c in operands for _ in range(128)])
+    # Early clobber: outputs are written before all operands are read.
+    return ",".join(["=&r"] * outputs + [c for c in operands for _ in range(128)])
 
 
 @gluon.jit

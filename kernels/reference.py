@@ -17,6 +17,7 @@ from torch import Tensor
 from .reference_encode import accumulate_dtype as accumulate_dtype
 from .reference_encode import pre_activations as pre_activations
 from .reference_encode import select_topk as select_topk
+from .reference_encode import sort_keys as sort_keys
 from .reference_encode import topk_encode as topk_encode
 from .reference_encode import topk_encode_aux as topk_encode_aux
 

@@ -38,6 +38,21 @@ def select_topk(
     return top, cols.gather(1, by_value)
 
 
+def sort_keys(
+    values: Tensor,  # float32
+    latents: Tensor,  # integers from 0 to 2**31 - 1, of a shape that broadcasts
+) -> Tensor:  # int64
+    """Keys that order as (value, lowest latent first), NaN above +inf and one zero: their k largest
+    are a top-k without ties, found without a look from the host."""
+    bits = torch.where(values.isnan(), torch.nan, values + 0.0).view(torch.int32)
+    # Negative floats count down. In place: the keys are the largest tensors there are.
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    keys = bits.to(torch.int64)
+    keys <<= 32
+    keys += 0x7FFFFFFF - latents
+    return keys
+
+
 def pre_activations(
     x: Tensor,  # [N, D]
     W_enc: Tensor,  # [F, D]

@@ -22,6 +22,8 @@ from .shapes import cdiv, next_power_of_2
 from .sparse_grad import heavy_sums, latent_gradient
 
 _MAX_D = 16384
+# Of the partial sums for b_dec, a row a program.
+_MAX_SUMS_BYTES = 32 << 20
 
 
 @triton.jit
@@ -267,6 +269,7 @@ def _encoder_blocks(F: int, D: int) -> dict[str, int]:
     # Rows a program: enough programs to fill a GPU, few enough partial sums for b_dec.
     latents = min(64, max(1, F * programs_a_latent // 8192))
     latents = next_power_of_2(latents + 1) // 2
+    latents = max(latents, next_power_of_2(cdiv(F * D * 4, _MAX_SUMS_BYTES)))
     return {"LATENTS": latents, "BLOCK_D": block_d, "PAIRS": 2, "num_warps": 1}
 
 
@@ -282,6 +285,7 @@ def sparse_adam_step_(
     """`reference.sparse_adam_step_`: one pass over W_enc's rows, one over W_dec's."""
     F, D = rows.W_dec.shape
     N, K, K2 = pairs.shape
+    decoder_blocks = _decoder_blocks(D)  # refuses before anything is changed
     sums = heavy_sums(
         order, pairs.dec_coef, pairs.dec_rows, F, pairs.shape, pairs.enc_coef, pairs.enc_rows
     )
@@ -303,7 +307,7 @@ def sparse_adam_step_(
         order.order, order.offsets, pairs.dec_coef, pairs.dec_rows, sums.dec, sums.values,
         rows.W_dec, *moments[2], copies[1],
         scalars, step, D, N, N * K, K, max(K2, 1), *constants,
-        UNIT_NORM=options.unit_norm, **flags, **_decoder_blocks(D),
+        UNIT_NORM=options.unit_norm, **flags, **decoder_blocks,
     )  # fmt: skip
 
 

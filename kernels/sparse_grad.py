@@ -223,8 +223,10 @@ def _scatter_rows_kernel(
     PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    start = tl.program_id(1) * LATENTS
+    # On one axis: a grid's others end at 65535.
+    blocks = tl.cdiv(D, BLOCK_D)
+    cols = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    start = tl.program_id(0) // blocks * LATENTS
     for i in range(0, tl.minimum(LATENTS, F - start)):
         latent = (start + i).to(tl.int64)
         begin = tl.load(offsets_ptr + latent)
@@ -362,7 +364,7 @@ def scatter_rows(
     out = rows.new_empty((num_latents, D), dtype=dtype or torch.float32)
     block_d = min(256, max(16, next_power_of_2(D)))
     # One warp a program; latents enough that a program outlives its launch.
-    _scatter_rows_kernel[(cdiv(D, block_d), cdiv(num_latents, 4))](
+    _scatter_rows_kernel[(cdiv(D, block_d) * cdiv(num_latents, 4),)](
         order.order, order.offsets, coef, rows, sums.dec, sums.values, out, num_latents, D, N * K,
         K, HEAVY=sums.heavy, LATENTS=4, PAIRS=4, BLOCK_D=block_d, num_warps=1,
     )  # fmt: skip

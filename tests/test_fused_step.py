@@ -170,6 +170,29 @@ def test_a_timer_splits_the_step() -> None:
     assert all(ms > 0 for ms in spent.values())
 
 
+def test_a_schedule_that_moves_betas() -> None:
+    """OneCycleLR cycles the first beta, too: as torch.optim.Adam takes it."""
+    xs, (fused, plain) = batches(6), (make_sae(), make_sae())
+    optimizer = SparseAdam(fused, LR, compute_dtype=torch.float64)
+    other = torch.optim.Adam(plain.parameters(), lr=LR, eps=6.25e-10)
+    step = FusedStep(fused, optimizer, make_dead(num_dead=0), dead_latents="none")
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(o, max_lr=LR, total_steps=7) for o in (optimizer, other)
+    ]
+    for x in xs:
+        step(x)
+        other.zero_grad()
+        fvu_loss(x, plain(x).recon, total_variance(x, plain.mesh)).backward()
+        project_decoder_grad_(plain)
+        other.step()
+        renormalise_decoder_(plain)
+        for schedule in schedules:
+            schedule.step()
+    assert optimizer.param_groups[0]["betas"][0] != 0.9
+    for got, want in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
 def test_misuse_is_named() -> None:
     sae = make_sae()
     optimizer = SparseAdam(sae, LR, compute_dtype=torch.float64)

@@ -133,7 +133,13 @@ def global_topk_mask(
     # [P, 2, N, k] -> [N, P*k]: shards in order keep equal values in ascending index order.
     everyone = gathered.permute(1, 2, 0, 3).flatten(2)
     all_values, all_ids = everyone[0].contiguous().view(values.dtype), everyone[1]
-    kept, cols = reference.select_topk(all_values, k)
-    last, last_id = kept[:, -1:], all_ids.gather(1, cols[:, -1:])
+    if values.dtype == torch.float32:
+        # Without a look from the host, which would wait for the device in every step.
+        last_key = reference.sort_keys(all_values, all_ids).topk(k, dim=1).values[:, -1:]
+        keep = reference.sort_keys(values.detach(), ids) >= last_key
+    else:
+        kept, cols = reference.select_topk(all_values, k)
+        last, last_id = kept[:, -1:], all_ids.gather(1, cols[:, -1:])
+        keep = (values > last) | ((values == last) & (ids <= last_id))
     # NaN sorts above everything: a NaN candidate is kept so that it reaches the loss.
-    return (values > last) | ((values == last) & (ids <= last_id)) | values.isnan()
+    return keep | values.isnan()

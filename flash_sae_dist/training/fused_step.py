@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
-from ..kernels.dispatch import implementation
+from ..kernels.dispatch import implementation, on_device
 from ..kernels.reference import Pairs, variance_of
 from ..models.dead_latents import DeadLatents
 from ..models.topk import TopKSAE
@@ -119,6 +119,10 @@ class FusedStep:
             and sae.mesh.num_shards == 1
             and implementation(encode, sae.W_dec) is not getattr(reference, encode)
         )
+        if graph and not can_capture:
+            raise ValueError(
+                "graph=True needs one shard on a CUDA device with Triton's kernels; leave graph out"
+            )
         self.graph = can_capture and graph is not False
         self.side = optimizer.side
         self._calls: dict[tuple[object, ...], int] = {}
@@ -132,7 +136,12 @@ class FusedStep:
         replayed, which is one piece to the host.
         """
         timer = timer or PhaseTimer(x.device, enabled=False)
-        self.optimizer.sync_lr_()
+        with on_device(self.sae.W_dec):
+            return self._train(x, timer)
+
+    def _train(self, x: Tensor, timer: PhaseTimer) -> FusedMetrics:
+        if self.optimizer.sync_group_():
+            self._captured.clear()
         use_aux = self.kind != "none" and self.dead.any_dead
         if not self.graph:
             return FusedMetrics(*self._step(x, use_aux, timer))
@@ -156,6 +165,13 @@ class FusedStep:
         return _Captured(graph, static, metrics)
 
     def _step(self, x: Tensor, use_aux: bool, timer: PhaseTimer) -> Tensor:  # [3]
+        try:
+            return self._work(x, use_aux, timer)
+        finally:
+            # Even where memory ran out midway: what crosses streams is freed after this.
+            self.side.meet()
+
+    def _work(self, x: Tensor, use_aux: bool, timer: PhaseTimer) -> Tensor:  # [3]
         sae, mesh = self.sae, self.sae.mesh
         W_enc, W_dec = self.optimizer.compute_weights
         order_pairs = implementation("order_pairs", W_dec)

@@ -36,7 +36,7 @@ class SparseAdam(torch.optim.Optimizer):
 
     state_dict, param_groups and lr schedulers work as with torch.optim.Adam (the states bear its
     names); loading copies in place. All parameters share one group. The learning rate reaches the
-    device by `sync_lr_`, so that a captured graph follows a schedule.
+    device by `sync_group_`, so that a captured graph follows a schedule.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class SparseAdam(torch.optim.Optimizer):
         self._betas = torch.tensor(betas, dtype=torch.float64, device=device)
         self._lr = torch.full((), lr, dtype=master, device=device)
         self._lr_value = lr
+        self._constants = (tuple(betas), eps)
         self._scalars = torch.zeros(2, dtype=master, device=device)
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         for param in self._params:
@@ -103,12 +104,22 @@ class SparseAdam(torch.optim.Optimizer):
             self.copies[0].copy_(self._params[0])
             self.copies[1].copy_(self._params[2])
 
-    def sync_lr_(self) -> None:
-        """Sends the group's learning rate to the device where it changed; no host sync."""
-        lr = float(self.param_groups[0]["lr"])
+    def sync_group_(self) -> bool:
+        """Sends what the param group says to the device where it changed; no host sync.
+
+        Returns whether betas or eps changed, which a captured graph holds as constants.
+        """
+        group = self.param_groups[0]
+        lr, constants = float(group["lr"]), (tuple(group["betas"]), group["eps"])
         if lr != self._lr_value:
             self._lr.fill_(lr)
             self._lr_value = lr
+        if constants == self._constants:
+            return False
+        self._constants = constants
+        for i, beta in enumerate(group["betas"]):
+            self._betas[i].fill_(beta)
+        return True
 
     def options(self) -> AdamOptions:
         """The step's constants, from the param group."""
@@ -180,5 +191,4 @@ class SparseAdam(torch.optim.Optimizer):
                 tensor.copy_(source[name])
         (saved,) = state_dict["param_groups"]
         self.param_groups[0].update({k: v for k, v in saved.items() if k != "params"})
-        self._betas.copy_(torch.tensor(saved["betas"], dtype=torch.float64))
         self.refresh_copies_()

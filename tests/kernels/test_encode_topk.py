@@ -273,3 +273,87 @@ def test_memory_graph_and_compile_on_the_gpu() -> None:
     assert torch.equal(captured.indices, want.indices)
     compiled = torch.compile(lambda *a: ops.topk_encode(*a, 32), fullgraph=True)(x, W, b)
     assert torch.equal(compiled.indices, want.indices)
+
+
+def test_sort_keys_order_as_values_then_lowest_latents() -> None:
+    special = [torch.nan, torch.inf, 2.0, 2.0, 1e-40, 0.0, -0.0, -1e-40, -3.0, -torch.inf]
+    values = torch.tensor(special).expand(4, -1).contiguous()
+    keys = reference.sort_keys(values, torch.arange(10))
+    assert torch.equal(keys.argsort(dim=1, descending=True)[0], torch.arange(10))
+    assert (keys[:, 5] - keys[:, 6] == 1).all(), "one zero"
+    negative_nan = (-values[:, :1].abs()).mul(-1)
+    assert torch.equal(reference.sort_keys(negative_nan, torch.tensor([0])), keys[:, :1])
+
+
+def test_one_row_with_an_odd_stride() -> None:
+    x = torch.randn(24, 1).t()
+    assert x.is_contiguous()
+    assert x.stride() == (1, 1)
+    assert encode_topk._aligned(x).stride() == (24, 1)
+    assert torch.equal(encode_topk._aligned(x), x)
+
+
+def test_scratch_lies_within_one_upper_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hopper filter adds to the lower half of an address alone."""
+    made: list[Tensor] = []
+
+    class Placed(Tensor):
+        def data_ptr(self) -> int:
+            made.append(self)
+            return (1 << 32) - 64 if len(made) == 1 else 1 << 32
+
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **kwargs: empty(*size, **kwargs).as_subclass(Placed)
+    )
+    got = encode_topk._scratch(4, 16, torch.device("cpu"))
+    assert len(made) == 2
+    assert got is made[1]
+
+
+def make_hopper_plan(**changes: object) -> encode_plan.Plan:
+    plan = encode_plan.make_plan(300, 776, 20_000, 32)
+    assert plan is not None
+    return plan._replace(**changes)
+
+
+@pytest.mark.gpu
+def test_the_hopper_filter_is_used_on_hopper() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert encode_topk._uses_hopper(device, dtype) == hopper
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [({"rank": 1}, "normal"), ({"rank": 60, "capacity": 16}, "normal"), ({}, "nan"), ({}, "inf")],
+)
+def test_filters_mend_bad_thresholds_and_bear_nan_on_the_gpu(
+    change: dict[str, int], kind: str
+) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the filter for Hopper")
+    x, W, b = make("normal", 300, 776, 20_000, torch.bfloat16, "cuda")
+    if kind == "nan":
+        x[3, 5] = torch.nan
+    elif kind == "inf":
+        b[7] = torch.inf
+    want, want_indices = encode_topk.fused_topk(x, W, b, 32, make_hopper_plan())
+    plan = make_hopper_plan(**change)
+    for hopper in (True, False):
+        got, indices = encode_topk.fused_topk(x, W, b, 32, plan, hopper)
+        # A row that was done anew adds in another order.
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3, equal_nan=True)
+        same = (indices == want_indices).float().mean()
+        assert same > 0.98 or kind == "nan"
+
+
+@pytest.mark.gpu
+def test_scratch_across_a_boundary_of_addresses_on_the_gpu() -> None:
+    """With memory that straddles 2**32 the filter would write elsewhere: none such is used."""
+    for _ in range(40):
+        scratch = encode_topk._scratch(4096, 1500, torch.device("cuda"))
+        first = scratch.data_ptr()
+        assert first >> 32 == (first + scratch.nbytes - 1) >> 32

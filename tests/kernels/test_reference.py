@@ -200,3 +200,10 @@ def test_bad_decode_input_is_named(
 def test_another_device_is_named() -> None:
     with pytest.raises(ValueError, match="meta but W_enc on cpu"):
         ops.topk_encode(torch.empty(4, 5, device="meta"), torch.randn(12, 5), torch.randn(12), 3)
+
+
+def test_meta_tensors_give_shapes() -> None:
+    x, W = torch.empty(3, 8, device="meta"), torch.empty(20, 8, device="meta")
+    top = ops.topk_encode(x, W, torch.empty(20, device="meta"), 4)
+    assert top.indices.shape == (3, 4)
+    assert ops.sparse_decode(top.values, top.indices, W).shape == (3, 8)
