@@ -247,3 +247,29 @@ def test_kernels_equal_the_reference(kind: Kind, compute: torch.dtype) -> None:
     # Selections may differ between near-equal candidates, more so from bfloat16 weights.
     tol = 2e-3 if compute == torch.float32 else 5e-2
     torch.testing.assert_close(results[1][0], results[0][0], rtol=tol, atol=tol)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["none", "auxk", "ghost"])
+def test_a_graph_equals_launches_with_the_fused_encoder(kind: Kind) -> None:
+    """The whole step at a real width: fused encoder, second list, side stream, graph."""
+    gen = torch.Generator().manual_seed(3)
+    basis = torch.randn(8192, 768, generator=gen)
+    codes = (torch.rand(512, 8192, generator=gen) > 0.998).float()
+    x = (codes @ basis).cuda()
+    saes, losses = [], []
+    for graph in (True, False):
+        sae = TopKSAE(768, 8192, 16, device="cuda")
+        dead = DeadLatents(8192, 10**9, Mesh.single(), torch.device("cuda"))
+        dead.tokens_since_fired[:800] = 2 * 10**9
+        dead.any_dead = kind != "none"
+        step = FusedStep(sae, SparseAdam(sae, 1e-3), dead, dead_latents=kind, graph=graph)
+        metrics = [step(x.roll(i, 0)) for i in range(8)]
+        assert bool(step._captured) == graph
+        saes.append(sae)
+        losses.append(torch.stack([m.fvu for m in metrics]))
+    assert losses[0].isfinite().all()
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    assert torch.equal(losses[0], losses[1])
+    for name, param in saes[0].named_parameters():
+        assert torch.equal(param, dict(saes[1].named_parameters())[name]), name
