@@ -19,7 +19,7 @@ import typer
 from torch import Tensor
 
 from ..kernels import ops
-from .bench_timing import host_ms, median_ms, print_table, write_json
+from .bench_timing import host_ms, kernel_us, median_ms, print_table, write_json
 
 SHAPES = {  # N, D, F, k
     "seed": (1024, 4096, 65536, 64),
@@ -87,6 +87,7 @@ def encode(
     data: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(DATA)}.")] = None,
     peers: Annotated[bool, typer.Option(help="Time other encoders, too.")] = True,
     aux: Annotated[bool, typer.Option(help="Time the second list over a tenth dead.")] = False,
+    kernels: Annotated[bool, typer.Option(help="List the kernels of ours, too.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed calls.")] = 20,
     json: Annotated[Path | None, typer.Option(help="Write the table here, too.")] = None,
 ) -> None:
@@ -118,6 +119,9 @@ def encode(
                 ms = median_ms(call, repeats, ahead=True)
                 row = {"shape": name, "data": kind, "what": what, "ms": ms, "ratio": ms / bare}
                 table.append({**row, "host ms": host_ms(call), "extra MiB": _extra_mib(call)})
+                if kernels and what.startswith("ours"):
+                    rows = [{"kernel": n[:60], "us": us} for n, us in kernel_us(call).items()]
+                    print_table(f"{what}, {name}, {kind}", rows)
     print_table("Encoder", table)
     if json is not None:
         write_json(json, "encode", table)

@@ -30,7 +30,7 @@ from ..parallel.mesh import Mesh
 from ..training.fused_step import FusedStep
 from ..training.optim import project_decoder_grad_, renormalise_decoder_
 from ..training.sparse_adam import SparseAdam
-from .bench_timing import host_ms, median_ms, print_table, write_json
+from .bench_timing import host_ms, kernel_us, median_ms, print_table, write_json
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -206,12 +206,17 @@ def _measure(make: Callable[[], Step], repeats: int) -> dict[str, float | str]:
 def step(
     shape: ShapeOption = None,
     peers: PeersOption = "",
+    kernels: Annotated[bool, typer.Option(help="List the fused step's kernels, too.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed steps.")] = 20,
     json: JsonOption = None,
 ) -> None:
     """A whole training step: loss, gradients, Adam, unit-norm decoder."""
     rows: list[dict[str, Any]] = []
     for name in shape or list(SHAPES):
+        if kernels:
+            spent = kernel_us(_fused_step(SHAPES[name], graph=False))
+            listed = [{"kernel": n[:60], "us": us} for n, us in spent.items()]
+            print_table(f"Fused step, {name}", listed)
         for row, make in STEPS.items():
             if peers in row:
                 result = _measure(lambda make=make, s=SHAPES[name]: make(s), repeats)  # type: ignore[misc]

@@ -59,6 +59,27 @@ def host_ms(fn: Callable[[], Any], repeats: int = 20) -> float:
     return statistics.median(times)
 
 
+def kernel_us(fn: Callable[[], Any], repeats: int = 5) -> dict[str, float]:
+    """Mean microseconds of each kernel that a call launches, the longest first, by the profiler;
+    the one that empties the L2 cache is among them.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    fn()
+    torch.cuda.synchronize()
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            flush.zero_()
+            fn()
+        torch.cuda.synchronize()
+    spent: dict[str, float] = {}
+    for event in profiler.events() or []:
+        if str(event.device_type).endswith("CUDA"):
+            spent[event.name] = spent.get(event.name, 0.0) + event.device_time / repeats
+    return dict(sorted(spent.items(), key=lambda item: -item[1]))
+
+
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     """Rows by column name; a column that some row lacks stays empty there."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
