@@ -33,6 +33,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
+# A lead of 1 or 3 stages was no faster; 8 stages of 32 columns were slower (docs/performance.md).
 STAGES, LEAD = 4, 2
 
 
@@ -58,9 +59,9 @@ def _filter_ptx(parts: int) -> str:
     """PTX of 128 outputs and 5 operands as above: the new cursor; bits, limit, cursor, latent,
     address of the lists.
 
-    Four and a half instructions an accumulator: the upper half of an address never changes, and a
-    cursor is held back after each 8 accumulators of a row instead of each, so that up to
-    OVERSHOOT entries fall behind a full list.
+    The upper half of an address never changes (`encode_topk._scratch` sees to it), and a cursor is
+    held back after each 8 accumulators of a row instead of each, so that up to OVERSHOOT entries
+    fall behind a full list.
     """
     each = ["bits", "limit", "cursor", "latent", "lists"]
     first = {name: 128 + i * 128 for i, name in enumerate(each)}
@@ -292,15 +293,12 @@ def filter_rows(
     parts: int,
     capacity: int,
     num_programs: int,
-    block_k: int = BLOCK_K,
-    stages: int = STAGES,
-    lead: int = LEAD,
 ) -> None:
     """What `encode_topk._filter_kernel` does, on a GPU of compute capability 9.0; up to OVERSHOOT
     entries more than `capacity` may be written to a list."""
     _filter_kernel[(num_programs,)](
-        _descriptor(x, BLOCK_M // 2, block_k), _descriptor(W_enc, BLOCK_N, block_k),
+        _descriptor(x, BLOCK_M // 2, BLOCK_K), _descriptor(W_enc, BLOCK_N, BLOCK_K),
         _descriptor(b_enc, BLOCK_N), tau, last, count, lists, lists.stride(0), x.shape[0],
-        W_enc.shape[0], x.shape[1], parts, capacity, BLOCK_M, BLOCK_N, block_k, stages, lead,
+        W_enc.shape[0], x.shape[1], parts, capacity, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
         num_warps=4,
     )  # fmt: skip
