@@ -110,12 +110,60 @@ def test_ranks_that_train_together_end_together(
     trackers = Trackers(FakeAccelerator(), [])
     together = Mesh(0, 2, 0, 1, 1, 2, None, None, None)
     with pytest.raises(OSError, match="no space left"):
-        runner._train_bundle([job], store, together, CPU, trackers)
+        runner._train_bundle([job], store, together, CPU, trackers, only=False)
     status = Status("failed", 3, 10, "OSError: no space left")
     assert read_status(job.folder) == status
     alone = Mesh(1, 2, 0, 1, 0, 1, None, None, None)
-    runner._train_bundle([job], store, alone, CPU, trackers)
+    runner._train_bundle([job], store, alone, CPU, trackers, only=False)
     assert read_status(job.folder) == status
+
+
+def grid_config(root: Path, out: Path) -> Config:
+    data = config_data(root) | {"output": str(out)}
+    data["train"] |= {"num_tokens": 640}
+    data["grid"] = {"hookpoints": ["*"], "values": {"sae.k": [2, 3]}}
+    return parse_config(data)
+
+
+def test_saes_that_do_not_fit_together_are_trained_one_by_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Crowded(runner.Trainer):
+        def run(self) -> None:
+            if len(self.members) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().run()
+
+    monkeypatch.setattr(runner, "Trainer", Crowded)
+    jobs = runner.run_jobs(grid_config(root, tmp_path), Accelerator(cpu=True), grid=True)
+    assert len(jobs) > 1
+    for job in jobs:
+        status = read_status(job.folder)
+        assert status is not None
+        assert status.state == "finished"
+
+
+def test_an_sae_that_does_not_fit_leaves_the_others_alone(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One job a bundle, one group: the first's failure must not end the grid."""
+
+    class Small(runner.Trainer):
+        def run(self) -> None:
+            if any("k=2" in member.job.name for member in self.members):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().run()
+
+    monkeypatch.setattr(runner, "Trainer", Small)
+    monkeypatch.setattr(runner, "_memory_bytes", lambda device: 0)
+    cfg = grid_config(root, tmp_path)
+    with pytest.raises(runner.JobsFailedError, match=r"k=2: OutOfMemoryError"):
+        runner.run_jobs(cfg, Accelerator(cpu=True), grid=True)
+    states = {
+        path.parent.name: json.loads(path.read_text())["state"]
+        for path in tmp_path.glob("*/*/status.json")
+    }
+    assert states == {"k=2": "failed", "k=3": "finished"}
 
 
 def test_a_failed_job_ends_the_launch_in_a_sentence(root: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     # Every rank has looked at what is finished before any rank finishes more.
     accelerator.wait_for_everyone()
     for bundle in plan[mesh.group]:
-        _train_bundle(bundle.jobs, store, mesh, accelerator.device, trackers)
+        _train_bundle(bundle.jobs, store, mesh, device, trackers, only=len(found) == 1)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _replay_other_groups(plan[1:], trackers)
@@ -106,22 +106,48 @@ def _memory_bytes(device: torch.device) -> int:
 
 
 def _train_bundle(
-    jobs: list[Job], store: ActivationStore, mesh: Mesh, device: torch.device, trackers: Trackers
+    jobs: list[Job],
+    store: ActivationStore,
+    mesh: Mesh,
+    device: torch.device,
+    trackers: Trackers,
+    *,
+    only: bool,  # the launch has no other job
 ) -> None:
+    # Where several ranks train together, the others may wait inside a collective that a failing one
+    # has left: the launch must end, not hang. An only job's error is best told as it is.
+    ends = mesh.members > 1 or only
     try:
         Trainer(jobs, store, mesh, device, trackers.log).run()
+        return
+    except torch.OutOfMemoryError as e:
+        if len(jobs) == 1 or ends:
+            _record_failure(jobs, e)
+            if ends:
+                raise
+            return
+        logger.warning("%d SAEs did not fit the memory together; one by one now", len(jobs))
     except (RuntimeError, ValueError, OSError) as e:
-        for job in jobs:
-            status = read_status(job.folder) or Status("running", 0, 0)
-            # The first reason stands: other ranks then fail for want of this one.
-            if status.state == "running":
-                reason = f"{type(e).__name__}: {e}"
-                write_status(job, Status("failed", status.step, status.total_steps, reason))
-        # Where several ranks train together, the others may wait inside a collective that this one
-        # has left: the launch must end, not hang. A single job's error is best told as it is.
-        if mesh.members > 1 or (len(jobs) == 1 and mesh.num_groups == 1):
+        _record_failure(jobs, e)
+        if ends:
             raise
-        logger.exception("%s failed", ", ".join(job.name for job in jobs))
+        return
+    # Outside the except clause, whose traceback holds the bundle's memory.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    for job in jobs:
+        if not is_finished(job):
+            _train_bundle([job], store, mesh, device, trackers, only=False)
+
+
+def _record_failure(jobs: list[Job], error: Exception) -> None:
+    for job in jobs:
+        status = read_status(job.folder) or Status("running", 0, 0)
+        # The first reason stands: other ranks then fail for want of this one.
+        if status.state == "running":
+            reason = f"{type(error).__name__}: {error}"
+            write_status(job, Status("failed", status.step, status.total_steps, reason))
+    logger.error("%s failed", ", ".join(job.name for job in jobs), exc_info=error)
 
 
 def _replay_other_groups(others: list[list[Bundle]], trackers: Trackers) -> None:
