@@ -60,6 +60,12 @@ def keys(
     Console().print(table)
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def bench(
     context: typer.Context,
     what: Annotated[str, typer.Argument(help="encode, decode, step or parity")] = "",
@@ -71,6 +77,9 @@ def bench(
         raise typer.Exit(0 if what else 2)
     if what not in BENCHES:
         typer.echo(f"error: bench {what!r} is none of {', '.join(BENCHES)}", err=True)
+        raise typer.Exit(2)
+    if "--help" not in context.args and not _has_gpu():
+        typer.echo("error: a bench times a GPU, and torch finds none on this machine", err=True)
         raise typer.Exit(2)
     module = importlib.import_module(f"{__package__}.{BENCHES[what]}")
     module.app([what, *context.args], prog_name="flash-sae bench")

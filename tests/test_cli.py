@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from flash_sae_dist.config_file import load_config
@@ -61,6 +62,8 @@ def test_bench_tells_what_there_is(app: Any) -> None:
     assert "encode, decode, step, parity" in result.output
     assert "error" not in result.output
     assert "bench 'foo' is none of encode" in mistake(app, "bench", "foo")
+    if not torch.cuda.is_available():
+        assert "torch finds none on this machine" in mistake(app, "bench", "encode")
 
 
 def test_errors_reach_the_launchers_report(
