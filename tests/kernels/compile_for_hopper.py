@@ -16,7 +16,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flash_sae_dist.kernels import encode_hopper, encode_topk, sparse_adam, sparse_decode
+from flash_sae_dist.kernels import (
+    decode_backward,
+    encode_aux,
+    encode_hopper,
+    encode_select,
+    encode_topk,
+    sparse_adam,
+    sparse_decode,
+    sparse_grad,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -67,6 +76,40 @@ def main() -> None:
         num_warps=8, num_stages=4, grid=(132,),
     )  # fmt: skip
     report("filter", kernel)
+    kernel = encode_topk._sample_kernel.warmup(
+        desc, desc, f32, f32, 256, 768, 0, 1024, 2048, 24, 128, 128, 64, "tf32", num_warps=4,
+        num_stages=4, grid=(1, 1),
+    )  # fmt: skip
+    report("sample", kernel)
+    kernel = encode_topk._threshold_kernel.warmup(
+        f32, i32, i32, 1024, 2048, 13, 24, 1024, num_warps=1, grid=(1,)
+    )
+    report("threshold", kernel)
+    kernel = encode_select.select_kernel.warmup(
+        bf16, bf16, f32, i32, i64, 1536, 16, f32, i32, 24576, 768, 32, 96, 16, 512, 32, 32, 64,
+        num_warps=1, grid=(1,),
+    )  # fmt: skip
+    report("select", kernel)
+    kernel = encode_aux._multiply_kernel.warmup(
+        desc, bf16, f32, i32, i32, f32, 256, 768, 0, 3072, 128, 128, 64, "tf32", num_warps=4,
+        num_stages=3, grid=(1,),
+    )  # fmt: skip
+    report("second-list-multiply", kernel)
+    kernel = encode_aux._merge_kernel.warmup(
+        f32, i32, i32, f32, i32, 3072, 3072, 384, 256, True, 4096, 512, 1024, num_warps=4,
+        grid=(1,),
+    )  # fmt: skip
+    report("second-list-merge", kernel)
+    kernel = decode_backward._latents_kernel.warmup(
+        i64, i32, f32, bf16, bf16, f32, f32, bf16, 65536, 4096, 65536, 64, 64, 4, 4, 256,
+        num_warps=1, grid=(1,),
+    )  # fmt: skip
+    report("decode-backward", kernel)
+    kernel = sparse_grad._scatter_rows_kernel.warmup(
+        i64, i32, f32, bf16, f32, f32, bf16, 65536, 4096, 65536, 64, 64, 4, 4, 256, num_warps=1,
+        grid=(1,),
+    )  # fmt: skip
+    report("scatter-rows", kernel)
     constants = (0.1, 0.999, 0.001, 6e-10, 0)
     flags = {"LAZY": False, "COPIES": True, "HEAVY": 64}
     step = torch.zeros(())
