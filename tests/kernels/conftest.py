@@ -35,6 +35,9 @@ def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _poison_new_memory() -> Iterator[None]:
+    with torch.device("meta"):
+        # At its first use torch notes which functions are constructors: these, not ours.
+        torch.empty(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", _poisoned(torch.empty))
         patch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
