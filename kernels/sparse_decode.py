@@ -17,6 +17,19 @@ from .shapes import cdiv, next_power_of_2
 
 
 @triton.jit
+def _latent_rows(acts_ptr, idx_ptr, w_ptr, token, start, cols, D, K, BLOCK_K: tl.constexpr):
+    """Activations [BLOCK_K] of a token from slot `start` on, and their latents' rows in some
+    columns, float32."""
+    slot = start + tl.arange(0, BLOCK_K)
+    act = tl.load(acts_ptr + token * K + slot, mask=slot < K, other=0.0).to(tl.float32)
+    latent = tl.load(idx_ptr + token * K + slot, mask=slot < K, other=0).to(tl.int64)
+    # A zero activation loads nothing: on a shard most pairs belong to other shards.
+    mask = (act != 0)[:, None] & (cols < D)[None, :]
+    w = tl.load(w_ptr + latent[:, None] * D + cols[None, :], mask=mask, other=0.0)
+    return act, w.to(tl.float32)
+
+
+@triton.jit
 def _decode_kernel(
     acts_ptr,  # [N, K]
     idx_ptr,  # [N, K]
@@ -31,13 +44,8 @@ def _decode_kernel(
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, K, BLOCK_K):
-        slot = start + tl.arange(0, BLOCK_K)
-        act = tl.load(acts_ptr + token * K + slot, mask=slot < K, other=0.0).to(tl.float32)
-        latent = tl.load(idx_ptr + token * K + slot, mask=slot < K, other=0).to(tl.int64)
-        # A zero activation loads nothing: on a shard most pairs belong to other shards.
-        mask = (act != 0)[:, None] & (cols < D)[None, :]
-        w = tl.load(w_ptr + latent[:, None] * D + cols[None, :], mask=mask, other=0.0)
-        acc += act[:, None] * w.to(tl.float32)
+        act, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, token, start, cols, D, K, BLOCK_K)
+        acc += act[:, None] * w
     row = tl.sum(acc, axis=0)
     tl.store(out_ptr + token * D + cols, row.to(out_ptr.dtype.element_ty), mask=cols < D)
 
@@ -64,12 +72,8 @@ def _decode_coefs_kernel(
     inside = cols < D
     acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, K, BLOCK_K):
-        slot = start + tl.arange(0, BLOCK_K)
-        act = tl.load(acts_ptr + token * K + slot, mask=slot < K, other=0.0).to(tl.float32)
-        latent = tl.load(idx_ptr + token * K + slot, mask=slot < K, other=0).to(tl.int64)
-        mask = (act != 0)[:, None] & inside[None, :]
-        w = tl.load(w_ptr + latent[:, None] * D + cols[None, :], mask=mask, other=0.0)
-        acc += act[:, None] * w.to(tl.float32)
+        act, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, token, start, cols, D, K, BLOCK_K)
+        acc += act[:, None] * w
     row = tl.sum(acc, axis=0)
     x = tl.load(x_ptr + token * D + cols, mask=inside, other=0.0).to(tl.float32)
     row += tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32) - x
@@ -81,11 +85,8 @@ def _decode_coefs_kernel(
     grad = rounded.to(tl.float32)
     for start in range(0, K, BLOCK_K):
         slot = start + tl.arange(0, BLOCK_K)
-        act = tl.load(acts_ptr + token * K + slot, mask=slot < K, other=0.0).to(tl.float32)
-        latent = tl.load(idx_ptr + token * K + slot, mask=slot < K, other=0).to(tl.int64)
-        mask = (act != 0)[:, None] & inside[None, :]
-        w = tl.load(w_ptr + latent[:, None] * D + cols[None, :], mask=mask, other=0.0)
-        dots = tl.sum(grad[None, :] * w.to(tl.float32), axis=1)
+        _, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, token, start, cols, D, K, BLOCK_K)
+        dots = tl.sum(grad[None, :] * w, axis=1)
         tl.store(dots_ptr + at * K + slot, dots, mask=slot < K)
 
 
