@@ -19,6 +19,8 @@ import typer
 from torch import Tensor
 
 from ..kernels import ops
+from ..kernels.encode_plan import make_plan
+from ..kernels.shapes import num_programs
 from .bench_timing import host_ms, kernel_us, median_ms, print_table, write_json
 
 SHAPES = {  # N, D, F, k
@@ -87,6 +89,7 @@ def encode(
     data: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(DATA)}.")] = None,
     peers: Annotated[bool, typer.Option(help="Time other encoders, too.")] = True,
     aux: Annotated[bool, typer.Option(help="Time the second list over a tenth dead.")] = False,
+    plain: Annotated[bool, typer.Option(help="Time the filter for other GPUs, too.")] = False,
     kernels: Annotated[bool, typer.Option(help="List the kernels of ours, too.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed calls.")] = 20,
     json: Annotated[Path | None, typer.Option(help="Write the table here, too.")] = None,
@@ -111,6 +114,13 @@ def encode(
                 mask = torch.arange(f, device="cuda") % 10 == 0
                 calls["ours, k_aux = D/2"] = lambda x=x, W=W, b=b, k=k, m=mask, a=d // 2: (  # type: ignore[misc]
                     ops.topk_encode_aux(x, W, b, k, m, a)
+                )
+            plan = make_plan(n, d, f, k, num_programs(x.device))
+            if plain and plan is not None:
+                from ..kernels.encode_topk import fused_topk
+
+                calls["ours, plain filter"] = lambda x=x, W=W, b=b, k=k, p=plan: (  # type: ignore[misc]
+                    fused_topk(x, W, b, k, p)
                 )
             if peers:
                 calls |= _peers(x, W, b, k)

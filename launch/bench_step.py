@@ -214,9 +214,7 @@ def step(
     rows: list[dict[str, Any]] = []
     for name in shape or list(SHAPES):
         if kernels:
-            spent = kernel_us(_fused_step(SHAPES[name], graph=False))
-            listed = [{"kernel": n[:60], "us": us} for n, us in spent.items()]
-            print_table(f"Fused step, {name}", listed)
+            _show_kernels(f"Fused step, {name}", _fused_step(SHAPES[name], graph=False))
         for row, make in STEPS.items():
             if peers in row:
                 result = _measure(lambda make=make, s=SHAPES[name]: make(s), repeats)  # type: ignore[misc]
@@ -225,6 +223,10 @@ def step(
                 torch._dynamo.reset()
                 torch.cuda.empty_cache()
     _show("Training step", rows, json)
+
+
+def _show_kernels(title: str, call: Callable[[], Any]) -> None:
+    print_table(title, [{"kernel": n[:60], "us": us} for n, us in kernel_us(call).items()])
 
 
 def _show(title: str, rows: list[dict[str, Any]], json: Path | None) -> None:
@@ -266,7 +268,9 @@ DECODERS = (
 )
 
 
-def _measure_decoder(name: str, shape: tuple[int, ...], repeats: int) -> dict[str, float | str]:
+def _measure_decoder(
+    name: str, shape: tuple[int, ...], repeats: int, kernels: bool
+) -> dict[str, float | str]:
     n, d, f, k = shape
     gen = torch.Generator("cuda").manual_seed(0)
     idx = torch.stack([torch.randperm(f, generator=gen, device="cuda")[:k] for _ in range(n)])
@@ -283,6 +287,8 @@ def _measure_decoder(name: str, shape: tuple[int, ...], repeats: int) -> dict[st
         with torch.no_grad():
             forward = median_ms(lambda: decode(acts, idx, W_dec), repeats, ahead=True)
         whole = median_ms(both, repeats, ahead=True)
+        if kernels:
+            _show_kernels(f"Decoder forward + backward, {name}, {shape}", both)
         return {
             "forward ms": forward,
             "forward+backward ms": whole,
@@ -296,6 +302,7 @@ def _measure_decoder(name: str, shape: tuple[int, ...], repeats: int) -> dict[st
 def decode(
     shape: ShapeOption = None,
     peers: PeersOption = "",
+    kernels: Annotated[bool, typer.Option(help="List each one's kernels, too.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed calls.")] = 20,
     json: JsonOption = None,
 ) -> None:
@@ -304,7 +311,7 @@ def decode(
     for name in shape or list(SHAPES):
         for row in DECODERS:
             if peers in row:
-                result = _measure_decoder(row, SHAPES[name], repeats)
+                result = _measure_decoder(row, SHAPES[name], repeats, kernels)
                 rows.append({"shape": name, "implementation": row, **result})
                 gc.collect()
                 torch.cuda.empty_cache()

@@ -368,14 +368,6 @@ def test_filters_mend_bad_thresholds_and_bear_nan_on_the_gpu(
         got, indices = encode_topk.fused_topk(x, W, b, 32, plan, hopper)
         # A row that was done anew adds in another order.
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3, equal_nan=True)
-        same = (indices == want_indices).float().mean()
-        assert same > 0.98 or kind == "nan"
-
-
-@pytest.mark.gpu
-def test_scratch_across_a_boundary_of_addresses_on_the_gpu() -> None:
-    """With memory that straddles 2**32 the filter would write elsewhere: none such is used."""
-    for _ in range(40):
-        scratch = encode_topk._scratch(4096, 1500, torch.device("cuda"))
-        first = scratch.data_ptr()
-        assert first >> 32 == (first + scratch.nbytes - 1) >> 32
+        # In a row of NaN any latents will do.
+        rows = torch.arange(300, device="cuda") != (3 if kind == "nan" else -1)
+        assert (indices == want_indices)[rows].float().mean() > 0.98

@@ -1,0 +1,40 @@
+"""Both encoder filters, the second list, the decoder and the gradients at a small, ragged size:
+
+compute-sanitizer --tool memcheck python tests/kernels/small_case.py
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flash_sae_dist.kernels import (
+    decode_backward,
+    encode_aux,
+    encode_plan,
+    encode_topk,
+    sparse_decode,
+    sparse_grad,
+)
+
+N, D, F, K = 130, 72, 4104, 8
+
+
+def main() -> None:
+    x, W = (torch.randn(n, D, device="cuda").bfloat16() for n in (N, F))
+    b, b_dec = torch.randn(F, device="cuda"), torch.zeros(D, device="cuda")
+    plan = encode_plan.make_plan(N, D, F, K)
+    assert plan is not None
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    for use in {False, hopper}:
+        values, indices = encode_topk.fused_topk(x, W, b, K, plan, use)
+    encode_aux.masked_topk(x, W, b, torch.rand(F, device="cuda") < 0.1, D // 2)
+    scale = torch.tensor(0.1, device="cuda")
+    sparse_decode.decode_coefs(values, indices, W, b_dec, x.float(), scale)
+    sparse_grad.scatter_rows(values, indices, x, F)
+    decode_backward.decode_backward(values, indices, W, x)
+    torch.cuda.synchronize()
+    print("done")
+
+
+if __name__ == "__main__":
+    main()
