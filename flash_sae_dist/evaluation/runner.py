@@ -144,7 +144,7 @@ def _evaluate(
     sae = found.load(device)
     # Never more than the store holds: a row measured twice is no new evidence.
     num_tokens = min(cfg.num_tokens, store.rows)
-    # Passes of equal size, so that no rest is left out.
+    # Passes of equal size: less than a row a pass is left out, not most of a pass.
     num_steps = -(-num_tokens // cfg.batch_tokens)
     loader = ActivationLoader(
         store,
