@@ -80,6 +80,12 @@ def make_mesh(
         )
     if world == 1:
         return Mesh.single()
+    if device.type == "cuda":
+        # A device mesh leaves the device alone where CUDA has begun, else it takes the one of the
+        # local rank, which processes that share a device do not have.
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        if device.index is not None:
+            torch.cuda.set_device(device)
     mesh = init_device_mesh(
         device.type,
         (world // members, num_replicas, num_shards),
