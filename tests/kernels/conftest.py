@@ -24,10 +24,11 @@ def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         out = make(*args, **kwargs)
         if out.is_meta or out.numel() == 0:
             return out
-        if out.is_floating_point():
-            return out.fill_(torch.nan)
-        if out.dtype in (torch.int16, torch.int32, torch.int64):
-            return out.fill_(_POISON & torch.iinfo(out.dtype).max)
+        with torch.no_grad():
+            if out.is_floating_point():
+                out.fill_(torch.nan)
+            elif out.dtype in (torch.int16, torch.int32, torch.int64):
+                out.fill_(_POISON & torch.iinfo(out.dtype).max)
         return out
 
     return made
