@@ -25,7 +25,7 @@ KERNEL_FILES: dict[str, str] = {
     "gathered_dots": "sparse_decode",
     "pair_coefs": "sparse_decode",
     "order_pairs": "sparse_grad",
-    "scatter_rows": "sparse_grad",
+    "scatter_rows": "dense_grad",
     "scatter_values": "sparse_grad",
     "sparse_adam_step_": "sparse_adam",
     "adam_scalars_": "sparse_adam",

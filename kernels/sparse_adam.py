@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .reference import AdamOptions, LatentRows, PairOrder, Pairs
 from .shapes import cdiv, next_power_of_2
-from .sparse_grad import heavy_sums, latent_gradient
+from .sparse_grad import first_pairs, heavy_sums, inside_of, latent_gradient
 
 _MAX_D = 16384
 # Of the partial sums for b_dec, a row a program.
@@ -56,9 +56,10 @@ def _round_stochastic(x, bits):
 def _adam(w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps):
     m += one_minus_beta1 * (grad - m)
     v = beta2 * v + one_minus_beta2 * grad * grad
-    step_size = tl.load(scalars_ptr)
+    # step_size * m / (sqrt(v) / correction + eps), both sides times the correction: one division.
     correction = tl.load(scalars_ptr + 1)
-    return w - step_size * (m / (tl.sqrt(v) / correction + eps)), m, v
+    step_size = tl.load(scalars_ptr) * correction
+    return w - step_size * (m / (tl.sqrt(v) + eps * correction)), m, v
 
 
 @triton.jit
@@ -93,6 +94,7 @@ def _adam_encoder_kernel(
     step_ptr,
     F,
     D,
+    P,
     NK,
     K,
     K2,
@@ -107,26 +109,31 @@ def _adam_encoder_kernel(
     LATENTS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """LATENTS rows of W_enc in a block of columns, one after another; the old rows times their
     bias gradients are summed on the way, for b_dec.
     """
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = cols < D
+    inside = inside_of(cols, D, FULL)
     weighted = tl.zeros([BLOCK_D], tl.float32)
     start = tl.program_id(0) * LATENTS
+    begin = tl.load(offsets_ptr + start)
+    end = tl.load(offsets_ptr + tl.minimum(start + 1, F))
+    pair = first_pairs(begin, order_ptr, P, PAIRS)
     for i in range(0, tl.minimum(LATENTS, F - start)):
         latent = (start + i).to(tl.int64)
-        begin = tl.load(offsets_ptr + latent)
-        end = tl.load(offsets_ptr + latent + 1)
+        # The next latent's pairs begin where this one's end: loaded a latent ahead.
+        next_end = tl.load(offsets_ptr + tl.minimum(latent + 2, F))
+        next_pair = first_pairs(end, order_ptr, P, PAIRS)
         if (not LAZY) | (begin < end):
             at = latent * D + cols
             w = tl.load(W_ptr + at, mask=inside, other=0.0)
             m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
             v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
             grad, value = latent_gradient(
-                begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, D, 0,
-                NK, K, K2, HEAVY, PAIRS, BLOCK_D,
+                pair, begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, inside,
+                D, 0, NK, K, K2, HEAVY, PAIRS, BLOCK_D,
             )  # fmt: skip
             weighted += value * w
             w, m, v = _adam(
@@ -144,6 +151,9 @@ def _adam_encoder_kernel(
                 tl.store(b_ptr + latent, b)
                 tl.store(b_m_ptr + latent, b_m)
                 tl.store(b_v_ptr + latent, b_v)
+        begin = end
+        end = next_end
+        pair = next_pair
     tl.store(weighted_ptr + tl.program_id(0) * D + cols, weighted, mask=inside)
 
 
@@ -177,6 +187,7 @@ def _adam_decoder_kernel(
     HEAVY: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """A whole row of W_dec: the constraint needs its sums."""
     latent = tl.program_id(0).to(tl.int64)
@@ -184,15 +195,16 @@ def _adam_decoder_kernel(
     end = tl.load(offsets_ptr + latent + 1)
     if (not LAZY) | (begin < end):
         cols = tl.arange(0, BLOCK_D)
-        inside = cols < D
+        inside = inside_of(cols, D, FULL)
         at = latent * D + cols
-        grad, value = latent_gradient(
-            begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, D, N,
-            NK, K, K2, HEAVY, PAIRS, BLOCK_D,
-        )  # fmt: skip
+        # Before the gather, whose latency they share.
         w = tl.load(W_ptr + at, mask=inside, other=0.0)
         m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        grad, value = latent_gradient(
+            first_pairs(begin, order_ptr, end, PAIRS), begin, end, order_ptr, coef_ptr, rows_ptr,
+            sums_ptr, values_ptr, cols, inside, D, N, NK, K, K2, HEAVY, PAIRS, BLOCK_D,
+        )  # fmt: skip
         if UNIT_NORM:
             grad -= tl.sum(grad * w, axis=0) * w
         w, m, v = _adam(
@@ -200,7 +212,7 @@ def _adam_decoder_kernel(
         )  # fmt: skip
         if UNIT_NORM:
             norm = tl.sqrt(tl.sum(tl.where(inside, w * w, 0.0), axis=0))
-            w = w / tl.maximum(norm, 1.1754943508222875e-38)
+            w *= 1.0 / tl.maximum(norm, 1.1754943508222875e-38)
         tl.store(W_ptr + at, w, mask=inside)
         if COPIES:
             tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
@@ -260,7 +272,8 @@ def _decoder_blocks(D: int) -> dict[str, int]:
         raise ValueError(f"sparse_adam_step_ takes D up to {_MAX_D}, not {D}; use torch.optim.Adam")
     block_d = next_power_of_2(D)
     # 8 columns a thread: more threads in flight were faster than more columns each (seed shape).
-    return {"BLOCK_D": block_d, "PAIRS": 2, "num_warps": min(16, max(1, block_d // 256))}
+    warps = min(16, max(1, block_d // 256))
+    return {"BLOCK_D": block_d, "FULL": block_d == D, "PAIRS": 2, "num_warps": warps}
 
 
 def _encoder_blocks(F: int, D: int) -> dict[str, int]:
@@ -270,7 +283,8 @@ def _encoder_blocks(F: int, D: int) -> dict[str, int]:
     latents = min(64, max(1, F * programs_a_latent // 8192))
     latents = next_power_of_2(latents + 1) // 2
     latents = max(latents, next_power_of_2(cdiv(F * D * 4, _MAX_SUMS_BYTES)))
-    return {"LATENTS": latents, "BLOCK_D": block_d, "PAIRS": 2, "num_warps": 1}
+    full = D % block_d == 0
+    return {"LATENTS": latents, "BLOCK_D": block_d, "FULL": full, "PAIRS": 1, "num_warps": 1}
 
 
 def sparse_adam_step_(
@@ -285,6 +299,7 @@ def sparse_adam_step_(
     """`reference.sparse_adam_step_`: one pass over W_enc's rows, one over W_dec's."""
     F, D = rows.W_dec.shape
     N, K, K2 = pairs.shape
+    P = order.order.numel()
     decoder_blocks = _decoder_blocks(D)  # refuses before anything is changed
     sums = heavy_sums(
         order, pairs.dec_coef, pairs.dec_rows, F, pairs.shape, pairs.enc_coef, pairs.enc_rows
@@ -300,7 +315,7 @@ def sparse_adam_step_(
     _adam_encoder_kernel[grid](
         order.order, order.offsets, pairs.enc_coef, pairs.enc_rows, sums.enc, sums.values,
         rows.W_enc, *moments[0], copies[0], rows.b_enc, *moments[1], weighted,
-        scalars, step, F, D, N * K, K, max(K2, 1), *constants, **flags, **blocks,
+        scalars, step, F, D, P, N * K, K, max(K2, 1), *constants, **flags, **blocks,
     )  # fmt: skip
     take_sums(weighted)
     _adam_decoder_kernel[(F,)](

@@ -71,6 +71,11 @@ def order_pairs(
 ) -> PairOrder:
     """`reference.order_pairs`: two small kernels around torch's sort, which is stable."""
     P = top_idx.numel()
+    if P >= 2**31:
+        raise ValueError(
+            f"{P} pairs of a token and a latent are more than kernels number (2**31 - 1); "
+            "take fewer tokens at once"
+        )
     dtype = torch.int16 if num_latents < 2**15 else torch.int32
     keys = torch.empty(P, dtype=dtype, device=top_idx.device)
     offsets = torch.empty(num_latents + 1, dtype=torch.int32, device=top_idx.device)
@@ -130,48 +135,69 @@ def _heavy_kernel(
     first = tl.load(latents_ptr + block * HEAVY).to(tl.int32)
     last = tl.load(latents_ptr + block * HEAVY + HEAVY - 1).to(tl.int32)
     if (first == last) & (first < F):
-        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        inside = (cols < D)[None, :]
-        values = tl.zeros([BLOCK_P], tl.float32)
-        dec = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
-        enc = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
-        for start in range(0, HEAVY, BLOCK_P):
-            pair = tl.load(order_ptr + block * HEAVY + start + tl.arange(0, BLOCK_P))
-            token = _token_of(pair, NK, K, K2)
-            row = token + tl.where(pair < NK, 0, N)
-            coef = tl.load(dec_coef_ptr + pair).to(tl.float32)
-            rows = tl.load(dec_rows_ptr + row[:, None] * D + cols[None, :], mask=inside, other=0.0)
-            dec += coef[:, None] * rows.to(tl.float32)
-            if BOTH:
-                coef = tl.load(enc_coef_ptr + pair).to(tl.float32)
+        # A few programs a block, of which most belong to several latents and are left at once.
+        for part in range(tl.program_id(1), tl.cdiv(D, BLOCK_D), tl.num_programs(1)):
+            cols = part * BLOCK_D + tl.arange(0, BLOCK_D)
+            inside = (cols < D)[None, :]
+            values = tl.zeros([BLOCK_P], tl.float32)
+            dec = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+            enc = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+            for start in range(0, HEAVY, BLOCK_P):
+                at = block * HEAVY + start + tl.arange(0, BLOCK_P)
+                pair = tl.load(order_ptr + at).to(tl.int32)
+                token = _token_of(pair, NK, K, K2).to(tl.int64)
+                row = token + tl.where(pair < NK, 0, N)
+                coef = tl.load(dec_coef_ptr + pair).to(tl.float32)
                 rows = tl.load(
-                    enc_rows_ptr + token[:, None] * D + cols[None, :], mask=inside, other=0.0
+                    dec_rows_ptr + row[:, None] * D + cols[None, :], mask=inside, other=0.0
                 )
-                enc += coef[:, None] * rows.to(tl.float32)
-            values += coef
-        if tl.program_id(1) == 0:
-            tl.store(values_ptr + block, tl.sum(values, axis=0))
-        out = block * D + cols
-        tl.store(dec_out_ptr + out, tl.sum(dec, axis=0), mask=cols < D)
-        if BOTH:
-            tl.store(enc_out_ptr + out, tl.sum(enc, axis=0), mask=cols < D)
+                dec += coef[:, None] * rows.to(tl.float32)
+                if BOTH:
+                    coef = tl.load(enc_coef_ptr + pair).to(tl.float32)
+                    rows = tl.load(
+                        enc_rows_ptr + token[:, None] * D + cols[None, :], mask=inside, other=0.0
+                    )
+                    enc += coef[:, None] * rows.to(tl.float32)
+                values += coef
+            if part == 0:
+                tl.store(values_ptr + block, tl.sum(values, axis=0))
+            out = block * D + cols
+            tl.store(dec_out_ptr + out, tl.sum(dec, axis=0), mask=cols < D)
+            if BOTH:
+                tl.store(enc_out_ptr + out, tl.sum(enc, axis=0), mask=cols < D)
+
+
+@triton.jit
+def inside_of(cols, D, FULL: tl.constexpr):
+    """Which of some columns there are; where blocks fill D, a constant, which costs nothing."""
+    return tl.full(cols.shape, 1, tl.int1) if FULL else cols < D
+
+
+@triton.jit
+def first_pairs(begin, order_ptr, P, PAIRS: tl.constexpr):
+    """The ordered pairs from `begin` on, which `latent_gradient` starts with: loaded before it is
+    known where they end, so that they are there when it is."""
+    at = begin + tl.arange(0, PAIRS)
+    # 32 bits: a 64-bit division, by which pairs' tokens are found, is slow.
+    return tl.load(order_ptr + at, mask=at < P, other=0).to(tl.int32)
 
 
 @triton.jit
 def _add_pairs(
-    grad, value, begin, end, order_ptr, coef_ptr, rows_ptr, cols, D, shift, NK, K, K2,
+    grad, value, pair, begin, end, order_ptr, coef_ptr, rows_ptr, cols, inside, D, shift, NK, K, K2,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the ordered pairs begin .. end to a latent's gradient and its coefficients' sum, PAIRS
-    rows in flight at once; rows of a second list lie `shift` below the first's.
+    """Adds the ordered pairs begin .. end, of which `pair` are the first, to a latent's gradient
+    and its coefficients' sum, PAIRS rows in flight at once; rows of a second list lie `shift` below
+    the first's.
     """
     for i in range(begin, end, PAIRS):
-        at = i + tl.arange(0, PAIRS)
-        pair = tl.load(order_ptr + at, mask=at < end, other=0)
-        row = _token_of(pair, NK, K, K2) + tl.where(pair < NK, 0, shift)
-        coef = tl.load(coef_ptr + pair, mask=at < end, other=0.0).to(tl.float32)
-        mask = (at < end)[:, None] & (cols < D)[None, :]
+        live = i + tl.arange(0, PAIRS) < end
+        row = (_token_of(pair, NK, K, K2) + tl.where(pair < NK, 0, shift)).to(tl.int64)
+        coef = tl.load(coef_ptr + pair, mask=live, other=0.0).to(tl.float32)
+        mask = live[:, None] & inside[None, :]
         rows = tl.load(rows_ptr + row[:, None] * D + cols[None, :], mask=mask, other=0.0)
+        pair = first_pairs(i + PAIRS, order_ptr, end, PAIRS)
         grad += tl.sum(coef[:, None] * rows.to(tl.float32), axis=0)
         value += tl.sum(coef, axis=0)
     return grad, value
@@ -179,64 +205,31 @@ def _add_pairs(
 
 @triton.jit
 def latent_gradient(
-    begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, D, shift, NK, K, K2,
-    HEAVY: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
+    pair, begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, inside, D, shift,
+    NK, K, K2, HEAVY: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A latent's gradient and its coefficients' sum: its pairs before, within and after the whole
-    blocks that heavy_sums added.
+    """A latent's gradient and its coefficients' sum: its pairs, of which `pair` are the first,
+    before, within and after the whole blocks that heavy_sums added.
     """
     first, last = tl.cdiv(begin, HEAVY), end // HEAVY
     split = first < last
     grad = tl.zeros([BLOCK_D], tl.float32)
     value = tl.sum(tl.zeros([PAIRS], tl.float32), axis=0)
     grad, value = _add_pairs(
-        grad, value, begin, tl.where(split, first * HEAVY, end), order_ptr, coef_ptr, rows_ptr,
-        cols, D, shift, NK, K, K2, PAIRS,
+        grad, value, pair, begin, tl.where(split, first * HEAVY, end), order_ptr, coef_ptr,
+        rows_ptr, cols, inside, D, shift, NK, K, K2, PAIRS,
     )  # fmt: skip
     if split:
         for block in range(first, last):
             # 32 bits suffice: the scratch is bounded.
-            grad += tl.load(sums_ptr + block * D + cols, mask=cols < D, other=0.0)
+            grad += tl.load(sums_ptr + block * D + cols, mask=inside, other=0.0)
             value += tl.load(values_ptr + block)
+        pair = first_pairs(last * HEAVY, order_ptr, end, PAIRS)
         grad, value = _add_pairs(
-            grad, value, last * HEAVY, end, order_ptr, coef_ptr, rows_ptr,
-            cols, D, shift, NK, K, K2, PAIRS,
+            grad, value, pair, last * HEAVY, end, order_ptr, coef_ptr, rows_ptr, cols, inside, D,
+            shift, NK, K, K2, PAIRS,
         )  # fmt: skip
     return grad, value
-
-
-@triton.jit
-def _scatter_rows_kernel(
-    order_ptr,  # [P] int64
-    offsets_ptr,  # [F + 1]
-    coef_ptr,  # [P]
-    rows_ptr,  # [N, D]
-    sums_ptr,  # [P // HEAVY, D] of _heavy_kernel
-    values_ptr,  # [P // HEAVY]; what is read here is not used
-    out_ptr,  # [F, D]
-    F,
-    D,
-    P,
-    K,
-    HEAVY: tl.constexpr,
-    LATENTS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # On one axis: a grid's others end at 65535.
-    blocks = tl.cdiv(D, BLOCK_D)
-    cols = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    start = tl.program_id(0) // blocks * LATENTS
-    for i in range(0, tl.minimum(LATENTS, F - start)):
-        latent = (start + i).to(tl.int64)
-        begin = tl.load(offsets_ptr + latent)
-        end = tl.load(offsets_ptr + latent + 1)
-        grad, _ = latent_gradient(
-            begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, D, 0,
-            P, K, 1, HEAVY, PAIRS, BLOCK_D,
-        )  # fmt: skip
-        out = grad.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + latent * D + cols, out, mask=cols < D)
 
 
 @triton.jit
@@ -321,7 +314,7 @@ def heavy_sums(
     values = dec.new_empty(blocks)
     if blocks:
         block_d = min(256, next_power_of_2(D))
-        _heavy_kernel[(blocks, cdiv(D, block_d))](
+        _heavy_kernel[(blocks, cdiv(D, 4 * block_d))](
             order.order,
             order.latents,
             dec_coef,
@@ -344,31 +337,6 @@ def heavy_sums(
             num_warps=4,
         )
     return HeavySums(heavy, dec, enc, values)
-
-
-def scatter_rows(
-    coef: Tensor,  # [N, K]
-    top_idx: Tensor,  # [N, K]
-    rows: Tensor,  # [N, D]
-    num_latents: int,
-    dtype: torch.dtype | None = None,
-    order: PairOrder | None = None,
-) -> Tensor:  # [F, D] in dtype; left out, float32
-    """`reference.scatter_rows`; an order made before for the same pairs is used again."""
-    (N, K), D = top_idx.shape, rows.shape[1]
-    if N == 0:
-        return rows.new_zeros((num_latents, D), dtype=dtype or torch.float32)
-    coef, rows = coef.contiguous(), rows.contiguous()
-    order = order_pairs(top_idx, num_latents, coef) if order is None else order
-    sums = heavy_sums(order, coef, rows, num_latents, (N, K, 0))
-    out = rows.new_empty((num_latents, D), dtype=dtype or torch.float32)
-    block_d = min(256, max(16, next_power_of_2(D)))
-    # One warp a program; latents enough that a program outlives its launch.
-    _scatter_rows_kernel[(cdiv(D, block_d) * cdiv(num_latents, 4),)](
-        order.order, order.offsets, coef, rows, sums.dec, sums.values, out, num_latents, D, N * K,
-        K, HEAVY=sums.heavy, LATENTS=4, PAIRS=4, BLOCK_D=block_d, num_warps=1,
-    )  # fmt: skip
-    return out
 
 
 def scatter_values(

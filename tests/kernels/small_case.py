@@ -9,11 +9,11 @@ import torch
 
 from flash_sae_dist.kernels import (
     decode_backward,
+    dense_grad,
     encode_aux,
     encode_plan,
     encode_topk,
     sparse_decode,
-    sparse_grad,
 )
 
 N, D, F, K = 130, 72, 4104, 8
@@ -30,7 +30,7 @@ def main() -> None:
     encode_aux.masked_topk(x, W, b, torch.rand(F, device="cuda") < 0.1, D // 2)
     scale = torch.tensor(0.1, device="cuda")
     sparse_decode.decode_coefs(values, indices, W, b_dec, x.float(), scale)
-    sparse_grad.scatter_rows(values, indices, x, F)
+    dense_grad.scatter_rows(values, indices, x, F)
     decode_backward.decode_backward(values, indices, W, x)
     torch.cuda.synchronize()
     print("done")
