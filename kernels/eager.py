@@ -63,13 +63,51 @@ def _lists(
     return tuple(compute(name, W_enc, xc, W_enc, b_enc, k, *aux))
 
 
+class _Shared:
+    """The order of a list's pairs: made by a decoder in its forward pass, used by the encoder that
+    made the list in its backward pass. It hangs on the list's indices."""
+
+    def __init__(self) -> None:
+        self.order: PairOrder | None = None
+        self.num_latents = self.version = -1
+        self.side: torch.cuda.Stream | None = None
+
+    def give(
+        self, order: PairOrder, indices: Tensor, num_latents: int, side: torch.cuda.Stream | None
+    ) -> None:
+        """Keeps an order of these indices that a side stream makes."""
+        self.order, self.side = order, side
+        self.num_latents, self.version = num_latents, indices._version
+
+    def take(self, indices: Tensor, num_latents: int) -> PairOrder | None:
+        """The order, if it is that of these indices, for the current stream; once."""
+        order, self.order = self.order, None
+        if order is None or (self.num_latents, self.version) != (num_latents, indices._version):
+            return None
+        return _join(order, self.side, indices.device)
+
+
+def _join(order: PairOrder, side: torch.cuda.Stream | None, device: torch.device) -> PairOrder:
+    """An order made on a side stream, safe on the current one."""
+    if side is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(side)
+        for t in order:
+            t.record_stream(current)
+    return order
+
+
 def encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int, *aux: Any
 ) -> tuple[Tensor, ...]:
     """`Encode` where a gradient is wanted, else its lists alone."""
     if not _wants_gradients(x, W_enc, b_enc, b_dec):
         return _lists(x, W_enc, b_enc, b_dec, k, *aux)
-    return Encode.apply(x, W_enc, b_enc, b_dec, k, *aux)  # type: ignore[no-any-return]
+    shared = None if aux else _Shared()
+    lists: tuple[Tensor, ...] = Encode.apply(x, W_enc, b_enc, b_dec, shared, k, *aux)
+    if shared is not None:
+        lists[1]._pair_order = shared  # type: ignore[attr-defined]
+    return lists
 
 
 def decode(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
@@ -89,12 +127,14 @@ class Encode(torch.autograd.Function):
         W_enc: Tensor,
         b_enc: Tensor,
         b_dec: Tensor | None,
+        shared: _Shared | None,
         k: int,
         *aux: Any,  # mask, k_aux
     ) -> Any:
         """The lists: values and indices, and again for the mask."""
         output = _lists(x, W_enc, b_enc, b_dec, k, *aux)
-        ctx.num_rest = 1 + len(aux)
+        ctx.shared = shared
+        ctx.num_rest = 2 + len(aux)
         ctx.mark_non_differentiable(*output[1::2])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, b_enc, b_dec, *output)
@@ -105,13 +145,18 @@ class Encode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Gradients of the four tensors."""
         needs = ctx.needs_input_grad[:4]
-        found = encode_gradients(DIRECT, needs, ctx.saved_tensors, grads)
+        order = None
+        if ctx.shared is not None:
+            indices, W_enc = ctx.saved_tensors[5], ctx.saved_tensors[1]
+            order = ctx.shared.take(indices, W_enc.shape[0])
+        found = encode_gradients(DIRECT, needs, ctx.saved_tensors, grads, order)
         return (*found, *[None] * ctx.num_rest)
 
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    # Of high priority: its small kernels need not wait for a large one's last program.
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class Decode(torch.autograd.Function):
@@ -133,6 +178,9 @@ class Decode(torch.autograd.Function):
                 with torch.cuda.stream(ctx.side):
                     ctx.order = compute("order_pairs", W_dec, top_idx, W_dec.shape[0])
             top_idx.record_stream(ctx.side)
+            shared: _Shared | None = getattr(top_idx, "_pair_order", None)
+            if shared is not None:
+                shared.give(ctx.order, top_idx, W_dec.shape[0], ctx.side)
         ctx.save_for_backward(top_acts, top_idx, W_dec)
         out: Tensor = compute("sparse_decode", W_dec, top_acts, top_idx, W_dec)
         return out
@@ -143,9 +191,6 @@ class Decode(torch.autograd.Function):
         """Gradients of top_acts and W_dec."""
         order: PairOrder | None = ctx.order
         if order is not None:
-            current = torch.cuda.current_stream(grads[0].device)
-            current.wait_stream(ctx.side)
-            for t in order:
-                t.record_stream(current)
+            order = _join(order, ctx.side, grads[0].device)
         needs = ctx.needs_input_grad
         return decode_gradients(DIRECT, needs, ctx.saved_tensors, grads[0], order)

@@ -37,8 +37,10 @@ def encode_gradients(
     needs: Sequence[bool],  # whether x, W_enc, b_enc, b_dec need a gradient
     saved: Sequence[Tensor],  # x, W_enc, b_enc, b_dec or None, then the outputs
     grads: Sequence[Tensor | None],  # of the outputs: values, indices, and again for a second list
+    order: PairOrder | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, W_enc, b_enc and b_dec from those of the one or two value lists.
+    """Gradients of x, W_enc, b_enc and b_dec from those of the one or two value lists; an order of
+    all pairs of the only list, made before, is used.
 
     `grad_b_dec = -(sum over tokens of grad_pre) @ W_enc` costs F*D: no [N, D] gradient is made
     unless x needs one.
@@ -57,8 +59,8 @@ def encode_gradients(
     idx = indices[0] if len(coefs) == 1 else torch.cat(indices, dim=1)
     need_x, need_W, need_b, need_b_dec = needs
     num_latents = W_enc.shape[0]
-    grad_x = grad_W = grad_b = grad_b_dec = order = None
-    if need_W or need_b or need_b_dec:
+    grad_x = grad_W = grad_b = grad_b_dec = None
+    if order is None and (need_W or need_b or need_b_dec):
         order = kit.order_pairs(idx, num_latents, coef)
     if need_W:
         xc = centred(x, b_dec, W_enc.dtype).contiguous()
