@@ -1,6 +1,6 @@
-"""Encoder and exact top-k by library calls in blocks of rows: for float32, odd widths and k near F.
+"""Encoder by a library matmul in blocks of rows: for few tokens, float32, odd widths, k near F.
 
-Each block holds at most 48 MiB of pre-activations and sort keys; no host sync.
+Each block holds at most 50 MiB of pre-activations, or of them and sort keys; no host sync.
 """
 
 from __future__ import annotations
@@ -8,18 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import encode_rows
 from .reference_encode import sort_keys
 
-_BLOCK_BYTES = 48 << 20
+_BLOCK_BYTES = 50 << 20
 _INDEX_BITS = 0x7FFFFFFF
 # Of one pre-activation: float32 values before and after masking, and an int64 key.
 _BYTES_EACH = 4 + 4 + 8
 
 
-def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+def _products(x: Tensor, W_enc: Tensor) -> Tensor:
     if x.dtype == torch.float32:
-        return torch.addmm(b_enc, x, W_enc.T)
-    return torch.mm(x, W_enc.T, out_dtype=torch.float32).add_(b_enc)
+        return x @ W_enc.T
+    return torch.mm(x, W_enc.T, out_dtype=torch.float32)
 
 
 def _select(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -31,15 +32,27 @@ def _select(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return picked, (_INDEX_BITS - (top & 0xFFFFFFFF)).to(torch.int32)
 
 
+def is_faster(N: int, D: int, F: int, k: int) -> bool:
+    """Whether it is to be taken before the fused encoder, by an H100's times: all rows are one
+    block, and either few or so wide that what the selection reads weighs little."""
+    one_block = 4 * N * F <= _BLOCK_BYTES and encode_rows.sizes(F, k) is not None
+    return one_block and (N <= 256 or D >= 1024)
+
+
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`reference.topk_encode`, rows in blocks."""
+    """`reference.topk_encode`, rows in blocks; b_enc is float32."""
     values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
     indices = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
-    rows = max(1, _BLOCK_BYTES // (_BYTES_EACH * W_enc.shape[0]))
+    shape = encode_rows.sizes(W_enc.shape[0], k)
+    each = 4 if shape else _BYTES_EACH
+    rows = max(1, _BLOCK_BYTES // (each * W_enc.shape[0]))
     for start in range(0, x.shape[0], rows):
         part = slice(start, start + rows)
-        pre = _pre_activations(x[part], W_enc, b_enc)
-        values[part], indices[part] = _select(pre.relu_(), k)
+        pre = _products(x[part], W_enc)
+        if shape:
+            encode_rows.select_rows(pre, b_enc, values[part], indices[part], shape)
+        else:
+            values[part], indices[part] = _select(pre.add_(b_enc).relu_(), k)
     return values, indices
 
 
@@ -52,7 +65,7 @@ def masked_topk(
     rows = max(1, _BLOCK_BYTES // (_BYTES_EACH * W_enc.shape[0]))
     for start in range(0, x.shape[0], rows):
         part = slice(start, start + rows)
-        pre = _pre_activations(x[part], W_enc, b_enc)
+        pre = _products(x[part], W_enc).add_(b_enc)
         values[part], where = _select(pre.masked_fill(~mask, -torch.inf), k)
         indices[part] = where.masked_fill(values[part] == -torch.inf, 0)
     return values, indices

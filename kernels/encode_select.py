@@ -58,13 +58,13 @@ def kth(bits, latent, k, slack):
 
 
 @triton.jit
-def _key(bits, latent):
+def key_of(bits, latent):
     """(relu'd bits, latent) as an int64 that sorts by activation, then lowest latent."""
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - latent).to(tl.int64)
 
 
 @triton.jit
-def _keep(row_keys, keys, k):
+def keep_largest(row_keys, keys, k):
     """Writes the k largest of some keys to the front of a row's (all where there are fewer); keys
     below 0 are none. Returns how many it wrote."""
     bits = (keys >> 32).to(tl.int32)
@@ -80,6 +80,16 @@ def _keep(row_keys, keys, k):
 
 
 @triton.jit
+def best_keys(row_keys, values_row, indices_row, k, K_POW2: tl.constexpr):
+    """Writes a row's list from its k best keys, in order."""
+    j = tl.arange(0, K_POW2)
+    keys = tl.sort(tl.load(row_keys + j, mask=j < k, other=-1), descending=True)
+    value = (keys >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    tl.store(values_row + j, value, mask=j < k)
+    tl.store(indices_row + j, 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32), mask=j < k)
+
+
+@triton.jit
 def _stream_row(
     x_row, w_ptr, bias_ptr, row_keys, F, D, k,
     KEYS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -91,7 +101,7 @@ def _stream_row(
     for f0 in range(0, F, CHUNK):
         if count + CHUNK > KEYS:
             held = tl.load(row_keys + slots, mask=slots < count, other=-1)
-            count = _keep(row_keys, held, k)
+            count = keep_largest(row_keys, held, k)
         f = f0 + tl.arange(0, CHUNK)
         w_rows = w_ptr + tl.minimum(f, F - 1).to(tl.int64)[:, None] * D
         total = tl.zeros((CHUNK,), tl.float32)
@@ -101,11 +111,11 @@ def _stream_row(
             w = tl.load(w_rows + (d0 + depth)[None, :], mask=inside[None, :], other=0.0)
             total += tl.sum(w.to(tl.float32) * x[None, :], 1)
         v = total + tl.load(bias_ptr + f, mask=f < F, other=0.0)
-        keys = tl.where(f < F, _key(relu_bits(v), f), -1)
+        keys = tl.where(f < F, key_of(relu_bits(v), f), -1)
         tl.store(row_keys + count + tl.arange(0, CHUNK), keys)
         tl.debug_barrier()
         count += CHUNK
-    _keep(row_keys, tl.load(row_keys + slots, mask=slots < count, other=-1), k)
+    keep_largest(row_keys, tl.load(row_keys + slots, mask=slots < count, other=-1), k)
 
 
 @triton.jit
@@ -131,16 +141,18 @@ def _read_lists(
         at = tl.cumsum(there.to(tl.int32), 0)
         total = tl.sum(there.to(tl.int32), 0)
         if found + total > KEYS:
-            found = _keep(row_lists, tl.load(row_lists + slots, mask=slots < found, other=-1), k)
+            found = keep_largest(
+                row_lists, tl.load(row_lists + slots, mask=slots < found, other=-1), k
+            )
         latent = (entry & 0x7FFFFFFF).to(tl.int32)
         bits = relu_bits((entry >> 32).to(tl.int32).to(tl.float32, bitcast=True))
-        key = tl.where(latent < F, _key(bits, latent), -1)
+        key = tl.where(latent < F, key_of(bits, latent), -1)
         # Every thread has read its entries before any is overwritten.
         tl.debug_barrier()
         tl.store(row_lists + found + at - 1, key, mask=there)
         tl.debug_barrier()
         found += total
-    return _keep(row_lists, tl.load(row_lists + slots, mask=slots < found, other=-1), k)
+    return keep_largest(row_lists, tl.load(row_lists + slots, mask=slots < found, other=-1), k)
 
 
 @triton.jit
@@ -160,8 +172,4 @@ def select_kernel(
         found = _read_lists(row_keys, row_counts, F, k, num_lists, longest, LISTS_POW2, KEYS)
     if found < k:
         _stream_row(x_ptr + row * D, w_ptr, bias_ptr, row_keys, F, D, k, KEYS, CHUNK, BLOCK_K)
-    j = tl.arange(0, K_POW2)
-    keys = tl.sort(tl.load(row_keys + j, mask=j < k, other=-1), descending=True)
-    value = (keys >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    tl.store(values_ptr + row * k + j, value, mask=j < k)
-    tl.store(indices_ptr + row * k + j, 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32), mask=j < k)
+    best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, K_POW2)

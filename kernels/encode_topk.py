@@ -317,11 +317,12 @@ def topk_encode(
     b_enc: Tensor,  # [F]
     k: int,
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32 descending, [N, k] int32
-    """`reference.topk_encode` on a GPU: fused where sampling pays, else in blocks of rows."""
+    """`reference.topk_encode` on a GPU: fused where sampling pays and there are tokens enough,
+    else in blocks of rows."""
     x, W_enc, b_enc = _aligned(x), _aligned(W_enc), _aligned(b_enc.float())
     N, D, F = *x.shape, W_enc.shape[0]
     plan = make_plan(N, D, F, k, num_programs(x.device)) if N else None
-    if plan is None or x.dtype == torch.float32:
+    if plan is None or x.dtype == torch.float32 or encode_blocked.is_faster(N, D, F, k):
         return encode_blocked.topk_encode(x, W_enc, b_enc, k)
     return fused_topk(x, W_enc, b_enc, k, plan, _uses_hopper(x.device, x.dtype))
 

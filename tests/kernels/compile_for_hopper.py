@@ -1,5 +1,6 @@
 """Compiles the kernels for compute capability 9.0 on any machine: a GPU is needed to run them, not
-to compile them. Prints a line a kernel: name, bytes of spilled registers' stack, shared memory.
+to compile them. Prints a line a kernel: name, bytes of spilled registers' stack, shared memory,
+registers a thread.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flash_sae_dist.kernels import (
-    decode_backward,
+    dense_grad,
     encode_aux,
     encode_hopper,
+    encode_rows,
     encode_select,
     encode_topk,
     sparse_adam,
     sparse_decode,
-    sparse_grad,
 )
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -50,9 +51,10 @@ def report(name: str, kernel: Any) -> None:
         usage = subprocess.run(
             [TOOLS / "cuobjdump", "-res-usage", f.name], capture_output=True, text=True, check=True
         ).stdout
-    stack = re.search(r"STACK:(\d+)", usage)
+    stack, registers = re.search(r"STACK:(\d+)", usage), re.search(r"REG:(\d+)", usage)
     assert stack is not None, usage
-    print(name, stack[1], kernel.metadata.shared)
+    assert registers is not None, usage
+    print(name, stack[1], kernel.metadata.shared, registers[1])
 
 
 def main() -> None:
@@ -90,34 +92,42 @@ def main() -> None:
         num_warps=1, grid=(1,),
     )  # fmt: skip
     report("select", kernel)
+    for F, k in ((16384, 32), (1 << 20, 64)):
+        kernel = encode_rows._rows_kernel.warmup(
+            f32, f32, i32, i64, f32, i32, F, k, **encode_rows.sizes(F, k), grid=(1,)
+        )
+        report(f"rows-{F}", kernel)
     kernel = encode_aux._multiply_kernel.warmup(
-        desc, bf16, f32, i32, i32, f32, 256, 768, 0, 3072, 128, 128, 64, "tf32", num_warps=4,
+        desc, bf16, f32, i32, i32, i32, 256, 768, 3072, 128, 128, 64, "tf32", num_warps=4,
         num_stages=3, grid=(1,),
     )  # fmt: skip
     report("second-list-multiply", kernel)
-    kernel = encode_aux._merge_kernel.warmup(
-        f32, i32, i32, f32, i32, 3072, 3072, 384, 256, True, 4096, 512, 1024, num_warps=4,
-        grid=(1,),
-    )  # fmt: skip
-    report("second-list-merge", kernel)
-    kernel = decode_backward._latents_kernel.warmup(
-        i64, i32, f32, bf16, bf16, f32, f32, bf16, 65536, 4096, 65536, 64, 64, 4, 4, 256,
-        num_warps=1, grid=(1,),
-    )  # fmt: skip
-    report("decode-backward", kernel)
-    kernel = sparse_grad._scatter_rows_kernel.warmup(
-        i64, i32, f32, bf16, f32, f32, bf16, 65536, 4096, 65536, 64, 64, 4, 4, 256, num_warps=1,
-        grid=(1,),
-    )  # fmt: skip
-    report("scatter-rows", kernel)
+    for block, more, k, warps in ((2048, 1024, 512, 1), (8192, 0, 2048, 4), (16384, 0, 2048, 8)):
+        kernel = encode_aux._merge_kernel.warmup(
+            i32, i32, i32, f32, i32, block + more, 384, block, more, k, 512 * warps,
+            num_warps=warps, grid=(1,),
+        )  # fmt: skip
+        report(f"second-list-merge-{block + more}", kernel)
+    for block, more, k in ((2048, 1024, 512), (16384, 0, 2048)):
+        kernel = encode_aux._rest_kernel.warmup(
+            desc, bf16, f32, i32, i32, i32, f32, i32, i32, 256, 768, block + more, 384, 128, 128,
+            64, "tf32", block, more, k, 4096, 16, num_warps=8, num_stages=3, grid=(1,),
+        )  # fmt: skip
+        report(f"second-list-rest-{block + more}", kernel)
+    for name, dots in (("decode-backward", True), ("scatter-rows", False)):
+        kernel = dense_grad.latents_kernel.warmup(
+            i64, i32, f32, bf16, bf16, f32, f32, bf16, 65536, 4096, 65536, 64, dots, 64,
+            **dense_grad.latents_blocks(65536, 4096)[1], num_warps=1, grid=(1,),
+        )  # fmt: skip
+        report(name, kernel)
     constants = (0.1, 0.999, 0.001, 6e-10, 0)
     flags = {"LAZY": False, "COPIES": True, "HEAVY": 64}
     step = torch.zeros(())
     for D in (768, 4096):
         kernel = sparse_adam._adam_encoder_kernel.warmup(
             i64, i32, f32, bf16, f32, f32, f32, f32, f32, bf16, f32, f32, f32, f32, f32, step,
-            24576, D, 131072, 32, 1, *constants, **flags, **sparse_adam._encoder_blocks(24576, D),
-            grid=(1, 1),
+            24576, D, 131072, 131072, 32, 1, *constants, **flags,
+            **sparse_adam._encoder_blocks(24576, D), grid=(1, 1),
         )  # fmt: skip
         report(f"adam-encoder-{D}", kernel)
         kernel = sparse_adam._adam_decoder_kernel.warmup(

@@ -11,7 +11,7 @@ from torch import Tensor
 from flash_sae_dist.kernels import encode_blocked, encode_plan, ops, reference
 
 triton = pytest.importorskip("triton")
-from flash_sae_dist.kernels import encode_aux, encode_topk  # noqa: E402
+from flash_sae_dist.kernels import encode_aux, encode_rows, encode_topk  # noqa: E402
 
 KINDS = ["normal", "heavy", "ascending", "descending", "equal", "group", "few", "negative"]
 
@@ -89,6 +89,36 @@ def test_every_variant_in_the_interpreter(changes: dict[str, object]) -> None:
     x, W, b = make("normal", 20, 24, 301, torch.float32, "cpu")
     indices = encode_topk.fused_topk(x, W, b, 5, small_plan()._replace(**changes))[1]
     assert torch.equal(indices, reference.topk_encode(x, W, b, 5)[1])
+
+
+@interpreted
+@pytest.mark.parametrize("kind", [*KINDS, "nan"])
+@pytest.mark.parametrize(("F", "k", "groups"), [(301, 5, 64), (64, 20, 64), (40, 40, 64)])
+def test_row_selection_in_the_interpreter(kind: str, F: int, k: int, groups: int) -> None:
+    """Equal activations, in one group and in several, go to the lowest latents."""
+    x, W, b = make(kind, 9, 24, F, torch.float32, "cpu")
+    pre = x @ W.T
+    if kind == "nan":
+        pre[2, 7], pre[2, F - 1], pre[3, 30] = torch.nan, torch.inf, -torch.inf
+    pre[4, ::3] = 2.5
+    want, want_indices = encode_blocked._select((pre + b).relu(), k)
+    values, indices = torch.empty(9, k), torch.empty(9, k, dtype=torch.int32)
+    k_pow2, steps = triton.next_power_of_2(k), triton.next_power_of_2(triton.cdiv(F, groups))
+    shape = {"GROUPS": groups, "STEPS_POW2": steps, "K_POW2": k_pow2, "UNROLL": 2, "num_warps": 1}
+    encode_rows.select_rows(pre, b, values, indices, shape)
+    assert torch.equal(indices, want_indices)
+    torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_sizes_of_the_row_selection_hold_every_group() -> None:
+    for F in (1, 300, 2049, 16384, 100_000, 1_048_576):
+        for k in (1, 20, 64, 256, 512):
+            shape = encode_rows.sizes(F, min(k, F))
+            if shape is not None:
+                assert shape["GROUPS"] * shape["STEPS_POW2"] >= F
+                assert shape["K_POW2"] >= min(k, F)
+    assert encode_rows.sizes(16384, 20) is not None
+    assert encode_rows.sizes(1_048_576, 512) is None
 
 
 @interpreted
@@ -232,7 +262,11 @@ def test_plans_keep_to_the_memory_bar(
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_exact_on_the_gpu(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("library", [False, True])
+def test_exact_on_the_gpu(
+    kind: str, dtype: torch.dtype, library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_blocked, "is_faster", lambda *shape: library)
     x, W, b = make(kind, 300, 776, 20_000, dtype, "cuda")
     out = ops.topk_encode(x, W, b, 32)
     assert_exact(x, W, b, 32, out.values, out.indices)
@@ -248,10 +282,14 @@ def test_exact_on_the_gpu(kind: str, dtype: torch.dtype) -> None:
      (257, 770, 5000, 7), (128, 64, 300, 300)],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_odd_shapes_on_the_gpu(N: int, D: int, F: int, k: int, dtype: torch.dtype) -> None:
+def test_odd_shapes_on_the_gpu(
+    N: int, D: int, F: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, W, b = make("normal", N, D, F, dtype, "cuda")
-    out = ops.topk_encode(x, W, b, k)
-    assert_exact(x, W, b, k, out.values, out.indices)
+    for _ in range(2):  # as it is chosen, then fused wherever there is a plan
+        out = ops.topk_encode(x, W, b, k)
+        assert_exact(x, W, b, k, out.values, out.indices)
+        monkeypatch.setattr(encode_blocked, "is_faster", lambda *shape: False)
 
 
 @pytest.mark.gpu

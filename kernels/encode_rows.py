@@ -1,0 +1,102 @@
+"""Exact selection of each row's k largest activations from a matrix of pre-activations, for few
+tokens and for what the fused encoder does not take.
+
+Legend: N tokens, F d_sae (of this shard), K k.
+
+A row is read once. Its latents fall into groups, every GROUPS-th latent into one, of which the
+largest activation is kept; the k largest activations lie in the k groups whose largest are largest
+(equal ones by their lowest latent), since each group before one's own holds a larger activation.
+Those groups alone are read again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .encode_select import best_keys, keep_largest, key_of, kth, relu_bits
+from .shapes import cdiv, next_power_of_2
+
+# Entries of the groups that are read again, of one row.
+_MAX_AGAIN = 16384
+
+
+@triton.jit
+def _bits(pre_row, bias_ptr, f, inside):
+    """int32 bits of relu(pre + bias), -1 outside."""
+    v = tl.load(pre_row + f, mask=inside, other=0.0) + tl.load(bias_ptr + f, mask=inside, other=0.0)
+    return tl.where(inside, relu_bits(v), -1)
+
+
+@triton.jit
+def _rows_kernel(
+    pre_ptr,  # [N, F] float32
+    bias_ptr,  # [F] float32
+    slots_ptr,  # [N, K_POW2] int32, scratch
+    keys_ptr,  # [N, K_POW2] int64, scratch
+    values_ptr,  # [N, K]
+    indices_ptr,  # [N, K]
+    F,
+    k,
+    GROUPS: tl.constexpr,
+    STEPS_POW2: tl.constexpr,
+    K_POW2: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    pre_row = pre_ptr + row * F
+    group = tl.arange(0, GROUPS)
+    best = tl.full([GROUPS], -1, tl.int32)
+    latent = tl.zeros([GROUPS], tl.int32)
+    for first in tl.range(0, F, GROUPS, loop_unroll_factor=UNROLL):
+        f = first + group
+        bits = _bits(pre_row, bias_ptr, f, f < F)
+        latent = tl.where(bits > best, f, latent)
+        best = tl.maximum(best, bits)
+    # More than k groups, as many as there is room for, take fewer steps to find.
+    tau, last = kth(best, latent, k, K_POW2 - k)
+    kept = (best > tau) | ((best == tau) & (latent <= last))
+    slots = slots_ptr + row * K_POW2
+    tl.store(slots + tl.cumsum(kept.to(tl.int32), 0) - 1, group, mask=kept)
+    num_kept = tl.sum(kept.to(tl.int32), 0)
+    tl.debug_barrier()
+    j = tl.arange(0, K_POW2)
+    held = tl.load(slots + j, mask=j < num_kept, other=0)
+    f = held[:, None] + tl.arange(0, STEPS_POW2)[None, :] * GROUPS
+    bits = _bits(pre_row, bias_ptr, f, (j < num_kept)[:, None] & (f < F))
+    keys = tl.where(bits >= 0, key_of(bits, f), -1).reshape(K_POW2 * STEPS_POW2)
+    row_keys = keys_ptr + row * K_POW2
+    keep_largest(row_keys, keys, k)
+    best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, K_POW2)
+
+
+def sizes(F: int, k: int) -> dict[str, int] | None:
+    """Sizes of the kernel, or None where a row's groups would be too large."""
+    k_pow2 = next_power_of_2(k)
+    # The fastest of eight on an H100, for a row of 16384 and one of 65536.
+    choices = ((1024, 4, 2), (4096, 8, 1), (8192, 16, 1))
+    for groups, warps, unroll in choices if F <= 16384 else choices[1:]:
+        steps = next_power_of_2(cdiv(F, groups))
+        if k <= groups and steps * k_pow2 <= _MAX_AGAIN * warps // 16:
+            return {
+                "GROUPS": groups, "STEPS_POW2": steps, "K_POW2": k_pow2,
+                "UNROLL": min(unroll, steps), "num_warps": warps,
+            }  # fmt: skip
+    return None
+
+
+def select_rows(
+    pre: Tensor,  # [N, F] float32, without bias, contiguous
+    b_enc: Tensor,  # [F] float32
+    values: Tensor,  # [N, k] float32, filled
+    indices: Tensor,  # [N, k] int32, filled
+    shape: dict[str, int],
+) -> None:
+    """The k largest of `relu(pre + b_enc)` of each row, descending, ties to the lowest latent; NaN
+    above +inf."""
+    (N, F), k = pre.shape, values.shape[1]
+    slots = torch.empty(N, shape["K_POW2"], dtype=torch.int32, device=pre.device)
+    keys = torch.empty(N, shape["K_POW2"], dtype=torch.int64, device=pre.device)
+    _rows_kernel[(N,)](pre, b_enc, slots, keys, values, indices, F, k, **shape)
