@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import inspect
 import json
 import logging
@@ -42,6 +43,8 @@ def command(run: Run) -> Callable[[str, list[str] | None], None]:
     """
 
     def verb(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+        # A crash below Python tells where every thread was.
+        faulthandler.enable()
         # Other libraries' chatter comes once a process; ours is said by one of them.
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         logging.getLogger("flash_sae_dist").setLevel(logging.INFO)
@@ -153,6 +156,9 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     )
     try:
         yield accelerator
+        # Together: the launcher ends all when one ends badly, be it at its very end, and the first
+        # may still be writing.
+        accelerator.wait_for_everyone()
     finally:
         # Left up, a gloo group aborts some processes after their work is done.
         accelerator.end_training()
