@@ -3,7 +3,7 @@ from one gather of the incoming gradient's rows.
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k, P pairs (N * K).  The pairs are ordered by
 latent, so that a row of W_dec is read once, not once a pair. A program has some latents and a block
-of columns: it adds up its part of the weights' gradient as sparse_grad.py says, and writes its part
+of columns: it adds up its part of the weights' gradient as dense_grad.py says, and writes its part
 of each pair's dot product, which `_gather_dots_kernel` adds in the order of the blocks. No atomics.
 """
 
@@ -83,7 +83,7 @@ def decode_backward(
     blocks = cdiv(D, block_d)
     if P == 0 or P * blocks * 4 > _MAX_PARTS_BYTES:
         dots = sparse_decode.gathered_dots(grad, top_idx, W_dec)
-        return dots, scatter_rows(top_acts, top_idx, grad, F, W_dec.dtype)
+        return dots, scatter_rows(top_acts, top_idx, grad, F, W_dec.dtype, order)
     top_acts, grad, W_dec = top_acts.contiguous(), grad.contiguous(), W_dec.contiguous()
     order = order_pairs(top_idx, F) if order is None else order
     heavy = heavy_block(P, D, 1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .dispatch import implementation, on_device, use_kernels
 from .gradients import Kit, centred, decode_gradients, encode_gradients
@@ -65,7 +66,7 @@ def _lists(
 
 class _Shared:
     """The order of a list's pairs: made by a decoder in its forward pass, used by the encoder that
-    made the list in its backward pass. It hangs on the list's indices."""
+    made the list in its backward pass."""
 
     def __init__(self) -> None:
         self.order: PairOrder | None = None
@@ -87,6 +88,10 @@ class _Shared:
         return _join(order, self.side, indices.device)
 
 
+# By a list's indices, as long as they live.
+_SHARED = WeakTensorKeyDictionary()
+
+
 def _join(order: PairOrder, side: torch.cuda.Stream | None, device: torch.device) -> PairOrder:
     """An order made on a side stream, safe on the current one."""
     if side is not None:
@@ -103,10 +108,10 @@ def encode(
     """`Encode` where a gradient is wanted, else its lists alone."""
     if not _wants_gradients(x, W_enc, b_enc, b_dec):
         return _lists(x, W_enc, b_enc, b_dec, k, *aux)
-    shared = None if aux else _Shared()
+    shared = None if aux or not use_kernels(W_enc) else _Shared()
     lists: tuple[Tensor, ...] = Encode.apply(x, W_enc, b_enc, b_dec, shared, k, *aux)
     if shared is not None:
-        lists[1]._pair_order = shared  # type: ignore[attr-defined]
+        _SHARED[lists[1]] = shared
     return lists
 
 
@@ -145,11 +150,12 @@ class Encode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Gradients of the four tensors."""
         needs = ctx.needs_input_grad[:4]
+        # Once: activation checkpointing hands each tensor out a single time.
+        saved = ctx.saved_tensors
         order = None
         if ctx.shared is not None:
-            indices, W_enc = ctx.saved_tensors[5], ctx.saved_tensors[1]
-            order = ctx.shared.take(indices, W_enc.shape[0])
-        found = encode_gradients(DIRECT, needs, ctx.saved_tensors, grads, order)
+            order = ctx.shared.take(saved[5], saved[1].shape[0])
+        found = encode_gradients(DIRECT, needs, saved, grads, order)
         return (*found, *[None] * ctx.num_rest)
 
 
@@ -157,6 +163,17 @@ class Encode(torch.autograd.Function):
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     # Of high priority: its small kernels need not wait for a large one's last program.
     return torch.cuda.Stream(device, priority=-1)
+
+
+def _order_beside(top_idx: Tensor, W_dec: Tensor) -> tuple[PairOrder, torch.cuda.Stream | None]:
+    """The order of a list's pairs, made on a side stream."""
+    side = _side_stream(W_dec.device)
+    with on_device(W_dec):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            order: PairOrder = compute("order_pairs", W_dec, top_idx, W_dec.shape[0])
+    top_idx.record_stream(side)
+    return order, side
 
 
 class Decode(torch.autograd.Function):
@@ -172,13 +189,8 @@ class Decode(torch.autograd.Function):
             and use_kernels(W_dec)
             and not torch.cuda.is_current_stream_capturing()
         ):
-            ctx.side = _side_stream(W_dec.device)
-            with on_device(W_dec):
-                ctx.side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(ctx.side):
-                    ctx.order = compute("order_pairs", W_dec, top_idx, W_dec.shape[0])
-            top_idx.record_stream(ctx.side)
-            shared: _Shared | None = getattr(top_idx, "_pair_order", None)
+            ctx.order, ctx.side = _order_beside(top_idx, W_dec)
+            shared: _Shared | None = _SHARED.get(top_idx)
             if shared is not None:
                 shared.give(ctx.order, top_idx, W_dec.shape[0], ctx.side)
         ctx.save_for_backward(top_acts, top_idx, W_dec)

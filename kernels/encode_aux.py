@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .shapes import cdiv, next_power_of_2, num_programs, num_stages
 
 _SCRATCH_BYTES = 48 << 20
+_MIN_ROWS = 128
 _MAX_CHUNK = 16384
 # Rows of one piece of work in the rest kernel.
 _ROWS = 16
@@ -332,7 +333,7 @@ def _rest_kernel(
 
 def _chunk(F: int, k: int, most: int) -> int:
     """Latents at a time: an eighth of all, which a run that resorts to the second list rarely
-    exceeds; at least k where there are so many; a multiple of 16."""
+    exceeds, from 2048 to `most`; at least k where there are so many; a multiple of 16."""
     chunk = max(min(most, max(2048, cdiv(cdiv(F, 8), 128) * 128), F), min(F, k))
     return cdiv(chunk, 16) * 16
 
@@ -353,7 +354,7 @@ def masked_topk(
     chunk = _chunk(F, k, max_chunk)
     # It is loaded in whole pieces, of which nothing past the mask's latents is used.
     latents = torch.empty(F + chunk + 512 * 16, dtype=torch.int32, device=device)
-    rows = min(N, max(128, _SCRATCH_BYTES // (4 * chunk) // 128 * 128))
+    rows = min(N, max(_MIN_ROWS, _SCRATCH_BYTES // (4 * chunk) // 128 * 128))
     keys = torch.empty(rows, chunk, dtype=torch.int32, device=device)
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     m, n, d = block
@@ -361,7 +362,8 @@ def masked_topk(
     # A chunk of 3072 is a block of 2048 and one of 1024: a power of two would hold a third more.
     pow2 = next_power_of_2(chunk + 1) // 2
     more = next_power_of_2(max(chunk - pow2, 16)) if chunk > pow2 else 0
-    sizes = {"BLOCK": pow2, "MORE": more, "K_POW2": next_power_of_2(k)}
+    # At least four: places in a list are counted in fours.
+    sizes = {"BLOCK": pow2, "MORE": more, "K_POW2": max(4, next_power_of_2(k))}
     # Up to 96 entries a thread, so that a row of few takes one warp, which waits for no other.
     warps = min(16, next_power_of_2(cdiv(pow2 + more, 3072)))
     # A multiple of four, so that every block's counters are as aligned as the first's.

@@ -13,7 +13,7 @@ from .reference_encode import sort_keys
 
 _BLOCK_BYTES = 50 << 20
 _INDEX_BITS = 0x7FFFFFFF
-# Of one pre-activation: float32 values before and after masking, and an int64 key.
+# Of one pre-activation: float32 values, their bits, and an int64 key.
 _BYTES_EACH = 4 + 4 + 8
 
 
@@ -66,6 +66,6 @@ def masked_topk(
     for start in range(0, x.shape[0], rows):
         part = slice(start, start + rows)
         pre = _products(x[part], W_enc).add_(b_enc)
-        values[part], where = _select(pre.masked_fill(~mask, -torch.inf), k)
+        values[part], where = _select(pre.masked_fill_(~mask, -torch.inf), k)
         indices[part] = where.masked_fill(values[part] == -torch.inf, 0)
     return values, indices

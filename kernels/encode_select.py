@@ -1,4 +1,5 @@
-"""Exact selection of a row's k largest activations from its short lists, for the fused encoder.
+"""Exact selection of a row's k largest activations from its short lists, for the fused encoder; of
+its parts also from whole rows (encode_rows.py).
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k.  Activations are compared as the int32 bits
 of their fp32 value: those order non-negative floats, put NaN above +inf and negative ones, which

@@ -1,4 +1,5 @@
-"""Encoder matmul with an exact top-k in its epilogue: no [N, F] tensor exists.
+"""Encoder matmul with an exact top-k in its epilogue: no [N, F] tensor exists. Few tokens, of which
+it would fit 50 MiB, take a library matmul (encode_blocked.py).
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k, S the sampling stride.
 

@@ -26,9 +26,9 @@ def select_topk(
     `torch.topk`.
     """
     top, cols = values.topk(k, dim=1)
-    # topk breaks ties arbitrarily: wherever more than k columns reach the k-th value, or NaN hides
-    # that, sort.
-    ambiguous = ~((values >= top[:, -1:]).sum(dim=1) == k)
+    # topk breaks ties arbitrarily: wherever more than k columns reach the k-th value, sort.
+    reach = (values >= top[:, -1:]) | values.isnan()
+    ambiguous = ~(reach.sum(dim=1) == k)
     if bool(ambiguous.any()):
         rows = ambiguous.nonzero().squeeze(1)
         ordered, order = values[rows].sort(dim=1, descending=True, stable=True)

@@ -57,7 +57,7 @@ def _offsets_kernel(
     high = tl.zeros([BLOCK], tl.int32) + P
     for _ in range(STEPS):
         open_ = low < high
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         below = tl.load(latents_ptr + middle, mask=open_, other=0).to(tl.int32) < f
         low = tl.where(open_ & below, middle + 1, low)
         high = tl.where(open_ & (below == 0), middle, high)

@@ -80,12 +80,11 @@ def make_mesh(
         )
     if world == 1:
         return Mesh.single()
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         # A device mesh leaves the device alone where CUDA has begun, else it takes the one of the
         # local rank, which processes that share a device do not have.
+        torch.cuda.set_device(device)
         torch.cuda.init()  # type: ignore[no-untyped-call]
-        if device.index is not None:
-            torch.cuda.set_device(device)
     mesh = init_device_mesh(
         device.type,
         (world // members, num_replicas, num_shards),

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("train_worker.py")
 def test_two_ranks_equal_one_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setenv("TRAIN_WORKER_DEVICE", "cuda")
+    monkeypatch.setenv("TRAIN_WORKER_DEVICE", "cuda:0")
     args = ("float32", "60", "1", "96", kind)
     (one,) = run_ranks(SCRIPT, 1, tmp_path / "one", *args)
     for run in run_ranks(SCRIPT, 2, tmp_path / "two", *args):

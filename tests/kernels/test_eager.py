@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from flash_sae_dist.kernels import eager, ops, reference
 
@@ -22,6 +24,40 @@ def test_an_order_is_taken_once_and_for_its_own_indices_alone() -> None:
         taken = shared.take(indices, 6 if change == "latents" else 5)
         assert (taken is order) == (change == "none")
         assert shared.take(indices, 5) is None
+
+
+def test_a_decoder_hands_its_order_to_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but for the streams."""
+    x, W, b = torch.randn(6, 8), torch.randn(20, 8, requires_grad=True), torch.zeros(20)
+    names: list[str] = []
+    compute = eager.compute
+
+    def counted(name: str, *args: Any) -> Any:
+        names.append(name)
+        return compute(name, *args)
+
+    def gradient() -> torch.Tensor:
+        top = ops.topk_encode(x, W, b, 3)
+        recon = ops.sparse_decode(top.values, top.indices, W)
+        del top
+        (grad,) = torch.autograd.grad((recon - x).square().sum(), W)
+        return grad
+
+    want = gradient()
+    made: list[torch.Tensor] = []
+
+    def beside(top_idx: torch.Tensor, W_dec: torch.Tensor) -> tuple[Any, None]:
+        made.append(top_idx)
+        return reference.order_pairs(top_idx, W_dec.shape[0]), None
+
+    monkeypatch.setattr(eager, "compute", counted)
+    monkeypatch.setattr(eager, "use_kernels", lambda like: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(eager, "_order_beside", beside)
+    torch.testing.assert_close(gradient(), want)
+    assert len(made) == 1
+    assert "order_pairs" not in names
+    assert names.count("scatter_rows") >= 1
 
 
 @pytest.mark.gpu
@@ -50,3 +86,19 @@ def test_one_order_serves_both_gradients(monkeypatch: pytest.MonkeyPatch) -> Non
     want = torch.autograd.grad((dense @ W[1] - x).square().sum(), [*W, b])
     for g, w in zip(got, want, strict=True):
         assert (g - w).norm() <= 1e-3 * w.norm()
+
+
+def test_lists_can_be_saved_and_checkpointed(tmp_path: Path) -> None:
+    x, W = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    b = torch.zeros(20)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        top = ops.topk_encode(x, W, b, 3)
+        return ops.sparse_decode(top.values, top.indices, W).square().sum()
+
+    (want,) = torch.autograd.grad(loss(x), x)
+    (got,) = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), x)
+    assert torch.equal(got, want)
+    indices = ops.topk_encode(x, W, b, 3).indices
+    torch.save(indices, tmp_path / "i.pt")
+    assert torch.equal(torch.load(tmp_path / "i.pt", weights_only=True), indices)

@@ -168,9 +168,15 @@ def assert_same_lists(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -
 @interpreted
 @pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "nan"])
 @pytest.mark.parametrize(
-    ("part", "k"), [(0.0, 3), (0.05, 40), (0.1, 7), (0.5, 40), (1.0, 5), (1.0, 301)]
+    ("part", "k"),
+    [(0.0, 3), (0.05, 40), (0.1, 7), (0.5, 40), (1.0, 1), (1.0, 2), (1.0, 5), (1.0, 301)],
 )
-def test_second_list_in_the_interpreter(kind: str, part: float, k: int) -> None:
+def test_second_list_in_the_interpreter(
+    kind: str, part: float, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Several blocks of rows: a block is at least 128 rows.
+    monkeypatch.setattr(encode_aux, "_MIN_ROWS", 16)
+    monkeypatch.setattr(encode_aux, "_SCRATCH_BYTES", 1)
     x, W, b = make("normal", 20, 24, 301, torch.float32, "cpu")
     if kind == "ties":
         x, W, b = x.sign(), W.sign(), b * 0
@@ -194,7 +200,8 @@ def test_second_list_in_the_interpreter(kind: str, part: float, k: int) -> None:
 @pytest.mark.parametrize(
     ("N", "D", "F", "part", "k"),
     [(300, 776, 20_000, 0.1, 388), (300, 776, 20_000, 0.9, 700), (130, 64, 2048, 0.01, 512),
-     (1, 4096, 65_536, 0.3, 2048), (77, 768, 5001, 1.0, 5001), (64, 64, 4096, 0.0, 32)],
+     (1, 4096, 65_536, 0.3, 2048), (77, 768, 5001, 1.0, 5001), (64, 64, 4096, 0.0, 32),
+     (64, 64, 4096, 0.9, 1)],
 )  # fmt: skip
 def test_second_list_on_the_gpu(
     N: int, D: int, F: int, part: float, k: int, dtype: torch.dtype

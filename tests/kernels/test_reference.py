@@ -207,3 +207,19 @@ def test_meta_tensors_give_shapes() -> None:
     top = ops.topk_encode(x, W, torch.empty(20, device="meta"), 4)
     assert top.indices.shape == (3, 4)
     assert ops.sparse_decode(top.values, top.indices, W).shape == (3, 8)
+
+
+def test_ties_beside_nan_go_to_the_lowest_columns() -> None:
+    values = torch.randn(50, 300)
+    for row in values:
+        places = torch.randperm(300)
+        row[places[:4]], row[places[4:11]] = torch.nan, torch.inf
+    cols = reference.select_topk(values, 7)[1]
+    want = torch.cat(
+        [
+            values.isnan().nonzero()[:, 1].view(50, 4),
+            values.isposinf().nonzero()[:, 1].view(50, 7)[:, :3],
+        ],
+        dim=1,
+    )
+    assert torch.equal(cols.sort().values, want.sort().values)
