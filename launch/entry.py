@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,8 +43,9 @@ def command(run: Run) -> Callable[[str, list[str] | None], None]:
     """
 
     def verb(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-        # A crash below Python tells where every thread was.
-        faulthandler.enable()
+        # A crash below Python tells where every thread was, but in a notebook, which has no file.
+        with suppress(OSError, AttributeError):
+            faulthandler.enable()
         # Other libraries' chatter comes once a process; ours is said by one of them.
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         logging.getLogger("flash_sae_dist").setLevel(logging.INFO)

@@ -91,12 +91,16 @@ def test_processes_wait_for_one_another_and_compute_as_told(
         def __init__(self, **options: Any) -> None:
             made.update(options)
 
+        def wait_for_everyone(self) -> None:
+            made["waited"] = "ended" not in made
+
         def end_training(self) -> None:
             made["ended"] = True
 
     monkeypatch.setattr("accelerate.Accelerator", Recorder)
     with processes(load_config(root / "c.yaml")):
         assert "ended" not in made
+    assert made["waited"]
     assert made["ended"]
     (handler,) = made["kwargs_handlers"]
     assert handler.to_kwargs()["timeout"] > timedelta(days=1)
