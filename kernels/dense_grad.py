@@ -74,6 +74,7 @@ def latents_kernel(
     BLOCK_D: tl.constexpr,
     FULL: tl.constexpr,
 ):
+    """LATENTS rows of the gradient in a block of columns, one after another."""
     # On one axis: a grid's others end at 65535.
     blocks = tl.cdiv(D, BLOCK_D)
     block = tl.program_id(0) % blocks

@@ -45,6 +45,7 @@ def _rows_kernel(
     K_POW2: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
+    """A row's list: its groups' largest, the best of those groups, the best of their entries."""
     row = tl.program_id(0).to(tl.int64)
     pre_row = pre_ptr + row * F
     group = tl.arange(0, GROUPS)

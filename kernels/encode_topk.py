@@ -1,5 +1,5 @@
-"""Encoder matmul with an exact top-k in its epilogue: no [N, F] tensor exists. Few tokens, of which
-it would fit 50 MiB, take a library matmul (encode_blocked.py).
+"""Encoder matmul with an exact top-k in its epilogue: no [N, F] tensor exists. For few
+tokens a library matmul writes one of at most 50 MiB instead (encode_blocked.py).
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k, S the sampling stride.
 

@@ -69,7 +69,8 @@ def order_pairs(
     num_latents: int,
     coef: Tensor | None = None,  # as top_idx
 ) -> PairOrder:
-    """`reference.order_pairs`: two small kernels around torch's sort, which is stable."""
+    """`reference.order_pairs`: two small kernels around torch's sort, which is stable. Raises
+    ValueError where there are 2**31 pairs or more."""
     P = top_idx.numel()
     if P >= 2**31:
         raise ValueError(

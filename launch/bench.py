@@ -32,6 +32,10 @@ SHAPES = {  # N, D, F, k
     "odd-5120": (2048, 5120, 1_048_576, 64),
     "odd-16384": (16384, 2304, 16384, 20),
     "k-256": (4096, 2304, 65536, 256),
+    "few-128": (128, 4096, 65536, 64),
+    "few-190": (190, 4096, 65536, 64),
+    "few-512": (512, 2304, 16384, 20),
+    "few-gpt2": (512, 768, 24576, 32),
 }
 DATA = ("normal", "heavy", "sorted", "equal", "group")
 
@@ -74,6 +78,20 @@ def _peers(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], An
     return peers
 
 
+def _designs(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], Any]]:
+    """A library matmul with a selection of rows, and the fused encoder where it has a plan."""
+    from ..kernels import encode_blocked, encode_topk
+
+    plan = make_plan(*x.shape, W.shape[0], k, num_programs(x.device))
+    hopper = encode_topk._uses_hopper(x.device, x.dtype)
+    calls: dict[str, Callable[[], Any]] = {
+        "ours, library and rows": lambda: encode_blocked.topk_encode(x, W, b, k)
+    }
+    if plan is not None:
+        calls["ours, fused"] = lambda: encode_topk.fused_topk(x, W, b, k, plan, hopper)
+    return calls
+
+
 def _extra_mib(call: Callable[[], Any]) -> float:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -90,6 +108,7 @@ def encode(
     peers: Annotated[bool, typer.Option(help="Time other encoders, too.")] = True,
     aux: Annotated[bool, typer.Option(help="Time the second list over a tenth dead.")] = False,
     plain: Annotated[bool, typer.Option(help="Time the filter for other GPUs, too.")] = False,
+    designs: Annotated[bool, typer.Option(help="Time both of our designs.")] = False,
     kernels: Annotated[bool, typer.Option(help="List the kernels of ours, too.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed calls.")] = 20,
     json: Annotated[Path | None, typer.Option(help="Write the table here, too.")] = None,
@@ -122,6 +141,8 @@ def encode(
                 calls["ours, plain filter"] = lambda x=x, W=W, b=b, k=k, p=plan: (  # type: ignore[misc]
                     fused_topk(x, W, b, k, p)
                 )
+            if designs:
+                calls |= _designs(x, W, b, k)
             if peers:
                 calls |= _peers(x, W, b, k)
             table.append({"shape": name, "data": kind, "what": "matmul", "ms": bare, "ratio": 1.0})
