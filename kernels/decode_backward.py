@@ -16,9 +16,10 @@ from torch import Tensor
 
 from . import sparse_decode
 from .dense_grad import add_pairs, latents_blocks, latents_kernel, scatter_rows
+from .pair_order import order_pairs
 from .reference import PairOrder
 from .shapes import cdiv
-from .sparse_grad import heavy_block, order_pairs
+from .sparse_grad import heavy_block
 
 # The parts of the dot products; beyond it they are computed by themselves.
 _MAX_PARTS_BYTES = 64 << 20

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .pair_order import order_pairs
 from .reference import PairOrder
 from .shapes import cdiv, next_power_of_2
-from .sparse_grad import first_pairs, heavy_sums, inside_of, order_pairs
+from .sparse_grad import first_pairs, heavy_sums, inside_of
 
 
 @triton.jit
@@ -25,7 +26,11 @@ def _load_pairs(pair, live, coef_ptr, rows_ptr, cols, inside, D, K):
     coef = tl.load(coef_ptr + pair, mask=live, other=0.0).to(tl.float32)
     row = (pair // K).to(tl.int64) * D
     mask = live[:, None] & inside[None, :]
-    return coef, tl.load(rows_ptr + row[:, None] + cols[None, :], mask=mask, other=0.0)
+    rows = tl.load(
+        rows_ptr + row[:, None] + cols[None, :], mask=mask, other=0.0,
+        eviction_policy="evict_last",
+    )  # fmt: skip
+    return coef, rows
 
 
 @triton.jit
@@ -96,7 +101,8 @@ def latents_kernel(
             live = begin + slots < end
             coef, rows = _load_pairs(pair, live, coef_ptr, rows_ptr, cols, inside, D, K)
             if DOTS:
-                w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                w = tl.load(w_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first")
+                w = w.to(tl.float32)
             first, last = tl.cdiv(begin, HEAVY), end // HEAVY  # whole blocks of this latent
             if first < last:
                 grad = add_pairs(
@@ -114,7 +120,9 @@ def latents_kernel(
                 grad, w, begin, end, order_ptr, coef_ptr, rows_ptr, parts_ptr, cols, inside, D, K,
                 DOTS, PAIRS,
             )  # fmt: skip
-        tl.store(out_ptr + at, grad.to(out_ptr.dtype.element_ty), mask=inside)
+        # What is read and written once makes room for the rows, which are read once a pair.
+        out = grad.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, out, mask=inside, eviction_policy="evict_first")
         begin = end
         end = next_end
         pair = next_pair

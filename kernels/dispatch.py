@@ -24,7 +24,7 @@ KERNEL_FILES: dict[str, str] = {
     "decode_backward": "decode_backward",
     "gathered_dots": "sparse_decode",
     "pair_coefs": "sparse_decode",
-    "order_pairs": "sparse_grad",
+    "order_pairs": "pair_order",
     "scatter_rows": "dense_grad",
     "scatter_values": "sparse_grad",
     "sparse_adam_step_": "sparse_adam",

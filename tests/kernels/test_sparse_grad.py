@@ -77,30 +77,6 @@ def test_no_tokens_give_zeros() -> None:
     assert not kernels.scatter_values(torch.empty(0, 3), idx, 4).any()
 
 
-def test_order_is_stable_and_drops_what_is_not_kept() -> None:
-    idx = torch.tensor([[2, 0], [2, 2], [0, 1]], dtype=torch.int32)
-    coef = torch.tensor([[1.0, -2.0], [0.0, torch.nan], [0.5, -0.0]])
-    order = reference.order_pairs(idx, 4, coef)
-    assert order.offsets.tolist() == [0, 2, 2, 4, 4]
-    assert order.order[:4].tolist() == [1, 4, 0, 3]
-    assert order.latents.tolist() == [0, 0, 2, 2, 4, 4]
-
-
-@pytest.mark.parametrize("latents", [1, 7, 300, 40_000])
-@pytest.mark.parametrize("pairs", [0, 1, 64, 777])
-@pytest.mark.parametrize("kind", ["some zeros", "all zeros", "no coefficients"])
-def test_order_equals_the_reference(latents: int, pairs: int, kind: str) -> None:
-    gen = torch.Generator().manual_seed(latents + pairs)
-    idx = torch.randint(0, latents, (pairs, 1), generator=gen, dtype=torch.int32).to(DEVICE)
-    coef = None
-    if kind != "no coefficients":
-        coef = (torch.rand(pairs, 1, generator=gen) > 0.5).float().to(DEVICE)
-        coef *= kind == "some zeros"
-    got, want = kernels.order_pairs(idx, latents, coef), reference.order_pairs(idx, latents, coef)
-    for mine, theirs in zip(got, want, strict=True):
-        assert torch.equal(mine, theirs)
-
-
 @pytest.mark.parametrize(("num_pairs", "D"), [(65536, 4096), (131072, 768), (524288, 4096)])
 def test_scratch_is_bounded(num_pairs: int, D: int) -> None:
     heavy = kernels.heavy_block(num_pairs, D, 2)

@@ -1,0 +1,209 @@
+"""Triton kernels that order the (token, latent) pairs by latent, for the weights' gradients.
+
+Legend: N tokens, F d_sae (of this shard), K k, P pairs (N * K).
+
+A stable counting sort. Each pair takes a number within its latent from an atomic counter, in
+whatever order the programs come; the counters' running sums say where each latent's pairs begin;
+each pair goes to its latent's place of that number, and then to the place that its rank among its
+latent's pairs gives, which is the order of the pairs themselves: the result does not depend on the
+programs' order. Only kernels, no library call: in a captured graph a library's copies and fills
+would not run beside the large kernels at their stream's priority.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import PairOrder
+from .shapes import cdiv
+
+# Pairs a latent on average up to which ranks are counted, which takes their square's time.
+_MAX_MEAN = 16
+_SPAN = 1024
+
+
+@triton.jit
+def _count_kernel(
+    idx_ptr,  # [P]
+    coef_ptr,  # [P], HAS_COEF only
+    counts_ptr,  # [F] int32 zeros
+    numbers_ptr,  # [P] int32, -1 where a pair's coefficient is 0
+    P,
+    F,
+    HAS_COEF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < P
+    latent = tl.load(idx_ptr + at, mask=live, other=0)
+    if HAS_COEF:
+        live = live & (tl.load(coef_ptr + at, mask=live, other=0.0) != 0)
+    # A latent that does not exist is the caller's mistake, but memory is not written for it.
+    live = live & (latent >= 0) & (latent < F)
+    number = tl.atomic_add(counts_ptr + latent, 1, mask=live, sem="relaxed")
+    tl.store(numbers_ptr + at, tl.where(live, number, -1), mask=at < P)
+
+
+@triton.jit
+def _sum_counts_kernel(
+    counts_ptr,  # [F]
+    offsets_ptr,  # [F + 1]
+    F,
+    SPAN: tl.constexpr,
+    BEFORE: tl.constexpr,
+):
+    """offsets[f] = the sum of the counts before f; a program adds what lies before its span by
+    itself, which the L2 cache holds."""
+    start = tl.program_id(0) * SPAN
+    before = tl.zeros([BEFORE], tl.int32)
+    for first in range(0, start, BEFORE):
+        f = first + tl.arange(0, BEFORE)
+        before += tl.load(counts_ptr + f, mask=f < start, other=0)
+    f = start + tl.arange(0, SPAN)
+    through = tl.sum(before, 0) + tl.cumsum(tl.load(counts_ptr + f, mask=f < F, other=0), 0)
+    tl.store(offsets_ptr + f + 1, through, mask=f < F)
+    if start == 0:
+        tl.store(offsets_ptr, tl.zeros([], tl.int32))
+
+
+@triton.jit
+def _place_kernel(
+    idx_ptr,  # [P]
+    numbers_ptr,  # [P]
+    offsets_ptr,  # [F + 1]
+    placed_ptr,  # [P] int32
+    P,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    number = tl.load(numbers_ptr + at, mask=at < P, other=-1)
+    live = number >= 0
+    latent = tl.load(idx_ptr + at, mask=live, other=0).to(tl.int32)
+    place = tl.load(offsets_ptr + latent, mask=live, other=0) + number
+    tl.store(placed_ptr + place, at, mask=live)
+
+
+@triton.jit
+def _rank_kernel(
+    idx_ptr,  # [P]
+    offsets_ptr,  # [F + 1]
+    placed_ptr,  # [P] int32
+    order_ptr,  # [P] int32
+    latents_ptr,  # [P] int32
+    P,
+    F,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Each placed pair's rank among its latent's; places beyond all get pair 0 and latent F."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = place < tl.load(offsets_ptr + F)
+    pair = tl.load(placed_ptr + place, mask=live, other=0)
+    latent = tl.load(idx_ptr + pair, mask=live, other=0).to(tl.int32)
+    begin = tl.load(offsets_ptr + latent, mask=live, other=0)
+    end = tl.load(offsets_ptr + latent + 1, mask=live, other=0)
+    rank = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, tl.max(end - begin, 0), WIDTH):
+        for i in tl.static_range(WIDTH):
+            at = begin + start + i
+            # Beside what there is: a pair itself, which is not before itself.
+            other = tl.load(placed_ptr + at, mask=at < end, other=0x7FFFFFFF)
+            rank += (other < pair).to(tl.int32)
+    to = tl.where(live, begin + rank, place)
+    tl.store(order_ptr + to, pair, mask=place < P)
+    tl.store(latents_ptr + to, tl.where(live, latent, F), mask=place < P)
+
+
+@triton.jit
+def _keys_kernel(
+    idx_ptr,  # [P]
+    coef_ptr,  # [P], HAS_COEF only
+    keys_ptr,  # [P] int16 or int32
+    P,
+    F,
+    HAS_COEF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(idx_ptr + at, mask=at < P, other=0).to(tl.int32)
+    if HAS_COEF:
+        coef = tl.load(coef_ptr + at, mask=at < P, other=0.0)
+        key = tl.where(coef == 0, F, key)
+    tl.store(keys_ptr + at, key.to(keys_ptr.dtype.element_ty), mask=at < P)
+
+
+@triton.jit
+def _offsets_kernel(
+    latents_ptr,  # [P] ordered
+    offsets_ptr,  # [F + 1]
+    P,
+    F,
+    STEPS: tl.constexpr,  # log2(P + 1), rounded up
+    BLOCK: tl.constexpr,
+):
+    """offsets[f] = the first place whose latent is at least f, by halving."""
+    f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros([BLOCK], tl.int32)
+    high = tl.zeros([BLOCK], tl.int32) + P
+    for _ in range(STEPS):
+        open_ = low < high
+        middle = low + (high - low) // 2
+        below = tl.load(latents_ptr + middle, mask=open_, other=0).to(tl.int32) < f
+        low = tl.where(open_ & below, middle + 1, low)
+        high = tl.where(open_ & (below == 0), middle, high)
+    tl.store(offsets_ptr + f, low, mask=f <= F)
+
+
+def _by_counting(top_idx: Tensor, num_latents: int, coef: Tensor | None) -> PairOrder:
+    P, F = top_idx.numel(), num_latents
+    counts = torch.zeros(F, dtype=torch.int32, device=top_idx.device)
+    offsets = counts.new_empty(F + 1)
+    numbers, placed, order, latents = counts.new_empty(4, P).unbind()
+    _count_kernel[(cdiv(P, 256),)](
+        top_idx, top_idx if coef is None else coef, counts, numbers, P, F,
+        HAS_COEF=coef is not None, BLOCK=256,
+    )  # fmt: skip
+    _sum_counts_kernel[(cdiv(F, _SPAN),)](counts, offsets, F, SPAN=_SPAN, BEFORE=4096)
+    _place_kernel[(cdiv(P, 256),)](top_idx, numbers, offsets, placed, P, BLOCK=256)
+    _rank_kernel[(cdiv(P, 128),)](
+        top_idx, offsets, placed, order, latents, P, F, BLOCK=128, WIDTH=8
+    )
+    return PairOrder(order, latents, offsets)
+
+
+def _by_sorting(top_idx: Tensor, num_latents: int, coef: Tensor | None) -> PairOrder:
+    """Two small kernels around torch's sort, which is stable."""
+    P = top_idx.numel()
+    dtype = torch.int16 if num_latents < 2**15 else torch.int32
+    keys = torch.empty(P, dtype=dtype, device=top_idx.device)
+    offsets = torch.empty(num_latents + 1, dtype=torch.int32, device=top_idx.device)
+    if P:
+        _keys_kernel[(cdiv(P, 1024),)](
+            top_idx, top_idx if coef is None else coef, keys, P, num_latents,
+            HAS_COEF=coef is not None, BLOCK=1024,
+        )  # fmt: skip
+    latents, order = keys.sort(stable=True)
+    _offsets_kernel[(cdiv(num_latents + 1, 128),)](
+        latents, offsets, P, num_latents, STEPS=P.bit_length(), BLOCK=128, num_warps=4
+    )
+    return PairOrder(order, latents, offsets)
+
+
+def order_pairs(
+    top_idx: Tensor,  # any shape, P elements
+    num_latents: int,
+    coef: Tensor | None = None,  # as top_idx
+) -> PairOrder:
+    """`reference.order_pairs`; which pairs of coefficient 0 come at the end is not said. Raises
+    ValueError where there are 2**31 pairs or more."""
+    P = top_idx.numel()
+    if P >= 2**31:
+        raise ValueError(
+            f"{P} pairs of a token and a latent are more than kernels number (2**31 - 1); "
+            "take fewer tokens at once"
+        )
+    by = _by_counting if 0 < P <= _MAX_MEAN * num_latents else _by_sorting
+    return by(top_idx.contiguous(), num_latents, None if coef is None else coef.contiguous())
