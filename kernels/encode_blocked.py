@@ -1,4 +1,5 @@
-"""Encoder by a library matmul in blocks of rows: for few tokens, float32, odd widths, k near F.
+"""Encoder by a library matmul in blocks of rows: for few tokens where encode_tiles.py does not
+serve, float32, odd widths, k near F.
 
 Each block holds at most 50 MiB of pre-activations, or of them and sort keys; no host sync.
 """

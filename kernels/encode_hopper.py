@@ -109,11 +109,13 @@ def _constraints(outputs: int, operands: str) -> str:
 
 
 @gluon.jit
-def _produce(
+def produce(
     x_desc, w_desc, bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N, F, D,
     PARTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
+    """The warp that loads: x's, W_enc's and the bias's parts of each tile. Blocks of rows of one
+    part of the latents follow one another, so that its weights come from the L2 cache."""
     num_m = gl.cdiv(N, BLOCK_M)
     HALF: gl.constexpr = BLOCK_M // 2
     stage = 0
@@ -139,6 +141,45 @@ def _produce(
                     stage = 0
                     phase ^= 1
             tile += 1
+
+
+@gluon.jit
+def multiply_tile(
+    a_bufs, b_bufs, bias_buf, full, empty, lead, stage, phase, starts, ahead, D,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup's half of a tile's rows, bias included, and the ring's stage and phase after it.
+    The first of a program's tiles is begun by group 1 when group 0 is ahead."""
+    HALF: gl.constexpr = BLOCK_M // 2
+    if GROUP == 1:  # noqa: SIM102 - known when compiled
+        if starts:
+            mbarrier.wait(lead.index(0), 0)
+    # The bias came with the tile's first stage.
+    mbarrier.wait(full.index(stage), phase)
+    bias = bias_buf.load(gl.SliceLayout(0, LAYOUT))
+    # + 0: a pre-activation of -0 would have a negative number's bits.
+    acc = gl.zeros([HALF, BLOCK_N], gl.float32, layout=LAYOUT) + bias[None, :]
+    for d0 in range(0, D, BLOCK_K):
+        mbarrier.wait(full.index(stage), phase)
+        acc = warpgroup_mma(
+            a_bufs.index(2 * stage + GROUP), b_bufs.index(stage).permute((1, 0)), acc,
+            is_async=True,
+        )  # fmt: skip
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        # The instructions of the step before are done with their stage.
+        before = (stage + STAGES - 1) % STAGES
+        mbarrier.arrive(empty.index(before), count=1, pred=d0 > 0)
+        if GROUP == 0:  # noqa: SIM102
+            if starts & (d0 == ahead):
+                mbarrier.arrive(lead.index(0), count=1)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
+    return acc, stage, phase
 
 
 @gluon.jit
@@ -176,34 +217,11 @@ def _consume(
         )  # fmt: skip
         for f0 in range(part * BLOCK_N, F, PARTS * BLOCK_N):
             cols = f0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-            if GROUP == 1:  # noqa: SIM102 - known when compiled
-                if starts:
-                    mbarrier.wait(lead.index(0), 0)
-            # It came with the tile's first stage.
-            mbarrier.wait(full.index(stage), phase)
-            bias = bias_bufs.index(tile % STAGES).load(gl.SliceLayout(0, LAYOUT))
+            acc, stage, phase = multiply_tile(
+                a_bufs, b_bufs, bias_bufs.index(tile % STAGES), full, empty, lead, stage, phase,
+                starts, ahead, D, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LAYOUT,
+            )  # fmt: skip
             tile += 1
-            # + 0: a pre-activation of -0 would have a negative number's bits.
-            acc = gl.zeros([HALF, BLOCK_N], gl.float32, layout=LAYOUT) + bias[None, :]
-            for d0 in range(0, D, BLOCK_K):
-                mbarrier.wait(full.index(stage), phase)
-                acc = warpgroup_mma(
-                    a_bufs.index(2 * stage + GROUP), b_bufs.index(stage).permute((1, 0)), acc,
-                    is_async=True,
-                )  # fmt: skip
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-                # The instructions of the step before are done with their stage.
-                before = (stage + STAGES - 1) % STAGES
-                mbarrier.arrive(empty.index(before), count=1, pred=d0 > 0)
-                if GROUP == 0:  # noqa: SIM102
-                    if starts & (d0 == ahead):
-                        mbarrier.arrive(lead.index(0), count=1)
-                stage += 1
-                if stage == STAGES:
-                    stage = 0
-                    phase ^= 1
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
             starts = False
             # As encode_topk._limit.
             inclusive = gl.where(tau == 0, -2147483648, tau - 1)
@@ -262,7 +280,7 @@ def _filter_kernel(
                 lists_ptr, pitch, N, F, D, 1, PARTS, CAPACITY, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
                 LEAD,
             )),
-            (_produce, (
+            (produce, (
                 x_desc, w_desc, bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N, F, D,
                 PARTS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
             )),
@@ -278,7 +296,7 @@ def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(block), kinds[dtype])
 
 
-def _descriptor(t: Tensor, *block: int) -> TensorDescriptor:
+def descriptor(t: Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(t, list(block), _layout(block, t.dtype))
 
 
@@ -297,8 +315,8 @@ def filter_rows(
     """What `encode_topk._filter_kernel` does, on a GPU of compute capability 9.0; up to OVERSHOOT
     entries more than `capacity` may be written to a list."""
     _filter_kernel[(num_programs,)](
-        _descriptor(x, BLOCK_M // 2, BLOCK_K), _descriptor(W_enc, BLOCK_N, BLOCK_K),
-        _descriptor(b_enc, BLOCK_N), tau, last, count, lists, lists.stride(0), x.shape[0],
+        descriptor(x, BLOCK_M // 2, BLOCK_K), descriptor(W_enc, BLOCK_N, BLOCK_K),
+        descriptor(b_enc, BLOCK_N), tau, last, count, lists, lists.stride(0), x.shape[0],
         W_enc.shape[0], x.shape[1], parts, capacity, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
         num_warps=4,
     )  # fmt: skip

@@ -13,6 +13,11 @@ from .shapes import cdiv, next_power_of_2
 
 SCRATCH_BYTES = 56 << 20
 GATHERED_BYTES = 16 << 20
+_TILES_BYTES = 50 << 20
+# Neighbours whose largest activation encode_tiles.py writes.
+GROUP = 32
+# Entries of the groups that encode_rows.py reads again, of one row.
+MAX_AGAIN = 16384
 _MISS_CHANCE = 1e-8
 _OVERFLOW_CHANCE = 1e-7
 # Lists a row in one program: columns 0 and 1, 2 and 3, 4 and 5, 6 and 7 of each 8, the columns that
@@ -146,3 +151,20 @@ def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | Non
                 best = (cost, plan)
             break
     return None if best is None else best[1]
+
+
+def group_sizes(F: int, k: int) -> dict[str, int] | None:
+    """Sizes of `encode_rows._groups_kernel`, or None where too many groups would be read again."""
+    groups, k_pow2 = cdiv(F, GROUP), next_power_of_2(k)
+    if 2 * k > groups or groups > 16384 or k_pow2 * GROUP > MAX_AGAIN:
+        return None
+    groups_pow2 = next_power_of_2(groups)
+    # The fastest of 1, 2, 4 and 8 on an H100 for 512 groups and k = 20, and for 2048 and k = 64.
+    warps = max(4, min(16, max(groups_pow2 // 1024, k_pow2 * GROUP // 1024)))
+    return {"GROUPS_POW2": groups_pow2, "SIZE": GROUP, "K_POW2": k_pow2, "num_warps": warps}
+
+
+def tiles_fit(N: int, D: int, F: int, k: int) -> bool:
+    """Whether encode_tiles.py takes a shape: few enough pre-activations, and groups enough."""
+    few = 4 * N * cdiv(F, 256) * 256 <= _TILES_BYTES
+    return N > 0 and D % 8 == 0 and few and group_sizes(F, k) is not None

@@ -81,10 +81,11 @@ def keep_largest(row_keys, keys, k):
 
 
 @triton.jit
-def best_keys(row_keys, values_row, indices_row, k, K_POW2: tl.constexpr):
-    """Writes a row's list from its k best keys, in order."""
-    j = tl.arange(0, K_POW2)
-    keys = tl.sort(tl.load(row_keys + j, mask=j < k, other=-1), descending=True)
+def best_keys(row_keys, values_row, indices_row, k, num_keys, POW2: tl.constexpr):
+    """Writes a row's list from the k best of its num_keys keys, at least k and at most POW2, in
+    order."""
+    j = tl.arange(0, POW2)
+    keys = tl.sort(tl.load(row_keys + j, mask=j < num_keys, other=-1), descending=True)
     value = (keys >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     tl.store(values_row + j, value, mask=j < k)
     tl.store(indices_row + j, 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32), mask=j < k)
@@ -173,4 +174,4 @@ def select_kernel(
         found = _read_lists(row_keys, row_counts, F, k, num_lists, longest, LISTS_POW2, KEYS)
     if found < k:
         _stream_row(x_ptr + row * D, w_ptr, bias_ptr, row_keys, F, D, k, KEYS, CHUNK, BLOCK_K)
-    best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, K_POW2)
+    best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, k, K_POW2)

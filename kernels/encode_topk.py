@@ -1,5 +1,5 @@
-"""Encoder matmul with an exact top-k in its epilogue: no [N, F] tensor exists. For few
-tokens a library matmul writes one of at most 50 MiB instead (encode_blocked.py).
+"""Encoder matmul with an exact top-k in its epilogue: no [N, F] tensor exists. For few tokens a
+matmul writes one of at most 50 MiB instead (encode_tiles.py, encode_blocked.py).
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k, S the sampling stride.
 
@@ -28,8 +28,9 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import encode_aux, encode_blocked
-from .encode_plan import GATHERED_BYTES, QUADS, Plan, make_plan
+from . import encode_aux, encode_blocked, encode_choice
+from .encode_choice import Design, Shape
+from .encode_plan import GATHERED_BYTES, QUADS, Plan, make_plan, tiles_fit
 from .encode_select import kth, relu_bits, select_kernel
 from .shapes import cdiv, next_power_of_2, num_programs, num_stages
 
@@ -267,10 +268,10 @@ def _filter(
 
 @lru_cache(maxsize=8)
 def _uses_hopper(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the filter for warpgroup instructions runs here and gives the plain filter's result.
+    """Whether the kernels for warpgroup instructions run here and give the plain filter's result.
 
-    It counts on the order in which a thread holds an instruction's results, so it is tried once a
-    process before it is trusted.
+    They count on the order in which a thread holds an instruction's results, so they are tried once
+    a process before they are trusted.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
@@ -282,7 +283,12 @@ def _uses_hopper(device: torch.device, dtype: torch.dtype) -> bool:
     assert plan is not None
     want = fused_topk(x, W_enc, b_enc, 16, plan)
     try:
-        got = fused_topk(x, W_enc, b_enc, 16, plan, hopper=True)
+        from . import encode_tiles
+
+        results = [
+            fused_topk(x, W_enc, b_enc, 16, plan, hopper=True),
+            encode_tiles.topk_encode(x, W_enc, b_enc, 16),
+        ]
     except torch.OutOfMemoryError:
         raise
     # The part of Triton that it is written in is experimental: names and types change in it.
@@ -290,14 +296,14 @@ def _uses_hopper(device: torch.device, dtype: torch.dtype) -> bool:
         ImportError, AttributeError, AssertionError, KeyError, TypeError, ValueError, RuntimeError,
         TritonError,
     ) as e:  # fmt: skip
-        reason = f"does not compile ({type(e).__name__}: {str(e)[:200]})"
+        reason = f"do not compile ({type(e).__name__}: {str(e)[:200]})"
     else:
-        if torch.equal(want[0], got[0]) and torch.equal(want[1], got[1]):
+        if all(torch.equal(a, b) for got in results for a, b in zip(want, got, strict=True)):
             return True
-        reason = "disagrees with the plain one"
+        reason = "disagree with the plain ones"
     warnings.warn(
-        f"The encoder's filter for Hopper GPUs {reason} under Triton {triton.__version__}; the "
-        "plain one, which is slower, is used.",
+        f"The encoder's kernels for Hopper GPUs {reason} under Triton {triton.__version__}; the "
+        "plain ones, which are slower, are used.",
         stacklevel=2,
     )
     return False
@@ -312,20 +318,50 @@ def _aligned(t: Tensor) -> Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
+def designs(
+    x: Tensor,  # [N, D] bf16, fp16 or fp32
+    W_enc: Tensor,  # [F, D] of the same dtype
+    b_enc: Tensor,  # [F] float32; all from 16-byte boundaries on, contiguous
+    k: int,
+) -> dict[str, Design]:
+    """The designs that take a call's inputs, in the order in which an H100's times prefer them:
+    `fused`, where sampling pays; `tiles`, for few tokens on Hopper; `library`, in blocks of rows,
+    for all."""
+    N, D, F = *x.shape, W_enc.shape[0]
+    found: dict[str, Design] = {}
+    sixteen = N > 0 and x.dtype != torch.float32
+    if sixteen and tiles_fit(N, D, F, k) and _uses_hopper(x.device, x.dtype):
+        from . import encode_tiles
+
+        found["tiles"] = lambda: encode_tiles.topk_encode(x, W_enc, b_enc, k)
+    plan = make_plan(N, D, F, k, num_programs(x.device)) if sixteen else None
+    library: dict[str, Design] = {"library": lambda: encode_blocked.topk_encode(x, W_enc, b_enc, k)}
+    if plan is None:
+        return found | library
+    fused: dict[str, Design] = {
+        "fused": lambda: fused_topk(x, W_enc, b_enc, k, plan, _uses_hopper(x.device, x.dtype))
+    }
+    return found | (library | fused if encode_blocked.is_faster(N, D, F, k) else fused | library)
+
+
+def tune(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Shape, str]:
+    """The shape of a call and its fastest design, by `encode_choice.tune`; `encode_choice.use` puts
+    it into effect. Waits for the device."""
+    x, W_enc, b_enc = _aligned(x), _aligned(W_enc), _aligned(b_enc.float())
+    shape = Shape.of(x, W_enc, k)
+    return shape, encode_choice.tune(shape, designs(x, W_enc, b_enc, k))
+
+
 def topk_encode(
     x: Tensor,  # [N, D] bf16, fp16 or fp32
     W_enc: Tensor,  # [F, D] of the same dtype
     b_enc: Tensor,  # [F]
     k: int,
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32 descending, [N, k] int32
-    """`reference.topk_encode` on a GPU: fused where sampling pays and there are tokens enough,
-    else in blocks of rows."""
+    """`reference.topk_encode` on a GPU, by the design that encode_choice.py picks."""
     x, W_enc, b_enc = _aligned(x), _aligned(W_enc), _aligned(b_enc.float())
-    N, D, F = *x.shape, W_enc.shape[0]
-    plan = make_plan(N, D, F, k, num_programs(x.device)) if N else None
-    if plan is None or x.dtype == torch.float32 or encode_blocked.is_faster(N, D, F, k):
-        return encode_blocked.topk_encode(x, W_enc, b_enc, k)
-    return fused_topk(x, W_enc, b_enc, k, plan, _uses_hopper(x.device, x.dtype))
+    calls = designs(x, W_enc, b_enc, k)
+    return calls[encode_choice.pick(Shape.of(x, W_enc, k), calls)]()
 
 
 def topk_encode_aux(

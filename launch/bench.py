@@ -79,17 +79,10 @@ def _peers(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], An
 
 
 def _designs(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], Any]]:
-    """A library matmul with a selection of rows, and the fused encoder where it has a plan."""
-    from ..kernels import encode_blocked, encode_topk
+    """Each design that takes the inputs, whichever is chosen."""
+    from ..kernels.encode_topk import designs
 
-    plan = make_plan(*x.shape, W.shape[0], k, num_programs(x.device))
-    hopper = encode_topk._uses_hopper(x.device, x.dtype)
-    calls: dict[str, Callable[[], Any]] = {
-        "ours, library and rows": lambda: encode_blocked.topk_encode(x, W, b, k)
-    }
-    if plan is not None:
-        calls["ours, fused"] = lambda: encode_topk.fused_topk(x, W, b, k, plan, hopper)
-    return calls
+    return {f"ours, {name}": call for name, call in designs(x, W, b, k).items()}
 
 
 def _extra_mib(call: Callable[[], Any]) -> float:
@@ -108,7 +101,7 @@ def encode(
     peers: Annotated[bool, typer.Option(help="Time other encoders, too.")] = True,
     aux: Annotated[bool, typer.Option(help="Time the second list over a tenth dead.")] = False,
     plain: Annotated[bool, typer.Option(help="Time the filter for other GPUs, too.")] = False,
-    designs: Annotated[bool, typer.Option(help="Time both of our designs.")] = False,
+    designs: Annotated[bool, typer.Option(help="Time each of our designs.")] = False,
     kernels: Annotated[bool, typer.Option(help="List the kernels of ours, too.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed calls.")] = 20,
     json: Annotated[Path | None, typer.Option(help="Write the table here, too.")] = None,

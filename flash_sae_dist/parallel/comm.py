@@ -51,6 +51,17 @@ def raise_together(error: ConfigError | None) -> None:
             raise error or ConfigError(sentences[0])
 
 
+def from_lead(found: Any, mesh: Mesh) -> Any:
+    """A Python object that the lead of a mesh's members has, on all of them. Collective over the
+    members.
+    """
+    if mesh.members == 1:
+        return found
+    told: list[Any] = [None] * mesh.members
+    dist.all_gather_object(told, found, group=mesh.member_group)
+    return told[0]
+
+
 def gather_batch(x_local: Tensor, mesh: Mesh) -> Tensor:
     """Rows [N/P, D] that each shard of a replica read -> the replica's batch [N, D]."""
     if mesh.num_shards == 1:

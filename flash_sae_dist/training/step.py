@@ -28,6 +28,7 @@ from .optim import (
 from .resample import resample_
 from .sparse_adam import SparseAdam
 from .timing import PhaseTimer
+from .tuning import tune_encoder
 
 
 class StepMetrics(NamedTuple):
@@ -87,6 +88,7 @@ class SAETraining:
             )
         self.total_steps = -(-cfg.num_tokens // cfg.batch_tokens)
         self.step_index = 0
+        self._tuned = False
 
     @property
     def lr(self) -> float:
@@ -127,9 +129,11 @@ class SAETraining:
 
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
         """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
-        no host sync except where `DeadLatents.refresh` says so."""
+        no host sync except in the first and where `DeadLatents.refresh` says so."""
         if self.step_index == 0:
             self.init_b_dec(x)
+        if not self._tuned:
+            self._tune(x)
         self.dead.refresh(self.step_index, self.step_index * self.cfg.batch_tokens)
         if self.cfg.dead_latents == "resample":
             self._resample(x)
@@ -138,6 +142,17 @@ class SAETraining:
         metrics = self._fused(x, timer) if self.fused else self._plain(x, timer)
         self.step_index += 1
         return metrics
+
+    def _tune(self, x: Tensor) -> None:
+        """Chooses the encoder's design, once in each process."""
+        self._tuned = True
+        if isinstance(self.optimizer, SparseAdam):
+            W_enc = self.optimizer.compute_weights[0]
+        else:
+            x, W_enc = x.chunk(self.cfg.micro_batches)[0], self.sae.W_enc.detach()
+            W_enc = W_enc.to(self.compute_dtype)
+        k = min(self.sae.k, self.sae.d_sae_local)
+        tune_encoder(x, W_enc, self.sae.b_enc.detach(), k, self.mesh)
 
     def _resample(self, x: Tensor) -> None:
         """Resamples when the tokens seen pass a multiple of dead_after_tokens."""

@@ -21,9 +21,12 @@ from flash_sae_dist.kernels import (
     dense_grad,
     encode_aux,
     encode_hopper,
+    encode_plan,
     encode_rows,
     encode_select,
+    encode_tiles,
     encode_topk,
+    pair_order,
     sparse_adam,
     sparse_decode,
 )
@@ -65,13 +68,19 @@ def main() -> None:
     h = encode_hopper
     for dtype in (torch.bfloat16, torch.float16):
         x = bf16.to(dtype)
-        args = (h._descriptor(x, 64, 64), h._descriptor(x, 256, 64))
+        args = (h.descriptor(x, 64, 64), h.descriptor(x, 256, 64))
         kernel = h._filter_kernel.warmup(
-            args[0], args[1], h._descriptor(torch.empty(256), 256), i32, i32, i32, i64, 1536, 256,
+            args[0], args[1], h.descriptor(torch.empty(256), 256), i32, i32, i32, i64, 1536, 256,
             256, 768, 4, 64, h.BLOCK_M, h.BLOCK_N, h.BLOCK_K, h.STAGES, h.LEAD, num_warps=4,
             grid=(132,),
         )  # fmt: skip
         report(f"filter-hopper-{dtype}", kernel)
+        kernel = encode_tiles._tiles_kernel.warmup(
+            args[0], args[1], h.descriptor(torch.empty(256), 256), f32, i32, 256, 256, 768, 64,
+            h.BLOCK_M, h.BLOCK_N, h.BLOCK_K, h.STAGES, h.LEAD, encode_plan.GROUP, num_warps=4,
+            grid=(132,),
+        )  # fmt: skip
+        report(f"tiles-hopper-{dtype}", kernel)
     desc = TensorDescriptor.from_tensor(bf16, [128, 64])
     kernel = encode_topk._filter_kernel.warmup(
         desc, desc, f32, i32, i32, i32, i64, 1536, 256, 256, 768, 4, 256, 128, 128, 64, "tf32",
@@ -97,6 +106,16 @@ def main() -> None:
             f32, f32, i32, i64, f32, i32, F, k, **encode_rows.sizes(F, k), grid=(1,)
         )
         report(f"rows-{F}", kernel)
+    for F, k in ((16384, 20), (65536, 64)):
+        kernel = encode_rows._groups_kernel.warmup(
+            f32, i32, i32, i64, f32, i32, F, F // encode_plan.GROUP, F, k,
+            **encode_plan.group_sizes(F, k), grid=(1,),
+        )  # fmt: skip
+        report(f"groups-{F}", kernel)
+    kernel = pair_order._rank_kernel.warmup(
+        i32, i32, i32, i32, i32, 65536, 65536, BLOCK=128, WIDTH=8, grid=(1,)
+    )
+    report("rank", kernel)
     kernel = encode_aux._multiply_kernel.warmup(
         desc, bf16, f32, i32, i32, i32, 256, 768, 3072, 128, 128, 64, "tf32", num_warps=4,
         num_stages=3, grid=(1,),

@@ -1,4 +1,4 @@
-"""Both encoder filters, rows, second list, decoder and gradients at a small, ragged size:
+"""All designs of the encoder, second list, decoder and gradients at a small, ragged size:
 
 compute-sanitizer --tool memcheck python tests/kernels/small_case.py
 """
@@ -11,7 +11,6 @@ from flash_sae_dist.kernels import (
     decode_backward,
     dense_grad,
     encode_aux,
-    encode_blocked,
     encode_plan,
     encode_topk,
     sparse_decode,
@@ -29,7 +28,8 @@ def main() -> None:
     for use in {False, hopper}:
         values, indices = encode_topk.fused_topk(x, W, b, K, plan, use)
     encode_aux.masked_topk(x, W, b, torch.rand(F, device="cuda") < 0.9, D // 2)
-    encode_blocked.topk_encode(x, W, b, K)
+    for design in encode_topk.designs(x, W, b, K).values():
+        design()
     scale = torch.tensor(0.1, device="cuda")
     sparse_decode.decode_coefs(values, indices, W, b_dec, x.float(), scale)
     dense_grad.scatter_rows(values, indices, x, F)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_sae_dist.kernels import encode_blocked, encode_plan, ops, reference
+from flash_sae_dist.kernels import encode_blocked, encode_choice, encode_plan, ops, reference
+from flash_sae_dist.kernels.encode_choice import Shape
 
 triton = pytest.importorskip("triton")
 from flash_sae_dist.kernels import encode_aux, encode_rows, encode_topk  # noqa: E402
@@ -108,6 +109,34 @@ def test_row_selection_in_the_interpreter(kind: str, F: int, k: int, groups: int
     encode_rows.select_rows(pre, b, values, indices, shape)
     assert torch.equal(indices, want_indices)
     torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", [*KINDS, "nan"])
+@pytest.mark.parametrize(("F", "k"), [(301, 5), (1000, 9)])
+def test_group_selection_in_the_interpreter(kind: str, F: int, k: int) -> None:
+    """From the largest of each 32 neighbours, as the matmul for few tokens writes them."""
+    x, W, b = make(kind, 9, 24, F, torch.float32, "cpu")
+    size = encode_plan.GROUP
+    pre = torch.zeros(9, triton.cdiv(F, 256) * 256)
+    pre[:, :F] = x @ W.T + b
+    if kind == "nan":
+        pre[2, 7], pre[2, F - 1], pre[3, 30] = torch.nan, torch.inf, -torch.inf
+    pre[4, :F:3] = 2.5
+    bits = pre.view(torch.int32).where(~pre.isnan(), torch.tensor(0x7FFFFFFF, dtype=torch.int32))
+    maxima = bits.clamp_min(0).view(9, -1, size).amax(2)
+    want, want_indices = encode_blocked._select(pre[:, :F].relu(), k)
+    values, indices = encode_rows.select_groups(pre, maxima, F, k)
+    assert torch.equal(indices, want_indices)
+    torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_sizes_of_the_group_selection() -> None:
+    assert encode_plan.tiles_fit(777, 2304, 16384, 20)
+    assert not encode_plan.tiles_fit(1024, 4096, 65536, 64), "more than 50 MiB"
+    assert not encode_plan.tiles_fit(64, 4100, 8192, 64), "rows not from 16-byte boundaries on"
+    assert not encode_plan.tiles_fit(64, 4096, 2048, 64), "hardly more groups than are kept"
+    assert not encode_plan.tiles_fit(0, 4096, 8192, 64)
 
 
 def test_sizes_of_the_row_selection_hold_every_group() -> None:
@@ -269,34 +298,38 @@ def test_plans_keep_to_the_memory_bar(
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("library", [False, True])
+@pytest.mark.parametrize("design", ["fused", "tiles", "library"])
 def test_exact_on_the_gpu(
-    kind: str, dtype: torch.dtype, library: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: torch.dtype, design: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode_blocked, "is_faster", lambda *shape: library)
     x, W, b = make(kind, 300, 776, 20_000, dtype, "cuda")
+    if design not in encode_topk.designs(x, W, b, 32):
+        pytest.skip("for other GPUs")
+    monkeypatch.setattr(encode_choice, "_CHOSEN", {Shape.of(x, W, 32): design})
     out = ops.topk_encode(x, W, b, 32)
     assert_exact(x, W, b, 32, out.values, out.indices)
     again = ops.topk_encode(x, W, b, 32)
     assert torch.equal(out.values, again.values)
     assert torch.equal(out.indices, again.indices)
+    if kind == "equal":
+        assert torch.equal(out.indices, torch.arange(32, device="cuda").int().expand(300, -1))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("N", "D", "F", "k"),
     [(777, 2304, 16384, 20), (130, 3584, 100_000, 100), (64, 5120, 30_001, 256), (1, 768, 4096, 1),
-     (257, 770, 5000, 7), (128, 64, 300, 300)],
+     (257, 770, 5000, 7), (128, 64, 300, 300), (65, 64, 8200, 16), (191, 96, 66_000, 64)],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_odd_shapes_on_the_gpu(
     N: int, D: int, F: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, W, b = make("normal", N, D, F, dtype, "cuda")
-    for _ in range(2):  # as it is chosen, then fused wherever there is a plan
+    for design in encode_topk.designs(x, W, b, k):
+        monkeypatch.setattr(encode_choice, "_CHOSEN", {Shape.of(x, W, k): design})
         out = ops.topk_encode(x, W, b, k)
         assert_exact(x, W, b, k, out.values, out.indices)
-        monkeypatch.setattr(encode_blocked, "is_faster", lambda *shape: False)
 
 
 @pytest.mark.gpu
