@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from . import eager
+from .dispatch import use_kernels
 from .eager import compute
 from .gradients import Kit, centred, decode_gradients, encode_gradients
-from .reference import accumulate_dtype
+from .reference import PairOrder, accumulate_dtype
 
 
 class TopK(NamedTuple):
@@ -109,6 +110,28 @@ def _(grad: Tensor, top_idx: Tensor, W: Tensor) -> Tensor:
     return W.new_empty(top_idx.shape, dtype=accumulate_dtype(W.dtype))
 
 
+@torch.library.custom_op("flash_sae_dist::order_pairs", mutates_args=())
+def _order_pairs(top_idx: Tensor, num_latents: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.order_pairs` of all pairs, all int32."""
+    like = top_idx.new_empty(0, dtype=torch.float32)
+    order: PairOrder = compute("order_pairs", like, top_idx, num_latents)
+    return order.order.int(), order.latents.int(), order.offsets
+
+
+@_order_pairs.register_fake
+def _(top_idx: Tensor, num_latents: int) -> tuple[Tensor, Tensor, Tensor]:
+    order = top_idx.new_empty(top_idx.numel(), dtype=torch.int32)
+    return order, torch.empty_like(order), order.new_empty(num_latents + 1)
+
+
+def _order(parts: tuple[Tensor | None, Tensor | None, Tensor | None]) -> PairOrder | None:
+    """An order as ops hand it on."""
+    order, latents, offsets = parts
+    if order is None or latents is None or offsets is None:
+        return None
+    return PairOrder(order, latents, offsets)
+
+
 @torch.library.custom_op("flash_sae_dist::scatter_rows", mutates_args=())
 def scatter_rows(
     coef: Tensor,
@@ -116,9 +139,13 @@ def scatter_rows(
     rows: Tensor,
     num_latents: int,
     dtype: torch.dtype | None = None,
+    order: Tensor | None = None,
+    latents: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """`reference.scatter_rows`, by kernel where there is one."""
-    out: Tensor = compute("scatter_rows", rows, coef, top_idx, rows, num_latents, dtype)
+    made = _order((order, latents, offsets))
+    out: Tensor = compute("scatter_rows", rows, coef, top_idx, rows, num_latents, dtype, made)
     return out
 
 
@@ -129,21 +156,69 @@ def _(
     rows: Tensor,
     num_latents: int,
     dtype: torch.dtype | None = None,
+    order: Tensor | None = None,
+    latents: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     dtype = dtype or accumulate_dtype(rows.dtype)
     return rows.new_empty((num_latents, rows.shape[1]), dtype=dtype)
 
 
 @torch.library.custom_op("flash_sae_dist::scatter_values", mutates_args=())
-def scatter_values(coef: Tensor, top_idx: Tensor, num_latents: int) -> Tensor:
+def scatter_values(
+    coef: Tensor,
+    top_idx: Tensor,
+    num_latents: int,
+    order: Tensor | None = None,
+    latents: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
     """`reference.scatter_values`, by kernel where there is one."""
-    out: Tensor = compute("scatter_values", coef, coef, top_idx, num_latents)
+    made = _order((order, latents, offsets))
+    out: Tensor = compute("scatter_values", coef, coef, top_idx, num_latents, made)
     return out
 
 
 @scatter_values.register_fake
-def _(coef: Tensor, top_idx: Tensor, num_latents: int) -> Tensor:
+def _(
+    coef: Tensor,
+    top_idx: Tensor,
+    num_latents: int,
+    order: Tensor | None = None,
+    latents: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
     return coef.new_empty((num_latents,), dtype=accumulate_dtype(coef.dtype))
+
+
+@torch.library.custom_op("flash_sae_dist::decode_backward", mutates_args=())
+def _decode_both(
+    top_acts: Tensor,
+    top_idx: Tensor,
+    W_dec: Tensor,
+    grad: Tensor,
+    order: Tensor | None,
+    latents: Tensor | None,
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.decode_backward`, by kernel where there is one."""
+    made = _order((order, latents, offsets))
+    dots, rows = compute("decode_backward", W_dec, top_acts, top_idx, W_dec, grad, made)
+    return dots, rows
+
+
+@_decode_both.register_fake
+def _(
+    top_acts: Tensor,
+    top_idx: Tensor,
+    W_dec: Tensor,
+    grad: Tensor,
+    order: Tensor | None,
+    latents: Tensor | None,
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    dots = W_dec.new_empty(top_idx.shape, dtype=accumulate_dtype(W_dec.dtype))
+    return dots, torch.empty_like(W_dec)
 
 
 def _encode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -153,15 +228,30 @@ def _encode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(x, W_enc, b_enc, b_dec, *output)
 
 
-# Where a compiler traces, an order is made within each op.
+def _traced_order(
+    top_idx: Tensor, num_latents: int, like: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """An order of all pairs, made by an op of its own: a compiler finds that the decoder's gradient
+    and the encoder's ask for the same one. None where the reference does without."""
+    if not use_kernels(like):
+        return None, None, None
+    order, latents, offsets = _order_pairs(top_idx, num_latents)
+    return order, latents, offsets
+
+
 _CUSTOM = Kit(
     gathered_dots=lambda grad, idx, W: gathered_dots(grad, idx, W),
     scatter_rows=lambda coef, idx, rows, num_latents, dtype, order: scatter_rows(
-        coef, idx, rows, num_latents, dtype
+        coef, idx, rows, num_latents, dtype, *_traced_order(idx, num_latents, rows)
     ),
-    scatter_values=lambda coef, idx, num_latents, order: scatter_values(coef, idx, num_latents),
+    scatter_values=lambda coef, idx, num_latents, order: scatter_values(
+        coef, idx, num_latents, *_traced_order(idx, num_latents, coef)
+    ),
     sparse_decode=lambda acts, idx, W: _sparse_decode(acts, idx, W),
     order_pairs=lambda idx, num_latents, coef: None,
+    decode_backward=lambda acts, idx, W, grad, order: _decode_both(
+        acts, idx, W, grad, *_traced_order(idx, W.shape[0], W)
+    ),
 )
 
 

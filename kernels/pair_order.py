@@ -161,7 +161,7 @@ def _by_counting(top_idx: Tensor, num_latents: int, coef: Tensor | None) -> Pair
     P, F = top_idx.numel(), num_latents
     counts = torch.zeros(F, dtype=torch.int32, device=top_idx.device)
     offsets = counts.new_empty(F + 1)
-    numbers, placed, order, latents = counts.new_empty(4, P).unbind()
+    numbers, placed, order, latents = (counts.new_empty(P) for _ in range(4))
     _count_kernel[(cdiv(P, 256),)](
         top_idx, top_idx if coef is None else coef, counts, numbers, P, F,
         HAS_COEF=coef is not None, BLOCK=256,

@@ -149,7 +149,7 @@ def decode_coefs(
 class PairOrder(NamedTuple):
     """(token, latent) pairs ordered by latent, those of a latent in pair order."""
 
-    order: Tensor  # [P] int64, pairs
+    order: Tensor  # [P] int32 or int64, pairs; what stands beyond every latent's is not said
     latents: Tensor  # [P] int16 or int32, the ordered pairs' latents; F where a pair was dropped
     offsets: Tensor  # [F + 1] int32, where each latent's pairs begin
 

@@ -60,6 +60,32 @@ def test_a_decoder_hands_its_order_to_the_encoder(monkeypatch: pytest.MonkeyPatc
     assert names.count("scatter_rows") >= 1
 
 
+def test_a_compiler_makes_one_order_for_both_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the two gradients ask for it each."""
+    x, b = torch.randn(6, 8), torch.zeros(20)
+    W = [torch.randn(20, 8, requires_grad=True) for _ in range(2)]
+    names: list[str] = []
+    compute = ops.compute
+
+    def counted(name: str, *args: Any) -> Any:
+        names.append(name)
+        return compute(name, *args)
+
+    def loss(x: torch.Tensor, *W: torch.Tensor) -> torch.Tensor:
+        top = ops.topk_encode(x, W[0], b, 3)
+        return (ops.sparse_decode(top.values, top.indices, W[1]) - x).square().sum()
+
+    want = torch.autograd.grad(loss(x, *W), W)
+    monkeypatch.setattr(ops, "compute", counted)
+    monkeypatch.setattr(ops, "use_kernels", lambda like: True)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager_decomp_partition")
+    got = torch.autograd.grad(compiled(x, *W), W)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+    assert names.count("order_pairs") == 1
+    assert {"decode_backward", "scatter_rows"} <= set(names)
+
+
 @pytest.mark.gpu
 def test_one_order_serves_both_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     N, D, F, k = 300, 264, 5000, 16
