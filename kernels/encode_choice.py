@@ -129,6 +129,8 @@ def tune(
 ) -> str:
     """The fastest design of a shape: from the file, else by timing each and keeping it there. The
     first of them unless another is faster by more than a twentieth."""
+    if len(designs) == 1:
+        return next(iter(designs))
     file = file or cache_file()
     entry = ", ".join([_where(), *(f"{name}={size}" for name, size in shape._asdict().items())])
     kept = _read(file).get(entry)

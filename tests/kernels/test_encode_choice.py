@@ -56,8 +56,14 @@ def test_a_design_that_no_longer_takes_the_shape_is_timed_anew(tmp_path: Path) -
 def test_a_broken_file_is_replaced(tmp_path: Path, text: str) -> None:
     file = tmp_path / "encoder.json"
     file.write_text(text)
-    assert tune(SHAPE, designs(fused=1.0), file=file, time_us=measure) == "fused"
-    assert tune(SHAPE, designs(fused=1.0), file=file, time_us=fail) == "fused"
+    two = designs(fused=1.0, library=2.0)
+    assert tune(SHAPE, two, file=file, time_us=measure) == "fused"
+    assert tune(SHAPE, two, file=file, time_us=fail) == "fused"
+
+
+def test_one_design_is_not_timed(tmp_path: Path) -> None:
+    assert tune(SHAPE, designs(library=1.0), file=tmp_path / "a", time_us=fail) == "library"
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_nothing_can_be_written_it_is_told(
