@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import encode_rows
+from .encode_plan import group_sizes
 from .reference_encode import sort_keys
 
 _BLOCK_BYTES = 50 << 20
@@ -36,7 +37,7 @@ def _select(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def is_faster(N: int, D: int, F: int, k: int) -> bool:
     """Whether it is to be taken before the fused encoder, by an H100's times: all rows are one
     block, and either few or so wide that what the selection reads weighs little."""
-    one_block = 4 * N * F <= _BLOCK_BYTES and encode_rows.sizes(F, k) is not None
+    one_block = 4 * N * F <= _BLOCK_BYTES and group_sizes(F, k) is not None
     return one_block and (N <= 256 or D >= 1024)
 
 
@@ -44,14 +45,14 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
     """`reference.topk_encode`, rows in blocks; b_enc is float32."""
     values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
     indices = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
-    shape = encode_rows.sizes(W_enc.shape[0], k)
-    each = 4 if shape else _BYTES_EACH
+    sizes = group_sizes(W_enc.shape[0], k)
+    each = 4 if sizes else _BYTES_EACH
     rows = max(1, _BLOCK_BYTES // (each * W_enc.shape[0]))
     for start in range(0, x.shape[0], rows):
         part = slice(start, start + rows)
         pre = _products(x[part], W_enc)
-        if shape:
-            encode_rows.select_rows(pre, b_enc, values[part], indices[part], shape)
+        if sizes:
+            encode_rows.select_rows(pre, b_enc, sizes, values[part], indices[part])
         else:
             values[part], indices[part] = _select(pre.add_(b_enc).relu_(), k)
     return values, indices

@@ -17,7 +17,7 @@ _TILES_BYTES = 50 << 20
 # Neighbours whose largest activation encode_tiles.py writes.
 GROUP = 32
 # Entries of the groups that encode_rows.py reads again, of one row.
-MAX_AGAIN = 16384
+_MAX_AGAIN = 16384
 _MISS_CHANCE = 1e-8
 _OVERFLOW_CHANCE = 1e-7
 # Lists a row in one program: columns 0 and 1, 2 and 3, 4 and 5, 6 and 7 of each 8, the columns that
@@ -153,18 +153,33 @@ def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | Non
     return None if best is None else best[1]
 
 
-def group_sizes(F: int, k: int) -> dict[str, int] | None:
-    """Sizes of `encode_rows._groups_kernel`, or None where too many groups would be read again."""
-    groups, k_pow2 = cdiv(F, GROUP), next_power_of_2(k)
-    if 2 * k > groups or groups > 16384 or k_pow2 * GROUP > MAX_AGAIN:
+class GroupSizes(NamedTuple):
+    """Sizes of the selection of a row's best groups (encode_rows.py)."""
+
+    size: int  # neighbours a group
+    groups_pow2: int
+    k_pow2: int
+    step: int  # groups whose largest are found at once
+    num_warps: int
+
+
+def group_sizes(F: int, k: int, size: int | None = None) -> GroupSizes | None:
+    """Sizes for F latents in groups of `size`, or of the largest size that is fit; None where too
+    many groups would be looked at or read again."""
+    if size is None:
+        fit = [s for s in (256, 128, 64, 32) if F / s > 8192] + [32, 16, 8, 4, 2, 1]
+        size = next((s for s in fit if cdiv(F, s) >= min(2 * k, F)), 1)
+    groups, k_pow2 = cdiv(F, size), next_power_of_2(k)
+    if groups < min(2 * k, F) or groups > 16384 or k_pow2 * size > _MAX_AGAIN:
         return None
     groups_pow2 = next_power_of_2(groups)
     # The fastest of 1, 2, 4 and 8 on an H100 for 512 groups and k = 20, and for 2048 and k = 64.
-    warps = max(4, min(16, max(groups_pow2 // 1024, k_pow2 * GROUP // 1024)))
-    return {"GROUPS_POW2": groups_pow2, "SIZE": GROUP, "K_POW2": k_pow2, "num_warps": warps}
+    warps = max(4, min(16, max(groups_pow2 // 1024, k_pow2 * size // 1024)))
+    step = min(groups_pow2, max(1, 1024 * warps // size))
+    return GroupSizes(size, groups_pow2, k_pow2, step, warps)
 
 
 def tiles_fit(N: int, D: int, F: int, k: int) -> bool:
     """Whether encode_tiles.py takes a shape: few enough pre-activations, and groups enough."""
     few = 4 * N * cdiv(F, 256) * 256 <= _TILES_BYTES
-    return N > 0 and D % 8 == 0 and few and group_sizes(F, k) is not None
+    return N > 0 and D % 8 == 0 and few and group_sizes(F, k, GROUP) is not None

@@ -28,7 +28,7 @@ from .encode_hopper import (
     multiply_tile,
     produce,
 )  # fmt: skip
-from .encode_plan import GROUP
+from .encode_plan import GROUP, group_sizes
 from .shapes import cdiv, num_programs
 
 
@@ -184,4 +184,9 @@ def topk_encode(
         descriptor(b_enc, BLOCK_N), pre, maxima, N, F, D, tiles, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         LEAD, GROUP, num_warps=4,
     )  # fmt: skip
-    return encode_rows.select_groups(pre, maxima, F, k)
+    sizes = group_sizes(F, k, GROUP)
+    assert sizes is not None
+    values = torch.empty(N, k, dtype=torch.float32, device=x.device)
+    indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
+    encode_rows.select_groups(pre, maxima, F, sizes, values, indices)
+    return values, indices

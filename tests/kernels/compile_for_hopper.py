@@ -101,17 +101,19 @@ def main() -> None:
         num_warps=1, grid=(1,),
     )  # fmt: skip
     report("select", kernel)
-    for F, k in ((16384, 32), (1 << 20, 64)):
-        kernel = encode_rows._rows_kernel.warmup(
-            f32, f32, i32, i64, f32, i32, F, k, **encode_rows.sizes(F, k), grid=(1,)
-        )
-        report(f"rows-{F}", kernel)
-    for F, k in ((16384, 20), (65536, 64)):
+    for F, k, find in (
+        (16384, 20, False),
+        (65536, 64, False),
+        (16384, 20, True),
+        (1 << 20, 64, True),
+    ):
+        sizes = encode_plan.group_sizes(F, k, None if find else encode_plan.GROUP)
+        assert sizes is not None
         kernel = encode_rows._groups_kernel.warmup(
-            f32, i32, i32, i64, f32, i32, F, F // encode_plan.GROUP, F, k,
-            **encode_plan.group_sizes(F, k), grid=(1,),
+            f32, f32, i32, i32, i64, f32, i32, F, F // sizes.size, F, k, find, sizes.step,
+            sizes.groups_pow2, sizes.size, sizes.k_pow2, num_warps=sizes.num_warps, grid=(1,),
         )  # fmt: skip
-        report(f"groups-{F}", kernel)
+        report(f"groups-{F}-{find}", kernel)
     kernel = pair_order._rank_kernel.warmup(
         i32, i32, i32, i32, i32, 65536, 65536, BLOCK=128, WIDTH=8, grid=(1,)
     )

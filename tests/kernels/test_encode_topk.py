@@ -92,41 +92,42 @@ def test_every_variant_in_the_interpreter(changes: dict[str, object]) -> None:
     assert torch.equal(indices, reference.topk_encode(x, W, b, 5)[1])
 
 
+def selected(
+    pre: Tensor, b: Tensor | None, F: int, k: int, sizes: encode_plan.GroupSizes
+) -> tuple[Tensor, Tensor]:
+    """By the kernel, from the largest of each group as the matmul for few tokens writes them, or,
+    with a bias, found by itself."""
+    N = pre.shape[0]
+    values, indices = torch.empty(N, k), torch.empty(N, k, dtype=torch.int32)
+    if b is not None:
+        encode_rows.select_rows(pre, b, sizes, values, indices)
+        return values, indices
+    bits = pre.view(torch.int32).where(~pre.isnan(), torch.tensor(0x7FFFFFFF, dtype=torch.int32))
+    maxima = bits.clamp_min(0).view(N, -1, sizes.size).amax(2)
+    encode_rows.select_groups(pre, maxima, F, sizes, values, indices)
+    return values, indices
+
+
 @interpreted
 @pytest.mark.parametrize("kind", [*KINDS, "nan"])
-@pytest.mark.parametrize(("F", "k", "groups"), [(301, 5, 64), (64, 20, 64), (40, 40, 64)])
-def test_row_selection_in_the_interpreter(kind: str, F: int, k: int, groups: int) -> None:
+@pytest.mark.parametrize("finds", [False, True])
+@pytest.mark.parametrize(("F", "k", "size"), [(301, 5, 32), (700, 9, 16), (64, 20, 1), (40, 40, 1)])
+def test_group_selection_in_the_interpreter(
+    kind: str, finds: bool, F: int, k: int, size: int
+) -> None:
     """Equal activations, in one group and in several, go to the lowest latents."""
     x, W, b = make(kind, 9, 24, F, torch.float32, "cpu")
-    pre = x @ W.T
-    if kind == "nan":
-        pre[2, 7], pre[2, F - 1], pre[3, 30] = torch.nan, torch.inf, -torch.inf
-    pre[4, ::3] = 2.5
-    want, want_indices = encode_blocked._select((pre + b).relu(), k)
-    values, indices = torch.empty(9, k), torch.empty(9, k, dtype=torch.int32)
-    k_pow2, steps = triton.next_power_of_2(k), triton.next_power_of_2(triton.cdiv(F, groups))
-    shape = {"GROUPS": groups, "STEPS_POW2": steps, "K_POW2": k_pow2, "UNROLL": 2, "num_warps": 1}
-    encode_rows.select_rows(pre, b, values, indices, shape)
-    assert torch.equal(indices, want_indices)
-    torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
-
-
-@interpreted
-@pytest.mark.parametrize("kind", [*KINDS, "nan"])
-@pytest.mark.parametrize(("F", "k"), [(301, 5), (1000, 9)])
-def test_group_selection_in_the_interpreter(kind: str, F: int, k: int) -> None:
-    """From the largest of each 32 neighbours, as the matmul for few tokens writes them."""
-    x, W, b = make(kind, 9, 24, F, torch.float32, "cpu")
-    size = encode_plan.GROUP
-    pre = torch.zeros(9, triton.cdiv(F, 256) * 256)
-    pre[:, :F] = x @ W.T + b
+    pre = torch.zeros(9, F if finds else triton.cdiv(F, 256) * 256)
+    pre[:, :F] = x @ W.T
     if kind == "nan":
         pre[2, 7], pre[2, F - 1], pre[3, 30] = torch.nan, torch.inf, -torch.inf
     pre[4, :F:3] = 2.5
-    bits = pre.view(torch.int32).where(~pre.isnan(), torch.tensor(0x7FFFFFFF, dtype=torch.int32))
-    maxima = bits.clamp_min(0).view(9, -1, size).amax(2)
-    want, want_indices = encode_blocked._select(pre[:, :F].relu(), k)
-    values, indices = encode_rows.select_groups(pre, maxima, F, k)
+    sizes = encode_plan.group_sizes(F, k, size)
+    assert sizes is not None
+    sizes = sizes._replace(step=4)
+    whole = pre[:, :F] + b if finds else pre[:, :F]
+    want, want_indices = encode_blocked._select(whole.relu(), k)
+    values, indices = selected(pre, b if finds else None, F, k, sizes)
     assert torch.equal(indices, want_indices)
     torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
 
@@ -137,17 +138,15 @@ def test_sizes_of_the_group_selection() -> None:
     assert not encode_plan.tiles_fit(64, 4100, 8192, 64), "rows not from 16-byte boundaries on"
     assert not encode_plan.tiles_fit(64, 4096, 2048, 64), "hardly more groups than are kept"
     assert not encode_plan.tiles_fit(0, 4096, 8192, 64)
-
-
-def test_sizes_of_the_row_selection_hold_every_group() -> None:
     for F in (1, 300, 2049, 16384, 100_000, 1_048_576):
         for k in (1, 20, 64, 256, 512):
-            shape = encode_rows.sizes(F, min(k, F))
-            if shape is not None:
-                assert shape["GROUPS"] * shape["STEPS_POW2"] >= F
-                assert shape["K_POW2"] >= min(k, F)
-    assert encode_rows.sizes(16384, 20) is not None
-    assert encode_rows.sizes(1_048_576, 512) is None
+            sizes = encode_plan.group_sizes(F, min(k, F))
+            if sizes is not None:
+                assert sizes.size * sizes.groups_pow2 >= F
+                assert sizes.k_pow2 >= min(k, F)
+                assert triton.cdiv(F, sizes.size) >= min(k, F)
+    assert encode_plan.group_sizes(16384, 20) is not None
+    assert encode_plan.group_sizes(1_048_576, 512) is None
 
 
 @interpreted
