@@ -27,7 +27,7 @@ _MAX_PARTS_BYTES = 64 << 20
 
 @triton.jit
 def _heavy_kernel(
-    order_ptr,  # [P] int64
+    order_ptr,  # [P] int32 or int64
     latents_ptr,  # [P] ordered
     coef_ptr,  # [P]
     rows_ptr,  # [N, D]
@@ -60,14 +60,18 @@ def _heavy_kernel(
 
 
 @triton.jit
-def _gather_dots_kernel(order_ptr, parts_ptr, out_ptr, P, blocks, BLOCK: tl.constexpr):
+def _gather_dots_kernel(
+    order_ptr, offsets_ptr, parts_ptr, out_ptr, F, P, blocks, BLOCK: tl.constexpr
+):
     """out[pair] = the sum of its parts."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    pair = tl.load(order_ptr + at, mask=at < P, other=0)
+    # Beyond them stands any pair.
+    live = at < tl.load(offsets_ptr + F)
+    pair = tl.load(order_ptr + at, mask=live, other=0)
     dots = tl.zeros([BLOCK], tl.float32)
     for block in range(blocks):
-        dots += tl.load(parts_ptr + block * P + at, mask=at < P, other=0.0)
-    tl.store(out_ptr + pair, dots, mask=at < P)
+        dots += tl.load(parts_ptr + block * P + at, mask=live, other=0.0)
+    tl.store(out_ptr + pair, dots, mask=live)
 
 
 def decode_backward(
@@ -101,5 +105,7 @@ def decode_backward(
         HEAVY=heavy, **sizes, num_warps=1,
     )  # fmt: skip
     dots = torch.empty(N, K, dtype=torch.float32, device=grad.device)
-    _gather_dots_kernel[(cdiv(P, 256),)](order.order, parts, dots, P, blocks, BLOCK=256)
+    _gather_dots_kernel[(cdiv(P, 256),)](
+        order.order, order.offsets, parts, dots, F, P, blocks, BLOCK=256
+    )
     return dots, out

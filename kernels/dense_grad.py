@@ -60,7 +60,7 @@ def add_pairs(
 
 @triton.jit
 def latents_kernel(
-    order_ptr,  # [P] int64
+    order_ptr,  # [P] int32 or int64
     offsets_ptr,  # [F + 1]
     coef_ptr,  # [P]
     rows_ptr,  # [N, D]

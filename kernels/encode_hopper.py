@@ -297,6 +297,7 @@ def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 
 def descriptor(t: Tensor, *block: int) -> TensorDescriptor:
+    """What the copy engine asks for of a tensor that is read in blocks of this shape."""
     return TensorDescriptor.from_tensor(t, list(block), _layout(block, t.dtype))
 
 

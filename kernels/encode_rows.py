@@ -65,6 +65,12 @@ def _groups_kernel(
     best = tl.load(maxima_row + group, mask=group * SIZE < F, other=-1)
     # One NaN, as relu_bits has it.
     best = tl.minimum(best, 0x7FC00000)
+    if (FIND == 0) & (F % SIZE != 0):
+        # The matmul's largest of the last group has columns in it that are not there: NaN, where x
+        # is not finite.
+        f = F // SIZE * SIZE + tl.arange(0, SIZE)
+        whole = tl.max(_bits(pre_row, bias_ptr, f, f < F, False), 0)
+        best = tl.where(group == F // SIZE, whole, best)
     # More than k groups, as many as there is room for, take fewer steps to find.
     tau, last = kth(best, group, k, K_POW2 - k)
     kept = (best > tau) | ((best == tau) & (group <= last))

@@ -1,5 +1,5 @@
 """The encoder for few tokens on Hopper GPUs: one matmul whose epilogue writes the pre-activations
-and the largest of each 64 neighbours, then a selection that reads those and the best groups alone.
+and the largest of each 32 neighbours, then a selection that reads those and the best groups alone.
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k.
 

@@ -18,17 +18,13 @@ Legend: N tokens, D d_in, F d_sae (of this shard), K k, S the sampling stride.
 
 from __future__ import annotations
 
-import warnings
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import encode_aux, encode_blocked, encode_choice
+from . import encode_aux, encode_blocked, encode_choice, encode_trial
 from .encode_choice import Design, Shape
 from .encode_plan import GATHERED_BYTES, QUADS, Plan, make_plan, tiles_fit
 from .encode_select import kth, relu_bits, select_kernel
@@ -266,50 +262,6 @@ def _filter(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=8)
-def _uses_hopper(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels for warpgroup instructions run here and give the plain filter's result.
-
-    They count on the order in which a thread holds an instruction's results, so they are tried once
-    a process before they are trusted.
-    """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    g = torch.Generator(device=device).manual_seed(0)
-    # Whole blocks of tokens and a few more.
-    x = torch.randn(300, 328, generator=g, device=device).to(dtype)
-    W_enc = torch.randn(8192 + 72, 328, generator=g, device=device).to(dtype)
-    b_enc = torch.randn(8192 + 72, generator=g, device=device)
-    plan = make_plan(300, 328, 8192 + 72, 16, num_programs(device))
-    assert plan is not None
-    want = fused_topk(x, W_enc, b_enc, 16, plan)
-    try:
-        from . import encode_tiles
-
-        results = [
-            fused_topk(x, W_enc, b_enc, 16, plan, hopper=True),
-            encode_tiles.topk_encode(x, W_enc, b_enc, 16),
-        ]
-    except torch.OutOfMemoryError:
-        raise
-    # The part of Triton that it is written in is experimental: names and types change in it.
-    except (
-        ImportError, AttributeError, AssertionError, KeyError, TypeError, ValueError, RuntimeError,
-        TritonError,
-    ) as e:  # fmt: skip
-        reason = f"do not compile ({type(e).__name__}: {str(e)[:200]})"
-    else:
-        if all(torch.equal(a, b) for got in results for a, b in zip(want, got, strict=True)):
-            return True
-        reason = "disagree with the plain ones"
-    warnings.warn(
-        f"The encoder's kernels for Hopper GPUs {reason} under Triton {triton.__version__}; the "
-        "plain ones, which are slower, are used.",
-        stacklevel=2,
-    )
-    return False
-
-
 def _aligned(t: Tensor) -> Tensor:
     """Contiguous from a 16-byte boundary on, which the copy engine asks for."""
     t = t.contiguous()
@@ -325,22 +277,24 @@ def designs(
     b_enc: Tensor,  # [F] float32; all from 16-byte boundaries on, contiguous
     k: int,
 ) -> dict[str, Design]:
-    """The designs that take a call's inputs, in the order in which an H100's times prefer them:
-    `fused`, where sampling pays; `tiles`, for few tokens on Hopper; `library`, in blocks of rows,
-    for all."""
+    """The designs that take a call's inputs, the one to take first by an H100's times: `tiles`, for
+    few tokens on Hopper; `fused` (`fused-plain` on other GPUs), where sampling pays; `library`, in
+    blocks of rows, for all."""
     N, D, F = *x.shape, W_enc.shape[0]
+    library: dict[str, Design] = {"library": lambda: encode_blocked.topk_encode(x, W_enc, b_enc, k)}
+    if N == 0 or x.dtype == torch.float32:
+        return library
     found: dict[str, Design] = {}
-    sixteen = N > 0 and x.dtype != torch.float32
-    if sixteen and tiles_fit(N, D, F, k) and _uses_hopper(x.device, x.dtype):
+    if tiles_fit(N, D, F, k) and encode_trial.runs("tiles", x.device, x.dtype):
         from . import encode_tiles
 
         found["tiles"] = lambda: encode_tiles.topk_encode(x, W_enc, b_enc, k)
-    plan = make_plan(N, D, F, k, num_programs(x.device)) if sixteen else None
-    library: dict[str, Design] = {"library": lambda: encode_blocked.topk_encode(x, W_enc, b_enc, k)}
+    plan = make_plan(N, D, F, k, num_programs(x.device))
     if plan is None:
         return found | library
+    hopper = encode_trial.runs("filter", x.device, x.dtype)
     fused: dict[str, Design] = {
-        "fused": lambda: fused_topk(x, W_enc, b_enc, k, plan, _uses_hopper(x.device, x.dtype))
+        "fused" if hopper else "fused-plain": lambda: fused_topk(x, W_enc, b_enc, k, plan, hopper)
     }
     return found | (library | fused if encode_blocked.is_faster(N, D, F, k) else fused | library)
 
@@ -350,7 +304,8 @@ def tune(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Shape, str]:
     it into effect. Waits for the device."""
     x, W_enc, b_enc = _aligned(x), _aligned(W_enc), _aligned(b_enc.float())
     shape = Shape.of(x, W_enc, k)
-    return shape, encode_choice.tune(shape, designs(x, W_enc, b_enc, k))
+    found = designs(x, W_enc, b_enc, k)
+    return shape, encode_choice.tune(shape, found, device=x.device)
 
 
 def topk_encode(

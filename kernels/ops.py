@@ -218,7 +218,8 @@ def _(
     offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dots = W_dec.new_empty(top_idx.shape, dtype=accumulate_dtype(W_dec.dtype))
-    return dots, torch.empty_like(W_dec)
+    # Contiguous whatever W_dec is.
+    return dots, W_dec.new_empty(W_dec.shape)
 
 
 def _encode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -232,7 +233,9 @@ def _traced_order(
     top_idx: Tensor, num_latents: int, like: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """An order of all pairs, made by an op of its own: a compiler finds that the decoder's gradient
-    and the encoder's ask for the same one. None where the reference does without."""
+    and the encoder's ask for the same one. None where the reference does without.
+
+    Pairs of coefficient 0 are among them: a token that is not finite makes their gradients NaN."""
     if not use_kernels(like):
         return None, None, None
     order, latents, offsets = _order_pairs(top_idx, num_latents)

@@ -6,8 +6,8 @@ A stable counting sort. Each pair takes a number within its latent from an atomi
 whatever order the programs come; the counters' running sums say where each latent's pairs begin;
 each pair goes to its latent's place of that number, and then to the place that its rank among its
 latent's pairs gives, which is the order of the pairs themselves: the result does not depend on the
-programs' order. Only kernels, no library call: in a captured graph a library's copies and fills
-would not run beside the large kernels at their stream's priority.
+programs' order. Kernels alone, whose priority a captured graph keeps: a library sort's copies of
+memory have none there, and it would not run beside the large kernels.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from torch import Tensor
 from .reference import PairOrder
 from .shapes import cdiv
 
-# Pairs a latent on average up to which ranks are counted, which takes their square's time.
-_MAX_MEAN = 16
+# Ranks take the time of the square of a latent's pairs, sums of counts of the square of F: beyond
+# these torch's sort is taken. At worst, all tokens on the same latents, ranks then take less than
+# the encoder.
+_MAX_MEAN, _MAX_PAIRS, _MAX_LATENTS = 16, 1 << 20, 1 << 18
 _SPAN = 1024
 
 
@@ -205,5 +207,6 @@ def order_pairs(
             f"{P} pairs of a token and a latent are more than kernels number (2**31 - 1); "
             "take fewer tokens at once"
         )
-    by = _by_counting if 0 < P <= _MAX_MEAN * num_latents else _by_sorting
+    counts = 0 < P <= min(_MAX_MEAN * num_latents, _MAX_PAIRS) and num_latents <= _MAX_LATENTS
+    by = _by_counting if counts else _by_sorting
     return by(top_idx.contiguous(), num_latents, None if coef is None else coef.contiguous())

@@ -76,7 +76,7 @@ def _store_moments(
 
 @triton.jit(do_not_specialize=["seed"])
 def _adam_encoder_kernel(
-    order_ptr,  # [P] int64
+    order_ptr,  # [P] int32 or int64
     offsets_ptr,  # [F + 1]
     coef_ptr,  # [P]
     rows_ptr,  # [N, D]
@@ -159,7 +159,7 @@ def _adam_encoder_kernel(
 
 @triton.jit(do_not_specialize=["seed"])
 def _adam_decoder_kernel(
-    order_ptr,  # [P] int64
+    order_ptr,  # [P] int32 or int64
     offsets_ptr,  # [F + 1]
     coef_ptr,  # [P]
     rows_ptr,  # [N or 2 N, D]

@@ -46,7 +46,7 @@ def _token_of(pair, NK, K, K2):
 
 @triton.jit
 def _heavy_kernel(
-    order_ptr,  # [P] int64
+    order_ptr,  # [P] int32 or int64
     latents_ptr,  # [P] ordered
     dec_coef_ptr,  # [P]
     enc_coef_ptr,  # [P], BOTH only
@@ -177,7 +177,7 @@ def latent_gradient(
 
 @triton.jit
 def _block_values_kernel(
-    order_ptr,  # [P] int64
+    order_ptr,  # [P] int32 or int64
     coef_ptr,  # [P]
     out_ptr,  # [cdiv(P, HEAVY)] float32, of ordered pairs whatever their latents
     P,
@@ -202,7 +202,7 @@ def _add_values(acc, begin, end, order_ptr, coef_ptr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _scatter_values_kernel(
-    order_ptr,  # [P] int64
+    order_ptr,  # [P] int32 or int64
     offsets_ptr,  # [F + 1]
     coef_ptr,  # [P]
     sums_ptr,  # [blocks] of _block_values_kernel

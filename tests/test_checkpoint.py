@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from flash_sae_dist.config import SAEConfig, TrainConfig
+from flash_sae_dist.kernels import encode_choice
 from flash_sae_dist.parallel.mesh import Mesh
-from flash_sae_dist.training import checkpoint
+from flash_sae_dist.training import checkpoint, step
 from flash_sae_dist.training.checkpoint import TrainingState
 from flash_sae_dist.training.step import SAETraining
 from flash_sae_dist.training.timing import PhaseTimer
@@ -34,10 +35,10 @@ def advance(t: SAETraining, steps: int) -> list[float]:
 
 
 def resume(folder: Path, t: SAETraining) -> int:
-    step = checkpoint.newest_step(folder, MESH)
-    assert step is not None
-    t.load_state(checkpoint.load(folder, step, 0, t.sae.d_sae_local))
-    return step
+    newest = checkpoint.newest_step(folder, MESH)
+    assert newest is not None
+    t.load_state(checkpoint.load(folder, newest, 0, t.sae.d_sae_local))
+    return newest
 
 
 def test_resume_is_bit_exact(tmp_path: Path) -> None:
@@ -48,6 +49,23 @@ def test_resume_is_bit_exact(tmp_path: Path) -> None:
     second = training()
     assert resume(tmp_path, second) == 5
     assert before + advance(second, 7) == whole
+
+
+def test_a_resumed_run_keeps_its_encoders_design(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Designs differ by rounding, and what is faster may be found otherwise another time."""
+    shape = encode_choice.Shape(16, 8, 24, 3, "bfloat16")
+    monkeypatch.setattr(step, "tune_encoder", lambda *args: (shape, "library"))
+    monkeypatch.setattr(encode_choice, "_CHOSEN", {})
+    first = training()
+    advance(first, 1)
+    checkpoint.save(tmp_path, first.state(), MESH, keep=1)
+    assert resume(tmp_path, training()) == 1
+    assert encode_choice.chosen(shape) == "library"
+    encode_choice.use(shape, "tiles")
+    resume(tmp_path, training())
+    assert encode_choice.chosen(shape) == "tiles", "another SAE of this process has begun with it"
 
 
 def test_keeps_the_newest(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import Precision, SAEConfig, TrainConfig
+from ..kernels import encode_choice
 from ..models.dead_latents import DeadLatents
 from ..models.losses import auxk_loss, fvu_loss, geometric_median, total_variance
 from ..models.topk import TopKSAE
@@ -28,7 +29,7 @@ from .optim import (
 from .resample import resample_
 from .sparse_adam import SparseAdam
 from .timing import PhaseTimer
-from .tuning import tune_encoder
+from .tuning import Choice, tune_encoder
 
 
 class StepMetrics(NamedTuple):
@@ -89,6 +90,7 @@ class SAETraining:
         self.total_steps = -(-cfg.num_tokens // cfg.batch_tokens)
         self.step_index = 0
         self._tuned = False
+        self._choice: Choice | None = None
 
     @property
     def lr(self) -> float:
@@ -144,15 +146,16 @@ class SAETraining:
         return metrics
 
     def _tune(self, x: Tensor) -> None:
-        """Chooses the encoder's design, once in each process."""
+        """Chooses the encoder's design, at this process's first step of this SAE."""
         self._tuned = True
         if isinstance(self.optimizer, SparseAdam):
             W_enc = self.optimizer.compute_weights[0]
         else:
-            x, W_enc = x.chunk(self.cfg.micro_batches)[0], self.sae.W_enc.detach()
-            W_enc = W_enc.to(self.compute_dtype)
+            x, W_enc = x.chunk(self.cfg.micro_batches)[0], self.sae.W_enc
         k = min(self.sae.k, self.sae.d_sae_local)
-        tune_encoder(x, W_enc, self.sae.b_enc.detach(), k, self.mesh)
+        self._choice = tune_encoder(
+            x, W_enc.detach(), self.sae.b_enc.detach(), k, self.compute_dtype, self.mesh
+        )
 
     def _resample(self, x: Tensor) -> None:
         """Resamples when the tokens seen pass a multiple of dead_after_tokens."""
@@ -249,7 +252,14 @@ class SAETraining:
             for moment in self._moments():
                 target[f"{moment}.{name}"] = self.optimizer.state[param][moment]
         rows["tokens_since_fired"] = self.dead.tokens_since_fired
-        info = {"step": self.step_index, "any_dead": self.dead.any_dead, "d_sae": self.sae.d_sae}
+        info: dict[str, Any] = {
+            "step": self.step_index,
+            "any_dead": self.dead.any_dead,
+            "d_sae": self.sae.d_sae,
+        }
+        if self._choice is not None:
+            shape, design = self._choice
+            info["encoder"] = {"shape": list(shape), "design": design}
         return TrainingState(rows, whole, info)
 
     @torch.no_grad()
@@ -271,3 +281,8 @@ class SAETraining:
         self.dead.tokens_since_fired.copy_(state.rows["tokens_since_fired"])
         self.dead.any_dead = state.info["any_dead"]
         self.step_index = state.info["step"]
+        if (encoder := state.info.get("encoder")) is not None:
+            # A run goes on with the design that it began with.
+            shape = encode_choice.Shape(*encoder["shape"])
+            if encode_choice.chosen(shape) is None:
+                encode_choice.use(shape, encoder["design"])

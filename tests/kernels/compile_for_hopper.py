@@ -114,6 +114,16 @@ def main() -> None:
             sizes.groups_pow2, sizes.size, sizes.k_pow2, num_warps=sizes.num_warps, grid=(1,),
         )  # fmt: skip
         report(f"groups-{F}-{find}", kernel)
+    kernel = pair_order._count_kernel.warmup(
+        i32, f32, i32, i32, 65536, 65536, HAS_COEF=True, BLOCK=256, grid=(1,)
+    )
+    report("count", kernel)
+    kernel = pair_order._sum_counts_kernel.warmup(
+        i32, i32, 65536, SPAN=1024, BEFORE=4096, grid=(1,)
+    )
+    report("sum-counts", kernel)
+    kernel = pair_order._place_kernel.warmup(i32, i32, i32, i32, 65536, BLOCK=256, grid=(1,))
+    report("place", kernel)
     kernel = pair_order._rank_kernel.warmup(
         i32, i32, i32, i32, i32, 65536, 65536, BLOCK=128, WIDTH=8, grid=(1,)
     )

@@ -12,7 +12,7 @@ from flash_sae_dist.kernels import encode_blocked, encode_choice, encode_plan, o
 from flash_sae_dist.kernels.encode_choice import Shape
 
 triton = pytest.importorskip("triton")
-from flash_sae_dist.kernels import encode_aux, encode_rows, encode_topk  # noqa: E402
+from flash_sae_dist.kernels import encode_aux, encode_rows, encode_topk, encode_trial  # noqa: E402
 
 KINDS = ["normal", "heavy", "ascending", "descending", "equal", "group", "few", "negative"]
 
@@ -127,9 +127,29 @@ def test_group_selection_in_the_interpreter(
     sizes = sizes._replace(step=4)
     whole = pre[:, :F] + b if finds else pre[:, :F]
     want, want_indices = encode_blocked._select(whole.relu(), k)
+    # What lies beyond F, and what the matmul made of it, counts for nothing.
+    pre[:, F:] = torch.nan
     values, indices = selected(pre, b if finds else None, F, k, sizes)
     assert torch.equal(indices, want_indices)
     torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("F", [40, 300, 512, 2048, 16384, 65536, 1_048_576])
+@pytest.mark.parametrize("k", [1, 64, 257, 512])
+@pytest.mark.parametrize("design", ["tiles", "library"])
+def test_few_tokens_keep_to_the_memory_bar(F: int, k: int, design: str) -> None:
+    """Pre-activations, groups' largest, slots and keys of as many rows as are taken at once."""
+    k = min(k, F)
+    sizes = encode_plan.group_sizes(F, k, encode_plan.GROUP if design == "tiles" else None)
+    if sizes is None:
+        return
+    if design == "tiles":
+        rows = next((n for n in range(25600, 0, -64) if encode_plan.tiles_fit(n, 64, F, k)), 0)
+        row = 4 * triton.cdiv(F, 256) * 256 * (1 + 1 / sizes.size) + 20 * sizes.k_pow2
+    else:
+        row = encode_blocked._row_bytes(F, sizes)
+        rows = encode_blocked._BLOCK_BYTES // row
+    assert rows * row <= 64 << 20
 
 
 def test_sizes_of_the_group_selection() -> None:
@@ -302,8 +322,9 @@ def test_exact_on_the_gpu(
     kind: str, dtype: torch.dtype, design: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, W, b = make(kind, 300, 776, 20_000, dtype, "cuda")
-    if design not in encode_topk.designs(x, W, b, 32):
-        pytest.skip("for other GPUs")
+    if design != "library" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for Hopper GPUs")
+    assert design in encode_topk.designs(x, W, b, 32)
     monkeypatch.setattr(encode_choice, "_CHOSEN", {Shape.of(x, W, 32): design})
     out = ops.topk_encode(x, W, b, 32)
     assert_exact(x, W, b, 32, out.values, out.indices)
@@ -417,11 +438,12 @@ def make_hopper_plan(**changes: object) -> encode_plan.Plan:
 
 
 @pytest.mark.gpu
-def test_the_hopper_filter_is_used_on_hopper() -> None:
+def test_the_hopper_kernels_are_used_on_hopper() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     hopper = torch.cuda.get_device_capability() == (9, 0)
     for dtype in (torch.bfloat16, torch.float16):
-        assert encode_topk._uses_hopper(device, dtype) == hopper
+        assert encode_trial.runs("filter", device, dtype) == hopper
+        assert encode_trial.runs("tiles", device, dtype) == hopper
 
 
 @pytest.mark.gpu

@@ -68,10 +68,20 @@ def test_no_pairs_and_many_pairs_are_sorted() -> None:
 
 
 def test_a_latent_that_does_not_exist_is_dropped() -> None:
+    """It is a mistake of the caller's, for which nothing else is to be changed."""
     idx = torch.tensor([[0, 9], [-1, 2]], device=DEVICE)
     order = pair_order._by_counting(idx, 3, None)
     assert order.offsets.tolist() == [0, 1, 1, 2]
     assert order.order[:2].tolist() == [0, 3]
+
+
+def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    for name in WAYS:
+        monkeypatch.setattr(pair_order, f"_by_{name}", lambda *args, name=name: taken.append(name))
+    for pairs, latents in ((64, 4), (65, 4), (1 << 20, 1 << 17), (2 << 20, 1 << 18), (9, 1 << 19)):
+        pair_order.order_pairs(torch.empty(pairs, dtype=torch.int32, device="meta"), latents)
+    assert taken == ["counting", "sorting", "counting", "sorting", "sorting"]
 
 
 @pytest.mark.gpu

@@ -110,15 +110,24 @@ def test_compiles_without_graph_breaks() -> None:
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("name", ["topk_encode", "sparse_decode", "scatter_rows", "gathered_dots"])
-def test_opcheck(name: str) -> None:
+OPS = ["topk_encode", "sparse_decode", "scatter_rows", "gathered_dots", "order_pairs",
+       "decode_backward"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck(name: str, transposed: bool) -> None:
     x, W, b = torch.randn(6, 5), torch.randn(8, 5), torch.randn(8)
+    if transposed:
+        W = W.t().contiguous().t()
     idx, acts = torch.randint(0, 8, (6, 3), dtype=torch.int32), torch.rand(6, 3)
     calls = {
         "topk_encode": (ops._topk_encode, (x, W, b, None, 3)),
         "sparse_decode": (ops._sparse_decode, (acts, idx, W)),
         "scatter_rows": (ops.scatter_rows, (acts, idx, x, 8)),
         "gathered_dots": (ops.gathered_dots, (x, idx, W)),
+        "order_pairs": (ops._order_pairs, (idx, 8)),
+        "decode_backward": (ops._decode_both, (acts, idx, W, x, None, None, None)),
     }
     torch.library.opcheck(*calls[name])
 
