@@ -183,3 +183,15 @@ def tiles_fit(N: int, D: int, F: int, k: int) -> bool:
     """Whether encode_tiles.py takes a shape: few enough pre-activations, and groups enough."""
     few = 4 * N * cdiv(F, 256) * 256 <= _TILES_BYTES
     return N > 0 and D % 8 == 0 and few and group_sizes(F, k, GROUP) is not None
+
+
+def tiles_are_first(N: int, D: int, F: int, programs: int) -> bool:
+    """Whether encode_tiles.py's matmul is likely to be ahead of the library's, by an H100's times.
+
+    Its programs do whole rounds of tiles. Where four rounds do what 2.9 could, at N=777 D=2304
+    F=16384, the library was 9% faster, which has tiles of other sizes; at few tokens or short rows
+    it never was.
+    """
+    tiles = cdiv(F, 256)
+    done = cdiv(cdiv(N, 128) * tiles, programs) * programs * 128
+    return N <= 256 or D < 1024 or done <= 1.25 * N * tiles

@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import encode_aux, encode_blocked, encode_choice, encode_trial
 from .encode_choice import Design, Shape
-from .encode_plan import GATHERED_BYTES, QUADS, Plan, make_plan, tiles_fit
+from .encode_plan import GATHERED_BYTES, QUADS, Plan, make_plan, tiles_are_first, tiles_fit
 from .encode_select import kth, relu_bits, select_kernel
 from .shapes import cdiv, next_power_of_2, num_programs, num_stages
 
@@ -296,6 +296,8 @@ def designs(
     fused: dict[str, Design] = {
         "fused" if hopper else "fused-plain": lambda: fused_topk(x, W_enc, b_enc, k, plan, hopper)
     }
+    if found and not tiles_are_first(N, D, F, num_programs(x.device)):
+        return library | found | fused
     return found | (library | fused if encode_blocked.is_faster(N, D, F, k) else fused | library)
 
 

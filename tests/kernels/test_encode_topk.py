@@ -134,6 +134,16 @@ def test_group_selection_in_the_interpreter(
     torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("N", "D", "F", "first"),
+    [(777, 2304, 16384, False), (512, 2304, 16384, True), (190, 4096, 65536, True),
+     (128, 4096, 65536, True), (512, 768, 24576, True), (256, 4096, 32768, True)],
+)  # fmt: skip
+def test_which_matmul_is_first(N: int, D: int, F: int, first: bool) -> None:
+    """As docs/performance.md has them measured."""
+    assert encode_plan.tiles_are_first(N, D, F, 132) == first
+
+
 @pytest.mark.parametrize("F", [40, 300, 512, 2048, 16384, 65536, 1_048_576])
 @pytest.mark.parametrize("k", [1, 64, 257, 512])
 @pytest.mark.parametrize("design", ["tiles", "library"])
