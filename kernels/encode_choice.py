@@ -164,6 +164,8 @@ def tune(
     first = next(iter(designs))
     if len(designs) == 1:
         return first
+    from triton.errors import TritonError
+
     folder = folder or cache_folder()
     entry = _Entry(folder, _about(shape, designs, device)) if folder else None
     kept = entry.read() if entry else None
@@ -173,7 +175,7 @@ def tune(
     for name, design in designs.items():
         try:
             times[name] = round(time_us(design), 1)
-        except RuntimeError as e:
+        except (RuntimeError, TritonError) as e:
             logger.warning("the encoder's design %s failed (%s): it is left out", name, e)
     if not times:
         return first

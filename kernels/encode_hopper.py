@@ -251,11 +251,11 @@ def _consume(
 
 
 @gluon.jit
-def _filter_kernel(
-    x_desc, w_desc, bias_desc, tau_ptr, last_ptr, count_ptr, lists_ptr, pitch, N, F, D,
-    PARTS: gl.constexpr, CAPACITY: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
+def make_ring(
+    x_desc, w_desc, bias_desc, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Shared memory of STAGES tiles' parts, and the barriers that hand them on."""
     HALF: gl.constexpr = BLOCK_M // 2
     a_bufs = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, HALF, BLOCK_K], x_desc.layout)
     b_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], w_desc.layout)
@@ -268,6 +268,18 @@ def _filter_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    return a_bufs, b_bufs, bias_bufs, full, empty, lead
+
+
+@gluon.jit
+def _filter_kernel(
+    x_desc, w_desc, bias_desc, tau_ptr, last_ptr, count_ptr, lists_ptr, pitch, N, F, D,
+    PARTS: gl.constexpr, CAPACITY: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
+):  # fmt: skip
+    a_bufs, b_bufs, bias_bufs, full, empty, lead = make_ring(
+        x_desc, w_desc, bias_desc, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
+    )
     gl.warp_specialize(
         [
             (_consume, (

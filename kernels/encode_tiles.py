@@ -25,9 +25,10 @@ from .encode_hopper import (
     LEAD,
     STAGES,
     descriptor,
+    make_ring,
     multiply_tile,
     produce,
-)  # fmt: skip
+)
 from .encode_plan import GROUP, group_sizes
 from .shapes import cdiv, num_programs
 
@@ -136,17 +137,9 @@ def _tiles_kernel(
     STAGES: gl.constexpr, LEAD: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Tiles of the pre-activations [N, TILES * BLOCK_N] and of their groups' maxima."""
-    HALF: gl.constexpr = BLOCK_M // 2
-    a_bufs = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, HALF, BLOCK_K], x_desc.layout)
-    b_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], w_desc.layout)
-    bias_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], bias_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    lead = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(lead.index(0), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+    a_bufs, b_bufs, bias_bufs, full, empty, lead = make_ring(
+        x_desc, w_desc, bias_desc, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
+    )
     gl.warp_specialize(
         [
             (_consume, (

@@ -24,13 +24,12 @@ _FOUND: dict[tuple[Part, torch.device, torch.dtype], bool] = {}
 def runs(part: Part, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a part runs on a device and gives the plain filter's result. Where a first call is
     captured in a graph, which cannot try it, the answer is no, until it is asked again."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
     key = (part, device, dtype)
     if key not in _FOUND:
-        if torch.cuda.is_current_stream_capturing():
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+        if hopper and torch.cuda.is_current_stream_capturing():
             return False
-        _FOUND[key] = _try(part, device, dtype)
+        _FOUND[key] = hopper and _try(part, device, dtype)
     return _FOUND[key]
 
 
