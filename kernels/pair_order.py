@@ -6,8 +6,8 @@ A stable counting sort. Each pair takes a number within its latent from an atomi
 whatever order the programs come; the counters' running sums say where each latent's pairs begin;
 each pair goes to its latent's place of that number, and then to the place that its rank among its
 latent's pairs gives, which is the order of the pairs themselves: the result does not depend on the
-programs' order. Kernels alone, whose priority a captured graph keeps: a library sort's copies of
-memory have none there, and it would not run beside the large kernels.
+programs' order. But for a fill these are kernels, whose priority a captured graph keeps: a library
+sort was seen to wait there for the large kernels that it should run beside.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .reference import PairOrder
 from .shapes import cdiv
 
 # Ranks take the time of the square of a latent's pairs, sums of counts of the square of F: beyond
-# these torch's sort is taken. At worst, all tokens on the same latents, ranks then take less than
-# the encoder.
+# these torch's sort is taken. With one latent on all of 4096 tokens at D=768 F=24576 k=32 a step
+# takes 0.92 ms for 0.76 (launch.bench step, H100); all tokens on the same latents were not timed.
 _MAX_MEAN, _MAX_PAIRS, _MAX_LATENTS = 16, 1 << 20, 1 << 18
 _SPAN = 1024
 

@@ -114,6 +114,27 @@ def test_one_order_serves_both_gradients(monkeypatch: pytest.MonkeyPatch) -> Non
         assert (g - w).norm() <= 1e-3 * w.norm()
 
 
+@pytest.mark.gpu
+def test_compiled_gradients_equal_eager_ones() -> None:
+    """By inductor, which lays memory out itself; the decoder's weights transposed, too."""
+    x = torch.randn(300, 264, device="cuda").bfloat16()
+    W_enc = torch.randn(5000, 264, device="cuda").bfloat16().requires_grad_()
+    W_dec = torch.randn(264, 5000, device="cuda").bfloat16().requires_grad_()
+    b = torch.zeros(5000, device="cuda", requires_grad=True)
+
+    def loss(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        W_enc, W_dec, b = weights
+        top = ops.topk_encode(x, W_enc, b, 16)
+        return (ops.sparse_decode(top.values, top.indices, W_dec.t()) - x).float().square().sum()
+
+    weights = (W_enc, W_dec, b)
+    want = torch.autograd.grad(loss(x, *weights), weights)
+    compiled = torch.compile(loss, fullgraph=True)
+    got = torch.autograd.grad(compiled(x, *weights), weights)
+    for g, w in zip(got, want, strict=True):
+        assert (g.float() - w.float()).norm() <= 1e-2 * w.float().norm()
+
+
 def test_lists_can_be_saved_and_checkpointed(tmp_path: Path) -> None:
     x, W = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     b = torch.zeros(20)
