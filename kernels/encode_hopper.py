@@ -29,8 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-# Triton 3.9 gave it a new name.
+# Triton 3.9 gave them new names.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_memory = gl.shared_memory_descriptor
+_reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
 # A lead of 1 or 3 stages was no faster; 8 stages of 32 columns were slower (docs/performance.md).
@@ -110,13 +112,15 @@ def _constraints(outputs: int, operands: str) -> str:
 
 @gluon.jit
 def produce(
-    x_desc, w_desc, bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N, F, D,
-    PARTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
+    x_desc, w_desc, bias_desc, tail_desc, a_bufs, b_bufs, bias_bufs, tail_bufs, full, empty, N, F,
+    D, PARTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads: x's, W_enc's and the bias's parts of each tile. Blocks of rows of one
-    part of the latents follow one another, so that its weights come from the L2 cache."""
-    num_m = gl.cdiv(N, BLOCK_M)
+    part of the latents follow one another, so that its weights come from the L2 cache. With TAIL
+    the rows after the last whole block, up to that many, come with every tile."""
+    num_m = gl.cdiv(N, BLOCK_M) if TAIL == 0 else N // BLOCK_M
+    BYTES: gl.constexpr = (BLOCK_M + BLOCK_N + TAIL) * BLOCK_K * 2
     HALF: gl.constexpr = BLOCK_M // 2
     stage = 0
     phase = 1
@@ -128,14 +132,16 @@ def produce(
                 mbarrier.wait(empty.index(stage), phase)
                 bar = full.index(stage)
                 if d0 == 0:
-                    mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2 + BLOCK_N * 4)
+                    mbarrier.expect(bar, BYTES + BLOCK_N * 4)
                     bias_buf = bias_bufs.index(tile % STAGES)
                     _load(bias_desc, [f0], bar, bias_buf)
                 else:
-                    mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
+                    mbarrier.expect(bar, BYTES)
                 _load(x_desc, [m0, d0], bar, a_bufs.index(2 * stage))
                 _load(x_desc, [m0 + HALF, d0], bar, a_bufs.index(2 * stage + 1))
                 _load(w_desc, [f0, d0], bar, b_bufs.index(stage))
+                if TAIL > 0:
+                    _load(tail_desc, [num_m * BLOCK_M, d0], bar, tail_bufs.index(stage))
                 stage += 1
                 if stage == STAGES:
                     stage = 0
@@ -147,10 +153,14 @@ def produce(
 def multiply_tile(
     a_bufs, b_bufs, bias_buf, full, empty, lead, stage, phase, starts, ahead, D,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, LAYOUT: gl.constexpr,
+    STAGES: gl.constexpr, LAYOUT: gl.constexpr, tail, tail_bufs, quarter, TAIL: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's half of a tile's rows, bias included, and the ring's stage and phase after it.
-    The first of a program's tiles is begun by group 1 when group 0 is ahead."""
+    The first of a program's tiles is begun by group 1 when group 0 is ahead.
+
+    With TAIL `tail` [BLOCK_N / 4, TAIL] gains the products of a quarter of the tile's latents with
+    the rows of `tail_bufs`.
+    """
     HALF: gl.constexpr = BLOCK_M // 2
     if GROUP == 1:  # noqa: SIM102 - known when compiled
         if starts:
@@ -166,7 +176,17 @@ def multiply_tile(
             a_bufs.index(2 * stage + GROUP), b_bufs.index(stage).permute((1, 0)), acc,
             is_async=True,
         )  # fmt: skip
-        acc = warpgroup_mma_wait(1, deps=(acc,))
+        if TAIL > 0:
+            quarters = _reinterpret(
+                b_bufs, b_bufs.dtype, [4 * STAGES, BLOCK_N // 4, BLOCK_K], b_bufs.layout
+            )
+            tail = warpgroup_mma(
+                quarters.index(4 * stage + quarter), tail_bufs.index(stage).permute((1, 0)), tail,
+                is_async=True,
+            )  # fmt: skip
+            acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
+        else:
+            acc = warpgroup_mma_wait(1, deps=(acc,))
         # The instructions of the step before are done with their stage.
         before = (stage + STAGES - 1) % STAGES
         mbarrier.arrive(empty.index(before), count=1, pred=d0 > 0)
@@ -177,9 +197,12 @@ def multiply_tile(
         if stage == STAGES:
             stage = 0
             phase ^= 1
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+    if TAIL > 0:
+        acc, tail = warpgroup_mma_wait(0, deps=(acc, tail))
+    else:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
-    return acc, stage, phase
+    return acc, tail, stage, phase
 
 
 @gluon.jit
@@ -217,9 +240,9 @@ def _consume(
         )  # fmt: skip
         for f0 in range(part * BLOCK_N, F, PARTS * BLOCK_N):
             cols = f0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-            acc, stage, phase = multiply_tile(
+            acc, _, stage, phase = multiply_tile(
                 a_bufs, b_bufs, bias_bufs.index(tile % STAGES), full, empty, lead, stage, phase,
-                starts, ahead, D, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LAYOUT,
+                starts, ahead, D, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LAYOUT, 0, a_bufs, 0, 0,
             )  # fmt: skip
             tile += 1
             starts = False
@@ -293,8 +316,8 @@ def _filter_kernel(
                 LEAD,
             )),
             (produce, (
-                x_desc, w_desc, bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N, F, D,
-                PARTS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+                x_desc, w_desc, bias_desc, x_desc, a_bufs, b_bufs, bias_bufs, a_bufs, full, empty,
+                N, F, D, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, 0,
             )),
         ],
         [4, 1],

@@ -185,13 +185,25 @@ def tiles_fit(N: int, D: int, F: int, k: int) -> bool:
     return N > 0 and D % 8 == 0 and few and group_sizes(F, k, GROUP) is not None
 
 
+def tail_rows(N: int, F: int, programs: int) -> int:
+    """Room for the tokens after the last whole block of 128, which encode_tiles.py multiplies
+    beside whole blocks where that takes a round of tiles less; 0 where they are a block as any."""
+    whole, rest = divmod(N, 128)
+    if whole < 2 or not 0 < rest <= 32:
+        return 0
+    tiles = cdiv(F, 256)
+    if cdiv(whole * tiles, programs) == cdiv((whole + 1) * tiles, programs):
+        return 0
+    return 16 if rest <= 16 else 32
+
+
 def tiles_are_first(N: int, D: int, F: int, programs: int) -> bool:
     """Whether encode_tiles.py's matmul is likely to be ahead of the library's, by an H100's times.
 
-    Its programs do whole rounds of tiles. Where four rounds do what 2.9 could, at N=777 D=2304
-    F=16384, the library was 9% faster, which has tiles of other sizes; at few tokens or short rows
-    it never was.
+    Its programs do whole rounds of tiles. Where four rounds did what 2.9 could, the library was 9%
+    faster, which has tiles of other sizes; at few tokens or short rows it never was.
     """
     tiles = cdiv(F, 256)
-    done = cdiv(cdiv(N, 128) * tiles, programs) * programs * 128
+    blocks = N // 128 if tail_rows(N, F, programs) else cdiv(N, 128)
+    done = cdiv(blocks * tiles, programs) * programs * 128
     return N <= 256 or D < 1024 or done <= 1.25 * N * tiles

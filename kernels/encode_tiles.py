@@ -3,7 +3,11 @@ and the largest of each 32 neighbours, then a selection that reads those and the
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k.
 
-The matmul is encode_hopper.py's: a warp feeds two warpgroups of 64 rows each. It is for as many
+The matmul is encode_hopper.py's: a warp feeds two warpgroups of 64 rows each. Few tokens after the
+last whole block of 128 are no block of their own: for each tile of latents two programs multiply
+them beside their own rows, a half of the latents each, with the weights that they hold for these
+anyway. There the latents are the instruction's rows, of which it takes no fewer than 64, and the
+tokens its columns, of which it takes as few as 8. The design is for as many
 tokens as their pre-activations take 50 MiB, which mostly stay in the L2 cache; the fused encoder's
 sample, thresholds and lists cost more there than writing does.
 """
@@ -29,7 +33,7 @@ from .encode_hopper import (
     multiply_tile,
     produce,
 )
-from .encode_plan import GROUP, group_sizes
+from .encode_plan import GROUP, group_sizes, tail_rows
 from .shapes import cdiv, num_programs
 
 
@@ -78,16 +82,59 @@ def _constraints() -> str:
 
 
 @gluon.jit
+def _tail_half(unit, num_m):
+    """Which half of its latents a tile multiplies with the tail's rows, too: 0, 1, or neither."""
+    # Two tiles of each block of latents, others in each round of the programs, so that a program
+    # that keeps to one block of rows is not always the one.
+    turn = 2 * (unit // num_m * num_m // gl.num_programs(0))
+    return (unit - turn) % num_m
+
+
+@gluon.jit
+def _multiply_both(
+    a_bufs, b_bufs, bias_buf, tail_bufs, full, empty, lead, bias_ptr, out_ptr, maxima_ptr, stage,
+    phase, starts, ahead, N, F, D, f0, quarter, WHICH: gl.constexpr, TILES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, LAYOUT: gl.constexpr, TAIL: gl.constexpr,
+):  # fmt: skip
+    """`multiply_tile`, and a quarter of its latents by the tail's rows, which is written here."""
+    QUARTER: gl.constexpr = BLOCK_N // 4
+    PITCH: gl.constexpr = TILES * BLOCK_N
+    ACROSS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL, 16])
+    SMALL: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [1, 4], [1, 0])
+    f = f0 + quarter * QUARTER + gl.arange(0, QUARTER, layout=gl.SliceLayout(1, ACROSS))
+    bias = gl.load(bias_ptr + f, mask=f < F, other=0.0)
+    tail = gl.zeros([QUARTER, TAIL], gl.float32, layout=ACROSS) + bias[:, None]
+    acc, tail, stage, phase = multiply_tile(
+        a_bufs, b_bufs, bias_buf, full, empty, lead, stage, phase, starts, ahead, D, WHICH, BLOCK_M,
+        BLOCK_N, BLOCK_K, STAGES, LAYOUT, tail, tail_bufs, quarter, TAIL,
+    )  # fmt: skip
+    m0 = N // BLOCK_M * BLOCK_M
+    row = m0 + gl.arange(0, TAIL, layout=gl.SliceLayout(0, ACROSS))
+    gl.store(out_ptr + row[None, :] * PITCH + f[:, None], tail, mask=(row < N)[None, :])
+    bits = gl.maximum(tail.to(gl.int32, bitcast=True), 0)
+    largest = gl.max(bits.reshape([QUARTER // GROUP, GROUP, TAIL]), 1)
+    largest = gl.convert_layout(largest, SMALL)
+    row = m0 + gl.arange(0, TAIL, layout=gl.SliceLayout(0, SMALL))
+    group = f0 // GROUP + quarter * (QUARTER // GROUP)
+    group += gl.arange(0, QUARTER // GROUP, layout=gl.SliceLayout(1, SMALL))
+    at = row[None, :] * (PITCH // GROUP) + group[:, None]
+    gl.store(maxima_ptr + at, largest, mask=(row < N)[None, :])
+    return acc, stage, phase
+
+
+@gluon.jit
 def _consume(
-    a_bufs, b_bufs, bias_bufs, full, empty, lead, out_ptr, maxima_ptr, N, D,
+    a_bufs, b_bufs, bias_bufs, tail_bufs, full, empty, lead, bias_ptr, out_ptr, maxima_ptr, N, F, D,
     WHICH: gl.constexpr, TILES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr, GROUP: gl.constexpr,
+    TAIL: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's half of each tile, the first or the second."""
     HALF: gl.constexpr = BLOCK_M // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     PITCH: gl.constexpr = TILES * BLOCK_N
-    num_m = gl.cdiv(N, BLOCK_M)
+    num_m = gl.cdiv(N, BLOCK_M) if TAIL == 0 else N // BLOCK_M
     zeros = gl.zeros([HALF, BLOCK_N], gl.int32, layout=LAYOUT)
     # As in encode_hopper.py.
     ahead = gl.minimum(BLOCK_K * LEAD, (gl.cdiv(D, BLOCK_K) - 1) * BLOCK_K)
@@ -99,10 +146,25 @@ def _consume(
         m0 = (unit % num_m) * BLOCK_M + WHICH * HALF
         f0 = unit // num_m * BLOCK_N
         if m0 < N:
-            acc, stage, phase = multiply_tile(
-                a_bufs, b_bufs, bias_bufs.index(slot), full, empty, lead, stage, phase, starts,
-                ahead, D, WHICH, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LAYOUT,
-            )  # fmt: skip
+            bias_buf = bias_bufs.index(slot)
+            if TAIL > 0:
+                half = _tail_half(unit, num_m)
+                if half < 2:
+                    acc, stage, phase = _multiply_both(
+                        a_bufs, b_bufs, bias_buf, tail_bufs, full, empty, lead, bias_ptr, out_ptr,
+                        maxima_ptr, stage, phase, starts, ahead, N, F, D, f0, 2 * half + WHICH,
+                        WHICH, TILES, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP, LAYOUT, TAIL,
+                    )  # fmt: skip
+                else:
+                    acc, _, stage, phase = multiply_tile(
+                        a_bufs, b_bufs, bias_buf, full, empty, lead, stage, phase, starts, ahead, D,
+                        WHICH, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LAYOUT, 0, a_bufs, 0, 0,
+                    )  # fmt: skip
+            else:
+                acc, _, stage, phase = multiply_tile(
+                    a_bufs, b_bufs, bias_buf, full, empty, lead, stage, phase, starts, ahead, D,
+                    WHICH, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LAYOUT, 0, a_bufs, 0, 0,
+                )  # fmt: skip
             starts = False
             rows = m0 + gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
             cols = f0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
@@ -132,27 +194,33 @@ def _consume(
 
 @gluon.jit
 def _tiles_kernel(
-    x_desc, w_desc, bias_desc, out_ptr, maxima_ptr, N, F, D,
+    x_desc, w_desc, bias_desc, tail_desc, bias_ptr, out_ptr, maxima_ptr, N, F, D,
     TILES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, LEAD: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, LEAD: gl.constexpr, GROUP: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """Tiles of the pre-activations [N, TILES * BLOCK_N] and of their groups' maxima."""
     a_bufs, b_bufs, bias_bufs, full, empty, lead = make_ring(
         x_desc, w_desc, bias_desc, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
     )
+    if TAIL > 0:
+        tail_bufs = gl.allocate_shared_memory(
+            x_desc.dtype, [STAGES, TAIL, BLOCK_K], tail_desc.layout
+        )
+    else:
+        tail_bufs = a_bufs
     gl.warp_specialize(
         [
             (_consume, (
-                a_bufs, b_bufs, bias_bufs, full, empty, lead, out_ptr, maxima_ptr, N, D, 0, TILES,
-                BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD, GROUP,
+                a_bufs, b_bufs, bias_bufs, tail_bufs, full, empty, lead, bias_ptr, out_ptr,
+                maxima_ptr, N, F, D, 0, TILES, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD, GROUP, TAIL,
             )),
             (_consume, (
-                a_bufs, b_bufs, bias_bufs, full, empty, lead, out_ptr, maxima_ptr, N, D, 1, TILES,
-                BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD, GROUP,
+                a_bufs, b_bufs, bias_bufs, tail_bufs, full, empty, lead, bias_ptr, out_ptr,
+                maxima_ptr, N, F, D, 1, TILES, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD, GROUP, TAIL,
             )),
             (produce, (
-                x_desc, w_desc, bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N, F, D, TILES,
-                BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+                x_desc, w_desc, bias_desc, tail_desc, a_bufs, b_bufs, bias_bufs, tail_bufs, full,
+                empty, N, F, D, TILES, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, TAIL,
             )),
         ],
         [4, 1],
@@ -165,17 +233,21 @@ def topk_encode(
     W_enc: Tensor,  # [F, D] of the same dtype, contiguous
     b_enc: Tensor,  # [F] float32
     k: int,
+    tail: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32 descending, [N, k] int32
     """`reference.topk_encode` for shapes that `encode_plan.tiles_fit` takes, on GPUs of compute
-    capability 9.0."""
+    capability 9.0. `tail` is `encode_plan.tail_rows`' unless given: 0, or room for the tokens after
+    the last whole block, 16 or 32."""
     (N, D), F = x.shape, W_enc.shape[0]
     tiles = cdiv(F, BLOCK_N)
     pre = torch.empty(N, tiles * BLOCK_N, dtype=torch.float32, device=x.device)
     maxima = torch.empty(N, tiles * BLOCK_N // GROUP, dtype=torch.int32, device=x.device)
-    _tiles_kernel[(min(num_programs(x.device), cdiv(N, BLOCK_M) * tiles),)](
+    programs = num_programs(x.device)
+    tail = tail_rows(N, F, programs) if tail is None else tail
+    _tiles_kernel[(min(programs, tiles * (N // BLOCK_M if tail else cdiv(N, BLOCK_M))),)](
         descriptor(x, BLOCK_M // 2, BLOCK_K), descriptor(W_enc, BLOCK_N, BLOCK_K),
-        descriptor(b_enc, BLOCK_N), pre, maxima, N, F, D, tiles, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
-        LEAD, GROUP, num_warps=4,
+        descriptor(b_enc, BLOCK_N), descriptor(x, tail or BLOCK_M // 2, BLOCK_K), b_enc, pre,
+        maxima, N, F, D, tiles, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD, GROUP, tail, num_warps=4,
     )  # fmt: skip
     sizes = group_sizes(F, k, GROUP)
     assert sizes is not None

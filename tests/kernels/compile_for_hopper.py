@@ -75,12 +75,14 @@ def main() -> None:
             grid=(132,),
         )  # fmt: skip
         report(f"filter-hopper-{dtype}", kernel)
-        kernel = encode_tiles._tiles_kernel.warmup(
-            args[0], args[1], h.descriptor(torch.empty(256), 256), f32, i32, 256, 256, 768, 64,
-            h.BLOCK_M, h.BLOCK_N, h.BLOCK_K, h.STAGES, h.LEAD, encode_plan.GROUP, num_warps=4,
-            grid=(132,),
-        )  # fmt: skip
-        report(f"tiles-hopper-{dtype}", kernel)
+        for tail in (0, 16, 32):
+            kernel = encode_tiles._tiles_kernel.warmup(
+                args[0], args[1], h.descriptor(torch.empty(256), 256),
+                h.descriptor(x, tail or 64, 64), f32, f32, i32, 256, 256, 768, 64, h.BLOCK_M,
+                h.BLOCK_N, h.BLOCK_K, h.STAGES, h.LEAD, encode_plan.GROUP, tail, num_warps=4,
+                grid=(132,),
+            )  # fmt: skip
+            report(f"tiles-{tail}-hopper-{dtype}", kernel)
     desc = TensorDescriptor.from_tensor(bf16, [128, 64])
     kernel = encode_topk._filter_kernel.warmup(
         desc, desc, f32, i32, i32, i32, i64, 1536, 256, 256, 768, 4, 256, 128, 128, 64, "tf32",
@@ -125,7 +127,7 @@ def main() -> None:
     kernel = pair_order._place_kernel.warmup(i32, i32, i32, i32, 65536, BLOCK=256, grid=(1,))
     report("place", kernel)
     kernel = pair_order._rank_kernel.warmup(
-        i32, i32, i32, i32, i32, 65536, 65536, BLOCK=128, WIDTH=8, grid=(1,)
+        i32, i32, i32, i32, i32, 65536, 65536, BLOCK=128, WIDTH=128, grid=(1,)
     )
     report("rank", kernel)
     kernel = encode_aux._multiply_kernel.warmup(

@@ -30,6 +30,13 @@ def main() -> None:
     encode_aux.masked_topk(x, W, b, torch.rand(F, device="cuda") < 0.9, D // 2)
     for design in encode_topk.designs(x, W, b, K).values():
         design()
+    if hopper:
+        from flash_sae_dist.kernels import encode_tiles
+
+        # With the last tokens beside whole blocks.
+        more = x.repeat(3, 1)
+        encode_tiles.topk_encode(more[:269], W, b, K, 16)
+        encode_tiles.topk_encode(more[:288], W, b, K, 32)
     scale = torch.tensor(0.1, device="cuda")
     sparse_decode.decode_coefs(values, indices, W, b_dec, x.float(), scale)
     dense_grad.scatter_rows(values, indices, x, F)

@@ -138,12 +138,23 @@ def test_group_selection_in_the_interpreter(
 
 @pytest.mark.parametrize(
     ("N", "D", "F", "first"),
-    [(777, 2304, 16384, False), (512, 2304, 16384, True), (190, 4096, 65536, True),
-     (128, 4096, 65536, True), (512, 768, 24576, True), (256, 4096, 32768, True)],
+    [(777, 2304, 16384, True), (400, 4096, 16384, False), (512, 2304, 16384, True),
+     (190, 4096, 65536, True), (128, 4096, 65536, True), (512, 768, 24576, True),
+     (256, 4096, 32768, True)],
 )  # fmt: skip
 def test_which_matmul_is_first(N: int, D: int, F: int, first: bool) -> None:
     """As docs/performance.md has them measured."""
     assert encode_plan.tiles_are_first(N, D, F, 132) == first
+
+
+@pytest.mark.parametrize(
+    ("N", "F", "room"),
+    [(777, 16384, 16), (784, 16384, 16), (785, 16384, 32), (800, 16384, 32), (801, 16384, 0),
+     (768, 16384, 0), (270, 32768, 16), (130, 65536, 0), (272, 8192, 0), (9, 16384, 0)],
+)  # fmt: skip
+def test_rooms_for_the_last_tokens(N: int, F: int, room: int) -> None:
+    """None where they are many, where there are no blocks to go with, where no round is saved."""
+    assert encode_plan.tail_rows(N, F, 132) == room
 
 
 class NoKernel:
@@ -389,7 +400,8 @@ def test_exact_on_the_gpu(
 @pytest.mark.parametrize(
     ("N", "D", "F", "k"),
     [(777, 2304, 16384, 20), (130, 3584, 100_000, 100), (64, 5120, 30_001, 256), (1, 768, 4096, 1),
-     (257, 770, 5000, 7), (128, 64, 300, 300), (65, 64, 8200, 16), (191, 96, 66_000, 64)],
+     (257, 770, 5000, 7), (128, 64, 300, 300), (65, 64, 8200, 16), (191, 96, 66_000, 64),
+     (272, 2304, 30_001, 64), (400, 776, 20_000, 32), (415, 96, 20_000, 32)],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_odd_shapes_on_the_gpu(
