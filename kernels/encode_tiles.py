@@ -87,7 +87,7 @@ def _tail_half(unit, num_m):
     # Two tiles of each block of latents, others in each round of the programs, so that a program
     # that keeps to one block of rows is not always the one.
     turn = 2 * (unit // num_m * num_m // gl.num_programs(0))
-    return (unit - turn) % num_m
+    return (unit + turn) % num_m
 
 
 @gluon.jit

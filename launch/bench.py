@@ -47,6 +47,22 @@ def _several() -> None:
     """Kernels beside their peers."""
 
 
+def _shape(name: str) -> tuple[int, int, int, int]:
+    """N, D, F, k of a named shape, or as given. Raises typer.BadParameter for anything else."""
+    if name in SHAPES:
+        return SHAPES[name]
+    try:
+        n, d, f, k = (int(size) for size in name.split(","))
+    except ValueError:
+        n = d = f = k = 0
+    if min(n, d, f, k) < 1 or k > f:
+        raise typer.BadParameter(
+            f"--shape {name} is no shape; give one of {', '.join(SHAPES)}, or N,D,F,k such as "
+            "900,2304,16384,20"
+        )
+    return n, d, f, k
+
+
 def _inputs(shape: tuple[int, int, int, int], data: str) -> tuple[Tensor, Tensor, Tensor]:
     """x, W_enc, b_enc whose activations are distributed as `data` says."""
     n, d, f, _ = shape
@@ -96,7 +112,9 @@ def _extra_mib(call: Callable[[], Any]) -> float:
 
 @app.command()
 def encode(
-    shape: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(SHAPES)}.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help=f"Any of {', '.join(SHAPES)}; or N,D,F,k.")
+    ] = None,
     data: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(DATA)}.")] = None,
     peers: Annotated[bool, typer.Option(help="Time other encoders, too.")] = True,
     aux: Annotated[bool, typer.Option(help="Time the second list over a tenth dead.")] = False,
@@ -108,10 +126,10 @@ def encode(
 ) -> None:
     """Encoder and top-k: ours, the bare matmul, other encoders."""
     table: list[dict[str, Any]] = []
-    for name in shape or list(SHAPES)[:3]:
-        n, d, f, k = SHAPES[name]
+    shapes = {name: _shape(name) for name in shape or list(SHAPES)[:3]}
+    for name, (n, d, f, k) in shapes.items():
         for kind in data or ["normal"]:
-            x, W, b = _inputs(SHAPES[name], kind)
+            x, W, b = _inputs(shapes[name], kind)
             out = torch.empty(n, f, device="cuda", dtype=torch.bfloat16)
             bare = median_ms(
                 lambda x=x, W=W, out=out: torch.mm(x, W.T, out=out),  # type: ignore[misc]

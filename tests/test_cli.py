@@ -18,9 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from flash_sae_dist.config_file import load_config
+from flash_sae_dist.launch import bench
 from flash_sae_dist.launch.cli import VERBS, build
 from flash_sae_dist.launch.entry import processes
 from tests.tiny_model import config_data, write_config
@@ -247,3 +249,11 @@ def test_a_job_of_another_config_is_not_taken_for_this_one(app: Any, root: Path)
     text = mistake(app, *args, "train.lr=0.5")
     assert "train.lr=0.5" in text
     assert "0.001" in text
+
+
+@pytest.mark.parametrize("name", ["nonsense", "1,2,3", "0,8,16,2", "4,8,16,17"])
+def test_bench_encode_takes_shapes_by_name_or_size(name: str) -> None:
+    assert bench._shape("gpt2") == (4096, 768, 24576, 32)
+    assert bench._shape("900,2304,16384,20") == (900, 2304, 16384, 20)
+    with pytest.raises(typer.BadParameter, match=f"--shape {name} is no shape.*N,D,F,k"):
+        bench._shape(name)
