@@ -52,11 +52,15 @@ def command(run: Run) -> Callable[[str, list[str] | None], None]:
         if os.environ.get("RANK", "0") != "0":
             # Bars of downloads and of loading weights: one process's are enough.
             os.environ.setdefault("TQDM_DISABLE", "1")
+        code = 0
         try:
             run(load_config(config, overrides or []))
         except UserError as e:
             _tell(f"error: {e}")
-            sys.exit(2 if isinstance(e, ConfigError) else 1)
+            code = 2 if isinstance(e, ConfigError) else 1
+        # Not in the handler, where the error still keeps all that the verb had alive.
+        if code:
+            sys.exit(code)
 
     # Paragraphs on one line: the terminal's width breaks them.
     paragraphs = inspect.cleandoc(run.__doc__ or "").split("\n\n")
@@ -140,6 +144,8 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    from ..parallel.mesh import end_groups
+
     # Only the agent of accelerate and torchrun stays with its processes: another launcher, such as
     # a shell, may end before what it started.
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -161,5 +167,5 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
         # may still be writing.
         accelerator.wait_for_everyone()
     finally:
-        # Left up, a gloo group aborts some processes after their work is done.
         accelerator.end_training()
+        end_groups()

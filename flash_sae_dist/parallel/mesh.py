@@ -1,7 +1,8 @@
-"""The only file that makes process groups: the axes "group", "replicate" and "shard"."""
+"""The only file that makes and ends process groups: the axes "group", "replicate" and "shard"."""
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -102,3 +103,14 @@ def make_mesh(
         mesh.get_group("replicate"),
         mesh["replicate", "shard"]._flatten("member").get_group(),
     )
+
+
+def end_groups() -> None:
+    """Ends this process's groups and waits for their threads, which DeviceMesh's reference cycles
+    would keep up until the interpreter ends.
+
+    A gloo thread that still has a tensor to let go of then aborts the process, its work done.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()

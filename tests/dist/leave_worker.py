@@ -10,16 +10,25 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flash_sae_dist.config_file import load_config
 from flash_sae_dist.launch.entry import processes
+from flash_sae_dist.parallel.mesh import make_mesh
 from tests.dist.ranks import worker
+
+
+def gloo_threads() -> int:
+    """How many threads of process groups this process has, by Linux's names for them."""
+    names = [p.read_text() for p in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo" in name for name in names)
 
 
 def run(config: str) -> dict[str, float]:
     written = 0.0
     with processes(load_config(config, [])) as accelerator:
+        make_mesh(None, 1, device=accelerator.device)
+        up = gloo_threads()
         if accelerator.is_main_process:
             time.sleep(2)
             written = time.time()
-    return {"written": written, "left": time.time()}
+    return {"written": written, "left": time.time(), "up": up, "left_up": gloo_threads()}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flash_sae_dist.parallel.mesh import end_groups
+
 
 def free_port() -> int:
     """A TCP port that nothing listens on now."""
@@ -69,5 +71,4 @@ def worker(run: Callable[..., Any]) -> None:
     try:
         torch.save(run(*sys.argv[2:]), sys.argv[1])
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        end_groups()
