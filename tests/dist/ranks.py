@@ -64,10 +64,10 @@ def run_ranks(script: Path, world: int, out: Path, *args: str, timeout: float = 
 
 
 def worker(run: Callable[..., Any]) -> None:
-    """The body of a worker script: joins the gloo group, runs, saves what `run(*args)` returned."""
+    """The body of a worker script: joins the group, runs, saves what `run(*args)` returned."""
     torch.set_num_threads(1)
     if int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group(os.environ.get("WORKER_BACKEND", "gloo"))
     try:
         torch.save(run(*sys.argv[2:]), sys.argv[1])
     finally:

@@ -1,4 +1,4 @@
-"""Two ranks share one GPU through gloo: the sharded fused step on its kernels."""
+"""Two ranks on GPUs train as one does: sharing one through gloo, and on one each through NCCL."""
 
 from __future__ import annotations
 
@@ -12,13 +12,29 @@ from tests.dist.ranks import run_ranks
 SCRIPT = Path(__file__).with_name("train_worker.py")
 
 
+def equal_one(tmp_path: Path, replicas: str, kind: str) -> None:
+    """Two ranks' losses are one's."""
+    args = ("float32", "60")
+    (one,) = run_ranks(SCRIPT, 1, tmp_path / "one", *args, "1", "96", kind)
+    for run in run_ranks(SCRIPT, 2, tmp_path / "two", *args, replicas, "96", kind):
+        torch.testing.assert_close(run["losses"][:, 0], one["losses"][:, 0], rtol=1e-3, atol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["fused", "plain"])
 def test_two_ranks_equal_one_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setenv("TRAIN_WORKER_DEVICE", "cuda:0")
-    args = ("float32", "60", "1", "96", kind)
-    (one,) = run_ranks(SCRIPT, 1, tmp_path / "one", *args)
-    for run in run_ranks(SCRIPT, 2, tmp_path / "two", *args):
-        torch.testing.assert_close(run["losses"][:, 0], one["losses"][:, 0], rtol=1e-3, atol=0)
+    equal_one(tmp_path, "1", kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(("replicas", "kind"), [("1", "fused"), ("1", "plain"), ("2", "plain")])
+def test_two_gpus_equal_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replicas: str, kind: str
+) -> None:
+    monkeypatch.setenv("TRAIN_WORKER_DEVICE", "cuda")
+    monkeypatch.setenv("WORKER_BACKEND", "nccl")
+    equal_one(tmp_path, replicas, kind)

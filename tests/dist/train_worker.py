@@ -21,7 +21,10 @@ from flash_sae_dist.training.timing import PhaseTimer
 from tests.dist.ranks import worker
 
 D_IN, D_SAE, K, BATCH = 16, 64, 6, 48
+# "cuda" is each rank's own GPU.
 DEVICE = torch.device(os.environ.get("TRAIN_WORKER_DEVICE", "cpu"))
+if str(DEVICE) == "cuda":
+    DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
 def batch(step: int, dtype: torch.dtype) -> torch.Tensor:
