@@ -10,9 +10,9 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,9 +32,6 @@ OverridesArgument = Annotated[
     ),
 ]
 Run = Callable[[Config], None]
-# How long a process waits for the others. NCCL's ten minutes would end a grid whose groups have
-# unequal work, or a cache whose first process tokenises long; the launcher sees to dead processes.
-_PATIENCE = timedelta(days=7)
 
 
 def command(run: Run) -> Callable[[str, list[str] | None], None]:
@@ -58,7 +55,17 @@ def command(run: Run) -> Callable[[str, list[str] | None], None]:
         except UserError as e:
             _tell(f"error: {e}")
             code = 2 if isinstance(e, ConfigError) else 1
+        except Exception:
+            if not _nccl_is_up():
+                raise
+            traceback.print_exc()
+            code = 1
         # Not in the handler, where the error still keeps all that the verb had alive.
+        if code and _nccl_is_up():
+            # At once: the interpreter's end would wait for kernels that wait for other processes.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
         if code:
             sys.exit(code)
 
@@ -144,7 +151,7 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    from ..parallel.mesh import end_groups
+    from ..parallel.mesh import PATIENCE, end_groups
 
     # Only the agent of accelerate and torchrun stays with its processes: another launcher, such as
     # a shell, may end before what it started.
@@ -159,13 +166,26 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
         mixed_precision="no",
         log_with=(list(config.trackers) or None) if trackers else None,
         project_dir=config.output,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     try:
         yield accelerator
         # Together: the launcher ends all when one ends badly, be it at its very end, and the first
         # may still be writing.
         accelerator.wait_for_everyone()
-    finally:
-        accelerator.end_training()
-        end_groups()
+    except BaseException:
+        for tracker in accelerator.trackers:
+            with suppress(Exception):
+                tracker.finish()
+        if not _nccl_is_up():
+            end_groups()
+        raise
+    accelerator.end_training()
+    end_groups()
+
+
+def _nccl_is_up() -> bool:
+    """Whether this process is in a group of NCCL's: ending one waits for the other processes, which
+    may wait for this one in a collective that it will never enter."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_initialized() and dist.get_backend() == "nccl"

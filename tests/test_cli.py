@@ -110,6 +110,34 @@ def test_processes_wait_for_one_another_and_compute_as_told(
     assert made["log_with"] is None
 
 
+_FAILS_BESIDE_NCCL = """
+import atexit, sys
+from flash_sae_dist.launch import entry
+def run(config):
+    "Fail."
+    with entry.processes(config):
+        raise RuntimeError("a mistake")
+entry._nccl_is_up = lambda: True
+entry.end_groups = lambda: print("ended groups")
+atexit.register(lambda: print("ended as usual"))
+entry.verb_main(run)
+"""
+
+
+def test_a_failure_waits_for_no_other_gpu(root: Path) -> None:
+    """NCCL's end of a group waits for all its processes, which may wait for this one."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FAILS_BESIDE_NCCL, str(root / "c.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: a mistake" in done.stderr
+    assert "ended" not in done.stdout
+
+
 _LAUNCHER = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])

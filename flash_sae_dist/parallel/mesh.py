@@ -1,15 +1,21 @@
-"""The only file that makes and ends process groups: the axes "group", "replicate" and "shard"."""
+"""The only file that makes and ends process groups: those of an SAE's members, of its replicas and
+of its shards.
+"""
 
 from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from ..config import ConfigError
+
+# How long a process waits for the others. NCCL's ten minutes would end a grid whose groups have
+# unequal work, or a cache whose first process tokenises long; the launcher sees to dead processes.
+PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -82,16 +88,11 @@ def make_mesh(
     if world == 1:
         return Mesh.single()
     if device.type == "cuda" and device.index is not None:
-        # A device mesh leaves the device alone where CUDA has begun, else it takes the one of the
-        # local rank, which processes that share a device do not have.
+        # NCCL's collectives of objects take the current one.
         torch.cuda.set_device(device)
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-    mesh = init_device_mesh(
-        device.type,
-        (world // members, num_replicas, num_shards),
-        mesh_dim_names=("group", "replicate", "shard"),
-    )
-    group, replica, shard = mesh.get_coordinate() or (0, 0, 0)
+    # [group, replica, shard] -> rank: shards of a replica are neighbours.
+    ranks = torch.arange(world).view(world // members, num_replicas, num_shards)
+    group, replica, shard = (ranks == dist.get_rank()).nonzero()[0].tolist()
     return Mesh(
         group,
         world // members,
@@ -99,15 +100,24 @@ def make_mesh(
         num_replicas,
         shard,
         num_shards,
-        mesh.get_group("shard"),
-        mesh.get_group("replicate"),
-        mesh["replicate", "shard"]._flatten("member").get_group(),
+        _my_group(ranks.flatten(0, 1)),
+        _my_group(ranks.movedim(1, 2).flatten(0, 1)),
+        _my_group(ranks.flatten(1)),
     )
 
 
+def _my_group(ranks: torch.Tensor) -> dist.ProcessGroup | None:
+    """Makes a group of each row of ranks and returns this rank's; None where it would be alone.
+    Collective over all processes."""
+    if ranks.shape[1] == 1:
+        return None
+    groups = [dist.new_group(row, timeout=PATIENCE) for row in ranks.tolist()]
+    return next(g for g in groups if isinstance(g, dist.ProcessGroup))
+
+
 def end_groups() -> None:
-    """Ends this process's groups and waits for their threads, which DeviceMesh's reference cycles
-    would keep up until the interpreter ends.
+    """Ends this process's groups and waits for their threads, which a reference cycle would keep
+    up until the interpreter ends.
 
     A gloo thread that still has a tensor to let go of then aborts the process, its work done.
     """

@@ -17,13 +17,16 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-def launch(verb: str, *args: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """Runs a verb to its end; a hang is a failure of the test."""
+def launch(
+    verb: str, *args: str, processes: int = 2, cpu: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Runs a verb, or a module, to its end; a hang is a failure of the test."""
+    module = verb if "." in verb else f"flash_sae_dist.launch.{verb}"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     command += ["--num_processes", str(processes), "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(free_port()), "-m", f"flash_sae_dist.launch.{verb}"]
-    env = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    command += ["--main_process_port", str(free_port()), "-m", module]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "1"} if cpu else {})
     return subprocess.run(
         [*command, *args],
         env=env,
@@ -89,3 +92,9 @@ def test_a_mistake_ends_all_processes(
     # What stands last on the terminal is the launcher's report: it holds the sentence, too.
     assert words in done.stderr.rsplit("Root Cause", 1)[1]
     assert not (tmp_path / "none").exists(), "nothing was begun"
+
+
+def test_a_failure_ends_a_launch_whose_other_processes_wait(config: Path) -> None:
+    done = launch("tests.dist.fail_worker", str(config))
+    assert done.returncode != 0
+    assert "RuntimeError: the second's mistake" in done.stderr

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.dist.ranks import run_ranks
+from tests.dist.test_accelerate_launch import launch
+from tests.tiny_model import config_data, write_config
 
 SCRIPT = Path(__file__).with_name("train_worker.py")
 
@@ -29,8 +31,11 @@ def test_two_ranks_equal_one_on_a_gpu(
     equal_one(tmp_path, "1", kind)
 
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@two_gpus
 @pytest.mark.parametrize(("replicas", "kind"), [("1", "fused"), ("1", "plain"), ("2", "plain")])
 def test_two_gpus_equal_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replicas: str, kind: str
@@ -38,3 +43,12 @@ def test_two_gpus_equal_one(
     monkeypatch.setenv("TRAIN_WORKER_DEVICE", "cuda")
     monkeypatch.setenv("WORKER_BACKEND", "nccl")
     equal_one(tmp_path, replicas, kind)
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_a_failure_ends_a_launch_whose_other_gpus_wait(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", config_data(tmp_path))
+    done = launch("tests.dist.fail_worker", str(config), cpu=False)
+    assert done.returncode != 0
+    assert "RuntimeError: the second's mistake" in done.stderr
