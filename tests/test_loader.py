@@ -4,13 +4,24 @@ ranks, resumable.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flash_sae_dist.activations import loader as loading
 from flash_sae_dist.activations.loader import ActivationLoader, BlockOrder
-from flash_sae_dist.activations.store import ActivationStore, Geometry, StoreWriter
+from flash_sae_dist.activations.store import (
+    ActivationStore,
+    DamagedStoreError,
+    Geometry,
+    StoreWriter,
+)
 
 ROWS, WIDTH = 331, 6
 
@@ -90,6 +101,40 @@ def test_leaving_early_stops_the_threads(store: ActivationStore) -> None:
     with ActivationLoader(store, "h", batch_tokens=24, seed=5, num_steps=10_000) as loader:
         next(iter(loader))
     assert not loader.reader.files
+
+
+def open_files(folder: str) -> int:
+    """How many files in a folder this process has open."""
+    found = 0
+    for link in Path("/proc/self/fd").iterdir():
+        # The one that lists the folder is closed by now, and the threads close others.
+        with contextlib.suppress(FileNotFoundError):
+            found += os.readlink(link).startswith(folder)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are listed there")
+def test_few_files_are_open_at_a_time(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large store has more shards than a process may have files open."""
+    monkeypatch.setattr(loading, "_OPEN_FILES", 2)
+    most = 0
+    with ActivationLoader(store, "h", batch_tokens=24, seed=5, num_steps=60) as loader:
+        for got, want in zip(loader, load(store, 60), strict=True):
+            assert torch.equal(got, want)
+            most = max(most, open_files(store.path))
+    # Those kept, and those that the threads are reading.
+    assert 0 < most <= 2 + loading._READERS
+
+
+@pytest.mark.parametrize("size", [0, 7, 100])
+def test_a_torn_file_is_told(store: ActivationStore, tmp_path: Path, size: int) -> None:
+    shutil.copytree(store.path, tmp_path / "store.zarr")
+    torn = ActivationStore.open(str(tmp_path / "store.zarr"))
+    os.truncate(torn.shard_file("activations/h", 2), size)
+    with pytest.raises(DamagedStoreError, match="c/2/0 is torn"):
+        load(torn, 30)
 
 
 def test_a_batch_the_ranks_cannot_split_is_told(store: ActivationStore) -> None:
