@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,36 @@ def test_damage_is_found_and_the_older_one_used(tmp_path: Path, damage: str) -> 
     assert checkpoint.newest_step(tmp_path, MESH) == 1
 
 
+def test_any_flipped_bit_of_a_manifest_is_found(tmp_path: Path) -> None:
+    t = training()
+    advance(t, 1)
+    checkpoint.save(tmp_path, t.state(), MESH, keep=2)
+    manifest = tmp_path / "step-00000001" / "manifest.json"
+    whole = manifest.read_bytes()
+    values = json.loads(whole)
+    for bit in range(8 * len(whole)):
+        torn = bytearray(whole)
+        torn[bit // 8] ^= 1 << bit % 8
+        manifest.write_bytes(torn)
+        if checkpoint.newest_step(tmp_path, MESH) is not None:
+            # White space between values alone may change.
+            assert json.loads(torn) == values
+
+
+def test_a_damaged_newest_one_does_not_cost_those_made_after(tmp_path: Path) -> None:
+    t = training()
+    advance(t, 3)
+    checkpoint.save(tmp_path, t.state(), MESH, keep=1)
+    (tmp_path / "step-00000003" / "shard-00000-of-00001.safetensors").write_bytes(b"")
+    assert checkpoint.newest_step(tmp_path, MESH) is None
+    t = training()
+    for made in (1, 2, 3):
+        advance(t, 1)
+        checkpoint.save(tmp_path, t.state(), MESH, keep=1)
+        assert checkpoint.newest_step(tmp_path, MESH) == made
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
+
+
 def test_a_partial_folder_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step-00000009.partial").mkdir()
     assert checkpoint.newest_step(tmp_path, MESH) is None
@@ -122,8 +153,6 @@ def test_rows_load_on_any_number_of_shards(tmp_path: Path, num_shards: int) -> N
             {"W": rows[shard * 4 : shard * 4 + 4]}, {"b": whole}, {"step": 7, "d_sae": 12}
         )
         files.append(checkpoint._write_shard(folder, state, mesh))
-    import json
-
     manifest = {"format": 1, "info": {"step": 7, "d_sae": 12}, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     n = 12 // num_shards

@@ -2,8 +2,8 @@
 number of shards.
 
 A checkpoint is a folder `step-00001000/` with `shard-00000-of-00002.safetensors` ... and
-`manifest.json`, which names each file's crc32c and rows and is written last. No pickles; a flipped
-byte is refused.
+`manifest.json`, which is written last and names each file's crc32c and rows, and its own crc32c. No
+pickles; a flipped byte is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from ..parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-_FORMAT = 1
+# Manifests of format 1 have no checksum of their own.
+_FORMAT = 2
 
 
 class TrainingState(NamedTuple):
@@ -75,12 +76,22 @@ def save(folder: Path, state: TrainingState, mesh: Mesh, keep: int) -> None:
     if mesh.is_lead:
         files = [r for r in records if r]
         manifest = {"format": _FORMAT, "info": state.info, "files": files}
+        manifest["crc32c"] = _manifest_checksum(manifest)
         _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        for old in _found(folder)[:-keep]:
+        # Those of later steps are damaged, or this one would not be made anew.
+        made = [path for path in _found(folder) if path <= final]
+        for old in made[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     _barrier(mesh)
+
+
+def _manifest_checksum(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "crc32c"}
+    # As JSON reads it: lists for tuples, text for numbers that are keys.
+    text = json.dumps(json.loads(json.dumps(rest)), sort_keys=True)
+    return f"{google_crc32c.value(text.encode()):08x}"
 
 
 def _write_shard(folder: Path, state: TrainingState, mesh: Mesh) -> dict[str, Any]:
@@ -132,14 +143,18 @@ def _found(folder: Path) -> list[Path]:
 def _verify(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] != _FORMAT:
+        if manifest["format"] not in (1, _FORMAT):
             raise DamagedCheckpointError(f"{path} has format {manifest['format']}, not {_FORMAT}")
+        if manifest["format"] == _FORMAT and manifest["crc32c"] != _manifest_checksum(manifest):
+            raise DamagedCheckpointError(f"{path / MANIFEST} is damaged: its crc32c changed")
+        if step_folder(path.parent, int(manifest["info"]["step"])) != path:
+            raise DamagedCheckpointError(f"{path} is of step {manifest['info']['step']}")
         for file in manifest["files"]:
             if checksum(path / file["name"]) != file["crc32c"]:
                 raise DamagedCheckpointError(
                     f"{path / file['name']} is damaged: its crc32c changed"
                 )
-    except (OSError, KeyError, json.JSONDecodeError) as e:
+    except (OSError, KeyError, TypeError, ValueError) as e:
         raise DamagedCheckpointError(f"{path} is not a whole checkpoint: {e}") from e
     return manifest
 
