@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from flash_sae_dist.config import SAEConfig, TrainConfig
+from flash_sae_dist.models.topk import TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.optim import clip_grads_, default_lr, lr_at
+from flash_sae_dist.training.sparse_adam import SparseAdam
 from flash_sae_dist.training.step import SAETraining
 from flash_sae_dist.training.timing import PhaseTimer
 
@@ -95,10 +97,30 @@ def test_resampling_revives_dead_latents(step: str) -> None:
     )
 
 
+def test_resampling_leaves_a_run_that_is_not_finite_to_say_so() -> None:
+    t = training(dead_latents="resample", dead_after_tokens=BATCH)
+    t.step(batch(0), PhaseTimer(CPU, enabled=False))
+    t.dead.tokens_since_fired.fill_(10 * BATCH)
+    before = t.sae.W_enc.clone()
+    t.step_index = 20
+    t._resample(torch.full((BATCH, D_IN), float("nan"), dtype=torch.float64))
+    assert torch.equal(t.sae.W_enc, before)
+
+
 @pytest.mark.parametrize("mode", ["exact", "lazy"])
 def test_loss_falls_in_every_mode(mode: str) -> None:
     losses = curve(training(adam_mode=mode, lr=1e-2), 60)
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_shards_round_each_their_own_way() -> None:
+    seeds = set()
+    for shard in range(4):
+        mesh = Mesh(0, 1, 0, 1, shard, 4, None, None, None)
+        sae = TopKSAE(8, 16, 2, mesh=mesh)
+        seeds.add(SparseAdam(sae, 1e-3, moment_dtype=torch.bfloat16, seed=3).options().seed)
+    assert len(seeds) == 4
+    assert SparseAdam(TopKSAE(8, 16, 2), 1e-3, seed=3).options().seed == 3
 
 
 def test_bfloat16_moments_train_and_are_kept() -> None:

@@ -38,10 +38,13 @@ def resample_(
     x = x.to(sae.b_dec.dtype)
     # Replicas hold different batches: all take the first replica's, so that they stay equal.
     x = comm.all_gather(x, mesh.replica_group, mesh.num_replicas)[0]
-    errors = (x - sae(x).recon).square().sum(dim=1).double()
+    errors = (x - sae(x).recon).square().sum(dim=1).double().cpu()
+    if not bool(errors.isfinite().all()):
+        # Training is past help and says so at the next logged step.
+        return 0
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.multinomial(
-        errors.square().cpu() + 1e-30, total, replacement=total > len(x), generator=generator
+        errors.square() + 1e-30, total, replacement=total > len(x), generator=generator
     )
     before = int(counts[: mesh.shard].sum())
     mine = chosen[before : before + int(counts[mesh.shard])].to(x.device)

@@ -124,7 +124,9 @@ class SparseAdam(torch.optim.Optimizer):
     def options(self) -> AdamOptions:
         """The step's constants, from the param group."""
         group = self.param_groups[0]
-        return AdamOptions(group["betas"], group["eps"], self.lazy, seed=self.seed)
+        # Rows are numbered from each shard's first on: a seed a shard, or all shards round alike.
+        seed = (self.seed + 0x9E3779B1 * self._mesh.shard) % 2**31
+        return AdamOptions(group["betas"], group["eps"], self.lazy, seed=seed)
 
     def _latent_rows(self) -> LatentRows:
         rows = self._params[:3]
