@@ -20,8 +20,16 @@ from flash_sae_dist.config_file import parse_config
 from flash_sae_dist.grid import runner
 from flash_sae_dist.grid.jobs import train_job
 from flash_sae_dist.grid.trackers import Trackers
+from flash_sae_dist.models.topk import TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh
-from flash_sae_dist.training.records import Status, read_status, write_status
+from flash_sae_dist.training.records import (
+    DamagedRecordError,
+    Job,
+    Status,
+    read_status,
+    write_status,
+)
+from flash_sae_dist.training.trainer import Member
 from tests.tiny_model import config_data
 
 CPU = torch.device("cpu")
@@ -164,6 +172,84 @@ def test_an_sae_that_does_not_fit_leaves_the_others_alone(
         for path in tmp_path.glob("*/*/status.json")
     }
     assert states == {"k=2": "failed", "k=3": "finished"}
+
+
+def test_one_that_fails_in_a_bundle_leaves_the_others_alone(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it fails: as it begins, at a step, or as its SAE is written."""
+    begin, step, save = Member.__init__, Member.step, TopKSAE.save
+
+    def fails(name: str, job: Job) -> None:
+        if job.name == name:
+            raise KeyError("a mistake")
+
+    def beginning(self: Member, job: Job, *args: Any) -> None:
+        fails("model.layers.0/k=2", job)
+        begin(self, job, *args)
+
+    def stepping(self: Member, *args: Any) -> Any:
+        fails("model.layers.0/k=3", self.job)
+        return step(self, *args)
+
+    def saving(self: TopKSAE, folder: Path) -> None:
+        if "model.layers.1.mlp/k=2" in str(folder):
+            raise OSError("no space left")
+        save(self, folder)
+
+    monkeypatch.setattr(Member, "__init__", beginning)
+    monkeypatch.setattr(Member, "step", stepping)
+    monkeypatch.setattr(TopKSAE, "save", saving)
+    cfg = grid_config(root, tmp_path)
+    with pytest.raises(runner.JobsFailedError) as raised:
+        runner.run_jobs(cfg, Accelerator(cpu=True), grid=True)
+    told = str(raised.value)
+    assert "3 of 4 SAEs failed" in told
+    assert "model.layers.0/k=2: KeyError: 'a mistake'" in told
+    assert "model.layers.1.mlp/k=2: OSError: no space left" in told
+    states = {
+        f"{path.parent.parent.name}/{path.parent.name}": json.loads(path.read_text())["state"]
+        for path in tmp_path.glob("*/*/status.json")
+    }
+    assert states == {
+        "model.layers.0/k=2": "failed",
+        "model.layers.0/k=3": "failed",
+        "model.layers.1.mlp/k=2": "failed",
+        "model.layers.1.mlp/k=3": "finished",
+    }
+    monkeypatch.undo()
+    # The same command again makes what is missing.
+    jobs = runner.run_jobs(cfg, Accelerator(cpu=True), grid=True)
+    assert [getattr(read_status(job.folder), "state", None) for job in jobs] == ["finished"] * 4
+
+
+def test_what_became_of_a_job_is_told(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(root, tmp_path)
+    (job,) = runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
+    last = json.loads((job.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    said = capsys.readouterr().out
+    assert f"model.layers.0: trained; fvu {last['fvu']:.4g}, l0 " in said
+    assert str(job.folder / "sae") in said
+    runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
+    assert "model.layers.0: was trained before, nothing to do; fvu" in capsys.readouterr().out
+    # An SAE that was cut short is written anew.
+    weights = job.folder / "sae" / "sae.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-9])
+    runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
+    assert weights.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["status.json", "store.json", "job.yaml"])
+def test_a_damaged_record_is_told(root: Path, tmp_path: Path, name: str) -> None:
+    cfg = config(root, tmp_path)
+    (job,) = runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
+    shutil.rmtree(job.folder / "sae")
+    (job.folder / name).write_text("{")
+    with pytest.raises(DamagedRecordError, match=rf"{name} is damaged .* delete it"):
+        runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
 
 
 def test_a_failed_job_ends_the_launch_in_a_sentence(root: Path, tmp_path: Path) -> None:

@@ -11,8 +11,16 @@ import torch.distributed as dist
 
 from ..activations.store import ActivationStore
 from ..config import Config, ConfigError, UserError
+from ..parallel import comm
 from ..parallel.mesh import Mesh, make_mesh
-from ..training.records import Job, Status, check_same_job, read_metrics, read_status, write_status
+from ..training.records import (
+    Job,
+    check_same_job,
+    read_metrics,
+    read_status,
+    record_failure,
+    write_status,
+)
 from ..training.trainer import Trainer, is_finished
 from . import jobs as job_list
 from .placement import Bundle, assign, make_bundles
@@ -54,20 +62,47 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     bundles = make_bundles(open_jobs, widths, mesh.num_shards, _memory_bytes(device))
     plan = assign(bundles, mesh.num_groups)
     trackers = Trackers(accelerator, [job.name for job in open_jobs])
+    if accelerator.is_main_process:
+        _forget_failures(open_jobs)
     # Every rank has looked at what is finished before any rank finishes more.
     accelerator.wait_for_everyone()
     for bundle in plan[mesh.group]:
         _train_bundle(bundle.jobs, store, mesh, device, trackers, only=len(found) == 1)
-    accelerator.wait_for_everyone()
+    mine = [job for bundle in plan[mesh.group] for job in bundle.jobs if mesh.is_lead]
+    # Asked where they were written: a shared folder may show other hosts the files later.
+    by_rank = comm.from_all({job.name: _why_not(job) for job in mine if not is_finished(job)})
+    failed = {name: reason for some in by_rank for name, reason in some.items()}
     if accelerator.is_main_process:
         _replay_other_groups(plan[1:], trackers)
-    failed = {
-        j.name: s.error for j in found if (s := read_status(j.folder)) and s.state == "failed"
-    }
+        for job in found:
+            if job.name not in failed:
+                print(_summary(job, new=job in open_jobs), flush=True)
     if failed:
         told = "; ".join(f"{name}: {error}" for name, error in failed.items())
         raise JobsFailedError(f"{len(failed)} of {len(found)} SAEs failed ({told})")
     return found
+
+
+def _forget_failures(jobs: list[Job]) -> None:
+    """Of an earlier launch: this one's own reasons are to be told."""
+    for job in jobs:
+        status = read_status(job.folder)
+        if status is not None and status.state == "failed":
+            write_status(job, status._replace(state="running", error=None))
+
+
+def _why_not(job: Job) -> str:
+    status = read_status(job.folder)
+    return (status and status.error) or "its SAE was not written"
+
+
+def _summary(job: Job, *, new: bool) -> str:
+    """A line that tells what became of a job, and where it is."""
+    lines = read_metrics(job.folder / "metrics.jsonl")
+    names = ("fvu", "l0", "dead_fraction")
+    shown = [f"{name} {lines[-1][name]:.4g}" for name in names if lines and name in lines[-1]]
+    state = "trained" if new else "was trained before, nothing to do"
+    return f"{job.name}: {state}; {', '.join([*shown, str(job.folder / 'sae')])}"
 
 
 def _check_fit(found: list[Job], store: ActivationStore, mesh: Mesh) -> None:
@@ -120,34 +155,22 @@ def _train_bundle(
     try:
         Trainer(jobs, store, mesh, device, trackers.log).run()
         return
-    except torch.OutOfMemoryError as e:
-        if len(jobs) == 1 or ends:
-            _record_failure(jobs, e)
+    except Exception as e:
+        together = isinstance(e, torch.OutOfMemoryError) and len(jobs) > 1 and not ends
+        if not together:
+            for job in jobs:
+                if not is_finished(job):
+                    record_failure(job, e)
             if ends:
                 raise
             return
         logger.warning("%d SAEs did not fit the memory together; one by one now", len(jobs))
-    except (RuntimeError, ValueError, OSError) as e:
-        _record_failure(jobs, e)
-        if ends:
-            raise
-        return
     # Outside the except clause, whose traceback holds the bundle's memory.
     if device.type == "cuda":
         torch.cuda.empty_cache()
     for job in jobs:
         if not is_finished(job):
             _train_bundle([job], store, mesh, device, trackers, only=False)
-
-
-def _record_failure(jobs: list[Job], error: Exception) -> None:
-    for job in jobs:
-        status = read_status(job.folder) or Status("running", 0, 0)
-        # The first reason stands: other ranks then fail for want of this one.
-        if status.state == "running":
-            reason = f"{type(error).__name__}: {error}"
-            write_status(job, Status("failed", status.step, status.total_steps, reason))
-    logger.error("%s failed", ", ".join(job.name for job in jobs), exc_info=error)
 
 
 def _replay_other_groups(others: list[list[Bundle]], trackers: Trackers) -> None:

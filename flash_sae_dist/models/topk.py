@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -169,6 +169,17 @@ class TopKSAE(nn.Module):
         config = {"architecture": "topk", "d_in": self.d_in, "d_sae": self.d_sae, "k": self.k}
         (path / f"{CONFIG_FILE}.tmp").write_text(json.dumps(config, indent=2) + "\n")
         os.replace(path / f"{CONFIG_FILE}.tmp", path / CONFIG_FILE)
+
+    @staticmethod
+    def is_whole(folder: str | Path) -> bool:
+        """Whether a folder holds what `save` writes, none of it cut short. Reads no weights."""
+        path = Path(folder)
+        try:
+            json.loads((path / CONFIG_FILE).read_text())
+            with safe_open(path / WEIGHTS_FILE, framework="pt"):
+                return True
+        except (OSError, ValueError, SafetensorError):
+            return False
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Self:

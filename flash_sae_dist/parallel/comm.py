@@ -42,13 +42,18 @@ def raise_together(error: ConfigError | None) -> None:
     """Raises what any process met on all of them: a mistake that one process alone can find ends
     the others with the same sentence, not with a broken connection. Collective over all processes.
     """
-    if error is not None and not dist.is_initialized():
-        raise error
+    told = from_all(None if error is None else str(error))
+    if sentences := [sentence for sentence in told if sentence]:
+        raise error or ConfigError(sentences[0])
+
+
+def from_all(found: Any) -> list[Any]:
+    """What each process has, by rank. Collective over all processes."""
+    told: list[Any] = [found]
     if dist.is_initialized():
-        told: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, None if error is None else str(error))
-        if sentences := [sentence for sentence in told if sentence]:
-            raise error or ConfigError(sentences[0])
+        told = [None] * dist.get_world_size()
+        dist.all_gather_object(told, found)
+    return told
 
 
 def from_lead(found: Any, mesh: Mesh) -> Any:

@@ -5,18 +5,25 @@ metrics.jsonl.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from uuid import uuid4
 
 import yaml
 
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, UserError
 from ..config_file import parse_config
 
+logger = logging.getLogger(__name__)
 State = Literal["running", "finished", "failed"]
 LogMetrics = Callable[[str, dict[str, float], int], None]  # job, values, step
+
+
+class DamagedRecordError(UserError):
+    """A file of a job's folder that does not hold what was written."""
 
 
 class Job(NamedTuple):
@@ -39,9 +46,12 @@ class Status(NamedTuple):
 def write_text(path: Path, text: str) -> None:
     """Writes a file under a temporary name and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Ranks of one job may tell the same failure at the same time.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text)
+    # Ranks of one job may tell the same failure at the same time, of several hosts, too.
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    with partial.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(partial, path)
 
 
@@ -65,7 +75,10 @@ def check_same_job(job: Job, store_config: dict[str, Any]) -> None:
     path = job.folder / "job.yaml"
     if not path.is_file():
         return
-    before = parse_config(yaml.safe_load(path.read_text()), str(path))
+    try:
+        before = parse_config(yaml.safe_load(path.read_text()), str(path))
+    except (ValueError, yaml.YAMLError) as e:
+        raise _damaged(path, e) from e
     for section in ("sae", "train"):
         old, new = getattr(before, section), getattr(job.config, section)
         for key in type(new).model_fields:
@@ -75,8 +88,7 @@ def check_same_job(job: Job, store_config: dict[str, Any]) -> None:
                     f"{section}.{key}={asked!r} differs from {was!r} in {path}; "
                     "name another output folder, or remove that job's"
                 )
-    rows = job.folder / "store.json"
-    trained = json.loads(rows.read_text()) if rows.is_file() else store_config
+    trained = read_store_config(job.folder) or store_config
     for key in sorted(trained.keys() | store_config.keys()):
         was, asked = trained.get(key), store_config.get(key)
         if was != asked:
@@ -86,17 +98,54 @@ def check_same_job(job: Job, store_config: dict[str, Any]) -> None:
             )
 
 
+def _damaged(path: Path, error: Exception) -> DamagedRecordError:
+    reason = " ".join(str(error).split())
+    return DamagedRecordError(f"{path} is damaged ({reason}); delete it and run the same again")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text())
+        if not isinstance(data, dict):
+            raise ValueError("it is no JSON object")
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise _damaged(path, e) from e
+    return data
+
+
+def read_store_config(folder: Path) -> dict[str, Any] | None:
+    """What `write_job` wrote of the store, or None before. Raises DamagedRecordError."""
+    return _read_json(folder / "store.json")
+
+
 def write_status(job: Job, status: Status) -> None:
     """Writes `status.json`."""
     write_text(job.folder / "status.json", json.dumps(status._asdict()) + "\n")
 
 
+def record_failure(job: Job, error: Exception) -> str:
+    """Writes an error into `status.json` and tells it; returns it in one line."""
+    reason = f"{type(error).__name__}: {error}"
+    # What the user can set right is a sentence, which a traceback would bury.
+    trace = None if isinstance(error, UserError) else error
+    logger.error("%s failed: %s", job.name, reason, exc_info=trace)
+    status = read_status(job.folder) or Status("running", 0, 0)
+    # The first reason stands: other ranks then fail for want of this one.
+    if status.state != "failed":
+        write_status(job, Status("failed", status.step, status.total_steps, reason))
+    return reason
+
+
 def read_status(folder: Path) -> Status | None:
-    """What `write_status` wrote, or None before a job's first step."""
+    """What `write_status` wrote, or None before a job's first step. Raises DamagedRecordError."""
+    path = folder / "status.json"
+    data = _read_json(path)
     try:
-        return Status(**json.loads((folder / "status.json").read_text()))
-    except FileNotFoundError:
-        return None
+        return None if data is None else Status(**data)
+    except TypeError as e:
+        raise _damaged(path, e) from e
 
 
 class MetricsLog:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,21 @@ from torch import Tensor
 
 from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
-from ..models.topk import CONFIG_FILE, TopKSAE
+from ..models.topk import TopKSAE
 from ..parallel import comm
 from ..parallel.mesh import Mesh
 from ..progress import progress_bar
 from . import checkpoint
-from .records import Job, LogMetrics, MetricsLog, State, Status, write_job, write_status
+from .records import (
+    Job,
+    LogMetrics,
+    MetricsLog,
+    State,
+    Status,
+    record_failure,
+    write_job,
+    write_status,
+)
 from .step import SAETraining, StepMetrics
 from .timing import PhaseTimer
 
@@ -60,10 +70,10 @@ class Member:
         return self.error is not None or self.training.step_index >= self.training.total_steps
 
     def write_status(self) -> None:
-        """Writes status.json on the lead."""
+        """Writes status.json on the lead: finished is what has its SAE written."""
         if self.mesh.is_lead:
-            t = self.training
-            state: State = "failed" if self.error else "finished" if self.done else "running"
+            t, whole = self.training, is_finished(self.job)
+            state: State = "failed" if self.error else "finished" if whole else "running"
             write_status(self.job, Status(state, t.step_index, t.total_steps, self.error))
 
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
@@ -105,7 +115,8 @@ class Trainer:
     """Trains the SAEs of several jobs on one hookpoint from one stream of batches.
 
     The jobs share hookpoint, batch_tokens, num_tokens, seed, log_every and checkpoint_every. Every
-    method is collective over the members of the mesh.
+    method is collective over the members of the mesh. Where one rank trains several jobs, one that
+    fails leaves the others alone; else its error is raised.
     """
 
     def __init__(
@@ -122,11 +133,18 @@ class Trainer:
         self.cfg, self.hookpoint, self.store = cfg, cfg.hookpoint, store
         self.mesh, self.device, self.log_metrics = mesh, device, log_metrics
         d_in = store.width(self.hookpoint)
-        self.members = [Member(job, store.config, d_in, mesh, device) for job in jobs]
-        self.total_steps = self.members[0].training.total_steps
+        # Other ranks may wait inside a collective that an error has left.
+        self.isolates = mesh.members == 1 and len(jobs) > 1
+        self.members: list[Member] = []
+        for job in jobs:
+            with self._fails_alone(job):
+                self.members.append(Member(job, store.config, d_in, mesh, device))
 
     def run(self) -> None:
         """Steps every job to its end, then writes its SAE."""
+        if not self.members:
+            return
+        self.total_steps = self.members[0].training.total_steps
         start = min(m.training.step_index for m in self.members)
         loader = ActivationLoader(
             self.store,
@@ -147,7 +165,21 @@ class Trainer:
             self._loop(loader, start, bar.advance)
         for member in self.members:
             if member.error is None:
-                member.save_final()
+                with self._fails_alone(member.job, member):
+                    member.save_final()
+
+    @contextmanager
+    def _fails_alone(self, job: Job, member: Member | None = None) -> Iterator[None]:
+        """Records an error as the job's own where it may; memory that all fill is no job's own."""
+        try:
+            yield
+        except Exception as e:
+            if not self.isolates or isinstance(e, torch.OutOfMemoryError):
+                raise
+            if member is not None:
+                member.error = record_failure(job, e)
+            else:
+                record_failure(job, e)
 
     def _loop(self, loader: ActivationLoader, start: int, advance: Callable[[int], None]) -> None:
         batches = iter(loader)
@@ -166,7 +198,8 @@ class Trainer:
                 if member.done or member.training.step_index > step:
                     continue
                 timer = PhaseTimer(self.device, enabled=logged)
-                results.append((member, member.step(x, timer), timer))
+                with self._fails_alone(member.job, member):
+                    results.append((member, member.step(x, timer), timer))
             if logged:
                 self._log(step + 1, results, shared_ms, tokens / (time.perf_counter() - since))
                 since, tokens = time.perf_counter(), 0
@@ -198,13 +231,14 @@ class Trainer:
             return
         for member in self.members:
             if member.error is None and member.training.step_index == step:
-                if not member.training.is_finite():
-                    member.fail(f"a weight is not finite at step {step}; lower train.lr")
-                    continue
-                member.save_checkpoint()
-                member.write_status()
+                with self._fails_alone(member.job, member):
+                    if not member.training.is_finite():
+                        member.fail(f"a weight is not finite at step {step}; lower train.lr")
+                        continue
+                    member.save_checkpoint()
+                    member.write_status()
 
 
 def is_finished(job: Job) -> bool:
-    """True when a job's SAE has been written."""
-    return (job.folder / "sae" / CONFIG_FILE).is_file()
+    """True when a job's SAE has been written, and is still whole."""
+    return TopKSAE.is_whole(job.folder / "sae")
