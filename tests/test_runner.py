@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from flash_sae_dist import locks
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError
 from flash_sae_dist.config import Config, ConfigError
@@ -21,6 +22,7 @@ from flash_sae_dist.grid import runner
 from flash_sae_dist.grid.jobs import train_job
 from flash_sae_dist.grid.trackers import Trackers
 from flash_sae_dist.models.topk import TopKSAE
+from flash_sae_dist.parallel import comm
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.records import (
     DamagedRecordError,
@@ -112,6 +114,8 @@ def test_ranks_that_train_together_end_together(
 ) -> None:
     """Going on to the next jobs would leave the other ranks of this one in a collective."""
     monkeypatch.setattr(runner, "Trainer", Failing)
+    # There is no other rank to agree with.
+    monkeypatch.setattr(comm, "from_lead", lambda found, mesh: found)
     cfg = config(root, tmp_path)
     store = ActivationStore.open(cfg.store_path())
     job = train_job(cfg, store.hookpoints)
@@ -240,6 +244,18 @@ def test_what_became_of_a_job_is_told(
     weights.write_bytes(whole[:-9])
     runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
     assert weights.read_bytes() == whole
+
+
+def test_the_same_command_twice_at_once_is_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(root, tmp_path)
+    monkeypatch.setattr(locks, "_WAIT_S", 0.3)
+    with locks.locked(tmp_path / "model.layers.0"):
+        with pytest.raises(ConfigError, match=r"another process is at work in .*model\.layers\.0;"):
+            runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
+        assert [p.name for p in (tmp_path / "model.layers.0").iterdir()] == [".lock"]
+    runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
 
 
 @pytest.mark.parametrize("name", ["status.json", "store.json", "job.yaml"])

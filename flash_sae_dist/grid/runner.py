@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ import torch.distributed as dist
 
 from ..activations.store import ActivationStore
 from ..config import Config, ConfigError, UserError
+from ..locks import locked
 from ..parallel import comm
 from ..parallel.mesh import Mesh, make_mesh
 from ..training.records import (
@@ -153,8 +156,12 @@ def _train_bundle(
     # has left: the launch must end, not hang. An only job's error is best told as it is.
     ends = mesh.members > 1 or only
     try:
-        Trainer(jobs, store, mesh, device, trackers.log).run()
+        with _held(jobs, mesh):
+            Trainer(jobs, store, mesh, device, trackers.log).run()
         return
+    except ConfigError:
+        # Somebody else's job: its records are not ours to write.
+        raise
     except Exception as e:
         together = isinstance(e, torch.OutOfMemoryError) and len(jobs) > 1 and not ends
         if not together:
@@ -171,6 +178,23 @@ def _train_bundle(
     for job in jobs:
         if not is_finished(job):
             _train_bundle([job], store, mesh, device, trackers, only=False)
+
+
+@contextmanager
+def _held(jobs: list[Job], mesh: Mesh) -> Iterator[None]:
+    """Keeps other launches out of the jobs' folders. Raises ConfigError where one is in them.
+    Collective over the members."""
+    with ExitStack() as locks:
+        busy = None
+        try:
+            if mesh.is_lead:
+                for job in jobs:
+                    locks.enter_context(locked(job.folder))
+        except ConfigError as e:
+            busy = str(e)
+        if busy := comm.from_lead(busy, mesh):
+            raise ConfigError(busy)
+        yield
 
 
 def _replay_other_groups(others: list[list[Bundle]], trackers: Trackers) -> None:
