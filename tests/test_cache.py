@@ -12,9 +12,11 @@ import pytest
 import torch
 import zarr
 from accelerate import Accelerator
+from transformers import FalconConfig, FalconForCausalLM
 
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.language_model import (
+    LanguageModel,
     capture_activations,
     load_language_model,
     replace_activations,
@@ -189,6 +191,27 @@ def test_every_kind_of_module_is_read_and_replaced(made: Path) -> None:
         with torch.no_grad(), replace_activations(lm, name, torch.zeros_like):
             assert not torch.equal(lm.model(input_ids=ids).logits, clean), name
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+
+
+def test_later_work_in_place_changes_no_activation() -> None:
+    """Falcon adds the attention's output to the MLP's where that lies; a pass that ends at the
+    MLP shows what it gave."""
+    torch.manual_seed(0)
+    kind = FalconConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        parallel_attn=True,
+        new_decoder_architecture=False,
+    )
+    lm = LanguageModel(FalconForCausalLM(kind).eval(), None, "causal-lm", CPU)
+    ids, attention = torch.arange(4, 14).view(2, 5), torch.ones(2, 5, dtype=torch.bool)
+    names = [f"transformer.h.{i}.{part}" for i in range(2) for part in ("self_attention", "mlp")]
+    together = capture_activations(lm, names, ids, attention)
+    for name in names:
+        alone = capture_activations(lm, [name], ids, attention)[name]
+        assert torch.equal(together[name], alone), name
 
 
 @pytest.mark.parametrize(

@@ -219,13 +219,14 @@ def capture_activations(
     attention: Tensor,  # [B, T] bool
 ) -> dict[str, Tensor]:  # hookpoint -> [B, T, D]
     """Activations at several hookpoints from one forward pass, which stops after the last one
-    needed.
+    needed. They are copies: nothing that the model does afterwards changes them.
     """
     seen: dict[str, Tensor] = {}
 
     def keep(hookpoint: str) -> Callable[[Tensor], None]:
         def store(value: Tensor) -> None:
-            seen[hookpoint] = value.detach()
+            # Models add in place, as Falcon does the attention's output to the MLP's.
+            seen[hookpoint] = value.detach().clone()
             if len(seen) == len(hookpoints):
                 raise _Stop
 
