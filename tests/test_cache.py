@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from flash_sae_dist.activations.language_model import (
     load_language_model,
     replace_activations,
     resolve_hookpoints,
+    weights_checksum,
 )
 from flash_sae_dist.activations.loader import ActivationLoader, BlockReader
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError, array_names
 from flash_sae_dist.config import ConfigError, ModelConfig, match_names
 from flash_sae_dist.config_file import parse_config
-from tests.tiny_model import config_data, save_bert
+from tests.dist.ranks import free_port, rank_env
+from tests.tiny_model import config_data, save_bert, save_text, write_config
 
 CPU = torch.device("cpu")
 ACTS = "activations/model.layers.0"
@@ -380,6 +384,94 @@ def test_a_store_is_not_gone_on_with_from_another_text(made: Path, tmp_path: Pat
             run_cache(parse_config(data), Accelerator(cpu=True))
     finally:
         (made / "text.jsonl").write_text(text)
+
+
+def interrupted(made: Path, root: Path) -> dict[str, Any]:
+    """The config of a copy of store, model and text, whose store lacks one shard."""
+    shutil.copytree(made, root)
+    (root / "store.zarr/records/shard-00000001.json").unlink()
+    config = root / "store.zarr/records/config.json"
+    config.write_text(config.read_text().replace(str(made), str(root)))
+    return config_data(root, shard_mib=0.002)
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype"])
+def test_a_store_is_not_gone_on_with_by_another_model(
+    made: Path, tmp_path: Path, change: str
+) -> None:
+    """The folder's files were replaced, or model.dtype=auto is another type on this machine."""
+    root = tmp_path / "again"
+    data = interrupted(made, root)
+    if change == "weights":
+        lm = load_language_model(ModelConfig(**data["model"]), CPU)
+        lm.model.get_parameter("model.layers.1.mlp.up_proj.weight").data *= 1.01
+        lm.model.save_pretrained(root / "model")  # type: ignore[operator]
+        word = "was begun with other weights of the model"
+    else:
+        file = root / "store.zarr/records/geometry.json"
+        file.write_text(
+            file.read_text().replace('dtype": "float32", "model_c', 'dtype": "half", "model_c')
+        )
+        word = "a model in half, which is float32 here"
+    with pytest.raises(ConfigError, match=word):
+        run_cache(parse_config(data), Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_store_is_gone_on_with_by_the_same_model(made: Path, tmp_path: Path, old: bool) -> None:
+    root = tmp_path / "again"
+    data = interrupted(made, root)
+    if old:
+        file = root / "store.zarr/records/geometry.json"
+        shape = json.loads(file.read_text())
+        file.write_text(json.dumps({k: v for k, v in shape.items() if "model" not in k}))
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    ActivationStore.open(data["cache"]["store"]).verify()
+
+
+def test_weights_that_no_file_holds_are_not_compared(tmp_path: Path) -> None:
+    """They are random at each load."""
+    save_bert(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = ["BertForSequenceClassification"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    first, second = (load_language_model(ModelConfig(name=str(tmp_path)), CPU) for _ in range(2))
+    pooler = "pooler.dense.weight"
+    assert not torch.equal(first.model.get_parameter(pooler), second.model.get_parameter(pooler))
+    assert weights_checksum(first) == weights_checksum(second)
+
+
+@pytest.mark.parametrize("other", ["text", "model"])
+def test_hosts_with_other_files_write_no_store(made: Path, tmp_path: Path, other: str) -> None:
+    """Each host reads files of its own: two processes stand for two hosts."""
+    data = [config_data(made, store="memory://mixed.zarr") for _ in range(2)]
+    if other == "text":
+        data[1]["text"]["paths"] = [str(save_text(tmp_path / "text.jsonl", seed=1))]
+    else:
+        shutil.copytree(made / "model", tmp_path / "model")
+        lm = load_language_model(ModelConfig(name=str(made / "model")), CPU)
+        lm.model.get_parameter("lm_head.weight").data += 1
+        lm.model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+        data[1]["model"]["name"] = str(tmp_path / "model")
+    port = free_port()
+    hosts = []
+    for rank in range(2):
+        file = write_config(tmp_path / f"{rank}.yaml", data[rank])
+        (tmp_path / f"tmp{rank}").mkdir()
+        own = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TMPDIR": str(tmp_path / f"tmp{rank}")}
+        hosts.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "flash_sae_dist.launch.cache", str(file)],
+                env=rank_env(rank, 2, port) | own,
+                cwd=Path(__file__).parents[1],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    told = [host.communicate(timeout=180)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [2, 2], told
+    word = "gives another text" if other == "text" else "holds other weights"
+    assert word in told[0], told
 
 
 def test_no_store_is_told(tmp_path: Path) -> None:

@@ -27,9 +27,12 @@ from .language_model import (
     capture_activations,
     check_context_length,
     load_language_model,
+    model_commit,
+    model_dtype,
     resolve_hookpoints,
+    weights_checksum,
 )
-from .store import Geometry, StoreWriter, make_geometry, storage_dtype
+from .store import Geometry, Origin, StoreWriter, make_geometry, storage_dtype
 from .text import TokenTable, begin_token, token_table
 
 logger = logging.getLogger(__name__)
@@ -78,10 +81,10 @@ def run_cache(config: Config, accelerator: Any) -> None:
         )
     itemsize = storage_dtype(config.cache.dtype).itemsize
     geometry = make_geometry(rows, max(widths.values()), itemsize, config.cache.shard_mib)
-    text = table.checksum()
-    writer.check_text(geometry, text)
+    origin = _shared_origin(lm, table)
+    writer.check_origin(geometry, origin)
     if accelerator.is_main_process:
-        writer.create(geometry, widths, config.cache.dtype, _provenance(config, lm), text)
+        writer.create(geometry, widths, config.cache.dtype, _provenance(config, lm), origin)
     accelerator.wait_for_everyone()
     todo = writer.missing(geometry, widths)
     accelerator.wait_for_everyone()
@@ -150,6 +153,29 @@ def _shared_table(
     return TokenTable.load(folder)
 
 
+def _shared_origin(lm: LanguageModel, table: TokenTable) -> Origin:
+    """Text and model, which are the same in all processes. Collective.
+
+    Raises ConfigError where hosts have other files than one another.
+    """
+    from accelerate.utils import gather_object
+
+    origin = Origin(table.checksum(), model_commit(lm), model_dtype(lm), weights_checksum(lm))
+    everyone = [Origin(*values) for values in gather_object([tuple(origin)])]
+    words = {
+        "text_crc32c": "text.paths or text.name gives another text",
+        "model_dtype": "model.dtype=auto is another type",
+        "model_crc32c": "model.name holds other weights",
+    }
+    for key, what in words.items():
+        if len({getattr(other, key) for other in everyone}) > 1:
+            raise ConfigError(
+                f"{what} on some hosts than on others, whose rows one store would mix; "
+                "give all hosts the same"
+            )
+    return origin
+
+
 def _widths(lm: LanguageModel, hookpoints: list[str], table: TokenTable) -> dict[str, int]:
     # The same sequence twice: a tensor without a batch dimension would pass with one.
     ids = torch.from_numpy(np.array(table.ids[[0, 0]], dtype=np.int64)).to(lm.device)
@@ -167,10 +193,9 @@ def _widths(lm: LanguageModel, hookpoints: list[str], table: TokenTable) -> dict
 
 def _provenance(config: Config, lm: LanguageModel) -> dict[str, Any]:
     packages = ("torch", "transformers", "zarr", "numpy")
-    commit = getattr(getattr(lm.model, "config", None), "_commit_hash", None)
     return {
         "config": store_config(config),
-        "model_commit": commit,
+        "model_commit": model_commit(lm),
         "tokenizer": type(lm.tokenizer).__name__,
         "begin_token": begin_token(lm.tokenizer, lm.causal) is not None,
         "task": lm.task,

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import google_crc32c
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -25,6 +26,7 @@ class LanguageModel(NamedTuple):
     tokenizer: Any
     task: str  # causal-lm, masked-lm or none (an encoder without a language-modelling head)
     device: torch.device
+    new: frozenset[str] = frozenset()  # weights that the model's files lack: random at each load
 
     @property
     def causal(self) -> bool:
@@ -80,14 +82,48 @@ def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel
             "masked-lm": transformers.AutoModelForMaskedLM,
             "none": transformers.AutoModel,
         }
-        model = loaders[task].from_pretrained(source, dtype=_dtype(cfg.dtype, device), **where)
+        model, told = loaders[task].from_pretrained(
+            source, dtype=_dtype(cfg.dtype, device), output_loading_info=True, **where
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
     except (OSError, ValueError, ImportError, SafetensorError) as e:
         raise ConfigError(
             f"model.name={cfg.name!r} cannot be loaded: {' '.join(str(e).split())}; check the "
             "name, model.revision and model.gguf_file, and that the hub can be reached"
         ) from e
-    return LanguageModel(model.to(device).eval(), tokenizer, task, device)
+    new = frozenset(told["missing_keys"])
+    return LanguageModel(model.to(device).eval(), tokenizer, task, device, new)
+
+
+def model_commit(lm: LanguageModel) -> str | None:
+    """The hub's commit of the model, None for a folder."""
+    commit: str | None = getattr(getattr(lm.model, "config", None), "_commit_hash", None)
+    return commit
+
+
+def model_dtype(lm: LanguageModel) -> str:
+    """The type that most of the weights have, such as `bfloat16`."""
+    sizes: dict[str, int] = {}
+    for weight in lm.model.state_dict().values():
+        name = str(weight.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + weight.numel()
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def weights_checksum(lm: LanguageModel) -> int:
+    """crc32c of the names, shapes and a fixed sample of the values of all loaded weights: the same
+    on every device, and other for another checkpoint.
+    """
+    crc = 0
+    for name, weight in sorted(lm.model.state_dict().items()):
+        if name in lm.new:
+            continue
+        # About a thousand values; an odd step, which does not stay in one column of a matrix.
+        step = weight.numel() // 1024 | 1
+        sample = weight.detach().reshape(-1)[::step].cpu()
+        crc = google_crc32c.extend(crc, f"{name} {list(weight.shape)}".encode())
+        crc = google_crc32c.extend(crc, sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return int(crc)
 
 
 def _task(config: Any) -> str:

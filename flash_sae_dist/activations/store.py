@@ -55,6 +55,15 @@ class Geometry(NamedTuple):
         return shard * self.shard_rows, min(self.rows, (shard + 1) * self.shard_rows)
 
 
+class Origin(NamedTuple):
+    """What the rows come from and no config tells: a folder's files and a hub's branch change."""
+
+    text_crc32c: int  # of the token ids
+    model_commit: str | None
+    model_dtype: str
+    model_crc32c: int
+
+
 def make_geometry(rows: int, widest: int, itemsize: int, shard_mib: float) -> Geometry:
     """Chunks of at most 1 MiB, shards of about shard_mib at the widest hookpoint; at least 16
     shards and 64 chunks where there are rows enough.
@@ -189,17 +198,28 @@ class StoreWriter:
         geometry = Geometry(shape["rows"], shape["shard_rows"], shape["chunk_rows"])
         return not self.missing(geometry, shape["widths"])
 
-    def check_text(self, geometry: Geometry, text_crc32c: int) -> None:
-        """Raises ConfigError where a store that was begun holds rows of another text."""
+    def check_origin(self, geometry: Geometry, origin: Origin) -> None:
+        """Raises ConfigError where a store that was begun holds rows of another text or model,
+        though the config is the same. Stores made before one of these was recorded pass.
+        """
         before = self.records.read("geometry.json")
         if before is None:
             return
-        asked = {**geometry._asdict(), "text_crc32c": text_crc32c}
-        if any(before.get(key, value) != value for key, value in asked.items()):
+        end = "though under the same config; name another store, or remove that one"
+        begun = f"cache.store={self.path!r} was begun with"
+        asked = {**geometry._asdict(), **origin._asdict()}
+        other = [key for key, value in asked.items() if before.get(key, value) != value]
+        if "model_dtype" in other:
             raise ConfigError(
-                f"cache.store={self.path!r} was begun with another text than this one, though "
-                "under the same config; name another store, or remove that one"
+                f"{begun} a model in {before['model_dtype']}, which is {origin.model_dtype} here, "
+                f"{end}"
             )
+        if "model_crc32c" in other:
+            commits = (before.get("model_commit"), origin.model_commit)
+            told = f" (commit {commits[0]}, now {commits[1]})" if commits[0] != commits[1] else ""
+            raise ConfigError(f"{begun} other weights of the model than these{told}, {end}")
+        if set(other) - {"model_commit"}:
+            raise ConfigError(f"{begun} another text than this one, {end}")
 
     def create(
         self,
@@ -207,7 +227,7 @@ class StoreWriter:
         widths: dict[str, int],
         dtype: str,
         attributes: dict[str, Any],
-        text_crc32c: int | None = None,
+        origin: Origin | None = None,
     ) -> None:
         """Makes the empty arrays, once; on a store that exists it changes nothing. One process
         calls it.
@@ -231,8 +251,8 @@ class StoreWriter:
                 self._array(group, f"tokens/{name}", geometry, "int32", None)
             self.records.write("config.json", self.config)
             shape = {"format": FORMAT, "dtype": dtype, "widths": widths, **geometry._asdict()}
-            if text_crc32c is not None:
-                shape["text_crc32c"] = text_crc32c
+            if origin is not None:
+                shape |= origin._asdict()
             self.records.write("geometry.json", shape)
 
     def _array(
