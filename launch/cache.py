@@ -10,7 +10,9 @@ def run(config: Config) -> None:
     """Run text through a language model and store its activations at many hookpoints.
 
     Each process writes its own shards. Run again after an interruption, it goes on with the shards
-    that are not recorded. Reads the sections model, text and cache.
+    that are not recorded; run on a finished store, it makes again what was lost or cut short since
+    (`ActivationStore.verify()` in Python compares all data with their checksums). Reads the
+    sections model, text and cache.
 
     flash-sae cache configs/gpt2-small.yaml cache.num_tokens=1000000
 

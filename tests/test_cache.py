@@ -330,6 +330,7 @@ def test_a_missing_record_is_unfinished(root: Path) -> None:
 @pytest.mark.parametrize("damage", ["flip", "cut", "foreign"])
 def test_damage_is_found(root: Path, damage: str) -> None:
     file = shard_file(root, 1)
+    store = ActivationStore.open(str(root / "store.zarr"))
     data = bytearray(file.read_bytes())
     if damage == "flip":
         data[37] ^= 4
@@ -338,7 +339,6 @@ def test_damage_is_found(root: Path, damage: str) -> None:
     else:
         data = bytearray(shard_file(root, 0).read_bytes())
     file.write_bytes(data)
-    store = ActivationStore.open(str(root / "store.zarr"))
     with pytest.raises(DamagedStoreError, match=r"c/1/0"):
         store.verify()
     if damage != "foreign":
@@ -347,6 +347,86 @@ def test_damage_is_found(root: Path, damage: str) -> None:
         with pytest.raises(DamagedStoreError, match=r"c/1/0"):
             reader.read(first)
         reader.close()
+
+
+def interrupted(made: Path, root: Path) -> dict[str, Any]:
+    """The config of a copy of store, model and text, whose store lacks one shard."""
+    shutil.copytree(made, root)
+    (root / "store.zarr/records/shard-00000001.json").unlink()
+    for file in ("records/config.json", "zarr.json"):
+        text = (root / "store.zarr" / file).read_text()
+        (root / "store.zarr" / file).write_text(text.replace(str(made), str(root)))
+    return config_data(root, shard_mib=0.002)
+
+
+@pytest.mark.parametrize("left", [0, -1])
+@pytest.mark.parametrize("name", [f"{ACTS}/c/1/0", f"{ACTS}/c/last/0", "tokens/document/c/1"])
+def test_files_cut_short_are_found_and_made_again(
+    made: Path, tmp_path: Path, name: str, left: int
+) -> None:
+    """A full disk or a copy that broke off leaves them; nothing need be deleted by hand."""
+    root = tmp_path / "again"
+    data = interrupted(made, root)
+    store = root / "store.zarr"
+    shutil.copy(made / "store.zarr/records/shard-00000001.json", store / "records")
+    last = ActivationStore.open(str(store)).geometry.num_shards - 1
+    file = store / name.replace("last", str(last))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:left])
+    with pytest.raises(DamagedStoreError, match=f"{file} is missing from the store or cut short"):
+        ActivationStore.open(str(store))
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    assert file.read_bytes() == whole
+    ActivationStore.open(str(store)).verify()
+
+
+@pytest.mark.parametrize("damage", ["gone", "{", "[]", "binary"])
+def test_a_lost_config_record_is_written_again(made: Path, tmp_path: Path, damage: str) -> None:
+    """`cache` once said that nothing was left to do, and `train` that `cache` had to be run."""
+    root = tmp_path / "again"
+    data = interrupted(made, root)
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    record = root / "store.zarr/records/config.json"
+    before = record.read_text()
+    if damage != "gone":
+        record.write_bytes(b"\xff\xfe" if damage == "binary" else damage.encode())
+        with pytest.raises(DamagedStoreError, match=r"config\.json is damaged: .*; delete it"):
+            run_cache(parse_config(data), Accelerator(cpu=True))
+    record.unlink()
+    with pytest.raises(DamagedStoreError, match=r"config\.json is missing .*run the same"):
+        ActivationStore.open(str(root / "store.zarr"))
+    other = data | {"cache": data["cache"] | {"seed": 7}}
+    with pytest.raises(ConfigError, match=r"cache\.seed=7 differs"):
+        run_cache(parse_config(other), Accelerator(cpu=True))
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    assert record.read_text() == before
+    ActivationStore.open(str(root / "store.zarr")).verify()
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "is damaged: it is gone"),
+        ("{}", "is damaged: 'format' is missing"),
+        ('{"format": 1, "rows": 3}', "is damaged: 'shard_rows' is missing"),
+        ("{", "is damaged: Expecting"),
+    ],
+)
+def test_a_lost_geometry_costs_no_data_silently(
+    made: Path, tmp_path: Path, content: str | None, word: str
+) -> None:
+    """Without it `cache` made the arrays anew, which removed hours of work without a word."""
+    data = interrupted(made, tmp_path / "again")
+    record = tmp_path / "again/store.zarr/records/geometry.json"
+    kept = shard_file(tmp_path / "again", 0)
+    before = kept.stat().st_mtime_ns
+    if content is None:
+        record.unlink()
+    else:
+        record.write_text(content)
+    with pytest.raises(DamagedStoreError, match=f"{word}.*; remove the whole store .* cache it"):
+        run_cache(parse_config(data), Accelerator(cpu=True))
+    assert kept.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("lost", ["activations", "tokens", "record"])
@@ -386,15 +466,6 @@ def test_a_store_is_not_gone_on_with_from_another_text(made: Path, tmp_path: Pat
         (made / "text.jsonl").write_text(text)
 
 
-def interrupted(made: Path, root: Path) -> dict[str, Any]:
-    """The config of a copy of store, model and text, whose store lacks one shard."""
-    shutil.copytree(made, root)
-    (root / "store.zarr/records/shard-00000001.json").unlink()
-    config = root / "store.zarr/records/config.json"
-    config.write_text(config.read_text().replace(str(made), str(root)))
-    return config_data(root, shard_mib=0.002)
-
-
 @pytest.mark.parametrize("change", ["weights", "dtype"])
 def test_a_store_is_not_gone_on_with_by_another_model(
     made: Path, tmp_path: Path, change: str
@@ -409,9 +480,7 @@ def test_a_store_is_not_gone_on_with_by_another_model(
         word = "was begun with other weights of the model"
     else:
         file = root / "store.zarr/records/geometry.json"
-        file.write_text(
-            file.read_text().replace('dtype": "float32", "model_c', 'dtype": "half", "model_c')
-        )
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_dtype": "half"}))
         word = "a model in half, which is float32 here"
     with pytest.raises(ConfigError, match=word):
         run_cache(parse_config(data), Accelerator(cpu=True))

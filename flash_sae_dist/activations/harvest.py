@@ -32,7 +32,7 @@ from .language_model import (
     resolve_hookpoints,
     weights_checksum,
 )
-from .store import Geometry, Origin, StoreWriter, make_geometry, storage_dtype
+from .store import Geometry, Origin, Shape, StoreWriter, make_geometry, storage_dtype
 from .text import TokenTable, begin_token, token_table
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ def run_cache(config: Config, accelerator: Any) -> None:
     assert config.model is not None
     assert config.cache is not None
     writer = StoreWriter(config.cache.store, store_config(config), create=True)
+    if accelerator.is_main_process:
+        writer.restore_config()
     if writer.is_complete():
         if accelerator.is_main_process:
             print(f"{config.cache.store} is complete; nothing to do")
@@ -86,7 +88,7 @@ def run_cache(config: Config, accelerator: Any) -> None:
     if accelerator.is_main_process:
         writer.create(geometry, widths, config.cache.dtype, _provenance(config, lm), origin)
     accelerator.wait_for_everyone()
-    todo = writer.missing(geometry, widths)
+    todo = writer.missing(Shape(geometry, config.cache.dtype, widths))
     accelerator.wait_for_everyone()
     harvester = _Harvester(lm, hookpoints, table, geometry, config.cache)
     mine = todo[accelerator.process_index :: accelerator.num_processes]

@@ -10,19 +10,18 @@ error, so what is complete is known from the records alone.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from typing import Any, NamedTuple
 
-import fsspec
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from ..config import ConfigError, UserError, nearest_name
+from ..config import ConfigError, nearest_name
+from .records import COMPLETE, CONFIG, GEOMETRY, Records, shard_record
+from .records import DamagedStoreError as DamagedStoreError
 
 Array = npt.NDArray[Any]
 FORMAT = 1
@@ -30,10 +29,6 @@ _CHUNK_BYTES = 1 << 20
 _MIN_SHARDS = 16
 _MIN_CHUNKS = 64
 TOKEN_ARRAYS = ("ids", "document", "position")
-
-
-class DamagedStoreError(UserError):
-    """A store whose data are missing, torn or changed."""
 
 
 class Geometry(NamedTuple):
@@ -53,6 +48,15 @@ class Geometry(NamedTuple):
     def shard_range(self, shard: int) -> tuple[int, int]:
         """First row and row after the last of a shard."""
         return shard * self.shard_rows, min(self.rows, (shard + 1) * self.shard_rows)
+
+    def file_bytes(self, shard: int, row_bytes: int) -> int:
+        """Size of a shard's file: whole chunks, then the index (16 bytes a chunk), a checksum
+        behind each.
+        """
+        start, stop = self.shard_range(shard)
+        chunks = -(-(stop - start) // self.chunk_rows)
+        index = 16 * (self.shard_rows // self.chunk_rows)
+        return chunks * (self.chunk_rows * row_bytes + 4) + index + 4
 
 
 class Origin(NamedTuple):
@@ -91,74 +95,58 @@ def as_float64(rows: Array, dtype: str) -> Array:
     return rows.astype(np.float64)
 
 
-class Records:
-    """Small JSON files beside the arrays, renamed into place on a disk; any fsspec URL works."""
+class Shape(NamedTuple):
+    """What the arrays of a store look like."""
 
-    def __init__(self, path: str) -> None:
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(path)
-        except (ImportError, ValueError) as e:
-            raise ConfigError(f"store {path!r} cannot be reached: {e}") from e
-        self.local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
-        # For Zarr a file:// URL is no folder: it would neither make folders nor rename into place.
-        self.zarr = self.root if self.local else path
+    geometry: Geometry
+    dtype: str
+    widths: dict[str, int]
 
-    def _where(self, name: str) -> str:
-        return f"{self.root}/records/{name}"
-
-    def write(self, name: str, record: dict[str, Any]) -> None:
-        """Writes one record whole or not at all (as a put to an object store is by itself)."""
-        self.fs.makedirs(f"{self.root}/records", exist_ok=True)
-        text = json.dumps(record)
-        if not self.local:
-            self.fs.pipe_file(self._where(name), text.encode())
-            return
-        partial = f"{self._where(name)}.{os.getpid()}.tmp"
-        with open(partial, "w") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, self._where(name))
-
-    def read(self, name: str) -> dict[str, Any] | None:
-        """A record, or None where there is none."""
-        try:
-            data: dict[str, Any] = json.loads(self.fs.cat_file(self._where(name)))
-        except FileNotFoundError:
+    @classmethod
+    def read(cls, records: Records) -> Shape | None:
+        """From a store's record, None where there is none. Raises ConfigError for another format,
+        DamagedStoreError where something is missing from it.
+        """
+        record = records.read(GEOMETRY)
+        if record is None:
             return None
-        except json.JSONDecodeError as e:
-            raise DamagedStoreError(f"{self._where(name)} is damaged: {e}; delete it") from e
-        return data
+        try:
+            if record["format"] != FORMAT:
+                raise ConfigError(
+                    f"store={records.root!r} has format {record['format']}, not {FORMAT}; "
+                    "cache anew"
+                )
+            geometry = Geometry(record["rows"], record["shard_rows"], record["chunk_rows"])
+            return cls(geometry, record["dtype"], record["widths"])
+        except KeyError as e:
+            raise records.damaged(GEOMETRY, f"{e} is missing") from e
 
-    def whole_shards(self, names: list[str]) -> set[int]:
-        """Shards that are recorded and whose files are there in every array."""
-        whole = self.shards()
+    def whole_shards(self, records: Records, names: list[str]) -> set[int]:
+        """Shards that are recorded and whose files are there, none cut short, in every array."""
+        whole = {s for s in records.shards() if s < self.geometry.num_shards}
         for name in names:
-            folder = f"{self.root}/{name}/c"
-            tail = "/0" if name.startswith("activations/") else ""
-            # One listing an array: a question a file would take minutes on an object store.
-            files = [f[len(folder) + 1 :] for f in self.fs.find(folder)]
-            whole &= {
-                int(n) for f in files if f.endswith(tail) and (n := f.removesuffix(tail)).isdigit()
+            sizes = records.file_sizes(f"{name}/c")
+            kind, _, hookpoint = name.partition("/")
+            row_bytes = np.dtype("int32").itemsize
+            if kind == "activations":
+                row_bytes = storage_dtype(self.dtype).itemsize * self.widths[hookpoint]
+            whole = {
+                s
+                for s in whole
+                if sizes.get(shard_path(name, s), -1) >= self.geometry.file_bytes(s, row_bytes)
             }
         return whole
 
-    def shards(self) -> set[int]:
-        """Shards that are recorded."""
-        if not self.fs.exists(f"{self.root}/records"):
-            return set()
-        names = [n.rsplit("/", 1)[-1] for n in self.fs.ls(f"{self.root}/records", detail=False)]
-        return {int(n[6:14]) for n in names if n.startswith("shard-") and n.endswith(".json")}
+
+def shard_path(name: str, shard: int) -> str:
+    """Where a shard of an array lives in the store."""
+    tail = "/0" if name.startswith("activations/") else ""
+    return f"{name}/c/{shard}{tail}"
 
 
 def array_names(widths: dict[str, int]) -> list[str]:
     """The arrays that have a file a shard."""
     return [f"activations/{h}" for h in widths] + [f"tokens/{n}" for n in TOKEN_ARRAYS]
-
-
-def shard_record(shard: int) -> str:
-    """Name of a shard's record."""
-    return f"shard-{shard:08d}.json"
 
 
 def difference(path: str, before: dict[str, Any], asked: dict[str, Any]) -> ConfigError | None:
@@ -181,28 +169,40 @@ class StoreWriter:
         self.path, self.config = path, config
         self.records = Records(path)
         if create:
-            self._check_or_create()
+            self._check()
 
-    def _check_or_create(self) -> None:
-        before = self.records.read("config.json")
+    def _check(self) -> None:
+        before, shape = self.records.read(CONFIG), Shape.read(self.records)
+        if shape is None and self.records.shards():
+            # Making the arrays anew would remove what is in them.
+            raise self.records.damaged(GEOMETRY, "it is gone, though shards are recorded")
+        if before is None and shape is not None:
+            attributes: dict[str, Any] = zarr.open_group(self.records.zarr, mode="r").attrs.asdict()
+            before = attributes.get("config")
         if before is not None:
             error = difference(self.path, before, self.config)
             if error is not None:
                 raise error
 
+    def restore_config(self) -> None:
+        """Writes the record of the config where a store has lost it. One process calls it."""
+        if self.records.read(CONFIG) is None and self.records.read(GEOMETRY) is not None:
+            self.records.write(CONFIG, self.config)
+
     def is_complete(self) -> bool:
-        """Whether nothing is left to do: all was recorded, and no file has been lost since."""
-        shape = self.records.read("geometry.json")
-        if shape is None or self.records.read("complete.json") is None:
+        """Whether nothing is left to do: all was recorded, and no file has been lost or cut short
+        since. What the files hold is not read: ActivationStore.verify does that.
+        """
+        shape = Shape.read(self.records)
+        if shape is None or self.records.read(COMPLETE) is None:
             return False
-        geometry = Geometry(shape["rows"], shape["shard_rows"], shape["chunk_rows"])
-        return not self.missing(geometry, shape["widths"])
+        return not self.missing(shape)
 
     def check_origin(self, geometry: Geometry, origin: Origin) -> None:
         """Raises ConfigError where a store that was begun holds rows of another text or model,
         though the config is the same. Stores made before one of these was recorded pass.
         """
-        before = self.records.read("geometry.json")
+        before = self.records.read(GEOMETRY)
         if before is None:
             return
         end = "though under the same config; name another store, or remove that one"
@@ -232,7 +232,7 @@ class StoreWriter:
         """Makes the empty arrays, once; on a store that exists it changes nothing. One process
         calls it.
         """
-        if self.records.read("geometry.json") is None:
+        if self.records.read(GEOMETRY) is None:
             group = zarr.open_group(self.records.zarr, mode="a", zarr_format=3)
             group.attrs.update(attributes)
             for hookpoint, width in widths.items():
@@ -249,11 +249,11 @@ class StoreWriter:
                 )
             for name in TOKEN_ARRAYS:
                 self._array(group, f"tokens/{name}", geometry, "int32", None)
-            self.records.write("config.json", self.config)
+            self.records.write(CONFIG, self.config)
             shape = {"format": FORMAT, "dtype": dtype, "widths": widths, **geometry._asdict()}
             if origin is not None:
                 shape |= origin._asdict()
-            self.records.write("geometry.json", shape)
+            self.records.write(GEOMETRY, shape)
 
     def _array(
         self, group: zarr.Group, name: str, geometry: Geometry, dtype: str, width: int | None
@@ -270,10 +270,10 @@ class StoreWriter:
         )
         array.attrs["dtype"] = dtype
 
-    def missing(self, geometry: Geometry, widths: dict[str, int]) -> list[int]:
-        """Shards that are not recorded yet or have lost a file, ascending."""
-        done = self.records.whole_shards(array_names(widths))
-        return [s for s in range(geometry.num_shards) if s not in done]
+    def missing(self, shape: Shape) -> list[int]:
+        """Shards that are not recorded yet or have a file lost or cut short, ascending."""
+        done = shape.whole_shards(self.records, array_names(shape.widths))
+        return [s for s in range(shape.geometry.num_shards) if s not in done]
 
     def write_shard(self, geometry: Geometry, shard: int, arrays: dict[str, Array]) -> None:
         """Writes a shard of every array whole, and its sums, then records it with checksums.
@@ -290,6 +290,8 @@ class StoreWriter:
                 assert len(rows) == stop - start
                 target = group[name]
                 assert isinstance(target, zarr.Array)
+                # Zarr reads what it finds before it writes, which a torn file would fail.
+                self.records.remove(shard_path(name, shard))
                 target[start:stop] = rows
                 record["crc32c"][name] = google_crc32c.value(np.ascontiguousarray(rows).tobytes())
                 if name.startswith("activations/"):
@@ -317,37 +319,36 @@ class StoreWriter:
         record = {"rows": geometry.rows, "shards": geometry.num_shards}
         if num_documents is not None:
             record["documents"] = num_documents
-        self.records.write("complete.json", record)
+        self.records.write(COMPLETE, record)
 
 
 class ActivationStore:
     """A complete store, open for reading."""
 
-    def __init__(self, path: str, shape: dict[str, Any], config: dict[str, Any]) -> None:
+    def __init__(self, path: str, shape: Shape, config: dict[str, Any]) -> None:
         self.path, self.config = path, config
-        self.records = Records(path)
-        self.geometry = Geometry(shape["rows"], shape["shard_rows"], shape["chunk_rows"])
-        self.dtype: str = shape["dtype"]
-        self.widths: dict[str, int] = shape["widths"]
+        self.records, self.shape = Records(path), shape
+        self.geometry, self.dtype, self.widths = shape
 
     @classmethod
     def open(cls, path: str) -> ActivationStore:
         """Opens a store whose every shard is recorded and there.
 
         Raises ConfigError where there is no store or it is unfinished, DamagedStoreError where a
-        shard is missing.
+        shard is missing or cut short, or a record damaged.
         """
         records = Records(path)
-        shape, config = records.read("geometry.json"), records.read("config.json")
-        if shape is None or config is None:
+        shape, config = Shape.read(records), records.read(CONFIG)
+        if shape is None:
             raise ConfigError(f"store={path!r} is no activation store; run `flash-sae cache` first")
-        if shape["format"] != FORMAT:
-            raise ConfigError(
-                f"store={path!r} has format {shape['format']}, not {FORMAT}; cache anew"
+        if config is None:
+            raise DamagedStoreError(
+                f"{records.where(CONFIG)} is missing from the store; run the same "
+                "`flash-sae cache` again"
             )
         store = cls(path, shape, config)
         absent = set(range(store.geometry.num_shards)) - records.shards()
-        if absent or records.read("complete.json") is None:
+        if absent or records.read(COMPLETE) is None:
             raise ConfigError(
                 f"store={path!r} is unfinished: {len(absent)} of {store.geometry.num_shards} "
                 "shards are missing; run the same `flash-sae cache` again"
@@ -357,11 +358,12 @@ class ActivationStore:
 
     def _check_files(self) -> None:
         for name in array_names(self.widths):
-            lost = set(range(self.geometry.num_shards)) - self.records.whole_shards([name])
+            whole = self.shape.whole_shards(self.records, [name])
+            lost = set(range(self.geometry.num_shards)) - whole
             if lost:
                 raise DamagedStoreError(
-                    f"{self.shard_file(name, min(lost))} is missing from the store, and Zarr would "
-                    "read it as zeros; run the same `flash-sae cache` again"
+                    f"{self.shard_file(name, min(lost))} is missing from the store or cut short; "
+                    "run the same `flash-sae cache` again"
                 )
 
     def begins_with_token(self) -> bool:
@@ -370,15 +372,14 @@ class ActivationStore:
 
     def num_documents(self) -> int:
         """How many documents of the text the rows came from: 0 .. num_documents - 1."""
-        record = self.records.read("complete.json") or {}
+        record = self.records.read(COMPLETE) or {}
         if "documents" in record:
             return int(record["documents"])
         return int(self.read("tokens/document", 0, self.rows).max()) + 1
 
     def shard_file(self, name: str, shard: int) -> str:
         """Where a shard of an array lives."""
-        tail = "/0" if name.startswith("activations/") else ""
-        return f"{self.records.root}/{name}/c/{shard}{tail}"
+        return f"{self.records.root}/{shard_path(name, shard)}"
 
     @property
     def hookpoints(self) -> list[str]:

@@ -1,0 +1,93 @@
+"""The records of an activation store: small JSON files that tell what is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from typing import Any
+
+import fsspec
+
+from ..config import ConfigError, UserError
+
+GEOMETRY, CONFIG, COMPLETE = "geometry.json", "config.json", "complete.json"
+
+
+class DamagedStoreError(UserError):
+    """A store whose data are missing, torn or changed."""
+
+
+def shard_record(shard: int) -> str:
+    """Name of a shard's record."""
+    return f"shard-{shard:08d}.json"
+
+
+class Records:
+    """Small JSON files beside the arrays, renamed into place on a disk; any fsspec URL works."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(path)
+        except (ImportError, ValueError) as e:
+            raise ConfigError(f"store {path!r} cannot be reached: {e}") from e
+        self.local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
+        # For Zarr a file:// URL is no folder: it would neither make folders nor rename into place.
+        self.zarr = self.root if self.local else path
+
+    def where(self, name: str) -> str:
+        """Path of a record."""
+        return f"{self.root}/records/{name}"
+
+    def write(self, name: str, record: dict[str, Any]) -> None:
+        """Writes one record whole or not at all (as a put to an object store is by itself)."""
+        self.fs.makedirs(f"{self.root}/records", exist_ok=True)
+        text = json.dumps(record)
+        if not self.local:
+            self.fs.pipe_file(self.where(name), text.encode())
+            return
+        partial = f"{self.where(name)}.{os.getpid()}.tmp"
+        with open(partial, "w") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, self.where(name))
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A record, or None where there is none."""
+        try:
+            data = json.loads(self.fs.cat_file(self.where(name)))
+        except FileNotFoundError:
+            return None
+        except ValueError as e:
+            raise self.damaged(name, str(e)) from e
+        if not isinstance(data, dict):
+            raise self.damaged(name, f"it holds a {type(data).__name__}")
+        return data
+
+    def damaged(self, name: str, why: str) -> DamagedStoreError:
+        """The error of a record that cannot be used, with what to do about it."""
+        cure = "delete it and run the same `flash-sae cache` again"
+        if name == GEOMETRY:
+            # Without it no shard can be told from a torn one.
+            cure = f"remove the whole store {self.root} and cache it anew"
+        return DamagedStoreError(f"{self.where(name)} is damaged: {why}; {cure}")
+
+    def file_sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each file below a folder of the store, by its path in the store: one listing,
+        for a question a file would take minutes on an object store.
+        """
+        found = self.fs.find(f"{self.root}/{folder}", detail=True)
+        return {path[len(self.root) + 1 :]: info["size"] for path, info in found.items()}
+
+    def remove(self, file: str) -> None:
+        """Removes a file of the store where it is there."""
+        with suppress(FileNotFoundError):
+            self.fs.rm_file(f"{self.root}/{file}")
+
+    def shards(self) -> set[int]:
+        """Shards that are recorded."""
+        if not self.fs.exists(f"{self.root}/records"):
+            return set()
+        names = [n.rsplit("/", 1)[-1] for n in self.fs.ls(f"{self.root}/records", detail=False)]
+        return {int(n[6:14]) for n in names if n.startswith("shard-") and n.endswith(".json")}
