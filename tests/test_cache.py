@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from flash_sae_dist.activations.language_model import (
     weights_checksum,
 )
 from flash_sae_dist.activations.loader import ActivationLoader, BlockReader
+from flash_sae_dist.activations.records import Records
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError, array_names
 from flash_sae_dist.config import ConfigError, ModelConfig, match_names
 from flash_sae_dist.config_file import parse_config
@@ -592,3 +594,22 @@ def test_any_fsspec_url_works(made: Path, tmp_path: Path, kind: str) -> None:
 def test_records_are_plain_json(made: Path) -> None:
     record = json.loads((made / "store.zarr/records/shard-00000000.json").read_text())
     assert set(record) == {"rows", "crc32c"}
+
+
+def test_records_of_hosts_with_equal_process_numbers_meet_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers count their processes from 1 each: one host's rename took away the other's."""
+    records, replace = Records(str(tmp_path)), os.replace
+    partials: list[str] = []
+
+    def keep(source: str, target: str) -> None:
+        partials.append(source)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", keep)
+    records.write("config.json", {"a": 1})
+    records.write("config.json", {"a": 2})
+    assert len(set(partials)) == 2
+    assert records.read("config.json") == {"a": 2}
+    assert len(list((tmp_path / "records").iterdir())) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from contextlib import suppress
 from typing import Any
 
@@ -46,7 +47,8 @@ class Records:
         if not self.local:
             self.fs.pipe_file(self.where(name), text.encode())
             return
-        partial = f"{self.where(name)}.{os.getpid()}.tmp"
+        # Not the process's number: on several hosts the first of each container may have the same.
+        partial = f"{self.where(name)}.{uuid.uuid4().hex}.tmp"
         with open(partial, "w") as f:
             f.write(text)
             f.flush()
