@@ -8,10 +8,28 @@ from __future__ import annotations
 
 import difflib
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self, get_args
+from os.path import expanduser
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
+Text = Annotated[str, Field(min_length=1)]
+# A URL has no `~` in front and stays what it is.
+Folder = Annotated[Text, AfterValidator(expanduser)]
+# What numpy, torch and the kernels all take, with steps added to it.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+# Rows of the dictionary are numbered in 32 bits.
+Latents = Annotated[int, Field(gt=0, lt=2**31)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["auto", "float64", "float32", "bfloat16"]
 ExportFormat = Literal["sae_lens", "sparsify"]
 
@@ -32,20 +50,34 @@ class StrictModel(BaseModel):
     """A section: unknown keys and wrong types are refused, values never change after birth."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
     @field_validator("*", mode="before")
     @classmethod
-    def _yaml_types(cls, value: Any) -> Any:
-        # YAML has lists and reads 1e-4 as a string; strict fields are tuples and floats.
-        if isinstance(value, list):
-            return tuple(cls._yaml_types(v) for v in value)
-        if isinstance(value, dict):
-            return {name: cls._yaml_types(v) for name, v in value.items()}
-        if isinstance(value, str) and _is_exponent_number(value):
-            return float(value)
-        return value
+    def _yaml_types(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise PydanticCustomError("too_large", "a whole number has to fit 64 bits")
+        return _from_yaml(value, cls.model_fields[str(info.field_name)].annotation)
+
+
+def _from_yaml(value: Any, kind: Any) -> Any:
+    """YAML has lists and reads 1e-4 as a string; strict fields are tuples and floats."""
+    if isinstance(value, list):
+        return tuple(_from_yaml(v, kind) for v in value)
+    if isinstance(value, dict):
+        return {name: _from_yaml(v, kind) for name, v in value.items()}
+    if isinstance(value, str) and _holds_float(kind) and _is_exponent_number(value):
+        return float(value)
+    return value
+
+
+def _holds_float(kind: Any) -> bool:
+    return kind is float or any(_holds_float(part) for part in get_args(kind))
 
 
 def _is_exponent_number(text: str) -> bool:
@@ -56,7 +88,7 @@ def _is_exponent_number(text: str) -> bool:
 class ModelConfig(StrictModel):
     """The language model whose activations are read."""
 
-    name: str
+    name: Text
     """Hub name or local folder of a Hugging Face model, or `package:NAME` for a model that an
     installed Python package carries.
     """
@@ -79,7 +111,7 @@ class TextConfig(StrictModel):
     """hub: a Hugging Face dataset; files: local .txt, .jsonl or .parquet; pydoc: the manual pages
     inside Python itself.
     """
-    name: str | None = None
+    name: Text | None = None
     """Dataset name on the hub, or a local dataset folder (source: hub)."""
     subset: str | None = None
     """Dataset configuration (source: hub)."""
@@ -109,7 +141,7 @@ class TextConfig(StrictModel):
 class CacheConfig(StrictModel):
     """What is written to the activation store, and how."""
 
-    store: str
+    store: Folder
     """Folder or fsspec URL of the Zarr store."""
     hookpoints: tuple[str, ...] = Field(min_length=1)
     """Module names, wildcards allowed: `model.layers.*` are all blocks, `model.layers.*.mlp` their
@@ -124,24 +156,24 @@ class CacheConfig(StrictModel):
     """Sequences a forward pass."""
     drop_special_tokens: bool = True
     """Leave out positions of BOS, EOS and other special tokens, whose activations are outliers."""
-    shard_mib: float = Field(default=128, gt=0)
+    shard_mib: float = Field(default=128, gt=0, le=2**20)
     """Size of one file of the store, written whole by one process; 64-256 suits disks and object
     stores.
     """
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the stored activations."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the shuffle of sequences and rows."""
 
 
 class SAEConfig(StrictModel):
     """Shape of a TopK sparse autoencoder."""
 
-    k: int = Field(gt=0)
+    k: Latents
     """Active latents a token."""
-    d_sae: int | None = Field(default=None, gt=0)
+    d_sae: Latents | None = None
     """Latents over all shards; give this or expansion_factor."""
-    expansion_factor: float | None = Field(default=None, gt=0)
+    expansion_factor: float | None = Field(default=None, gt=0, lt=2**31)
     """d_sae as a multiple of the hookpoint's width."""
 
     @model_validator(mode="after")
@@ -158,8 +190,15 @@ class SAEConfig(StrictModel):
         return self
 
     def width(self, d_in: int) -> int:
-        """Latents for a hookpoint of width d_in. Raises ConfigError where k does not fit."""
+        """Latents for a hookpoint of width d_in. Raises ConfigError where k does not fit, or the
+        latents exceed what is numbered in 32 bits.
+        """
         d_sae = self.d_sae or round((self.expansion_factor or 0) * d_in)
+        if d_sae >= 2**31:
+            raise ConfigError(
+                f"sae.expansion_factor={self.expansion_factor} gives {d_sae} latents at width "
+                f"{d_in}, more than 2**31 - 1; lower it"
+            )
         if self.k > d_sae:
             raise ConfigError(
                 f"sae.k={self.k} exceeds the {d_sae} latents of "
@@ -184,7 +223,7 @@ class TrainConfig(StrictModel):
     """Steps of linear warm-up."""
     decay_fraction: float = Field(default=0.2, ge=0, le=1)
     """Last part of the steps over which the learning rate falls linearly to zero."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Adam's decay rates."""
     adam_eps: float = Field(default=6.25e-10, gt=0)
     """Adam's epsilon; small because the normalised loss has small gradients (OpenAI's value)."""
@@ -209,7 +248,7 @@ class TrainConfig(StrictModel):
     (fused only), resampling once every dead_after_tokens, or nothing."""
     aux_coef: float = Field(default=1 / 32, ge=0)
     """Weight of the AuxK or ghost loss."""
-    k_aux: int | None = Field(default=None, gt=0)
+    k_aux: Latents | None = None
     """Dead latents that AuxK or ghost gradients use a token; left out, half the width."""
     dead_after_tokens: int = Field(default=10_000_000, gt=0)
     """Tokens without firing, counted over all processes, after which a latent is dead."""
@@ -221,7 +260,7 @@ class TrainConfig(StrictModel):
     """Processes that share one SAE's latents; left out, all of them."""
     num_replicas: int = Field(default=1, gt=0)
     """Copies of the sharded SAE that split each batch."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of the data."""
     log_every: int = Field(default=10, gt=0)
     """Steps between log lines; the device is read only then."""
@@ -268,17 +307,20 @@ _SHARED_BY_A_GRID = ("hookpoint", "num_shards", "num_replicas")
 class GridConfig(StrictModel):
     """Many SAEs from one store: every hookpoint with every combination of values."""
 
-    hookpoints: tuple[str, ...] = ("*",)
+    hookpoints: tuple[str, ...] = Field(default=("*",), min_length=1)
     """Hookpoints of the store, wildcards as in cache.hookpoints; `*` alone are all."""
-    values: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    values: dict[str, tuple[Any, ...]] = {}
     """Lists of values by dotted key of the sections sae and train, such as `sae.k: [16, 32]`."""
 
     @field_validator("values")
     @classmethod
     def _keys_exist(cls, values: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
-        known = [f"sae.{n}" for n in SAEConfig.model_fields] + [
-            f"train.{n}" for n in TrainConfig.model_fields if n not in _SHARED_BY_A_GRID
-        ]
+        fields = {f"sae.{n}": field for n, field in SAEConfig.model_fields.items()} | {
+            f"train.{n}": field
+            for n, field in TrainConfig.model_fields.items()
+            if n not in _SHARED_BY_A_GRID
+        }
+        known = list(fields)
         for key, choices in values.items():
             if key not in known:
                 raise ValueError(
@@ -286,7 +328,15 @@ class GridConfig(StrictModel):
                 )
             if not choices:
                 raise ValueError(f"grid.values: {key!r} is an empty list; give at least one value")
-        return values
+        typed = {key: _from_yaml(list(v), fields[key].annotation) for key, v in values.items()}
+        for key, choices in typed.items():
+            for at, choice in enumerate(choices):
+                if choice in choices[:at]:
+                    raise ValueError(
+                        f"grid.values: {key!r} holds {choice!r} twice, one SAE trained two times; "
+                        "drop one"
+                    )
+        return typed
 
 
 class EvaluateConfig(StrictModel):
@@ -305,14 +355,14 @@ class ExportConfig(StrictModel):
 
     formats: tuple[ExportFormat, ...] = get_args(ExportFormat)
     """Formats to write."""
-    directory: str | None = None
+    directory: Folder | None = None
     """Where to write; left out, `<output>/export`."""
 
 
 class Config(StrictModel):
     """A whole run."""
 
-    output: str
+    output: Folder
     """Folder of everything that is trained, evaluated and exported; a path, not a URL."""
     model: ModelConfig | None = None
     text: TextConfig | None = None
@@ -322,7 +372,7 @@ class Config(StrictModel):
     grid: GridConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
-    store: str | None = None
+    store: Folder | None = None
     """Store to train from; left out, `cache.store`."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers of accelerate, by name: tensorboard, wandb, trackio, ...; an empty list logs to

@@ -21,6 +21,10 @@ _WANTED = {
     "dict_type": "write `key: value` lines",
     "model_type": "write a section of `key: value` lines",
 }
+_EMPTY = {
+    "string_too_short": "write a name or a path",
+    "too_short": "write a list of at least one, such as [a]",
+}
 
 
 def _section_fields(loc: tuple[int | str, ...]) -> list[str]:
@@ -47,6 +51,9 @@ def _sentence(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         known = [".".join(map(str, (*loc[:-1], name))) for name in _section_fields(loc[:-1])]
         return f"unknown key {key!r} (value {_shown(error['input'])}){nearest_name(key, known)}"
+    if error["type"] == "missing" and isinstance(loc[-1], int):
+        key = ".".join(map(str, loc[:-1]))
+        return f"{key}={_shown(error['input'])} is too short; write {loc[-1] + 1} values or more"
     if error["type"] == "missing":
         return f"key {key!r} is missing; add it (`flash-sae keys {key}` tells what it means)"
     message = error["msg"].removeprefix("Value error, ")
@@ -58,6 +65,8 @@ def _sentence(error: ErrorDetails) -> str:
             c.strip("', ") for c in error["ctx"]["expected"].replace(" or ", ", ").split(", ")
         ]
         return f"{told} is not a choice{nearest_name(str(error['input']), choices)}"
+    if error["type"] in _EMPTY:
+        return f"{told} is empty; {_EMPTY[error['type']]}"
     if error["type"] in _WANTED:
         return f"{told} is of the wrong type; {_WANTED[error['type']]}"
     return f"{told} does not fit: {message[0].lower()}{message[1:]}"

@@ -20,6 +20,8 @@ GOOD: dict[str, Any] = {
     "train": {"num_tokens": 1000, "hookpoint": "layers.3"},
     "grid": {"values": {"sae.k": [16, 32], "train.lr": ["1e-4", 3e-4]}},
 }
+CACHE: dict[str, Any] = {"store": "x.zarr", "hookpoints": ["layers.3"], "num_tokens": 100}
+INF, NAN = float("inf"), float("nan")
 
 
 def changed(dotted: str, value: Any) -> dict[str, Any]:
@@ -69,6 +71,33 @@ def test_good_config() -> None:
         ("grid", {"values": {"sae.kk": [1]}}, ["grid.values", "'sae.kk'", "'sae.k'"]),
         ("grid", {"values": {"train.num_shards": [1, 2]}}, ["'train.num_shards'"]),
         ("grid", {"values": {"sae.k": []}}, ["grid.values", "'sae.k'", "at least one"]),
+        ("grid", {"values": {"sae.k": [2, 4, 2]}}, ["grid.values: 'sae.k' holds 2 twice"]),
+        ("grid", {"values": {"train.lr": [0.001, "1e-3"]}}, ["'train.lr' holds 0.001 twice"]),
+        ("grid", {"hookpoints": []}, ["grid.hookpoints=[] is empty", "at least one"]),
+        ("train.adam_betas", [2.0, 0.9], ["train.adam_betas.0=2.0", "less than 1"]),
+        ("train.adam_betas", [0.9, 1.0], ["train.adam_betas.1=1.0", "less than 1"]),
+        ("train.adam_betas", [-1.0, 0.9], ["train.adam_betas.0=-1.0", "or equal to 0"]),
+        ("train.adam_betas", [NAN, NAN], ["train.adam_betas.0=nan", "finite"]),
+        ("train.adam_betas", [0.9], ["train.adam_betas=[0.9] is too short; write 2 values"]),
+        ("train.adam_eps", INF, ["train.adam_eps=inf", "finite"]),
+        ("train.lr", INF, ["train.lr=inf", "finite"]),
+        ("train.lr", "1e999", ["train.lr=inf", "finite"]),
+        ("train.aux_coef", NAN, ["train.aux_coef=nan", "finite"]),
+        ("train.grad_clip", INF, ["train.grad_clip=inf", "finite"]),
+        ("train.seed", -1, ["train.seed=-1", "or equal to 0"]),
+        ("train.seed", 10**23, ["train.seed=1000", "64 bits"]),
+        ("train.dead_after_tokens", 10**23, ["train.dead_after_tokens=1000", "64 bits"]),
+        ("sae", {"k": 9, "d_sae": 10**21}, ["sae.d_sae=1000", "64 bits"]),
+        ("sae", {"k": 9, "d_sae": 10**11}, ["sae.d_sae=100000000000", "less than 2147483648"]),
+        ("sae", {"k": 9, "expansion_factor": INF}, ["sae.expansion_factor=inf", "finite"]),
+        ("cache", CACHE | {"seed": -1}, ["cache.seed=-1", "or equal to 0"]),
+        ("cache", CACHE | {"shard_mib": INF}, ["cache.shard_mib=inf", "finite"]),
+        ("cache", CACHE | {"store": ""}, ["cache.store='' is empty", "path"]),
+        ("output", "", ["output='' is empty", "path"]),
+        ("store", "", ["store='' is empty", "path"]),
+        ("export", {"directory": ""}, ["export.directory='' is empty", "path"]),
+        ("model", {"name": ""}, ["model.name='' is empty", "name"]),
+        ("text", {"source": "hub", "name": ""}, ["text.name='' is empty", "name"]),
         ("evaluate", 3, ["evaluate", "3"]),
         ("text", {"source": "hub"}, ["text.name", "'hub'"]),
         ("text", {"source": "files"}, ["text.paths", "'files'"]),
@@ -93,6 +122,43 @@ def test_overrides(tmp_path: Path) -> None:
     assert config.grid is not None
     assert (config.sae.k, config.train.lr) == (4, 1e-3)
     assert config.grid.values["sae.d_sae"] == (64, 128)
+
+
+def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
+    """A commit may be digits with an e among them; only a float's key reads it as a number."""
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(GOOD))
+    config = load_config(file, ["model.name=gpt2", "model.revision='7e12345'", "train.lr='1e-4'"])
+    assert config.model is not None
+    assert config.train is not None
+    assert (config.model.revision, config.train.lr) == ("7e12345", 1e-4)
+    with pytest.raises(ConfigError, match=r"train\.num_tokens='1e6' is of the wrong type"):
+        load_config(file, ["train.num_tokens=1e6"])
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of the name `~` would be made below the working folder."""
+    monkeypatch.setenv("HOME", "/home/me")
+    data = GOOD | {"output": "~/runs", "store": "~/a.zarr", "export": {"directory": "~/out"}}
+    config = parse_config(data | {"cache": CACHE | {"store": "~/b.zarr"}})
+    assert config.cache is not None
+    assert (config.output, config.store) == ("/home/me/runs", "/home/me/a.zarr")
+    assert (config.export.directory, config.cache.store) == ("/home/me/out", "/home/me/b.zarr")
+    assert parse_config(data | {"store": "s3://b/~/a.zarr"}).store == "s3://b/~/a.zarr"
+
+
+def test_a_width_beyond_32_bits_is_told() -> None:
+    sae = parse_config(GOOD | {"sae": {"k": 4, "expansion_factor": 2**28}}).sae
+    assert sae is not None
+    assert sae.width(4) == 2**30
+    with pytest.raises(ConfigError, match=r"sae\.expansion_factor=268435456.0 gives 4294967296"):
+        sae.width(16)
+
+
+def test_every_default_is_shown() -> None:
+    defaults = {key: default for key, default, _ in _fields(Config, "")}
+    assert defaults["grid.values"] == "{}"
+    assert not [key for key, default in defaults.items() if "Undefined" in default]
 
 
 @pytest.mark.parametrize(
