@@ -236,6 +236,18 @@ def test_what_cannot_be_cached_is_told(made: Path, change: dict[str, Any], word:
     assert not list((made / "none.zarr").glob("activations")), "nothing was begun"
 
 
+@pytest.mark.parametrize("store", ["file", "file/a.zarr", "/proc/a.zarr"])
+def test_a_store_that_cannot_be_written_is_told_first(tmp_path: Path, store: str) -> None:
+    """Before a model is loaded: here there is none."""
+    data = config_data(tmp_path, store=str(tmp_path / store))
+    (tmp_path / "file").write_text("x")
+    data["model"]["name"] = "no/such-model"
+    with pytest.raises(ConfigError, match=r"cache\.store='.*(is a file|cannot be written)"):
+        run_cache(parse_config(data), Accelerator(cpu=True))
+    with pytest.raises(ConfigError, match="is no activation store"):
+        ActivationStore.open(data["cache"]["store"])
+
+
 def test_masked_models_are_harvested_without_padding(tmp_path: Path) -> None:
     data = config_data(tmp_path, hookpoints=["bert.encoder.layer.0"], num_tokens=600)
     save_bert(tmp_path / "bert")

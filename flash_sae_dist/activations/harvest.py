@@ -20,6 +20,7 @@ import torch
 
 from .. import __version__
 from ..config import CacheConfig, Config, ConfigError
+from ..folders import check_writable
 from ..parallel import comm
 from ..progress import progress_bar
 from .language_model import (
@@ -69,6 +70,7 @@ def run_cache(config: Config, accelerator: Any) -> None:
         if accelerator.is_main_process:
             print(f"{config.cache.store} is complete; nothing to do")
         return
+    _check_folder(writer)
     lm = load_language_model(config.model, accelerator.device)
     hookpoints = resolve_hookpoints(lm.model, config.cache.hookpoints)
     check_context_length(lm, config.cache.context_length)
@@ -106,6 +108,19 @@ def run_cache(config: Config, accelerator: Any) -> None:
     if accelerator.is_local_main_process:
         shutil.rmtree(_table_folder(config, writer), ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def _check_folder(writer: StoreWriter) -> None:
+    """Raises ConfigError, on all processes, where one cannot write the store's folder: models load
+    and texts are tokenised for long. Of an object store, only writing tells.
+    """
+    error = None
+    if writer.records.local:
+        try:
+            check_writable("cache.store", writer.records.root)
+        except ConfigError as e:
+            error = e
+    comm.raise_together(error)
 
 
 def _table_folder(config: Config, writer: StoreWriter) -> Path:

@@ -59,8 +59,12 @@ class Records:
         """A record, or None where there is none."""
         try:
             data = json.loads(self.fs.cat_file(self.where(name)))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as e:
+            raise UserError(
+                f"{self.where(name)} cannot be read: {e}; check the store's path and rights"
+            ) from e
         except ValueError as e:
             raise self.damaged(name, str(e)) from e
         if not isinstance(data, dict):
