@@ -29,7 +29,7 @@ from flash_sae_dist.activations.language_model import (
 from flash_sae_dist.activations.loader import ActivationLoader, BlockReader
 from flash_sae_dist.activations.records import Records
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError, array_names
-from flash_sae_dist.config import ConfigError, ModelConfig, match_names
+from flash_sae_dist.config import ConfigError, ModelConfig, UserError, match_names
 from flash_sae_dist.config_file import parse_config
 from tests.dist.ranks import free_port, rank_env
 from tests.tiny_model import config_data, save_bert, save_text, write_config
@@ -270,6 +270,20 @@ def test_missing_models_and_packages_are_told(made: Path, tmp_path: Path) -> Non
         load_language_model(ModelConfig(name=str(tmp_path / "torn")), CPU)
     with pytest.raises(ConfigError, match=r"no_such_package.*pip install"):
         load_language_model(ModelConfig(name="package:no_such_package"), CPU)
+    for name in ("package:nope.nope", "package:", "package:.nope"):
+        with pytest.raises(ConfigError, match="is not installed"):
+            load_language_model(ModelConfig(name=name), CPU)
+
+
+def test_activations_that_overflow_are_told_in_one_sentence(made: Path, tmp_path: Path) -> None:
+    data = config_data(made, store=str(tmp_path / "half.zarr"), dtype="float16")
+    shutil.copytree(made / "model", tmp_path / "model")
+    lm = load_language_model(ModelConfig(**data["model"]), CPU)
+    lm.model.get_parameter("model.embed_tokens.weight").data *= 1e7
+    lm.model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    data["model"]["name"] = str(tmp_path / "model")
+    with pytest.raises(UserError, match=r"not finite in float16; set cache\.dtype=bfloat16"):
+        run_cache(parse_config(data), Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize(
@@ -314,10 +328,15 @@ def test_one_long_document(tmp_path: Path, made: Path) -> None:
     run_cache(parse_config(data), Accelerator(cpu=True))
 
 
-def test_text_that_ends_early_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_text_that_ends_early_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = config_data(tmp_path, num_tokens=10**6)
     run_cache(parse_config(data), Accelerator(cpu=True))
-    assert ActivationStore.open(data["cache"]["store"]).rows < 10**6
+    rows = ActivationStore.open(data["cache"]["store"]).rows
+    assert rows < 10**6
+    told = capsys.readouterr().err
+    assert f"tokenise: 100%, all {rows} tokens of the text, 0:00 left" in told
     assert "cache.num_tokens=1000000" in caplog.text
 
 

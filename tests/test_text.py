@@ -182,6 +182,19 @@ def test_nulls_and_blank_lines_are_no_documents(tmp_path: Path) -> None:
     assert list(documents(cfg)) == ["one", "two"]
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_text_of_special_tokens_alone_is_told(tmp_path: Path, root: Path, kind: str) -> None:
+    """It made a store of no rows that called itself complete."""
+    (tmp_path / "a.txt").write_text("unheard of " * 20)
+    args: dict[str, Any] = {"context_length": 16, "causal": kind == "llama", "num_rows": 100}
+    text = TextConfig(source="files", paths=(str(tmp_path / "a.txt"),))
+    tokenizer = AutoTokenizer.from_pretrained(root / kind)
+    with pytest.raises(ConfigError, match=r"special tokens alone.*cache\.drop_special_tokens"):
+        token_table(text, tokenizer, **args, drop_special_tokens=True)
+    table = token_table(text, tokenizer, **args, drop_special_tokens=False)
+    assert table.keep.any()
+
+
 def test_text_shorter_than_a_sequence_is_told(tmp_path: Path, root: Path) -> None:
     (tmp_path / "a.txt").write_text("word1 word2")
     tokenizer = AutoTokenizer.from_pretrained(root / "llama")

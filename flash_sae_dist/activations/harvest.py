@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from .. import __version__
-from ..config import CacheConfig, Config, ConfigError
+from ..config import CacheConfig, Config, ConfigError, UserError
 from ..folders import check_writable
 from ..parallel import comm
 from ..progress import progress_bar
@@ -162,6 +162,8 @@ def _shared_table(
                     num_rows=config.cache.num_tokens,
                     advance=bar.advance,
                 )
+                if bar.done < bar.total:
+                    bar.show(bar.total, f"all {bar.done} tokens of the text")
             table.save(folder)
             marker.write_text(digest)
         except ConfigError as e:
@@ -280,7 +282,7 @@ class _Harvester:
         rows = {name: seen[name][keep].to(dtype).cpu() for name in self.hookpoints}
         for name, value in rows.items():
             if not bool(value.isfinite().all()):
-                raise ValueError(
+                raise UserError(
                     f"activations of {name} are not finite in {self.cfg.dtype}; "
                     "set cache.dtype=bfloat16 or float32, or model.dtype=float32"
                 )

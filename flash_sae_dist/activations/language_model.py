@@ -47,7 +47,11 @@ def _folder_or_name(name: str) -> str:
     if not name.startswith("package:"):
         return name
     package, _, below = name.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        # Of `a.b` it imports `a`; an empty name and `.a` are no names.
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
             f"model.name={name!r}: the Python package {package!r} is not installed; "

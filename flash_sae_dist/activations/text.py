@@ -171,7 +171,8 @@ def token_table(
     Causal models: documents follow one another, parted by the end-of-sequence token, and each
     sequence begins with the begin token where the tokenizer has one. Others: a document is cut
     into sequences of its own, between the tokenizer's first and last special tokens, the last one
-    padded. Padding is never stored. Raises ConfigError where the text gives no whole sequence.
+    padded. Padding is never stored. Raises ConfigError where the text gives no whole sequence, or
+    none with a token to store.
     """
     parts: list[Sequence] = []
     for sequence in _sequences(cfg, tokenizer, context_length, causal, drop_special_tokens):
@@ -181,7 +182,13 @@ def token_table(
         advance(rows)
         if num_rows <= 0:
             break
-    return _table(parts, context_length)
+    table = _table(parts, context_length)
+    if not table.keep.any():
+        raise ConfigError(
+            f"text.source={cfg.source!r} gives special tokens alone, such as those of unknown "
+            "words; name another text, or set cache.drop_special_tokens=false"
+        )
+    return table
 
 
 def held_out_table(
