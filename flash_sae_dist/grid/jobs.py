@@ -26,6 +26,19 @@ def train_job(config: Config, hookpoints: list[str]) -> Job:
     return Job(name, Path(config.output) / name, config)
 
 
+def _matched(pattern: str, hookpoints: list[str]) -> list[str]:
+    """The store's hookpoints that a pattern names, as it would name modules in cache.hookpoints:
+    `layers.*` are the blocks' outputs alone, `layers.*:input` their inputs.
+    """
+    stem, colon, side = pattern.partition(":")
+    if colon and side not in ("input", "output"):
+        raise ConfigError(f"grid.hookpoints: {pattern!r} must end in :input, :output or nothing")
+    suffix = ":input" if side == "input" else ""
+    parted = [name.partition(":") for name in hookpoints]
+    names = [name for name, colon, end in parted if colon + end == suffix]
+    return [name + suffix for name in match_names(stem, names)]
+
+
 def expand(config: Config, hookpoints: list[str]) -> list[Job]:
     """The jobs of `grid`: every hookpoint of the store that a pattern names, with every
     combination of values.
@@ -37,7 +50,7 @@ def expand(config: Config, hookpoints: list[str]) -> list[Job]:
     assert config.grid is not None
     matched: list[str] = []
     for pattern in config.grid.hookpoints:
-        found = hookpoints if pattern == "*" else match_names(pattern, hookpoints)
+        found = hookpoints if pattern == "*" else _matched(pattern, hookpoints)
         if not found:
             raise ConfigError(
                 f"grid.hookpoints: {pattern!r} is not in the store"
