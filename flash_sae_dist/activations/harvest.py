@@ -177,10 +177,8 @@ def _shared_origin(lm: LanguageModel, table: TokenTable) -> Origin:
 
     Raises ConfigError where hosts have other files than one another.
     """
-    from accelerate.utils import gather_object
-
     origin = Origin(table.checksum(), model_commit(lm), model_dtype(lm), weights_checksum(lm))
-    everyone = [Origin(*values) for values in gather_object([tuple(origin)])]
+    everyone = comm.from_all(origin)
     words = {
         "text_crc32c": "text.paths or text.name gives another text",
         "model_dtype": "model.dtype=auto is another type",
