@@ -9,7 +9,7 @@ from ..config import Config, UserError
 from .entry import processes, verb_main
 
 if TYPE_CHECKING:
-    from ..evaluation.runner import FinishedSAE
+    from ..evaluation.finished import FinishedSAE
 
 
 def run(config: Config) -> None:
@@ -22,7 +22,7 @@ def run(config: Config) -> None:
 
     flash-sae export configs/quickstart.yaml "export.formats=[sae_lens]"
     """
-    from ..evaluation.runner import finished_saes
+    from ..evaluation.finished import finished_saes
     from ..interop import sae_lens, sparsify
 
     root = Path(config.export.directory or Path(config.output) / "export")

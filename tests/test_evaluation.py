@@ -19,12 +19,13 @@ from flash_sae_dist.activations.language_model import load_language_model
 from flash_sae_dist.activations.text import held_out_table
 from flash_sae_dist.config import ConfigError, UserError
 from flash_sae_dist.config_file import parse_config
+from flash_sae_dist.evaluation.finished import finished_saes
 from flash_sae_dist.evaluation.loss_recovered import LossMeter, LossRecovered
 from flash_sae_dist.evaluation.metrics import density_histogram, measure
 from flash_sae_dist.evaluation.report import evaluation_record, write_evaluation, write_report
-from flash_sae_dist.evaluation.runner import finished_saes, run_evaluation
+from flash_sae_dist.evaluation.runner import run_evaluation
 from flash_sae_dist.grid.runner import run_jobs
-from tests.tiny_model import config_data, save_bert
+from tests.tiny_model import config_data, save_bert, save_llama, save_text
 
 CPU = torch.device("cpu")
 
@@ -81,6 +82,88 @@ def test_a_damaged_sae_is_told(trained: Path, tmp_path: Path) -> None:
     (file.parent / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="sae is damaged"):
         run_evaluation(parse_config(data), Accelerator(cpu=True))
+
+
+@pytest.fixture(scope="module")
+def other_stores(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stores of the same hookpoints and widths: of another model, of special tokens, too, and of
+    another text."""
+    root = tmp_path_factory.mktemp("other")
+    data = config_data(trained)
+    save_llama(root / "other", layers=4)
+    save_text(root / "other.jsonl", seed=1)
+    for name, section, values in (
+        ("model", "model", {"name": str(root / "other")}),
+        ("special", "cache", {"drop_special_tokens": False}),
+        ("text", "text", {"paths": [str(root / "other.jsonl")]}),
+    ):
+        changed = data | {section: data[section] | values}
+        changed["cache"] = changed["cache"] | {"store": str(root / f"{name}.zarr")}
+        run_cache(parse_config(changed), Accelerator(cpu=True))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("model", "model.name"), ("special", "cache.drop_special_tokens")]
+)
+def test_a_store_of_other_rows_is_refused(
+    trained: Path, other_stores: Path, tmp_path: Path, name: str, key: str
+) -> None:
+    """Its numbers would be written over the right ones, as if they were this SAE's."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    data = config_data(trained) | {"output": str(tmp_path / "run")}
+    data["store"] = str(other_stores / f"{name}.zarr")
+    (tmp_path / "run/evaluation.json").write_text("the right ones")
+    with pytest.raises(ConfigError, match=f"{name}.zarr' has {key}=.*was trained on .*; name the"):
+        run_evaluation(parse_config(data), Accelerator(cpu=True))
+    assert (tmp_path / "run/evaluation.json").read_text() == "the right ones"
+
+
+def test_a_store_of_another_text_is_measured(
+    trained: Path, other_stores: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows that training has not seen are the better measure; the losses' text is told."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    data = config_data(trained) | {"output": str(tmp_path / "run")}
+    data["store"] = str(other_stores / "text.zarr")
+    (record,) = run_evaluation(parse_config(data), Accelerator(cpu=True))
+    assert 0 < record["fvu"] < 1
+    assert "text.paths=" in caplog.text
+    assert "losses are of another text" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "told"),
+    [
+        ("model", {"name": "gpt2"}, "model.name='gpt2' differs from"),
+        ("cache", {"context_length": 100}, "cache.context_length=100 differs from 24"),
+        ("cache", {"context_length": 1}, "cache.context_length=1 differs from 24"),
+        ("cache", {"drop_special_tokens": False}, "drop_special_tokens=False differs from True"),
+    ],
+)
+def test_losses_in_another_model_are_refused(
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    section: str,
+    values: dict[str, Any],
+    told: str,
+) -> None:
+    data = config_data(trained)
+    data[section] |= values
+    monkeypatch.setattr(
+        "flash_sae_dist.evaluation.runner.load_language_model",
+        lambda *_: pytest.fail("loaded before the check"),
+    )
+    with pytest.raises(ConfigError, match=told) as e:
+        run_evaluation(parse_config(data), Accelerator(cpu=True))
+    assert "evaluate.loss_sequences=0" in str(e.value)
+
+
+def test_how_the_model_is_run_may_differ(trained: Path) -> None:
+    data = config_data(trained, dtype="bfloat16", batch_sequences=3, num_tokens=10, seed=7)
+    data["model"] |= {"dtype": "bfloat16", "task": "causal-lm"}
+    (record,) = run_evaluation(parse_config(data), Accelerator(cpu=True))
+    assert record["loss"]["clean"] > 0
 
 
 def test_nothing_to_measure_is_told() -> None:

@@ -5,84 +5,45 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import yaml
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..activations.language_model import LanguageModel, check_has_loss, load_language_model
+from ..activations.language_model import (
+    LanguageModel,
+    check_context_length,
+    check_has_loss,
+    load_language_model,
+)
 from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
 from ..activations.text import TokenTable, held_out_table
-from ..config import Config, ConfigError, EvaluateConfig, UserError
-from ..config_file import parse_config
-from ..models.topk import CONFIG_FILE, TopKSAE
+from ..config import Config, EvaluateConfig
 from ..progress import progress_bar
+from .finished import FinishedSAE, check_same_model, finished_saes, warn_of_other_text
 from .loss_recovered import LossMeter
 from .metrics import measure
 from .report import evaluation_record, write_evaluation, write_report
 
 
-class FinishedSAE(NamedTuple):
-    """A trained SAE on disk."""
-
-    name: str
-    folder: Path
-    hookpoint: str
-
-    def check_fits(self, store: ActivationStore) -> None:
-        """Raises ConfigError where the store holds other activations than it was trained on."""
-        try:
-            d_in = json.loads((self.folder / "sae" / CONFIG_FILE).read_text())["d_in"]
-        except (OSError, KeyError, json.JSONDecodeError) as e:
-            raise ConfigError(f"{self.folder}/sae is damaged ({e}); train it anew") from e
-        width = store.width(self.hookpoint)
-        if d_in != width:
-            raise ConfigError(
-                f"{self.folder}: the SAE is of width {d_in}, but {self.hookpoint} in {store.path} "
-                f"of {width}; name the store it was trained on"
-            )
-
-    def load(self, device: torch.device | str = "cpu") -> TopKSAE:
-        """The SAE itself. Raises UserError where its files are damaged."""
-        try:
-            return TopKSAE.load(self.folder / "sae", device=device)
-        except ValueError as e:
-            raise UserError(str(e)) from e
-
-
-def finished_saes(output: Path) -> list[FinishedSAE]:
-    """SAEs under a folder, by name. Raises ConfigError where there are none."""
-    found = []
-    for file in sorted(output.glob(f"**/sae/{CONFIG_FILE}")):
-        folder = file.parents[1]
-        if not (folder / "job.yaml").is_file():
-            raise ConfigError(
-                f"{folder} holds an SAE but no job.yaml, which tells its hookpoint; "
-                "train it anew or move it out of output"
-            )
-        config = parse_config(yaml.safe_load((folder / "job.yaml").read_text()), str(folder))
-        assert config.train is not None
-        name = str(folder.relative_to(output))
-        found.append(FinishedSAE(name, folder, str(config.train.hookpoint)))
-    if not found:
-        raise ConfigError(
-            f"output={str(output)!r} holds no finished SAE; run `train` or `grid` first"
-        )
-    return found
-
-
 def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     """Measures all finished SAEs and writes the report; returns its records on every process.
     Collective.
+
+    Raises ConfigError before any work where the store or the model is not the SAEs' own.
     """
     cfg, output = config.evaluate, Path(config.output)
     saes = finished_saes(output)
     store = ActivationStore.open(config.store_path())
     for sae in saes:
         sae.check_fits(store)
+    if cfg.loss_sequences:
+        config.need("model", "text", "cache", verb="evaluate")
+        check_same_model(config, store)
+        if accelerator.is_main_process:
+            warn_of_other_text(config, store)
     rank, world = accelerator.process_index, accelerator.num_processes
     # Neighbours share a hookpoint, and with it the clean and the zero loss.
     saes.sort(key=lambda s: s.hookpoint)
@@ -115,12 +76,12 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
 def _language_model(
     config: Config, store: ActivationStore, device: torch.device
 ) -> tuple[LanguageModel, TokenTable]:
-    config.need("model", "text", "cache", verb="evaluate")
     assert config.model is not None
     assert config.text is not None
     assert config.cache is not None
     lm = load_language_model(config.model, device)
     check_has_loss(lm)
+    check_context_length(lm, config.cache.context_length)
     table = held_out_table(
         config.text,
         lm.tokenizer,

@@ -1,0 +1,127 @@
+"""Trained SAEs on disk, and whether a store and a model are those they were trained on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from ..activations.harvest import store_config
+from ..activations.store import ActivationStore
+from ..config import Config, ConfigError, UserError
+from ..config_file import parse_config
+from ..models.topk import CONFIG_FILE, TopKSAE
+
+logger = logging.getLogger(__name__)
+# What an activation is, of whatever text: another model's are other numbers, and positions that
+# training left out (special tokens, places beyond the context) are outliers to the SAE.
+_ROW_KEYS = (
+    "model.name",
+    "model.revision",
+    "model.gguf_file",
+    "cache.context_length",
+    "cache.drop_special_tokens",
+)
+
+
+class FinishedSAE(NamedTuple):
+    """A trained SAE on disk."""
+
+    name: str
+    folder: Path
+    hookpoint: str
+
+    def check_fits(self, store: ActivationStore) -> None:
+        """Raises ConfigError where the store's rows are other than those it was trained on: of
+        another model, of other positions, of another width. Rows of another text are allowed.
+        """
+        for key, was, found in _differences(self._trained_on(), store.config):
+            raise ConfigError(
+                f"store={store.path!r} has {key}={found!r}, but {self.folder} was trained on "
+                f"{was!r}; name the store it was trained on"
+            )
+        try:
+            d_in = json.loads((self.folder / "sae" / CONFIG_FILE).read_text())["d_in"]
+        except (OSError, KeyError, json.JSONDecodeError) as e:
+            raise ConfigError(f"{self.folder}/sae is damaged ({e}); train it anew") from e
+        width = store.width(self.hookpoint)
+        if d_in != width:
+            raise ConfigError(
+                f"{self.folder}: the SAE is of width {d_in}, but {self.hookpoint} in {store.path} "
+                f"of {width}; name the store it was trained on"
+            )
+
+    def _trained_on(self) -> dict[str, Any]:
+        """The config of the store it was trained on, empty where that is not told."""
+        file = self.folder / "store.json"
+        if not file.is_file():
+            return {}
+        config: dict[str, Any] = json.loads(file.read_text())
+        return config
+
+    def load(self, device: torch.device | str = "cpu") -> TopKSAE:
+        """The SAE itself. Raises UserError where its files are damaged."""
+        try:
+            return TopKSAE.load(self.folder / "sae", device=device)
+        except ValueError as e:
+            raise UserError(str(e)) from e
+
+
+def _differences(
+    before: dict[str, Any], now: dict[str, Any]
+) -> list[tuple[str, Any, Any]]:  # key, value before, value now
+    return [
+        (key, before[key], now[key])
+        for key in _ROW_KEYS
+        if key in before and key in now and before[key] != now[key]
+    ]
+
+
+def check_same_model(config: Config, store: ActivationStore) -> None:
+    """Raises ConfigError where the sections model and cache would give other rows than the store's:
+    losses would be those of another model than the SAEs' own.
+    """
+    for key, was, asked in _differences(store.config, store_config(config)):
+        raise ConfigError(
+            f"{key}={asked!r} differs from {was!r} in the store {store.path}; set it to that, or "
+            "evaluate.loss_sequences=0 to measure no losses"
+        )
+
+
+def warn_of_other_text(config: Config, store: ActivationStore) -> None:
+    """Tells where losses will be of another text than the store's rows, which is allowed."""
+    for key, asked in store_config(config).items():
+        was = store.config.get(key, asked)
+        if key.startswith("text.") and key != "text.streaming" and was != asked:
+            logger.warning(
+                "%s=%r differs from %r in the store %s: losses are of another text than its rows",
+                key,
+                asked,
+                was,
+                store.path,
+            )
+
+
+def finished_saes(output: Path) -> list[FinishedSAE]:
+    """SAEs under a folder, by name. Raises ConfigError where there are none."""
+    found = []
+    for file in sorted(output.glob(f"**/sae/{CONFIG_FILE}")):
+        folder = file.parents[1]
+        if not (folder / "job.yaml").is_file():
+            raise ConfigError(
+                f"{folder} holds an SAE but no job.yaml, which tells its hookpoint; "
+                "train it anew or move it out of output"
+            )
+        config = parse_config(yaml.safe_load((folder / "job.yaml").read_text()), str(folder))
+        assert config.train is not None
+        name = str(folder.relative_to(output))
+        found.append(FinishedSAE(name, folder, str(config.train.hookpoint)))
+    if not found:
+        raise ConfigError(
+            f"output={str(output)!r} holds no finished SAE; run `train` or `grid` first"
+        )
+    return found
