@@ -17,10 +17,10 @@ def run(config: Config) -> None:
 
     SAELens loads `<directory>/sae_lens/<job>` with SAE.load_from_disk. sparsify loads the SAEs of
     all hookpoints with SparseCoder.load_many("<directory>/sparsify/<values>", local=True), where
-    <values> are a grid's, such as k=16; those of `train` are in `<directory>/sparsify` itself.
-    Several processes divide the SAEs among them.
+    <values> are a grid's, such as k=16, or `train` for the SAEs of `train`. Several processes
+    divide the SAEs among them.
 
-    flash-sae export configs/quickstart.yaml "export.formats=[sae_lens]"
+    flash-sae export configs/quickstart.yaml 'export.formats=["sae_lens"]'
     """
     from ..evaluation.finished import finished_saes
     from ..interop import sae_lens, sparsify
@@ -57,9 +57,14 @@ def _begins_with_token(config: Config) -> bool:
 
 
 def _hookpoint_last(found: FinishedSAE) -> Path:
-    """sparsify takes the folders beside one another for the hookpoints of one model."""
-    others = [part for part in Path(found.name).parts if part != found.hookpoint]
-    return Path(*others, found.hookpoint)
+    """sparsify takes all folders beside one another for hookpoints of one model, so SAEs of `train`
+    have a folder of their own beside those of a grid's values.
+    """
+    name = Path(found.name)
+    values = [part for part in name.parts if part != found.hookpoint]
+    if name.name in ("", found.hookpoint):
+        values.append("train")
+    return Path(*values, found.hookpoint)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ end to end.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -56,6 +57,14 @@ def test_help_teaches(app: Any) -> None:
     text = RUNNER.invoke(app, ["--help"]).output
     assert "accelerate launch -m" in text
     assert text.index("cache ") < text.index("export ") < text.index("keys ")
+
+
+def test_help_shows_all_of_its_text(app: Any) -> None:
+    """Rich takes words in square brackets for markup and drops them."""
+    for verb in VERBS:
+        run = importlib.import_module(f"flash_sae_dist.launch.{verb}").run
+        shown = " ".join(RUNNER.invoke(app, [verb, "--help"]).output.split())
+        assert " ".join(str(run.__doc__).split()) in shown
 
 
 def test_bench_tells_what_there_is(app: Any) -> None:

@@ -61,14 +61,38 @@ def test_every_sae_is_found_again(tmp_path: Path) -> None:
     check(tmp_path, saes)
 
 
+def finished_train(root: Path) -> dict[str, TopKSAE]:
+    """An SAE of every hookpoint as `train` leaves it."""
+    saes = {}
+    for hookpoint in HOOKPOINTS:
+        folder = root / "run" / hookpoint
+        saes[hookpoint] = TopKSAE(12, 40, 3)
+        saes[hookpoint].save(folder / "sae")
+        train = {"hookpoint": hookpoint, "num_tokens": 1}
+        job = {"output": "run", "sae": {"k": 3, "d_sae": 40}, "train": train}
+        (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    return saes
+
+
 def test_train_puts_hookpoints_side_by_side(tmp_path: Path) -> None:
-    folder = tmp_path / "run" / HOOKPOINTS[0]
-    TopKSAE(12, 40, 3).save(folder / "sae")
-    train = {"hookpoint": HOOKPOINTS[0], "num_tokens": 1}
-    job = {"output": "run", "sae": {"k": 3, "d_sae": 40}, "train": train}
-    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    finished_train(tmp_path)
     export.run(parse_config({"output": str(tmp_path / "run"), "trackers": []}))
-    assert (tmp_path / "run/export/sparsify" / HOOKPOINTS[0] / "cfg.json").is_file()
+    folder = tmp_path / "run/export/sparsify/train"
+    assert sorted(f.name for f in folder.iterdir()) == sorted(HOOKPOINTS)
+    # An SAE's own folder, named as output.
+    export.run(parse_config({"output": str(tmp_path / "run" / HOOKPOINTS[0]), "trackers": []}))
+    own = tmp_path / "run" / HOOKPOINTS[0] / "export/sparsify/train"
+    assert [f.name for f in own.iterdir()] == [HOOKPOINTS[0]]
+
+
+def test_no_folder_of_sparsify_holds_other_folders_beside_saes(tmp_path: Path) -> None:
+    """Its load_many takes every folder for an SAE."""
+    saes = finished_grid(tmp_path) | finished_train(tmp_path)
+    export.run(parse_config({"output": str(tmp_path / "run"), "trackers": []}))
+    found = sorted((tmp_path / "run/export/sparsify").rglob("cfg.json"))
+    assert len(found) == len(saes)
+    for side_by_side in {file.parents[1] for file in found}:
+        assert sorted(f.name for f in side_by_side.iterdir()) == sorted(HOOKPOINTS)
 
 
 @pytest.mark.parametrize("begins", [True, False])
@@ -94,14 +118,18 @@ def test_sae_lens_is_told_how_sequences_begin(tmp_path: Path, begins: bool) -> N
 
 @pytest.mark.slow
 def test_sparsify_loads_all_hookpoints_at_once(tmp_path: Path) -> None:
+    """Those of `train` and of a grid in one output, as the README makes them."""
     library = pytest.importorskip("sparsify")
-    saes = finished_grid(tmp_path)
+    saes = finished_grid(tmp_path) | finished_train(tmp_path)
     export.run(parse_config(yaml.safe_load((tmp_path / "c.yaml").read_text())))
-    many = library.SparseCoder.load_many(str(tmp_path / "run/export/sparsify/k=4"), local=True)
-    assert sorted(many) == sorted(HOOKPOINTS)
-    for hookpoint, theirs in many.items():
-        assert theirs.cfg.k == 4
-        assert torch.equal(theirs.encoder.weight, saes[f"{hookpoint}/k=4"].W_enc)
+    for values, k in (("k=2", 2), ("k=4", 4), ("train", 3)):
+        folder = tmp_path / "run/export/sparsify" / values
+        many = library.SparseCoder.load_many(str(folder), local=True)
+        assert sorted(many) == sorted(HOOKPOINTS)
+        for hookpoint, theirs in many.items():
+            name = hookpoint if values == "train" else f"{hookpoint}/{values}"
+            assert theirs.cfg.k == k
+            assert torch.equal(theirs.encoder.weight, saes[name].W_enc)
 
 
 @pytest.mark.slow
