@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from typing import Annotated, get_args
+import json
+import sys
+from collections.abc import Iterator
+from typing import Annotated, NamedTuple, get_args
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from ..config import Config
+from ..config import Config, nearest_name
 from .entry import command
 
 BENCHES = {
@@ -32,8 +36,16 @@ app = typer.Typer(
 )
 
 
-def _fields(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
-    rows = []
+class _Key(NamedTuple):
+    """A key of a config, or a section of keys."""
+
+    name: str
+    default: str  # as YAML has it
+    meaning: str
+    section: bool = False
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[_Key]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         options = (field.annotation, *get_args(field.annotation))
@@ -41,23 +53,43 @@ def _fields(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
             (a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None
         )
         if section is not None:
-            rows.append((f"[bold]{key}[/bold]", "", (section.__doc__ or "").splitlines()[0]))
-            rows += _fields(section, f"{key}.")
+            yield _Key(key, "", (section.__doc__ or "").splitlines()[0], section=True)
+            yield from _keys(section, f"{key}.")
         else:
-            default = "needed" if field.is_required() else str(field.default)
-            rows.append((key, default, field.description or ""))
-    return rows
+            value = field.get_default(call_default_factory=True)
+            if field.is_required():
+                default = "needed"
+            else:
+                default = value if isinstance(value, str) else json.dumps(value)
+            yield _Key(key, default, " ".join((field.description or "").split()))
 
 
 def keys(
     contains: Annotated[str, typer.Argument(help="Show only keys that contain this word.")] = "",
 ) -> None:
     """List every key of a config with its default and meaning."""
-    table = Table("key", "default", "meaning")
-    for key, default, meaning in _fields(Config, ""):
-        if contains in key:
-            table.add_row(key, default, meaning)
-    Console().print(table)
+    known = list(_keys(Config))
+    shown = [key for key in known if contains in key.name]
+    if not shown:
+        near = nearest_name(contains, [key.name for key in known])
+        # All of them are no hint.
+        near = near if near.startswith("; did") else "; `flash-sae keys` lists all"
+        typer.echo(f"error: no key contains {contains!r}{near}", err=True)
+        raise typer.Exit(2)
+    table = Table(box=None, pad_edge=False, header_style="underline")
+    # Keys are there to be copied: they are never cut or broken.
+    table.add_column("key", no_wrap=True, min_width=max(len(key.name) for key in shown))
+    table.add_column("default", overflow="fold")
+    table.add_column("meaning", overflow="fold")
+    for key in shown:
+        style = "bold" if key.section else None
+        table.add_row(*(Text(text) for text in key[:3]), style=style)
+    Console(width=_width()).print(table)
+
+
+def _width() -> int | None:
+    """The terminal's own; in a pipe so wide that each key has one line."""
+    return None if sys.stdout.isatty() else 1000
 
 
 def _has_gpu() -> bool:

@@ -22,6 +22,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from flash_sae_dist.config import CacheConfig
 from flash_sae_dist.config_file import load_config
 from flash_sae_dist.launch import bench
 from flash_sae_dist.launch.cli import VERBS, build
@@ -200,6 +201,33 @@ def test_keys_lists_fields_with_their_meaning(app: Any) -> None:
     result = RUNNER.invoke(app, ["keys", "sae.k"])
     assert "sae.k" in result.output
     assert "Active latents" in result.output
+
+
+def test_keys_are_a_line_each_in_a_pipe(app: Any) -> None:
+    """Whole, to be found and copied, with defaults as YAML has them."""
+    lines = [line.split() for line in RUNNER.invoke(app, ["keys"]).output.splitlines()]
+    default = {words[0]: words[1] for words in lines}
+    assert len(default) == len(lines)
+    assert default["cache.drop_special_tokens"] == "true"
+    assert default["grid.values"] == "{}"
+    assert default["train.lr"] == "null"
+    assert default["sae.k"] == "needed"
+    (formats,) = (words for words in lines if words[0] == "export.formats")
+    assert formats[1:] == ['["sae_lens",', '"sparsify"]', "Formats", "to", "write."]
+
+
+def test_keys_are_whole_on_a_narrow_terminal(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flash_sae_dist.launch.cli._width", lambda: 60)
+    shown = RUNNER.invoke(app, ["keys", "cache."]).output
+    assert max(map(len, shown.splitlines())) <= 60
+    for name in CacheConfig.model_fields:
+        assert f"cache.{name} " in shown
+
+
+def test_a_word_in_no_key_is_told(app: Any) -> None:
+    assert "did you mean 'sae.k'?" in mistake(app, "keys", "sae.kk")
+    told = mistake(app, "keys", "zzz")
+    assert told == "error: no key contains 'zzz'; `flash-sae keys` lists all"
 
 
 @pytest.fixture(scope="module")
