@@ -79,9 +79,36 @@ def test_a_damaged_sae_is_told(trained: Path, tmp_path: Path) -> None:
     TopKSAE(8, 24, 3).save(file.parent)
     with pytest.raises(ConfigError, match="width 8, but model.layers.0 in .* of 16"):
         run_evaluation(parse_config(data), Accelerator(cpu=True))
-    (file.parent / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="sae is damaged"):
+    for text in (b"{", b"[8]", b"\xff"):
+        (file.parent / "config.json").write_bytes(text)
+        with pytest.raises(ConfigError, match="sae is damaged"):
+            run_evaluation(parse_config(data), Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("job.yaml", b"sae: {k: [1\n"),
+        ("job.yaml", b""),
+        ("job.yaml", b"\xff\xfe\x00"),
+        ("job.yaml", b"output: run\n"),
+        ("store.json", b'{"model.na'),
+        ("store.json", b"[1]"),
+        ("store.json", b"\xff"),
+    ],
+)
+def test_a_damaged_record_is_told_by_name(
+    trained: Path, tmp_path: Path, name: str, text: bytes
+) -> None:
+    shutil.copytree(trained / "run", tmp_path / "run")
+    file = tmp_path / "run/model.layers.0" / name
+    file.write_bytes(text)
+    data = config_data(trained) | {"output": str(tmp_path / "run")}
+    with pytest.raises(UserError) as e:
         run_evaluation(parse_config(data), Accelerator(cpu=True))
+    assert str(e.value).startswith(f"{file} is damaged (")
+    assert str(e.value).endswith("; restore it or train that SAE anew")
+    assert "\n" not in str(e.value)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ class FinishedSAE(NamedTuple):
             )
         try:
             d_in = json.loads((self.folder / "sae" / CONFIG_FILE).read_text())["d_in"]
-        except (OSError, KeyError, json.JSONDecodeError) as e:
+        except (OSError, KeyError, TypeError, ValueError) as e:
             raise ConfigError(f"{self.folder}/sae is damaged ({e}); train it anew") from e
         width = store.width(self.hookpoint)
         if d_in != width:
@@ -58,10 +59,7 @@ class FinishedSAE(NamedTuple):
     def _trained_on(self) -> dict[str, Any]:
         """The config of the store it was trained on, empty where that is not told."""
         file = self.folder / "store.json"
-        if not file.is_file():
-            return {}
-        config: dict[str, Any] = json.loads(file.read_text())
-        return config
+        return _read(file, json.loads) if file.is_file() else {}
 
     def load(self, device: torch.device | str = "cpu") -> TopKSAE:
         """The SAE itself. Raises UserError where its files are damaged."""
@@ -69,6 +67,18 @@ class FinishedSAE(NamedTuple):
             return TopKSAE.load(self.folder / "sae", device=device)
         except ValueError as e:
             raise UserError(str(e)) from e
+
+
+def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """A file of `key: value`. Raises UserError where it is damaged."""
+    try:
+        data = parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        reason = " ".join(str(e).split())
+        raise UserError(f"{file} is damaged ({reason}); restore it or train that SAE anew") from e
+    if not isinstance(data, dict):
+        raise UserError(f"{file} is damaged (it holds no keys); restore it or train that SAE anew")
+    return data
 
 
 def _differences(
@@ -107,7 +117,9 @@ def warn_of_other_text(config: Config, store: ActivationStore) -> None:
 
 
 def finished_saes(output: Path) -> list[FinishedSAE]:
-    """SAEs under a folder, by name. Raises ConfigError where there are none."""
+    """SAEs under a folder, by name. Raises ConfigError where there are none, UserError where a
+    job.yaml is damaged.
+    """
     found = []
     for file in sorted(output.glob(f"**/sae/{CONFIG_FILE}")):
         folder = file.parents[1]
@@ -116,10 +128,13 @@ def finished_saes(output: Path) -> list[FinishedSAE]:
                 f"{folder} holds an SAE but no job.yaml, which tells its hookpoint; "
                 "train it anew or move it out of output"
             )
-        config = parse_config(yaml.safe_load((folder / "job.yaml").read_text()), str(folder))
-        assert config.train is not None
-        name = str(folder.relative_to(output))
-        found.append(FinishedSAE(name, folder, str(config.train.hookpoint)))
+        job = folder / "job.yaml"
+        config = parse_config(_read(job, yaml.safe_load), str(job))
+        if config.train is None or config.train.hookpoint is None:
+            raise UserError(
+                f"{job} is damaged (it has no train.hookpoint); restore it or train that SAE anew"
+            )
+        found.append(FinishedSAE(str(folder.relative_to(output)), folder, config.train.hookpoint))
     if not found:
         raise ConfigError(
             f"output={str(output)!r} holds no finished SAE; run `train` or `grid` first"
