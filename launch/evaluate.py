@@ -7,9 +7,11 @@ from .entry import processes, verb_main
 
 
 def run(config: Config) -> None:
-    """Measure every finished SAE: FVU, cosine, L0, dead latents, densities, loss recovered.
+    """Measure every finished SAE: FVU, cosine, L0, latents that never fired, densities, loss
+    recovered.
 
-    Takes all under output. Writes evaluation.json, report.md and plots, and prints a table. With
+    Takes all under output. Writes evaluation.json, report.md and plots, and prints a table. The
+    store must hold rows of the model that the SAEs were trained on; its text may be another. With
     evaluate.loss_sequences=0 the language model is not loaded. Several processes divide the SAEs
     among them.
 
@@ -23,7 +25,7 @@ def run(config: Config) -> None:
     with processes(config) as accelerator:
         records = run_evaluation(config, accelerator)
         if accelerator.is_main_process:
-            Console(width=120).print(table(records))
+            Console(width=max(120, Console().width)).print(table(records))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 
 from flash_sae_dist import TopKSAE
 from flash_sae_dist.activations.harvest import run_cache
@@ -22,7 +24,12 @@ from flash_sae_dist.config_file import parse_config
 from flash_sae_dist.evaluation.finished import finished_saes
 from flash_sae_dist.evaluation.loss_recovered import LossMeter, LossRecovered
 from flash_sae_dist.evaluation.metrics import density_histogram, measure
-from flash_sae_dist.evaluation.report import evaluation_record, write_evaluation, write_report
+from flash_sae_dist.evaluation.report import (
+    evaluation_record,
+    table,
+    write_evaluation,
+    write_report,
+)
 from flash_sae_dist.evaluation.runner import run_evaluation
 from flash_sae_dist.grid.runner import run_jobs
 from tests.tiny_model import config_data, save_bert, save_llama, save_text
@@ -59,14 +66,29 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("asked", "batch"), [(1000, 384), (512, 128), (10**6, 400)])
-def test_the_rows_asked_for_are_measured(trained: Path, asked: int, batch: int) -> None:
+@pytest.mark.parametrize(
+    ("asked", "batch"), [(1000, 384), (1001, 100), (512, 128), (7, 3), (10**6, 400)]
+)
+def test_the_rows_asked_for_are_measured(
+    trained: Path, capsys: pytest.CaptureFixture[str], asked: int, batch: int
+) -> None:
     data = config_data(trained)
     data["evaluate"] = {"num_tokens": asked, "batch_tokens": batch, "loss_sequences": 0}
     (record,) = run_evaluation(parse_config(data), Accelerator(cpu=True))
-    # Passes of equal size: at most one row a pass is left out, not the rest of a whole one.
-    assert 0 <= min(asked, 1500) - record["tokens"] <= 2
+    assert record["tokens"] == min(asked, 1500)
     assert "loss" not in record
+    assert capsys.readouterr().err.splitlines()[-1].startswith("evaluate: 100%")
+
+
+def test_every_row_is_measured_once(trained: Path) -> None:
+    """However many a pass takes: all rows of the store, none of them twice."""
+    data = config_data(trained)
+    found = []
+    for batch in (1500, 400):
+        data["evaluate"] = {"num_tokens": 1500, "batch_tokens": batch, "loss_sequences": 0}
+        found += run_evaluation(parse_config(data), Accelerator(cpu=True))
+    assert found[0]["density_histogram"] == found[1]["density_histogram"]
+    assert found[0]["fvu"] == pytest.approx(found[1]["fvu"], rel=1e-6)
 
 
 def test_a_damaged_sae_is_told(trained: Path, tmp_path: Path) -> None:
@@ -245,11 +267,15 @@ def make_meter(root: Path, model: str, hookpoint: str) -> LossMeter:
 def test_loss_recovered_at_its_ends(meter: LossMeter) -> None:
     perfect, nothing = Whole(16, 32, 2), Whole(16, 32, 2)
     nothing.factor = 0.0
-    assert meter.measure(perfect).recovered == pytest.approx(1, abs=1e-6)
-    lost = meter.measure(nothing)
-    assert lost.recovered == pytest.approx(0, abs=1e-6)
-    assert lost.zero != lost.clean
+    kept, lost = meter.measure(perfect), meter.measure(nothing)
+    assert kept.spliced == pytest.approx(kept.clean, abs=1e-6)
+    assert lost.spliced == pytest.approx(lost.zero, abs=1e-6)
+    assert abs(lost.zero - lost.clean) > 1e-4
     assert lost.tokens == 6 * 23
+    # A random model's own loss may fall with zeros; a trained one's rises.
+    assert LossRecovered(1, clean=3.0, spliced=3.0, zero=5.0).recovered == 1
+    assert LossRecovered(1, clean=3.0, spliced=4.5, zero=5.0).recovered == 0.25
+    assert LossRecovered(1, clean=3.0, spliced=5.0, zero=5.0).recovered == 0
 
 
 def test_the_models_autocast_is_not_the_saes(meter: LossMeter) -> None:
@@ -266,8 +292,10 @@ def test_the_models_autocast_is_not_the_saes(meter: LossMeter) -> None:
     assert not any(seen)
 
 
-def test_an_ablation_that_costs_nothing_is_no_division_by_zero() -> None:
-    assert math.isnan(LossRecovered(0, 3.0, 3.1, 3.0).recovered)
+@pytest.mark.parametrize("zero", [3.0, 2.9])
+def test_where_zeros_cost_nothing_there_is_nothing_to_recover(zero: float) -> None:
+    """Where they lower the loss, the fraction would say 200% of an SAE that does harm."""
+    assert math.isnan(LossRecovered(0, 3.0, 3.1, zero).recovered)
 
 
 def test_clean_loss_is_the_models_own(meter: LossMeter) -> None:
@@ -293,7 +321,7 @@ def test_masked_models_have_a_loss_too(tmp_path: Path) -> None:
     meter = make_meter(tmp_path, "bert", "bert.encoder.layer.0")
     found = meter.measure(Whole(16, 32, 2))
     assert found.tokens == int((meter.hidden & meter.table.attention).sum()) > 0
-    assert found.recovered == pytest.approx(1, abs=1e-5)
+    assert found.spliced == pytest.approx(found.clean, abs=1e-6)
     assert meter.measure(Whole(16, 32, 2)).clean == found.clean, "the same tokens are hidden"
 
 
@@ -312,7 +340,35 @@ def test_what_is_no_number_is_null_in_json_and_a_dash_in_tables(tmp_path: Path) 
     read = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert read[0]["fvu"] is None
     assert read[0]["loss"]["recovered"] is None
-    assert "| h | 3.0 | - |" in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert "| h | 3.0 | - |" in report
+    assert "| - |\n" in report, "recovered"
+    assert "A dash stands for what is no number" in report
+
+
+def test_latents_that_never_fired_are_told_with_the_rows(tmp_path: Path) -> None:
+    """Training's dead latents are others: it counts over dead_after_tokens."""
+    m = measure(TopKSAE(8, 24, 3), [torch.randn(1500, 8)])
+    record = evaluation_record("h", "h", 3, 24, m, None)
+    assert record["never_fired_fraction"] == m.dead_fraction
+    assert record["tokens"] == 1500
+    assert "dead_fraction" not in record
+    write_report(tmp_path, [record])
+    text = (tmp_path / "report.md").read_text()
+    assert "| never fired |" in text
+    assert "1,500 stored rows" in text
+
+
+def test_long_names_of_jobs_stay_apart_on_a_terminal() -> None:
+    m = measure(TopKSAE(8, 24, 3), [torch.randn(10, 8)])
+    names = [f"transformer.h.8/adam_betas=(0.9, 0.999),d_sae=65536,k={k}" for k in (32, 64)]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table([evaluation_record(name, "h", 3, 24, m, None) for name in names]))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert "10 stored rows" in shown
+    first = "".join(line.split("│")[1].strip() for line in shown.splitlines() if "│" in line)
+    assert all(name.replace(" ", "") in first.replace(" ", "") for name in names)
 
 
 def test_an_sae_without_its_job_is_told(tmp_path: Path) -> None:

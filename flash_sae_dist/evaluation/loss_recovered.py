@@ -29,10 +29,10 @@ class LossRecovered(NamedTuple):
     @property
     def recovered(self) -> float:
         """`(zero - spliced) / (zero - clean)`: 1 for a perfect SAE, 0 for zeros, NaN where zeros
-        cost nothing.
+        cost nothing or even lower the loss: there is nothing to recover.
         """
         lost = self.zero - self.clean
-        return (self.zero - self.spliced) / lost if lost else math.nan
+        return (self.zero - self.spliced) / lost if lost > 0 else math.nan
 
 
 class LossMeter:

@@ -18,7 +18,7 @@ class ReconstructionMetrics(NamedTuple):
     fvu: float  # sum (x - recon)^2 / sum (x - mean x)^2
     cosine: float  # mean over tokens of cos(x, recon)
     l0: float  # mean active latents a token
-    dead_fraction: float  # latents that never fired on these tokens
+    dead_fraction: float  # latents that never fired on these tokens, fewer than training counts
     density: Tensor  # [d_sae] float64, the fraction of tokens on which a latent fired
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ..training.records import write_text
 from .loss_recovered import LossRecovered
@@ -26,7 +27,16 @@ def evaluation_record(
     JSON has no word for.
     """
     record: dict[str, Any] = {"job": job, "hookpoint": hookpoint, "k": k, "d_sae": d_sae}
-    record |= _finite({name: value for name, value in m._asdict().items() if name != "density"})
+    # Training's dead_fraction is another: it counts over train.dead_after_tokens.
+    record |= _finite(
+        {
+            "tokens": m.tokens,
+            "fvu": m.fvu,
+            "cosine": m.cosine,
+            "l0": m.l0,
+            "never_fired_fraction": m.dead_fraction,
+        }
+    )
     record["density_histogram"] = density_histogram(m.density)._asdict()
     if loss is not None:
         record["loss"] = _finite({**loss._asdict(), "recovered": loss.recovered})
@@ -50,11 +60,21 @@ def write_report(output: Path, records: list[dict[str, Any]]) -> None:
     plot_frontier(records, output / "fvu_l0.png")
 
 
-_COLUMNS = ("SAE", "L0", "FVU", "cosine", "dead", "loss", "with SAE", "with zeros", "recovered")
+_COLUMNS = (
+    "SAE",
+    "L0",
+    "FVU",
+    "cosine",
+    "never fired",
+    "loss",
+    "with SAE",
+    "with zeros",
+    "recovered",
+)
 
 
 def _cells(r: dict[str, Any]) -> list[str]:
-    forms = {"l0": ".1f", "fvu": ".4f", "cosine": ".4f", "dead_fraction": ".1%"}
+    forms = {"l0": ".1f", "fvu": ".4f", "cosine": ".4f", "never_fired_fraction": ".1%"}
     cells = [r["job"], *(_cell(r[name], form) for name, form in forms.items())]
     loss = r.get("loss", {})
     cells += [_cell(loss.get(name), ".3f") for name in ("clean", "spliced", "zero")]
@@ -70,20 +90,28 @@ def _markdown(records: list[dict[str, Any]]) -> str:
     lines += [" | ".join(_cells(r)) for r in records]
     body = "\n".join(f"| {line} |" for line in lines)
     note = (
-        "FVU, cosine, L0, dead latents and densities are measured on stored rows, which training "
-        "may have seen; losses, in nats a token, on text after the cached part, or on the last of "
-        "it where the text ends there."
+        f"FVU, cosine, L0, densities and the latents that never fired are of {_rows(records)}, "
+        "which training may have seen (its own dead latents are those that did not fire for "
+        "train.dead_after_tokens); losses, in nats a token, are of text after the cached part, or "
+        "of the last of it where the text ends there. A dash stands for what is no number: where "
+        "zeros in place of the activations do not raise the loss, there is none to recover."
     )
     return f"# Evaluation\n\n{body}\n\n{note}\n\n![FVU against L0](fvu_l0.png)\n"
 
 
+def _rows(records: list[dict[str, Any]]) -> str:
+    return f"{max(r['tokens'] for r in records):,} stored rows"
+
+
 def table(records: list[dict[str, Any]]) -> Table:
     """The same table for a terminal."""
-    out = Table(title="evaluation (losses in nats a token)")
-    for column in _COLUMNS:
-        out.add_column(column, justify="left" if column == "SAE" else "right")
+    out = Table(title=f"evaluation on {_rows(records)} (losses in nats a token)")
+    # Names of a grid differ in their last letters: broken, never cut.
+    out.add_column(_COLUMNS[0], overflow="fold")
+    for column in _COLUMNS[1:]:
+        out.add_column(column, justify="right", no_wrap=True)
     for record in records:
-        out.add_row(*_cells(record))
+        out.add_row(*(Text(cell) for cell in _cells(record)))
     return out
 
 
@@ -109,9 +137,8 @@ def plot_density(record: dict[str, Any], path: Path) -> None:
     axes.stairs(h["counts"], h["log10_edges"], fill=True)
     axes.set_xlabel("log10 of the fraction of tokens on which a latent fires")
     axes.set_ylabel("latents")
-    axes.set_title(
-        f"{record['job']}: {h['never']} of {record['d_sae']} latents never fired", fontsize=9
-    )
+    never = f"{h['never']} of {record['d_sae']} latents never fired on {record['tokens']:,} rows"
+    axes.set_title(f"{record['job']}: {never}", fontsize=9)
     _save(figure, path)
 
 

@@ -105,21 +105,24 @@ def _evaluate(
     sae = found.load(device)
     # Never more than the store holds: a row measured twice is no new evidence.
     num_tokens = min(cfg.num_tokens, store.rows)
-    # Passes of equal size: less than a row a pass is left out, not most of a pass.
     num_steps = -(-num_tokens // cfg.batch_tokens)
     loader = ActivationLoader(
         store,
         found.hookpoint,
-        batch_tokens=num_tokens // num_steps,
+        batch_tokens=-(-num_tokens // num_steps),
         seed=-1 & 0x7FFFFFFF,
         num_steps=num_steps,
         device=device,
     )
 
     def batches() -> Iterator[Tensor]:
+        left = num_tokens
         for batch in loader:
-            yield batch
-            advance(len(batch))
+            # The loader's passes are of one size; the last may reach beyond what was asked for.
+            rows = batch[:left]
+            yield rows
+            left -= len(rows)
+            advance(len(rows))
 
     with loader:
         metrics = measure(sae, batches())
