@@ -13,6 +13,7 @@ from rich.text import Text
 from ..training.records import write_text
 from .loss_recovered import LossRecovered
 from .metrics import ReconstructionMetrics, density_histogram
+from .plots import plot_density, plot_frontiers
 
 
 def evaluation_record(
@@ -54,10 +55,11 @@ def write_evaluation(folder: Path, record: dict[str, Any]) -> None:
 
 
 def write_report(output: Path, records: list[dict[str, Any]]) -> None:
-    """Writes evaluation.json and report.md over all SAEs, and the plot of FVU against L0."""
+    """Writes evaluation.json and report.md over all SAEs, and plots of FVU against L0 and against
+    what a grid varied.
+    """
     write_text(output / "evaluation.json", json.dumps(records, indent=1) + "\n")
-    write_text(output / "report.md", _markdown(records))
-    plot_frontier(records, output / "fvu_l0.png")
+    write_text(output / "report.md", _markdown(records, plot_frontiers(records, output)))
 
 
 _COLUMNS = (
@@ -85,7 +87,7 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def _markdown(records: list[dict[str, Any]]) -> str:
+def _markdown(records: list[dict[str, Any]], plots: list[str]) -> str:
     lines = [" | ".join(_COLUMNS), " | ".join("---" for _ in _COLUMNS)]
     lines += [" | ".join(_cells(r)) for r in records]
     body = "\n".join(f"| {line} |" for line in lines)
@@ -96,7 +98,8 @@ def _markdown(records: list[dict[str, Any]]) -> str:
         "of the last of it where the text ends there. A dash stands for what is no number: where "
         "zeros in place of the activations do not raise the loss, there is none to recover."
     )
-    return f"# Evaluation\n\n{body}\n\n{note}\n\n![FVU against L0](fvu_l0.png)\n"
+    images = "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in plots)
+    return f"# Evaluation\n\n{body}\n\n{note}\n\n{images}\n"
 
 
 def _rows(records: list[dict[str, Any]]) -> str:
@@ -113,47 +116,3 @@ def table(records: list[dict[str, Any]]) -> Table:
     for record in records:
         out.add_row(*(Text(cell) for cell in _cells(record)))
     return out
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    # Figure alone, not pyplot: no display and no state between plots.
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
-
-
-def plot_density(record: dict[str, Any], path: Path) -> None:
-    """Number of latents by firing frequency."""
-    h = record["density_histogram"]
-    figure, axes = _figure()
-    axes.stairs(h["counts"], h["log10_edges"], fill=True)
-    axes.set_xlabel("log10 of the fraction of tokens on which a latent fires")
-    axes.set_ylabel("latents")
-    never = f"{h['never']} of {record['d_sae']} latents never fired on {record['tokens']:,} rows"
-    axes.set_title(f"{record['job']}: {never}", fontsize=9)
-    _save(figure, path)
-
-
-def plot_frontier(records: list[dict[str, Any]], path: Path) -> None:
-    """FVU against L0, a line a hookpoint and width."""
-    lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    for r in records:
-        if r["fvu"] is not None:
-            lines.setdefault((r["hookpoint"], r["d_sae"]), []).append((r["l0"], r["fvu"]))
-    figure, axes = _figure()
-    for (hookpoint, d_sae), points in sorted(lines.items()):
-        xs, ys = zip(*sorted(points), strict=True)
-        axes.plot(xs, ys, marker="o", label=f"{hookpoint}, {d_sae} latents")
-    axes.set_xlabel("L0: active latents a token")
-    axes.set_ylabel("FVU: fraction of variance unexplained")
-    if lines:
-        axes.legend(fontsize=8)
-    _save(figure, path)

@@ -25,6 +25,7 @@ from ..progress import progress_bar
 from .finished import FinishedSAE, check_same_model, finished_saes, warn_of_other_text
 from .loss_recovered import LossMeter
 from .metrics import measure
+from .plots import natural
 from .report import evaluation_record, write_evaluation, write_report
 
 
@@ -66,7 +67,7 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
             meter = meters.get(sae.hookpoint)
             records.append(_evaluate(sae, cfg, store, meter, accelerator.device, bar.advance))
     everyone: list[dict[str, Any]] = gather_object(records) if world > 1 else records
-    everyone.sort(key=lambda r: r["job"])
+    everyone.sort(key=lambda r: natural(r["job"]))
     if accelerator.is_main_process:
         write_report(output, everyone)
     accelerator.wait_for_everyone()
