@@ -129,7 +129,6 @@ def test_a_damaged_record_is_told_by_name(
     with pytest.raises(UserError) as e:
         run_evaluation(parse_config(data), Accelerator(cpu=True))
     assert str(e.value).startswith(f"{file} is damaged (")
-    assert str(e.value).endswith("; restore it or train that SAE anew")
     assert "\n" not in str(e.value)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from ..activations.store import ActivationStore
 from ..config import Config, ConfigError, UserError
 from ..config_file import parse_config
 from ..models.topk import CONFIG_FILE, TopKSAE
+from ..training.records import DamagedRecordError, read_store_config
 
 logger = logging.getLogger(__name__)
 # What an activation is, of whatever text: another model's are other numbers, and positions that
@@ -40,7 +40,8 @@ class FinishedSAE(NamedTuple):
         """Raises ConfigError where the store's rows are other than those it was trained on: of
         another model, of other positions, of another width. Rows of another text are allowed.
         """
-        for key, was, found in _differences(self._trained_on(), store.config):
+        trained_on = read_store_config(self.folder) or {}
+        for key, was, found in _differences(trained_on, store.config):
             raise ConfigError(
                 f"store={store.path!r} has {key}={found!r}, but {self.folder} was trained on "
                 f"{was!r}; name the store it was trained on"
@@ -56,29 +57,12 @@ class FinishedSAE(NamedTuple):
                 f"of {width}; name the store it was trained on"
             )
 
-    def _trained_on(self) -> dict[str, Any]:
-        """The config of the store it was trained on, empty where that is not told."""
-        file = self.folder / "store.json"
-        return _read(file, json.loads) if file.is_file() else {}
-
     def load(self, device: torch.device | str = "cpu") -> TopKSAE:
         """The SAE itself. Raises UserError where its files are damaged."""
         try:
             return TopKSAE.load(self.folder / "sae", device=device)
         except ValueError as e:
             raise UserError(str(e)) from e
-
-
-def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """A file of `key: value`. Raises UserError where it is damaged."""
-    try:
-        data = parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"{file} is damaged ({reason}); restore it or train that SAE anew") from e
-    if not isinstance(data, dict):
-        raise UserError(f"{file} is damaged (it holds no keys); restore it or train that SAE anew")
-    return data
 
 
 def _differences(
@@ -117,8 +101,8 @@ def warn_of_other_text(config: Config, store: ActivationStore) -> None:
 
 
 def finished_saes(output: Path) -> list[FinishedSAE]:
-    """SAEs under a folder, by name. Raises ConfigError where there are none, UserError where a
-    job.yaml is damaged.
+    """SAEs under a folder, by name. Raises ConfigError where there are none, DamagedRecordError
+    where a job.yaml is damaged.
     """
     found = []
     for file in sorted(output.glob(f"**/sae/{CONFIG_FILE}")):
@@ -128,15 +112,24 @@ def finished_saes(output: Path) -> list[FinishedSAE]:
                 f"{folder} holds an SAE but no job.yaml, which tells its hookpoint; "
                 "train it anew or move it out of output"
             )
-        job = folder / "job.yaml"
-        config = parse_config(_read(job, yaml.safe_load), str(job))
-        if config.train is None or config.train.hookpoint is None:
-            raise UserError(
-                f"{job} is damaged (it has no train.hookpoint); restore it or train that SAE anew"
-            )
-        found.append(FinishedSAE(str(folder.relative_to(output)), folder, config.train.hookpoint))
+        found.append(FinishedSAE(str(folder.relative_to(output)), folder, _hookpoint(folder)))
     if not found:
         raise ConfigError(
             f"output={str(output)!r} holds no finished SAE; run `train` or `grid` first"
         )
     return found
+
+
+def _hookpoint(folder: Path) -> str:
+    """What job.yaml says. Raises DamagedRecordError where it does not."""
+    file = folder / "job.yaml"
+    try:
+        config = parse_config(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+        if config.train is None or config.train.hookpoint is None:
+            raise ValueError("it has no train.hookpoint")
+    except (ValueError, yaml.YAMLError) as e:
+        reason = " ".join(str(e).split())
+        raise DamagedRecordError(
+            f"{file} is damaged ({reason}); restore it or train that SAE anew"
+        ) from e
+    return config.train.hookpoint
