@@ -161,6 +161,10 @@ def test_damaged_and_missing_files_are_told(sae: TopKSAE, tmp_path: Path) -> Non
     (tmp_path / "sae_weights.safetensors").write_bytes(data[:100])
     with pytest.raises(ValueError, match="no whole SAE"):
         sae_lens.load(tmp_path)
+    for text in (b"{", b"\xff\xfe"):
+        (tmp_path / "cfg.json").write_bytes(text)
+        with pytest.raises(ValueError, match=f"{tmp_path} holds no whole SAE"):
+            sae_lens.load(tmp_path)
 
 
 @pytest.mark.parametrize(

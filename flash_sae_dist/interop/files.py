@@ -35,7 +35,7 @@ def read(
     try:
         config: dict[str, Any] = json.loads((folder / "cfg.json").read_text())
         weights = load_file(folder / weights_file)
-    except (OSError, json.JSONDecodeError, SafetensorError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         raise ValueError(f"{folder} holds no whole SAE ({e}); download or export it anew") from e
     if set(weights) != keys:
         raise ValueError(
