@@ -251,7 +251,8 @@ class TrainConfig(StrictModel):
     k_aux: Latents | None = None
     """Dead latents that AuxK or ghost gradients use a token; left out, half the width."""
     dead_after_tokens: int = Field(default=10_000_000, gt=0)
-    """Tokens without firing, counted over all processes, after which a latent is dead."""
+    """Tokens without firing, counted over all processes, after which a latent is dead. Dead ones
+    are looked for every 100 steps."""
     precision: Precision = "auto"
     """Arithmetic of matmuls and gathers; master weights are float32 (float64 for float64). auto:
     bfloat16 on GPUs, else float32.
@@ -343,7 +344,7 @@ class EvaluateConfig(StrictModel):
     """What is measured on finished SAEs."""
 
     num_tokens: int = Field(default=65_536, gt=0)
-    """Stored rows for FVU, cosine, L0, dead fraction and densities."""
+    """Stored rows for FVU, cosine, L0, latents that never fired, and densities."""
     batch_tokens: int = Field(default=4096, gt=0)
     """Stored rows a pass."""
     loss_sequences: int = Field(default=64, ge=0)
@@ -373,7 +374,7 @@ class Config(StrictModel):
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     store: Folder | None = None
-    """Store to train from; left out, `cache.store`."""
+    """Store to train from and to measure on; left out, `cache.store`."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers of accelerate, by name: tensorboard, wandb, trackio, ...; an empty list logs to
     files alone.

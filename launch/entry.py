@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ..config import Config, ConfigError, UserError, nearest_name
 from ..config_file import load_config
@@ -71,7 +72,8 @@ def command(run: Run) -> Callable[[str, list[str] | None], None]:
 
     # Paragraphs on one line: the terminal's width breaks them.
     paragraphs = inspect.cleandoc(run.__doc__ or "").split("\n\n")
-    verb.__doc__ = "\n\n".join(" ".join(p.split()) for p in paragraphs)
+    # Rich takes what is in brackets for markup.
+    verb.__doc__ = escape("\n\n".join(" ".join(p.split()) for p in paragraphs))
     return verb
 
 

@@ -17,6 +17,7 @@ import zarr
 from accelerate import Accelerator
 from transformers import FalconConfig, FalconForCausalLM
 
+from flash_sae_dist import locks
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.language_model import (
     LanguageModel,
@@ -644,3 +645,17 @@ def test_records_of_hosts_with_equal_process_numbers_meet_no_other(
     assert len(set(partials)) == 2
     assert records.read("config.json") == {"a": 2}
     assert len(list((tmp_path / "records").iterdir())) == 1
+
+
+def test_the_same_cache_twice_at_once_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = parse_config(config_data(tmp_path))
+    monkeypatch.setattr(locks, "_WAIT_S", 0.3)
+    with (
+        locks.locked(tmp_path / "store.zarr"),
+        pytest.raises(ConfigError, match=r"another process is at work in .*store\.zarr"),
+    ):
+        run_cache(cfg, Accelerator(cpu=True))
+    run_cache(cfg, Accelerator(cpu=True))
+    assert ActivationStore.open(str(tmp_path / "store.zarr")).rows > 0

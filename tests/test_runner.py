@@ -302,3 +302,11 @@ def test_another_store_is_not_taken_for_this_one(root: Path, tmp_path: Path) -> 
     moved = cfg.model_copy(update={"store": str(tmp_path / "moved.zarr")})
     assert runner.run_jobs(moved, Accelerator(cpu=True), grid=False)
     (tmp_path / "moved.zarr").rename(root / "store.zarr")
+
+
+def test_an_output_that_is_a_file_is_told(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ConfigError, match=r"output='.*/file/run': .*/file is a file; name a folder"
+    ):
+        runner.run_jobs(config(root, tmp_path / "file" / "run"), Accelerator(cpu=True), grid=False)

@@ -10,6 +10,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from .. import __version__
 from ..config import CacheConfig, Config, ConfigError, UserError
 from ..folders import check_writable
+from ..locks import locked
 from ..parallel import comm
 from ..progress import progress_bar
 from .language_model import (
@@ -58,7 +60,7 @@ def store_config(config: Config) -> dict[str, Any]:
 def run_cache(config: Config, accelerator: Any) -> None:
     """Runs the whole cache job, or what is left of it. Collective over all processes.
 
-    Raises ConfigError before any work when something does not fit.
+    Raises ConfigError before any work when something does not fit, or another launch is at it.
     """
     config.need("model", "text", "cache", verb="cache")
     assert config.model is not None
@@ -74,6 +76,18 @@ def run_cache(config: Config, accelerator: Any) -> None:
     lm = load_language_model(config.model, accelerator.device)
     hookpoints = resolve_hookpoints(lm.model, config.cache.hookpoints)
     check_context_length(lm, config.cache.context_length)
+    with ExitStack() as lock:
+        if writer.records.local:
+            folder = Path(writer.records.root)
+            comm.first_checks(lambda: lock.enter_context(locked(folder)))
+        _fill(config, accelerator, writer, lm, hookpoints)
+
+
+def _fill(
+    config: Config, accelerator: Any, writer: StoreWriter, lm: LanguageModel, hookpoints: list[str]
+) -> None:
+    """Makes the shards that are not there yet."""
+    assert config.cache is not None
     table = _shared_table(config, lm, accelerator, writer)
     widths = _widths(lm, hookpoints, table)
     rows = min(config.cache.num_tokens, int(table.keep.sum()))

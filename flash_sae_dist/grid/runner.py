@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ..activations.store import ActivationStore
 from ..config import Config, ConfigError, UserError
+from ..folders import check_writable
 from ..locks import locked
 from ..parallel import comm
 from ..parallel.mesh import Mesh, make_mesh
@@ -60,6 +61,7 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     _check_fit(found, store, mesh)
     for job in found:
         check_same_job(job, store.config)
+    comm.first_checks(lambda: check_writable("output", config.output))
     open_jobs = [job for job in found if not is_finished(job)]
     widths = {name: store.width(name) for name in store.hookpoints}
     bundles = make_bundles(open_jobs, widths, mesh.num_shards, _memory_bytes(device))

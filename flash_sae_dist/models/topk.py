@@ -192,7 +192,7 @@ class TopKSAE(nn.Module):
             weights = load_file(path / WEIGHTS_FILE)
             sae = cls(config["d_in"], config["d_sae"], config["k"], dtype=weights["W_enc"].dtype)
             sae.load_state_dict(weights)
-        except (OSError, KeyError, RuntimeError, json.JSONDecodeError, SafetensorError) as e:
+        except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
             raise ValueError(
                 f"{path} holds no whole TopK SAE ({e}); train or export it anew"
             ) from e

@@ -4,6 +4,7 @@ for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,19 @@ def from_all(found: Any) -> list[Any]:
         told = [None] * dist.get_world_size()
         dist.all_gather_object(told, found)
     return told
+
+
+def first_checks(check: Callable[[], None]) -> None:
+    """Lets the first process check something; the ConfigError that it meets is raised on all.
+    Collective over all processes.
+    """
+    error = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            check()
+        except ConfigError as e:
+            error = e
+    raise_together(error)
 
 
 def from_lead(found: Any, mesh: Mesh) -> Any:
