@@ -67,7 +67,8 @@ class StrictModel(BaseModel):
 
 def _from_yaml(value: Any, kind: Any) -> Any:
     """YAML has lists and reads 1e-4 as a string; strict fields are tuples and floats."""
-    if isinstance(value, list):
+    # A section's lists are tuples by the time that the section itself is looked at.
+    if isinstance(value, list | tuple):
         return tuple(_from_yaml(v, kind) for v in value)
     if isinstance(value, dict):
         return {name: _from_yaml(v, kind) for name, v in value.items()}

@@ -659,3 +659,18 @@ def test_the_same_cache_twice_at_once_is_refused(
         run_cache(cfg, Accelerator(cpu=True))
     run_cache(cfg, Accelerator(cpu=True))
     assert ActivationStore.open(str(tmp_path / "store.zarr")).rows > 0
+
+
+def test_what_is_no_weight_has_no_part_in_the_checksum() -> None:
+    class Odd(torch.nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"scale": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+    odd, plain = Odd(3, 2), torch.nn.Linear(3, 2)
+    plain.load_state_dict({"weight": odd.weight, "bias": odd.bias})
+    odd.register_parameter("elsewhere", torch.nn.Parameter(torch.empty(4, device="meta")))
+    sums = [weights_checksum(LanguageModel(m, None, "causal-lm", CPU)) for m in (odd, plain)]
+    assert sums[0] == sums[1]

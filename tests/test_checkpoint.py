@@ -99,6 +99,9 @@ def test_damage_is_found_and_the_older_one_used(tmp_path: Path, damage: str) -> 
     else:
         (newest / "manifest.json").write_text("{")
     assert checkpoint.newest_step(tmp_path, MESH) == 1
+    with pytest.raises(checkpoint.DamagedCheckpointError) as raised:
+        checkpoint._verify(newest)
+    assert str(raised.value).count(str(newest)) == 1 + (damage in ("remove", "no manifest"))
 
 
 def test_any_flipped_bit_of_a_manifest_is_found(tmp_path: Path) -> None:

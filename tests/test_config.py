@@ -262,3 +262,12 @@ def test_the_set_of_keys_is_frozen() -> None:
             section, _, name = key.name.rpartition(".")
             found.setdefault(section, []).append(name)
     assert {section: " ".join(names) for section, names in found.items()} == FIELDS
+
+
+def test_exponents_in_lists_are_numbers() -> None:
+    config = parse_config(changed("train.adam_betas", ["9e-1", 0.999]))
+    assert config.train is not None
+    assert config.train.adam_betas == (0.9, 0.999)
+    grid = parse_config(changed("grid", {"values": {"train.adam_betas": [[0.5, "9e-1"]]}})).grid
+    assert grid is not None
+    assert grid.values == {"train.adam_betas": ((0.5, 0.9),)}

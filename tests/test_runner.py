@@ -252,19 +252,55 @@ def test_the_same_command_twice_at_once_is_refused(
     cfg = config(root, tmp_path)
     monkeypatch.setattr(locks, "_WAIT_S", 0.3)
     with locks.locked(tmp_path / "model.layers.0"):
-        with pytest.raises(ConfigError, match=r"another process is at work in .*model\.layers\.0;"):
+        with pytest.raises(runner.JobsFailedError, match=r"another process is at work in .*rs\.0;"):
             runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
         assert [p.name for p in (tmp_path / "model.layers.0").iterdir()] == [".lock"]
     runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
 
 
-@pytest.mark.parametrize("name", ["status.json", "store.json", "job.yaml"])
+def test_a_grid_goes_on_beside_a_job_that_another_launch_holds(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = grid_config(root, tmp_path)
+    monkeypatch.setattr(locks, "_WAIT_S", 0.3)
+    monkeypatch.setattr(runner, "_memory_bytes", lambda device: 0)  # a bundle a job
+    held = tmp_path / "model.layers.0" / "k=2"
+    with locks.locked(held):
+        write_status(Job("held", held, cfg), Status("failed", 1, 2, "the other's reason"))
+        with pytest.raises(runner.JobsFailedError, match=r"1 of 4 .*another process is at work"):
+            runner.run_jobs(cfg, Accelerator(cpu=True), grid=True)
+    assert getattr(read_status(held), "error", None) == "the other's reason"
+    assert len(list(tmp_path.glob("*/*/sae"))) == 3
+
+
+def test_a_damaged_status_is_made_anew(root: Path, tmp_path: Path) -> None:
+    cfg = config(root, tmp_path)
+    (job,) = runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
+    shutil.rmtree(job.folder / "sae")
+    (job.folder / "status.json").write_text("")
+    with (job.folder / "metrics.jsonl").open("ab") as f:
+        f.write(b'7\n\xff\n{"step"')
+    runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
+    assert getattr(read_status(job.folder), "state", None) == "finished"
+
+
+def test_another_versions_job_is_not_called_damaged(root: Path, tmp_path: Path) -> None:
+    cfg = config(root, tmp_path)
+    (job,) = runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
+    with (job.folder / "job.yaml").open("a") as f:
+        f.write("new_section: {}\n")
+    with pytest.raises(ConfigError, match=r"new_section") as raised:
+        runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
+    assert "damaged" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["store.json", "job.yaml"])
 def test_a_damaged_record_is_told(root: Path, tmp_path: Path, name: str) -> None:
     cfg = config(root, tmp_path)
     (job,) = runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
     shutil.rmtree(job.folder / "sae")
     (job.folder / name).write_text("{")
-    with pytest.raises(DamagedRecordError, match=rf"{name} is damaged .* delete it"):
+    with pytest.raises(DamagedRecordError, match=rf"{name} is damaged .* restore it"):
         runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
 
 

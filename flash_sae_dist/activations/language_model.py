@@ -105,13 +105,19 @@ def model_commit(lm: LanguageModel) -> str | None:
     return commit
 
 
+def _weights(lm: LanguageModel) -> dict[str, Tensor]:
+    """Weights that have values here: some modules keep other state, some weights lie elsewhere."""
+    state = lm.model.state_dict()
+    return {n: w for n, w in state.items() if isinstance(w, Tensor) and not w.is_meta}
+
+
 def model_dtype(lm: LanguageModel) -> str:
     """The type that most of the weights have, such as `bfloat16`."""
     sizes: dict[str, int] = {}
-    for weight in lm.model.state_dict().values():
+    for weight in _weights(lm).values():
         name = str(weight.dtype).removeprefix("torch.")
         sizes[name] = sizes.get(name, 0) + weight.numel()
-    return max(sizes, key=lambda name: sizes[name])
+    return max(sizes, key=lambda name: sizes[name], default="none")
 
 
 def weights_checksum(lm: LanguageModel) -> int:
@@ -119,7 +125,7 @@ def weights_checksum(lm: LanguageModel) -> int:
     on every device, and other for another checkpoint.
     """
     crc = 0
-    for name, weight in sorted(lm.model.state_dict().items()):
+    for name, weight in sorted(_weights(lm).items()):
         if name in lm.new:
             continue
         # About a thousand values; an odd step, which does not stay in one column of a matrix.

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 
 from ..activations.harvest import store_config
 from ..activations.store import ActivationStore
 from ..config import Config, ConfigError, UserError
-from ..config_file import parse_config
 from ..models.topk import CONFIG_FILE, TopKSAE
-from ..training.records import DamagedRecordError, read_store_config
+from ..training.records import DamagedRecordError, read_job, read_store_config
 
 logger = logging.getLogger(__name__)
 # What an activation is, of whatever text: another model's are other numbers, and positions that
@@ -122,14 +120,10 @@ def finished_saes(output: Path) -> list[FinishedSAE]:
 
 def _hookpoint(folder: Path) -> str:
     """What job.yaml says. Raises DamagedRecordError where it does not."""
-    file = folder / "job.yaml"
-    try:
-        config = parse_config(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
-        if config.train is None or config.train.hookpoint is None:
-            raise ValueError("it has no train.hookpoint")
-    except (ValueError, yaml.YAMLError) as e:
-        reason = " ".join(str(e).split())
+    config = read_job(folder)
+    if config is None or config.train is None or config.train.hookpoint is None:
         raise DamagedRecordError(
-            f"{file} is damaged ({reason}); restore it or train that SAE anew"
-        ) from e
+            f"{folder / 'job.yaml'} is damaged (it has no train.hookpoint); restore it or train "
+            "that SAE anew"
+        )
     return config.train.hookpoint

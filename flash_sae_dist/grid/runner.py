@@ -20,10 +20,10 @@ from ..parallel.mesh import Mesh, make_mesh
 from ..training.records import (
     Job,
     check_same_job,
+    forget_failure,
     read_metrics,
     read_status,
     record_failure,
-    write_status,
 )
 from ..training.trainer import Trainer, is_finished
 from . import jobs as job_list
@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 class JobsFailedError(UserError):
     """Some SAEs failed; their status.json tell why."""
+
+
+class BusyError(UserError):
+    """Another launch is at work in the folder of a job."""
 
 
 def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
@@ -59,23 +63,28 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
         config.train.num_shards, config.train.num_replicas, device=device, several_groups=grid
     )
     _check_fit(found, store, mesh)
+    comm.first_checks(lambda: check_writable("output", config.output))
     for job in found:
         check_same_job(job, store.config)
-    comm.first_checks(lambda: check_writable("output", config.output))
     open_jobs = [job for job in found if not is_finished(job)]
     widths = {name: store.width(name) for name in store.hookpoints}
     bundles = make_bundles(open_jobs, widths, mesh.num_shards, _memory_bytes(device))
     plan = assign(bundles, mesh.num_groups)
     trackers = Trackers(accelerator, [job.name for job in open_jobs])
-    if accelerator.is_main_process:
-        _forget_failures(open_jobs)
     # Every rank has looked at what is finished before any rank finishes more.
     accelerator.wait_for_everyone()
+    busy: dict[str, str] = {}
     for bundle in plan[mesh.group]:
-        _train_bundle(bundle.jobs, store, mesh, device, trackers, only=len(found) == 1)
+        try:
+            _train_bundle(bundle.jobs, store, mesh, device, trackers, only=len(found) == 1)
+        except BusyError as e:
+            # Not ours to write a reason into.
+            busy |= {job.name: str(e) for job in bundle.jobs}
     mine = [job for bundle in plan[mesh.group] for job in bundle.jobs if mesh.is_lead]
     # Asked where they were written: a shared folder may show other hosts the files later.
-    by_rank = comm.from_all({job.name: _why_not(job) for job in mine if not is_finished(job)})
+    by_rank = comm.from_all(
+        {j.name: busy.get(j.name) or _why_not(j) for j in mine if not is_finished(j)}
+    )
     failed = {name: reason for some in by_rank for name, reason in some.items()}
     if accelerator.is_main_process:
         _replay_other_groups(plan[1:], trackers)
@@ -83,17 +92,13 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
             if job.name not in failed:
                 print(_summary(job, new=job in open_jobs), flush=True)
     if failed:
+        if accelerator.is_main_process:
+            trackers.finish()
+        # The launcher ends all when one ends badly: the first has told all by now.
+        accelerator.wait_for_everyone()
         told = "; ".join(f"{name}: {error}" for name, error in failed.items())
         raise JobsFailedError(f"{len(failed)} of {len(found)} SAEs failed ({told})")
     return found
-
-
-def _forget_failures(jobs: list[Job]) -> None:
-    """Of an earlier launch: this one's own reasons are to be told."""
-    for job in jobs:
-        status = read_status(job.folder)
-        if status is not None and status.state == "failed":
-            write_status(job, status._replace(state="running", error=None))
 
 
 def _why_not(job: Job) -> str:
@@ -161,8 +166,7 @@ def _train_bundle(
         with _held(jobs, mesh):
             Trainer(jobs, store, mesh, device, trackers.log).run()
         return
-    except ConfigError:
-        # Somebody else's job: its records are not ours to write.
+    except BusyError:
         raise
     except Exception as e:
         together = isinstance(e, torch.OutOfMemoryError) and len(jobs) > 1 and not ends
@@ -184,7 +188,7 @@ def _train_bundle(
 
 @contextmanager
 def _held(jobs: list[Job], mesh: Mesh) -> Iterator[None]:
-    """Keeps other launches out of the jobs' folders. Raises ConfigError where one is in them.
+    """Keeps other launches out of the jobs' folders. Raises BusyError where one is in them.
     Collective over the members."""
     with ExitStack() as locks:
         busy = None
@@ -192,10 +196,12 @@ def _held(jobs: list[Job], mesh: Mesh) -> Iterator[None]:
             if mesh.is_lead:
                 for job in jobs:
                     locks.enter_context(locked(job.folder))
+                for job in jobs:
+                    forget_failure(job)
         except ConfigError as e:
             busy = str(e)
         if busy := comm.from_lead(busy, mesh):
-            raise ConfigError(busy)
+            raise BusyError(busy)
         yield
 
 

@@ -35,6 +35,12 @@ class Trackers:
                     for job in job_names:
                         tracker.tracker.define_metric(f"{job}/*", step_metric=f"{job}/step")
 
+    def finish(self) -> None:
+        """Sends what is left; nothing is logged afterwards."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers.clear()
+
     def log(self, job: str, values: dict[str, float], step: int) -> None:
         """Sends a job's metrics of a step, as `job/metric`."""
         named = {f"{job}/{name}": value for name, value in values.items()}

@@ -154,6 +154,8 @@ def _verify(path: Path) -> dict[str, Any]:
                 raise DamagedCheckpointError(
                     f"{path / file['name']} is damaged: its crc32c changed"
                 )
+    except DamagedCheckpointError:
+        raise
     except (OSError, KeyError, TypeError, ValueError) as e:
         raise DamagedCheckpointError(f"{path} is not a whole checkpoint: {e}") from e
     return manifest

@@ -72,13 +72,9 @@ def check_same_job(job: Job, store_config: dict[str, Any]) -> None:
     """Raises ConfigError where the folder holds a job of another config or of another store's
     rows.
     """
-    path = job.folder / "job.yaml"
-    if not path.is_file():
+    path, before = job.folder / "job.yaml", read_job(job.folder)
+    if before is None:
         return
-    try:
-        before = parse_config(yaml.safe_load(path.read_text()), str(path))
-    except (ValueError, yaml.YAMLError) as e:
-        raise _damaged(path, e) from e
     for section in ("sae", "train"):
         old, new = getattr(before, section), getattr(job.config, section)
         for key in type(new).model_fields:
@@ -100,7 +96,23 @@ def check_same_job(job: Job, store_config: dict[str, Any]) -> None:
 
 def _damaged(path: Path, error: Exception) -> DamagedRecordError:
     reason = " ".join(str(error).split())
-    return DamagedRecordError(f"{path} is damaged ({reason}); delete it and run the same again")
+    return DamagedRecordError(f"{path} is damaged ({reason}); restore it, or remove that folder")
+
+
+def read_job(folder: Path) -> Config | None:
+    """The config in `job.yaml`, None where there is none. Raises DamagedRecordError, or ConfigError
+    where it is whole but of another version's keys or values.
+    """
+    path = folder / "job.yaml"
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("it holds no keys")
+    except FileNotFoundError:
+        return None
+    except (ValueError, yaml.YAMLError) as e:
+        raise _damaged(path, e) from e
+    return parse_config(data, str(path))
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -123,6 +135,17 @@ def read_store_config(folder: Path) -> dict[str, Any] | None:
 def write_status(job: Job, status: Status) -> None:
     """Writes `status.json`."""
     write_text(job.folder / "status.json", json.dumps(status._asdict()) + "\n")
+
+
+def forget_failure(job: Job) -> None:
+    """An earlier launch's: this one's own reason is to be told. A status that is damaged is
+    forgotten, too, since it only informs."""
+    try:
+        status = read_status(job.folder)
+    except DamagedRecordError:
+        status = Status("failed", 0, 0)
+    if status is not None and status.state == "failed":
+        write_status(job, status._replace(state="running", error=None))
 
 
 def record_failure(job: Job, error: Exception) -> str:
@@ -171,9 +194,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
     return lines

@@ -94,6 +94,19 @@ def test_a_mistake_ends_all_processes(
     assert not (tmp_path / "none").exists(), "nothing was begun"
 
 
+def test_the_first_tells_all_before_a_failed_sae_ends_the_launch(
+    config: Path, tmp_path: Path
+) -> None:
+    if not (config.parent / "store.zarr/records/complete.json").exists():
+        assert launch("cache", str(config)).returncode == 0
+    args = [f"output={tmp_path}", "train.num_shards=1", "grid.hookpoints=[model.layers.0]"]
+    done = launch("grid", str(config), *args, "grid.values={train.lr: [1.0e-3, 1.0e+30]}")
+    assert done.returncode != 0
+    assert "model.layers.0/lr=0.001: trained; fvu " in done.stdout
+    assert "error: 1 of 2 SAEs failed (model.layers.0/lr=1e+30: " in done.stderr
+    assert "Traceback" not in done.stderr.split("torch/distributed/elastic")[0]
+
+
 def test_a_failure_ends_a_launch_whose_other_processes_wait(config: Path) -> None:
     done = launch("tests.dist.fail_worker", str(config))
     assert done.returncode != 0
