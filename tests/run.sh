@@ -10,4 +10,7 @@ export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi
+# Tests of several processes have the machine to themselves.
+python -m pytest tests/dist
+python -m pytest --ignore tests/dist --numprocesses 2 --dist loadfile
