@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All GPU tests, dealt out to several processes of which each compiles its part, then a small case of
 # every kernel under compute-sanitizer, where it is installed. For a machine whose time is short;
-# tests/run.sh runs them, too, one after another.
+# tests/run.sh runs them, too, among all others.
 #   PYTHON=python3 PROCESSES=10 bash tests/gpu.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,6 +23,6 @@ for process in "${running[@]}"; do wait "$process" || failed=1; done
 grep -hE "^(FAILED|ERROR|=+ .* in )|^[0-9]+ (passed|skipped|failed)|Error" "$logs"/part.??.log || true
 
 if command -v compute-sanitizer > "$logs/which"; then
-  compute-sanitizer --tool memcheck "$python" tests/kernels/small_case.py | tail -n 3 || failed=1
+  compute-sanitizer --tool memcheck --error-exitcode 1 "$python" tests/kernels/small_case.py | tail -n 3 || failed=1
 fi
 exit "$failed"

@@ -12,5 +12,7 @@ ruff format --check .
 mypy
 if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi
 # Tests of several processes have the machine to themselves.
-python -m pytest tests/dist
-python -m pytest --ignore tests/dist --numprocesses 2 --dist loadfile
+failed=0
+python -m pytest tests/dist || failed=1
+python -m pytest --ignore tests/dist --numprocesses 2 --dist loadfile || failed=1
+exit "$failed"

@@ -88,9 +88,10 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     failed = {name: reason for some in by_rank for name, reason in some.items()}
     if accelerator.is_main_process:
         _replay_other_groups(plan[1:], trackers)
+        new = {job.name for job in open_jobs}
         for job in found:
             if job.name not in failed:
-                print(_summary(job, new=job in open_jobs), flush=True)
+                print(_summary(job, new=job.name in new), flush=True)
     if failed:
         if accelerator.is_main_process:
             trackers.finish()

@@ -47,6 +47,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(root / "c.yaml", data)
 
 
+@pytest.fixture
+def store(config: Path) -> Path:
+    """The config's store, cached by the first test that asks for it."""
+    store = config.parent / "store.zarr"
+    if not (store / "records/complete.json").exists():
+        assert launch("cache", str(config)).returncode == 0
+    return store
+
+
 def test_the_whole_job(config: Path) -> None:
     for verb in ("cache", "grid", "evaluate", "export"):
         done = launch(verb, str(config))
@@ -76,13 +85,12 @@ def test_the_whole_job(config: Path) -> None:
     ],
 )
 def test_a_mistake_ends_all_processes(
-    config: Path, verb: str, override: str, words: str, tmp_path: Path
+    config: Path, store: Path, verb: str, override: str, words: str, tmp_path: Path
 ) -> None:
-    if not (config.parent / "store.zarr/records/complete.json").exists():
-        assert launch("cache", str(config)).returncode == 0
     args = [override, f"output={tmp_path / 'none'}", f"cache.store={tmp_path / 'new.zarr'}"]
-    store = [] if verb == "cache" else [f"store={config.parent / 'store.zarr'}"]
-    done = launch(verb, str(config), *args, *store)
+    if verb != "cache":
+        args.append(f"store={store}")
+    done = launch(verb, str(config), *args)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, "one process tells it"
@@ -95,11 +103,14 @@ def test_a_mistake_ends_all_processes(
 
 
 def test_the_first_tells_all_before_a_failed_sae_ends_the_launch(
-    config: Path, tmp_path: Path
+    config: Path, store: Path, tmp_path: Path
 ) -> None:
-    if not (config.parent / "store.zarr/records/complete.json").exists():
-        assert launch("cache", str(config)).returncode == 0
-    args = [f"output={tmp_path}", "train.num_shards=1", "grid.hookpoints=[model.layers.0]"]
+    args = [
+        f"store={store}",
+        f"output={tmp_path}",
+        "train.num_shards=1",
+        "grid.hookpoints=[model.layers.0]",
+    ]
     done = launch("grid", str(config), *args, "grid.values={train.lr: [1.0e-3, 1.0e+30]}")
     assert done.returncode != 0
     assert "model.layers.0/lr=0.001: trained; fvu " in done.stdout
