@@ -153,6 +153,160 @@ def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | Non
     return None if best is None else best[1]
 
 
+class FirstPlan(NamedTuple):
+    """Sizes of one call on Hopper GPUs, whose filter takes its programs' first tiles as the sample;
+    a function of shapes alone, so that every rank makes the same."""
+
+    first: int  # tiles that a program takes
+    cells: int  # parts of the 64 of a tile's columns that a thread has of a row
+    order: int  # which largest of the cells' largest activations is the threshold
+    parts: int  # programs that share a block of rows
+    capacity: int  # activations a list holds
+    block_rows: int
+    room: int  # activations that a lane of a row's selection holds
+    size: int  # of which are sorted, of a row
+    keys: int  # that it holds at a time where they are more
+
+    @property
+    def lists(self) -> int:
+        """Lists a row."""
+        return QUADS * self.parts
+
+    @property
+    def pitch(self) -> int:
+        """int64 words of scratch a row: lists, then the selection's keys."""
+        return max(self.lists * (self.capacity + OVERSHOOT), self.keys)
+
+    @property
+    def keys_per_row(self) -> int:
+        """Cells of a row's sample."""
+        return self.first * self.parts * QUADS * self.cells
+
+    def scratch_bytes(self, F: int) -> int:
+        """Device memory of a call beyond inputs and outputs."""
+        each = 8 * self.pitch + 4 * self.lists + 8 * self.keys_per_row + 4
+        return self.block_rows * each + 4 * F
+
+
+Density = tuple[tuple[float, float], ...]  # values, and the chance of each
+
+
+@lru_cache(maxsize=1024)
+def _reached(order: int, cells: int) -> Density:
+    """How many of a cell's activations reach the order-th largest of `cells` cells' largest, on
+    average over all cells: a cell's largest is reached by as many of another's as an exponential
+    variable says."""
+    steps, found = 300, []
+    mean = sum(1 / (cells - i) for i in range(order))
+    width = (mean + 9 * math.sqrt(sum(1 / (cells - i) ** 2 for i in range(order)))) / steps
+    ways = math.log(order) + math.lgamma(cells + 1) - math.lgamma(order + 1)
+    ways -= math.lgamma(cells - order + 1)
+    for i in range(steps):
+        g = (i + 0.5) * width
+        log = ways + (order - 1) * math.log(-math.expm1(-g)) - (cells - order + 1) * g
+        found.append((g, math.exp(log) * width))
+    return tuple(found)
+
+
+def _mean(density: Density) -> float:
+    return sum(g * chance for g, chance in density)
+
+
+@lru_cache(maxsize=1024)
+def _order(k: int, num_cells: float, sample: int) -> int | None:
+    """Which largest of a sample's cells' largest leaves less than k in fewer than _MISS_CHANCE
+    rows, where the k largest are spread over `num_cells` cells."""
+    one = -math.expm1(-k / num_cells)
+    missed = 0.0
+    for order in range(sample, 0, -1):
+        log = math.lgamma(sample + 1) - math.lgamma(order + 1) - math.lgamma(sample - order + 1)
+        missed += math.exp(log + order * math.log(one) + (sample - order) * math.log1p(-one))
+        if missed > _MISS_CHANCE:
+            return order + 1 if order < sample else None
+    return 1
+
+
+def _longest(density: Density, num_cells: int, lists: int, chance: float) -> int:
+    """Length that the longest of a row's lists exceeds with less than a chance."""
+    length = 8
+    while True:
+        total = 0.0
+        for g, weight in density:
+            mean = g * num_cells / lists
+            # Chernoff's bound of P(Poisson(mean) > length).
+            one = 1.0
+            if mean < length:
+                one = math.exp(length - mean - length * math.log(length / mean))
+            total += weight * min(1.0, lists * one)
+        if total < chance:
+            return length
+        length += 1 + length // 16
+
+
+@lru_cache(maxsize=256)
+def make_first_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> FirstPlan | None:
+    """As `make_plan`, for the filter that makes its own thresholds."""
+    tiles, whole = cdiv(F, 256), (F - 1) // 256
+    if N == 0 or D % 8 or F < 2048 or whole > 40_000 or k > 512:
+        return None
+    best: tuple[float, FirstPlan] | None = None
+    for first in (1, 2, 4):
+        fits = 0
+        for chunks in range(1, cdiv(N, 128) + 1):
+            rows = cdiv(cdiv(N, chunks), 128) * 128
+            blocks = rows // 128
+            if blocks > programs or fits > 2:
+                continue
+            parts = min(
+                range(1, min(whole // first, 32, programs // blocks) + 1),
+                key=lambda p: (cdiv(tiles, p), p),
+            )
+            for cells in (1, 2, 4):
+                sample = first * parts * QUADS * cells
+                order = _order(k, whole * QUADS * cells, sample)
+                if order is None:
+                    continue
+                # Sorted activations are 8 neighbours each of tiles that follow one another, which
+                # are a run's cells: of the k largest not so many are of the sample that one of them
+                # is the threshold.
+                runs = k / (8 * whole)
+                if sample / cells * min(runs, cells) + 2 * QUADS < order <= 0.93 * sample:
+                    break
+            else:
+                continue
+            # The filter takes a few more (encode_hopper._agree_ptx).
+            lists, density = QUADS * parts, _reached(min(sample, order + order // 32), sample)
+            num_cells = whole * QUADS * cells
+            hits = _mean(density) * num_cells
+            # Sorted activations, or equal ones, that reach the threshold.
+            ordered = 8 * whole * (order * cells / sample + 1 / (first * parts))
+            if max(hits, ordered) * 6 > F:
+                continue
+            capacity = max(
+                _longest(density, num_cells, lists, _OVERFLOW_CHANCE),
+                # The last tile's are neighbours: of sorted ones all may be in its lists.
+                math.ceil(1.25 * ordered / lists) + cdiv(F - 256 * whole, QUADS),
+            )
+            most = max(_longest(density, num_cells, 1, 1e-6), math.ceil(1.25 * ordered))
+            room = max(8, min(64, next_power_of_2(cdiv(most, 32))))
+            # Some more than k take fewer steps to find.
+            size = max(32, next_power_of_2(k))
+            if size < k + k // 16 and size <= 64:
+                size *= 2
+            keys = next_power_of_2(max(2 * k, 512))
+            plan = FirstPlan(first, cells, order, parts, capacity, rows, room, size, keys)
+            if plan.scratch_bytes(F) > SCRATCH_BYTES:
+                continue
+            fits += 1
+            tile = 128 * 256 * D * 2 / 5.5e12
+            filtering = (cdiv(tiles, parts) + first - 1) * (tile + 3e-7 + 25e-6 * hits / F)
+            selecting = rows * hits * 8e-12
+            cost = cdiv(N, rows) * (15e-6 + filtering + selecting)
+            if best is None or cost < best[0]:
+                best = (cost, plan)
+    return None if best is None else best[1]
+
+
 class GroupSizes(NamedTuple):
     """Sizes of the selection of a row's best groups (encode_rows.py)."""
 

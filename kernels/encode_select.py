@@ -92,7 +92,7 @@ def best_keys(row_keys, values_row, indices_row, k, num_keys, POW2: tl.constexpr
 
 
 @triton.jit
-def _stream_row(
+def stream_row(
     x_row, w_ptr, bias_ptr, row_keys, F, D, k,
     KEYS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -173,5 +173,5 @@ def select_kernel(
     if longest <= CAPACITY:
         found = _read_lists(row_keys, row_counts, F, k, num_lists, longest, LISTS_POW2, KEYS)
     if found < k:
-        _stream_row(x_ptr + row * D, w_ptr, bias_ptr, row_keys, F, D, k, KEYS, CHUNK, BLOCK_K)
+        stream_row(x_ptr + row * D, w_ptr, bias_ptr, row_keys, F, D, k, KEYS, CHUNK, BLOCK_K)
     best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, k, K_POW2)

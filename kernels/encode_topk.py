@@ -3,13 +3,14 @@ matmul writes one of at most 50 MiB instead (encode_tiles.py, encode_blocked.py)
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k, S the sampling stride.
 
+The fused path for GPUs of any kind; encode_first.py has the one for Hopper.
+
 1. `_gather_kernel` and `_sample_kernel` compute every S-th activation (one of each S neighbours,
    picked by a hash).
 2. `_threshold_kernel` takes a row's r-th largest sample as threshold. r is such that the k largest
    activations reach it but for one row in 1e8, whatever the values are: only ranks matter, since
    equal values are ranked by index.
-3. A filter (`_filter_kernel` here; `encode_hopper.filter_rows` on GPUs that have warpgroup
-   instructions) is the whole matmul; its epilogue appends the activations that reach their row's
+3. `_filter_kernel` is the whole matmul; its epilogue appends the activations that reach their row's
    threshold, on the fp32 accumulators, to short lists, several a row.
 4. `encode_select.select_kernel` finds the exact k of a row's lists. Where they hold fewer than k
    activations, or one overflowed, the row is done anew by streaming over all latents: the result is
@@ -26,7 +27,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import encode_aux, encode_blocked, encode_choice, encode_trial
 from .encode_choice import Design, Shape
-from .encode_plan import GATHERED_BYTES, QUADS, Plan, make_plan, tiles_are_first, tiles_fit
+from .encode_plan import (
+    GATHERED_BYTES,
+    QUADS,
+    Plan,
+    make_first_plan,
+    make_plan,
+    tiles_are_first,
+    tiles_fit,
+)
 from .encode_select import kth, relu_bits, select_kernel
 from .shapes import cdiv, next_power_of_2, num_programs, num_stages
 
@@ -175,40 +184,24 @@ def _sample(
     )  # fmt: skip
 
 
-def _scratch(rows: int, pitch: int, device: torch.device) -> Tensor:  # [rows, pitch] int64
-    """Memory whose addresses have one upper half, which the Hopper filter holds apart: it adds to
-    the lower one alone."""
-    held = []  # so that another call gets other memory
-    while True:
-        scratch = torch.empty(rows, pitch, dtype=torch.int64, device=device)
-        first = scratch.data_ptr()
-        if first >> 32 == (first + scratch.nbytes - 1) >> 32:
-            return scratch
-        held.append(scratch)
-
-
 def fused_topk(
     x: Tensor,  # [N, D] bf16 or fp16, contiguous
     W_enc: Tensor,  # [F, D] of the same dtype, contiguous
     b_enc: Tensor,  # [F] float32
     k: int,
     plan: Plan,
-    hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32 descending, [N, k] int32
-    """The fused path with the sizes of a plan; `hopper` names its filter."""
+    """The fused path for any GPU, with the sizes of a plan."""
     N, D = x.shape
     F = W_enc.shape[0]
     values = torch.empty(N, k, dtype=torch.float32, device=x.device)
     indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
     num_samples = F // plan.stride
     rows = min(cdiv(N, plan.block_m) * plan.block_m, plan.block_rows)
-    scratch = _scratch(rows, plan.pitch(F), x.device)
+    scratch = torch.empty(rows, plan.pitch(F), dtype=torch.int64, device=x.device)
     samples = scratch.view(torch.float32)
-    # The plain filter has one list where the other has four, of as many entries together.
-    lists, capacity = plan.lists, plan.capacity
-    if not hopper:
-        lists, capacity = plan.parts, plan.capacity * QUADS
-    lists_pow2 = next_power_of_2(lists)
+    # One list where the Hopper filter has four, of as many entries together.
+    lists, capacity = plan.parts, plan.capacity * QUADS
     count = torch.empty(rows, lists, dtype=torch.int32, device=x.device)
     tau, last = torch.empty(2, rows, dtype=torch.int32, device=x.device).unbind()
     # 16-bit inputs are exact in the tensor cores' fp32 sums whatever is named here.
@@ -231,18 +224,10 @@ def fused_topk(
             plan.stride, next_power_of_2(num_samples),
             num_warps=plan.threshold_warps,
         )  # fmt: skip
-        if hopper:
-            from . import encode_hopper
-
-            encode_hopper.filter_rows(
-                part, W_enc, b_enc, tau, last, count, scratch, plan.parts, plan.capacity,
-                num_programs(x.device),
-            )  # fmt: skip
-        else:
-            _filter(part, W_enc, b_enc, tau, last, count, scratch, plan, capacity, precision)
+        _filter(part, W_enc, b_enc, tau, last, count, scratch, plan, capacity, precision)
         select_kernel[(size,)](
             part, W_enc, b_enc, count, scratch, scratch.stride(0), lists, values[start:],
-            indices[start:], F, D, k, capacity, lists_pow2, plan.keys,
+            indices[start:], F, D, k, capacity, next_power_of_2(lists), plan.keys,
             next_power_of_2(k), min(32, plan.keys // 2), 64, num_warps=plan.select_warps,
         )  # fmt: skip
     return values, indices
@@ -289,13 +274,17 @@ def designs(
         from . import encode_tiles
 
         found["tiles"] = lambda: encode_tiles.topk_encode(x, W_enc, b_enc, k)
+    fused: dict[str, Design] = {}
     plan = make_plan(N, D, F, k, num_programs(x.device))
-    if plan is None:
+    first = make_first_plan(N, D, F, k, num_programs(x.device))
+    if first is not None and encode_trial.runs("filter", x.device, x.dtype):
+        from . import encode_first
+
+        fused["fused"] = lambda: encode_first.topk_encode(x, W_enc, b_enc, k, first)
+    elif plan is not None:
+        fused["fused-plain"] = lambda: fused_topk(x, W_enc, b_enc, k, plan)
+    else:
         return found | library
-    hopper = encode_trial.runs("filter", x.device, x.dtype)
-    fused: dict[str, Design] = {
-        "fused" if hopper else "fused-plain": lambda: fused_topk(x, W_enc, b_enc, k, plan, hopper)
-    }
     if found and not tiles_are_first(N, D, F, num_programs(x.device)):
         return library | found | fused
     return found | (library | fused if encode_blocked.is_faster(N, D, F, k) else fused | library)

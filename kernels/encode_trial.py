@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from .encode_plan import make_plan
+from .encode_plan import make_first_plan, make_plan
 from .shapes import num_programs
 
 Part = Literal["filter", "tiles"]
@@ -47,7 +47,11 @@ def _try(part: Part, device: torch.device, dtype: torch.dtype) -> bool:
     want = fused_topk(x, W_enc, b_enc, k, plan)
     try:
         if part == "filter":
-            got = [(N, fused_topk(x, W_enc, b_enc, k, plan, hopper=True))]
+            from . import encode_first
+
+            first = make_first_plan(N, D, F, k, num_programs(device))
+            assert first is not None
+            got = [(N, encode_first.topk_encode(x, W_enc, b_enc, k, first))]
         else:
             from . import encode_tiles
 

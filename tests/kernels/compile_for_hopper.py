@@ -20,7 +20,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from flash_sae_dist.kernels import (
     dense_grad,
     encode_aux,
+    encode_first,
     encode_hopper,
+    encode_pick,
     encode_plan,
     encode_rows,
     encode_select,
@@ -69,12 +71,15 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         x = bf16.to(dtype)
         args = (h.descriptor(x, 64, 64), h.descriptor(x, 256, 64))
-        kernel = h._filter_kernel.warmup(
-            args[0], args[1], h.descriptor(torch.empty(256), 256), i32, i32, i32, i64, 1536, 256,
-            256, 768, 4, 64, h.BLOCK_M, h.BLOCK_N, h.BLOCK_K, h.STAGES, h.LEAD, num_warps=4,
-            grid=(132,),
-        )  # fmt: skip
-        report(f"filter-hopper-{dtype}", kernel)
+        runs = h.descriptor(x.view(32, 8, 768), 32, 8, 64)
+        for parts, first, cells in ((16, 1, 1), (4, 2, 1), (16, 1, 2)):
+            kernel = encode_first._filter_kernel.warmup(
+                args[0], runs, args[1], h.descriptor(torch.empty(256), 256), i64, 1 << 31, i32,
+                i64, 1536, 256, 256, 768, 1, 1, 20, parts, first, cells, 64, h.BLOCK_M, h.BLOCK_N,
+                h.BLOCK_K, h.STAGES, h.LEAD, num_warps=4, launch_cooperative_grid=True,
+                grid=(132,),
+            )  # fmt: skip
+            report(f"filter-hopper-{parts}-{first}-{cells}-{dtype}", kernel)
         for tail in (0, 16, 32):
             kernel = encode_tiles._tiles_kernel.warmup(
                 args[0], args[1], h.descriptor(torch.empty(256), 256),
@@ -83,6 +88,16 @@ def main() -> None:
                 grid=(132,),
             )  # fmt: skip
             report(f"tiles-{tail}-hopper-{dtype}", kernel)
+    kernel = encode_first._prepare_kernel.warmup(
+        f32, f32, i64, 65536, 24576, 95, 256, 1024, grid=(1,)
+    )
+    report("prepare", kernel)
+    for lists, room, size, k in ((16, 32, 64, 32), (44, 32, 128, 100), (128, 64, 512, 500)):
+        kernel = encode_pick.pick_kernel.warmup(
+            bf16, bf16, f32, i32, i64, 1536, f32, i32, i32, 256, 24576, 768, k, lists, 80, room,
+            size, 1024, size, 32, 64, encode_pick.ROWS, num_warps=encode_pick.ROWS, grid=(1,),
+        )  # fmt: skip
+        report(f"pick-{lists}-{room}-{size}", kernel)
     desc = TensorDescriptor.from_tensor(bf16, [128, 64])
     kernel = encode_topk._filter_kernel.warmup(
         desc, desc, f32, i32, i32, i32, i64, 1536, 256, 256, 768, 4, 256, 128, 128, 64, "tf32",

@@ -25,8 +25,7 @@ def main() -> None:
     plan = encode_plan.make_plan(N, D, F, K)
     assert plan is not None
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    for use in {False, hopper}:
-        values, indices = encode_topk.fused_topk(x, W, b, K, plan, use)
+    values, indices = encode_topk.fused_topk(x, W, b, K, plan)
     encode_aux.masked_topk(x, W, b, torch.rand(F, device="cuda") < 0.9, D // 2)
     for design in encode_topk.designs(x, W, b, K).values():
         design()

@@ -26,12 +26,11 @@ def test_kernels_compile_for_hopper_without_a_gpu() -> None:
     )
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [line.split() for line in run.stdout.splitlines() if line]
-    assert [name for name, *_ in lines][:9] == [
-        f"{kernel}-hopper-{dtype}"
-        for dtype in (torch.bfloat16, torch.float16)
-        for kernel in ("filter", "tiles-0", "tiles-16", "tiles-32")
-    ] + ["filter"]
-    assert len(lines) == 34
+    hopper = [name for name, *_ in lines if "hopper" in name]
+    for dtype in (torch.bfloat16, torch.float16):
+        assert sum(name.startswith("filter") and str(dtype) in name for name in hopper) == 3
+        assert sum(name.startswith("tiles") and str(dtype) in name for name in hopper) == 3
+    assert len(lines) == 42
     for name, stack, shared, _ in lines:
         assert int(stack) <= 16, f"{name} spills {stack} bytes"
         assert int(shared) <= SHARED_BYTES, name

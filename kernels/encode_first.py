@@ -1,0 +1,554 @@
+"""The fused encoder for Hopper: a matmul whose programs agree on thresholds after a first tile.
+
+Legend: N tokens of this launch, D d_in, F d_sae (of this shard), K k.
+
+1. PARTS programs share a block of 128 rows, each of which does every PARTS-th tile of latents. The
+   first tile of each is the sample: the 64 columns of it that a thread has of a row are a cell or
+   several, whose largest activations are written for all. A row's threshold is the ORDER-th largest
+   of these, such that the k largest activations reach it but for one row in 1e8
+   (`encode_plan._order`). The programs wait for one another there, once, so that all of a launch
+   have to be on the GPU at the same time (a cooperative launch).
+2. Each thread appends the activations that reach the threshold to lists of its own, so nothing is
+   atomic: a comparison and a predicated store for each of its 128 accumulators (rows r and r + 8 of
+   the instruction's layout), on the fp32 sums; nothing goes through shared memory.
+3. `encode_pick.pick_kernel` finds the exact k of a row's lists.
+
+Tiles are no neighbours, of which all might be large where latents are sorted: a tile takes 8
+neighbours out of each 32nd part of the latents, and tiles follow one another in scattered order.
+
+The per-thread code is PTX, since Triton has no way to say what a thread holds.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import constexpr_function
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .encode_hopper import (
+    BLOCK_K,
+    BLOCK_M,
+    BLOCK_N,
+    LEAD,
+    STAGES,
+    descriptor,
+    load_tile,
+    make_ring,
+    multiply_tile,
+    reinterpret,
+)
+from .encode_pick import ROWS, pick_kernel
+from .encode_plan import FirstPlan
+from .shapes import cdiv, next_power_of_2
+
+
+@constexpr_function
+def _start_ptx(parts: int, capacity: int) -> str:
+    """PTX of 128 outputs and 2 operands for each of a thread's 128 accumulators: a cursor; byte
+    offset of the list's first entry, address of the lists.
+
+    Of a cursor elements 0 and 2 say where the next entry of rows r and r + 8 goes (the lower half
+    of its address), elements 1 and 3 where a list is full; the others are never read nor written.
+    """
+    lines = [".reg .b32 low, high;", "mov.b64 {low, high}, $256;"]
+    for half in (0, 1):
+        lines += [
+            f"add.u32 ${2 * half}, ${128 + 2 * half}, low;",
+            f"add.u32 ${2 * half + 1}, ${2 * half}, {(capacity + 1) * 4 * parts * 8};",
+        ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@constexpr_function
+def _filter_ptx(parts: int) -> str:
+    """PTX of 128 outputs and 6 operands as above: the new cursor; bits, limits (elements as
+    `_agree_ptx` has them), cursor, the tile's first latent and how far its runs are apart, address
+    of the lists.
+
+    The upper half of an address never changes (`_scratch` sees to it), and a cursor is
+    held back after each 8 accumulators of a row instead of each, so that up to OVERSHOOT entries
+    fall behind a full list.
+    """
+    each = ["bits", "limits", "cursor", "latent", "apart", "lists"]
+    first = {name: 128 + i * 128 for i, name in enumerate(each)}
+    lines = [
+        ".reg .pred p, inclusive;", ".reg .b32 f, g, low, high, limit;", ".reg .b64 a;",
+        f"mov.b64 {{low, high}}, ${first['lists']};", f"mov.b32 f, ${first['latent']};",
+    ]  # fmt: skip
+    for half in (0, 1):
+        tau = f"${first['limits'] + 2 * half}"
+        lines += [
+            f".reg .b32 c{half}, equal{half};",
+            f"mov.b32 c{half}, ${first['cursor'] + 2 * half};",
+            # Where zeros pass, so do the negative values that ReLU makes zeros.
+            f"sub.s32 equal{half}, {tau}, 1;", f"setp.eq.s32 p, {tau}, 0;",
+            f"selp.b32 equal{half}, -2147483648, equal{half}, p;",
+        ]  # fmt: skip
+    for run in range(32):
+        lines += ["add.s32 g, f, 1;"]
+        for half in (0, 1):
+            lines += [
+                f"setp.le.s32 inclusive, f, ${first['limits'] + 2 * half + 1};",
+                f"selp.b32 limit, equal{half}, ${first['limits'] + 2 * half}, inclusive;",
+            ]
+            for column, latent in ((0, "f"), (1, "g")):
+                bits = first["bits"] + 4 * run + 2 * half + column
+                lines += [
+                    f"setp.gt.s32 p, ${bits}, limit;",
+                    f"mov.b64 a, {{c{half}, high}};",
+                    f"@p st.global.v2.b32 [a], {{{latent}, ${bits}}};",
+                    f"@p add.u32 c{half}, c{half}, {4 * parts * 8};",
+                ]
+            if run % 4 == 3:
+                lines += [f"min.u32 c{half}, c{half}, ${first['cursor'] + 2 * half + 1};"]
+        lines += [f"add.s32 f, f, ${first['apart']};"]
+    for half in (0, 1):
+        lines += [f"mov.b32 ${2 * half}, c{half};"]
+        lines += [f"mov.b32 ${2 * half + 1}, ${first['cursor'] + 2 * half + 1};"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@constexpr_function
+def _name_ptx(cells: int) -> str:
+    """PTX of 32 unused outputs and 5 operands of 128 registers each: bits, the tile's first latent
+    and how far its runs are apart, where a row's keys go, their mark.
+
+    A thread's 64 columns of a row are `cells` cells, of every `cells`-th run. A cell's key is its
+    largest activation's bits and, below, 0x7FFFFFFF less the last latent of the first run that has
+    it, so that of equal activations lower latents are larger keys.
+    """
+    bits, latent, apart, out, mark = (32 + 128 * i for i in range(5))
+    lines = [".reg .pred p;", ".reg .b32 m, t, run;", ".reg .b64 key;"]
+    for half in (0, 1):
+        for cell in range(cells):
+            # ReLU: where nothing is above 0, all are equal to 0.
+            lines += ["mov.b32 m, 0;", f"mov.b32 run, {cell};"]
+            for j in range(cell, 32, cells):
+                at = bits + 4 * j + 2 * half
+                lines += [
+                    f"max.s32 t, ${at}, ${at + 1};", "setp.gt.s32 p, t, m;",
+                    f"selp.b32 run, {j}, run, p;", "max.s32 m, m, t;",
+                ]  # fmt: skip
+            lines += [
+                # One NaN, as encode_select.relu_bits has it.
+                "min.s32 m, m, 0x7FC00000;",
+                f"mad.lo.s32 run, run, ${apart}, ${latent};",
+                "or.b32 run, run, 7;", "sub.s32 run, 0x7FFFFFFF, run;",
+                "mov.b64 key, {run, m};", f"or.b64 key, key, ${mark};",
+                f"st.relaxed.gpu.global.b64 [${out + 2 * half} + {32 * cell}], key;",
+            ]  # fmt: skip
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@constexpr_function
+def _agree_ptx(each: int) -> str:
+    """PTX of 128 outputs and 4 operands as above: elements 0 and 2 are the thresholds' bits of rows
+    r and r + 8, elements 1 and 3 up to which latent equal ones pass; the first of a thread's keys
+    of a row, of which it has `each`, every 32 bytes; their mark; which largest of the row's keys is
+    the threshold; the least that it may be. Waits until all keys are there.
+
+    Halves the keys between which it lies until so many are above, or a few more. Four threads share
+    a row.
+    """
+    return "{\n" + "\n".join(_agree_lines(each)) + "\n}"
+
+
+# The bits of a key that mark it as written, one of the two.
+_MARKS = 0x8000000080000000
+
+
+@constexpr_function
+def _of_four(op: str, what: str) -> list[str]:
+    """The smallest or largest of a 64-bit register of the four threads that share a row."""
+    lines = []
+    for lanes in (1, 2):
+        lines += [
+            f"mov.b64 {{t, u}}, {what};", f"shfl.sync.bfly.b32 t, t, {lanes}, 31, -1;",
+            f"shfl.sync.bfly.b32 u, u, {lanes}, 31, -1;", "mov.b64 a, {t, u};",
+            f"{op}.s64 {what}, {what}, a;",
+        ]  # fmt: skip
+    return lines
+
+
+@constexpr_function
+def _agree_lines(each: int) -> list[str]:
+    keys, mark, order, least = (128 * (1 + i) for i in range(4))
+    enough = f"${order}"
+    lines = [".reg .pred p, more, open;", ".reg .b32 n, t, u, most;", ".reg .b64 wrong, a, b;"]
+    lines += [f"shr.u32 most, {enough}, 4;", f"add.s32 most, most, {enough};"]
+    for row in (0, 1):
+        lines += [f".reg .b64 k{row}_<{each}>, low{row}, high{row}, mid{row};"]
+        lines += [f".reg .b32 count{row};"]
+    # Both rows at once, as long as registers suffice.
+    for rows in ((0, 1),) if each <= 16 else ((0,), (1,)):
+        again, halve = f"AGAIN{rows[0]}", f"HALVE{rows[0]}"
+        lines += [f"{again}:", "mov.b64 wrong, 0;"]
+        for row in rows:
+            for j in range(each):
+                lines += [f"ld.relaxed.gpu.global.b64 k{row}_{j}, [${keys + 2 * row} + {32 * j}];"]
+        for row in rows:
+            for j in range(each):
+                lines += [f"xor.b64 k{row}_{j}, k{row}_{j}, ${mark};"]
+                lines += [f"or.b64 wrong, wrong, k{row}_{j};"]
+        lines += [f"and.b64 wrong, wrong, {_MARKS:#x};", "setp.ne.s64 p, wrong, 0;"]
+        lines += [f"@p bra {again};", "bar.warp.sync -1;"]
+        for row in rows:
+            for what, op in (("low", "min"), ("high", "max")):
+                lines += [f"mov.b64 {what}{row}, k{row}_0;"]
+                for j in range(1, each):
+                    lines += [f"{op}.s64 {what}{row}, {what}{row}, k{row}_{j};"]
+                lines += _of_four(op, f"{what}{row}")
+            lines += [f"mov.b32 count{row}, {4 * each};"]
+        lines += [f"{halve}:", "setp.ne.s32 open, 0, 0;"]
+        for row in rows:
+            lines += [
+                f"sub.s64 a, high{row}, low{row};", "add.s64 a, a, 1;", "shr.s64 a, a, 1;",
+                f"add.s64 mid{row}, low{row}, a;", "mov.b32 n, 0;",
+            ]  # fmt: skip
+            for j in range(each):
+                lines += [f"setp.ge.s64 p, k{row}_{j}, mid{row};", "@p add.s32 n, n, 1;"]
+            for lanes in (1, 2):
+                lines += [f"shfl.sync.bfly.b32 t, n, {lanes}, 31, -1;", "add.s32 n, n, t;"]
+            lines += [
+                f"setp.ge.s32 p, n, {enough};",
+                f"@p mov.b64 low{row}, mid{row};", f"@p mov.b32 count{row}, n;",
+                f"@!p sub.s64 high{row}, mid{row}, 1;",
+                f"setp.lt.s64 more, low{row}, high{row};",
+                f"setp.gt.and.s32 more, count{row}, most, more;",
+                "or.pred open, open, more;",
+            ]  # fmt: skip
+        lines += ["vote.sync.any.pred open, open, -1;", f"@open bra {halve};"]
+        for row in rows:
+            # The least key that is so large.
+            lines += ["mov.b64 b, 0x7FFFFFFFFFFFFFFF;"]
+            for j in range(each):
+                lines += [
+                    f"setp.ge.s64 p, k{row}_{j}, low{row};", f"selp.b64 a, k{row}_{j}, b, p;",
+                    "min.s64 b, b, a;",
+                ]  # fmt: skip
+            lines += _of_four("min", "b")
+            lines += [
+                "mov.b64 {t, u}, b;",
+                # Where a NaN is to pass, none does: not every NaN is the one that is compared.
+                "setp.eq.s32 p, u, 0x7FC00000;", "selp.b32 u, 0x7FFFFFFF, u, p;",
+                f"max.s32 u, u, ${least + 2 * row};", f"mov.b32 ${2 * row}, u;",
+                "sub.s32 t, 0x7FFFFFFF, t;", "setp.eq.s32 p, u, 0x7FFFFFFF;",
+                "selp.b32 t, -1, t, p;", f"mov.b32 ${2 * row + 1}, t;",
+            ]  # fmt: skip
+    return lines
+
+
+@constexpr_function
+def _finish_ptx(parts: int, capacity: int) -> str:
+    """PTX of 32 unused outputs and 3 operands as above: cursor, list numbers, address of the
+    lengths to write. The length of a list that overflowed is capacity + 1."""
+    lines = [".reg .b64 a;", ".reg .b32 n;"]
+    for half in (0, 1):
+        lines += [
+            f"sub.u32 n, ${32 + 2 * half + 1}, ${32 + 2 * half};",
+            f"div.u32 n, n, {4 * parts * 8};",
+            f"sub.u32 n, {capacity + 1}, n;",
+            f"mad.wide.u32 a, ${32 + 128 + 2 * half}, 4, ${32 + 256};",
+            "st.global.b32 [a], n;",
+        ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@constexpr_function
+def _constraints(outputs: int, operands: str) -> str:
+    # Early clobber: outputs are written before all operands are read.
+    return ",".join(["=&r"] * outputs + [c for c in operands for _ in range(128)])
+
+
+@gluon.jit
+def _runs_of(tile, turn, whole, BLOCK_N: gl.constexpr):
+    """First latent of a tile's first run of 8 neighbours, and how far its runs are apart: a whole
+    tile takes one of each 32nd part of the latents, the last one what these leave, at most
+    BLOCK_N."""
+    rest = turn == whole
+    return gl.where(rest, whole * BLOCK_N, tile * 8), gl.where(rest, 8, whole * 8)
+
+
+@gluon.jit
+def _turn_of(step, part, PARTS: gl.constexpr, FIRST: gl.constexpr):
+    """Which of a program's turns a step is: the sample's, from the second on, then all."""
+    step = gl.where(step < FIRST - 1, step + 1, step - (FIRST - 1))
+    return part + PARTS * step
+
+
+@gluon.jit
+def _num_steps(part, whole, PARTS: gl.constexpr, FIRST: gl.constexpr):
+    return gl.cdiv(whole + 1 - part, PARTS) + (FIRST - 1)
+
+
+@gluon.jit
+def _produce(
+    x_desc, w_desc, rest_desc, bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N, F, D, whole,
+    spread, PARTS: gl.constexpr, FIRST: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The warp that loads a program's tiles for `_consume`."""
+    num_m = gl.cdiv(N, BLOCK_M)
+    HALF: gl.constexpr = BLOCK_M // 2
+    m0 = gl.program_id(0) % num_m * BLOCK_M
+    part = gl.program_id(0) // num_m
+    runs = reinterpret(b_bufs, b_bufs.dtype, [STAGES, 32, BLOCK_N // 32, BLOCK_K], w_desc.layout)
+    stage = 0
+    phase = 1
+    slot = 0
+    for step in range(0, _num_steps(part, whole, PARTS, FIRST)):
+        turn = _turn_of(step, part, PARTS, FIRST)
+        tile = turn * spread % whole
+        for d0 in range(0, D, BLOCK_K):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = full.index(stage)
+            if d0 == 0:
+                mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2 + BLOCK_N * 4)
+                bias = gl.where(turn < whole, tile, whole) * BLOCK_N
+                load_tile(bias_desc, [bias], bar, bias_bufs.index(slot))
+            else:
+                mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
+            load_tile(x_desc, [m0, d0], bar, a_bufs.index(2 * stage))
+            load_tile(x_desc, [m0 + HALF, d0], bar, a_bufs.index(2 * stage + 1))
+            if turn < whole:
+                load_tile(w_desc, [0, tile * 8, d0], bar, runs.index(stage))
+            else:
+                load_tile(rest_desc, [whole * BLOCK_N, d0], bar, b_bufs.index(stage))
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        slot = (slot + 1) % STAGES
+
+
+@gluon.jit
+def _consume(
+    a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, mark, count_ptr, lists_ptr, pitch, N, F,
+    D, whole, spread, order, GROUP: gl.constexpr, PARTS: gl.constexpr,
+    FIRST: gl.constexpr, CELLS: gl.constexpr, CAPACITY: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
+):  # fmt: skip
+    HALF: gl.constexpr = BLOCK_M // 2
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    num_m = gl.cdiv(N, BLOCK_M)
+    block = gl.program_id(0) % num_m
+    part = gl.program_id(0) // num_m
+    zeros = gl.zeros([HALF, BLOCK_N], gl.int32, layout=LAYOUT)
+    # The first group runs ahead by LEAD stages, and about so stays: the groups' filters fall beside
+    # each other's products, not beside each other.
+    ahead = gl.minimum(BLOCK_K * LEAD, (gl.cdiv(D, BLOCK_K) - 1) * BLOCK_K)
+    starts = True
+    stage = 0
+    phase = 0
+    slot = 0  # of the tile's bias
+    rows = block * BLOCK_M + GROUP * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
+    limits = zeros
+    cols = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
+    number = part * 4 + cols // 2 % 4
+    cursor = gl.inline_asm_elementwise(
+        _start_ptx(PARTS, CAPACITY), _constraints(128, "rl"),
+        [
+            (rows * pitch * 8)[:, None] + (number * 8)[None, :],
+            zeros.to(gl.int64) + lists_ptr.to(gl.int64),
+        ],
+        dtype=gl.int32, is_pure=False, pack=128,
+    )  # fmt: skip
+    # A row's keys: of each step's and part's tile, of each of the four threads that share it.
+    KEYS: gl.constexpr = FIRST * PARTS * 4 * CELLS
+    row_keys = (keys_ptr.to(gl.int64) + rows * (KEYS * 8))[:, None] + (cols // 2 % 4 * 8)[None, :]
+    marks = zeros.to(gl.int64) + mark
+    for step in range(0, _num_steps(part, whole, PARTS, FIRST)):
+        turn = _turn_of(step, part, PARTS, FIRST)
+        acc, _, stage, phase = multiply_tile(
+            a_bufs, b_bufs, bias_bufs.index(slot), full, empty, lead, stage, phase, starts, ahead,
+            D, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LAYOUT, 0, a_bufs, 0, 0,
+        )  # fmt: skip
+        slot = (slot + 1) % STAGES
+        starts = False
+        first, apart = _runs_of(turn * spread % whole, turn, whole, BLOCK_N)
+        bits = acc.to(gl.int32, bitcast=True)
+        latent = zeros + (first + cols % 8)[None, :]
+        if step < FIRST:
+            gl.inline_asm_elementwise(
+                _name_ptx(CELLS), _constraints(32, "rrrll"),
+                [
+                    bits, latent, zeros + apart,
+                    row_keys + (step * PARTS + part) * (CELLS * 32), marks,
+                ],
+                dtype=gl.int8, is_pure=False, pack=128,
+            )  # fmt: skip
+        if step == FIRST - 1:
+            limits = gl.inline_asm_elementwise(
+                _agree_ptx(KEYS // 4), _constraints(128, "llrr"),
+                [
+                    row_keys, marks, zeros + order,
+                    # Of rows that are not there nothing passes.
+                    zeros + gl.where(rows < N, 0, 0x7FFFFFFF)[:, None],
+                ],
+                dtype=gl.int32, is_pure=False, pack=128,
+            )  # fmt: skip
+        if step >= FIRST - 1:
+            cursor = gl.inline_asm_elementwise(
+                _filter_ptx(PARTS), _constraints(128, "rrrrrl"),
+                [
+                    bits, limits, cursor, latent, zeros + apart,
+                    zeros.to(gl.int64) + lists_ptr.to(gl.int64),
+                ],
+                dtype=gl.int32, is_pure=False, pack=128,
+            )  # fmt: skip
+    gl.inline_asm_elementwise(
+        _finish_ptx(PARTS, CAPACITY), _constraints(32, "rrl"),
+        [
+            cursor,
+            (rows * (4 * PARTS))[:, None] + number[None, :],
+            zeros.to(gl.int64) + count_ptr.to(gl.int64),
+        ],
+        dtype=gl.int8, is_pure=False, pack=128,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _filter_kernel(
+    x_desc, w_desc, rest_desc, bias_desc, keys_ptr, mark, count_ptr, lists_ptr, pitch, N, F, D,
+    whole, spread, order, PARTS: gl.constexpr, FIRST: gl.constexpr, CELLS: gl.constexpr,
+    CAPACITY: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, LEAD: gl.constexpr,
+):  # fmt: skip
+    a_bufs, b_bufs, bias_bufs, full, empty, lead = make_ring(
+        x_desc, rest_desc, bias_desc, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
+    )
+    gl.warp_specialize(
+        [
+            (_consume, (
+                a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, mark, count_ptr, lists_ptr,
+                pitch, N, F, D, whole, spread, order, 0, PARTS, FIRST, CELLS, CAPACITY, BLOCK_M,
+                BLOCK_N, BLOCK_K, STAGES, LEAD,
+            )),
+            (_consume, (
+                a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, mark, count_ptr, lists_ptr,
+                pitch, N, F, D, whole, spread, order, 1, PARTS, FIRST, CELLS, CAPACITY, BLOCK_M,
+                BLOCK_N, BLOCK_K, STAGES, LEAD,
+            )),
+            (_produce, (
+                x_desc, w_desc, rest_desc, bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N, F,
+                D, whole, spread, PARTS, FIRST, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            )),
+        ],
+        [4, 1],
+        [232, 24],
+    )  # fmt: skip
+
+
+@triton.jit
+def _prepare_kernel(
+    bias_ptr, out_ptr, keys_ptr, num_keys, F, whole, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The bias in the order of the tiles' columns; no keys yet."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = at % BLOCK_N
+    latent = column // 8 * (whole * 8) + at // BLOCK_N * 8 + column % 8
+    latent = tl.where(at < whole * BLOCK_N, latent, at)
+    tl.store(out_ptr + at, tl.load(bias_ptr + latent, mask=at < F), mask=at < F)
+    tl.store(keys_ptr + at, tl.zeros((BLOCK,), tl.int64), mask=at < num_keys)
+
+
+@lru_cache(maxsize=256)
+def _spread(whole: int) -> int:
+    """A number prime to `whole` whose first multiples lie evenly in it, however many they are: near
+    its golden section."""
+    spread = max(1, round(whole * (math.sqrt(5) - 1) / 2))
+    while math.gcd(spread, whole) > 1:
+        spread += 1
+    return spread
+
+
+class _Filter:
+    """The filter of one call, for its blocks of rows one after another."""
+
+    def __init__(
+        self,
+        W_enc: Tensor,  # [F, D] bf16 or fp16
+        b_enc: Tensor,  # [F] float32
+        plan: FirstPlan,
+    ) -> None:
+        F = W_enc.shape[0]
+        self.W_enc, self.plan = W_enc, plan
+        # Whole tiles; at least one latent is left, so that the runs of a tile are seldom apart by
+        # a power of two, as a dictionary's own pattern may be.
+        self.whole = (F - 1) // BLOCK_N
+        self.bias = torch.empty(F, dtype=torch.float32, device=W_enc.device)
+        self.keys = torch.empty(
+            plan.block_rows * plan.keys_per_row, dtype=torch.int64, device=W_enc.device
+        )
+        num_keys = self.keys.numel()
+        _prepare_kernel[(cdiv(max(F, num_keys), 1024),)](
+            b_enc, self.bias, self.keys, num_keys, F, self.whole, BLOCK_N, 1024
+        )
+
+    def __call__(
+        self,
+        x: Tensor,  # [N, D], up to plan.block_rows
+        chunk: int,
+        count: Tensor,  # [N, 4 * parts] int32, filled
+        lists: Tensor,  # [N, pitch] int64, filled: 4 * parts lists a row, entry by entry
+    ) -> None:
+        """Up to OVERSHOOT entries more than the plan's capacity may be written to a list."""
+        N, D = x.shape
+        F, plan = self.W_enc.shape[0], self.plan
+        runs = self.W_enc[: self.whole * BLOCK_N].view(32, -1, D)
+        _filter_kernel[(cdiv(N, BLOCK_M) * plan.parts,)](
+            descriptor(x, BLOCK_M // 2, BLOCK_K), descriptor(runs, 32, BLOCK_N // 32, BLOCK_K),
+            descriptor(self.W_enc, BLOCK_N, BLOCK_K), descriptor(self.bias, BLOCK_N), self.keys,
+            # Marked by turns, so that a chunk's are not taken for the next one's.
+            (1 << 31, -1 << 63)[chunk % 2], count, lists, lists.stride(0), N, F, D, self.whole,
+            _spread(self.whole), plan.order, plan.parts, plan.first, plan.cells, plan.capacity,
+            BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD, num_warps=4, launch_cooperative_grid=True,
+        )  # fmt: skip
+
+
+def _scratch(rows: int, pitch: int, device: torch.device) -> Tensor:  # [rows, pitch] int64
+    """Memory whose addresses have one upper half, which the Hopper filter holds apart: it adds to
+    the lower one alone."""
+    held = []  # so that another call gets other memory
+    while True:
+        scratch = torch.empty(rows, pitch, dtype=torch.int64, device=device)
+        first = scratch.data_ptr()
+        if first >> 32 == (first + scratch.nbytes - 1) >> 32:
+            return scratch
+        held.append(scratch)
+
+
+def topk_encode(
+    x: Tensor,  # [N, D] bf16 or fp16, contiguous
+    W_enc: Tensor,  # [F, D] of the same dtype, contiguous
+    b_enc: Tensor,  # [F] float32
+    k: int,
+    plan: FirstPlan,
+) -> tuple[Tensor, Tensor]:  # [N, k] float32 descending, [N, k] int32
+    """The fused path for GPUs of compute capability 9.0, with the sizes of a plan."""
+    (N, D), F = x.shape, W_enc.shape[0]
+    rows = min(cdiv(N, 128) * 128, plan.block_rows)
+    values = torch.empty(N, k, dtype=torch.float32, device=x.device)
+    indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
+    scratch = _scratch(rows, plan.pitch, x.device)
+    count = torch.empty(rows, plan.lists, dtype=torch.int32, device=x.device)
+    status = torch.empty(rows, dtype=torch.int32, device=x.device)
+    filter_rows = _Filter(W_enc, b_enc, plan)
+    for chunk, start in enumerate(range(0, N, rows)):
+        part = x[start : start + rows]
+        size = part.shape[0]
+        filter_rows(part, chunk, count, scratch)
+        pick_kernel[(cdiv(size, ROWS),)](
+            part, W_enc, b_enc, count, scratch, scratch.stride(0), values[start:], indices[start:],
+            status, size, F, D, k, plan.lists, plan.capacity, plan.room, plan.size, plan.keys,
+            next_power_of_2(k), min(32, plan.keys // 2), 64, ROWS, num_warps=ROWS,
+        )  # fmt: skip
+    return values, indices

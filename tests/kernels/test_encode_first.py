@@ -1,0 +1,274 @@
+"""The Hopper encoder whose programs make thresholds of their first tiles: its sizes by simulation,
+its kernels on the GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_sae_dist.kernels import encode_plan, encode_topk
+from flash_sae_dist.kernels.encode_plan import FirstPlan, make_first_plan
+
+from .test_encode_topk import KINDS, NoKernel, assert_exact, make
+
+SHAPES = [
+    (1024, 4096, 65536, 64),
+    (4096, 768, 24576, 32),
+    (8192, 4096, 131072, 64),
+    (777, 2304, 16384, 20),
+    (16384, 2304, 16384, 20),
+    (2048, 5120, 1_048_576, 64),
+    (16384, 5120, 1_048_576, 20),
+    (4096, 3584, 100_000, 100),
+    (1500, 2304, 16384, 100),
+    (2048, 2304, 16384, 256),
+    (300, 776, 20_000, 32),
+]
+
+
+def spread_of(whole: int) -> int:
+    spread = max(1, round(whole * (math.sqrt(5) - 1) / 2))
+    while math.gcd(spread, whole) > 1:
+        spread += 1
+    return spread
+
+
+def latents_of(tile: int, whole: int) -> Tensor:  # [32, 8]: runs of neighbours
+    return torch.arange(32)[:, None] * (whole * 8) + tile * 8 + torch.arange(8)
+
+
+def thresholds(pre: Tensor, plan: FirstPlan) -> Tensor:  # [N]
+    """What the filter's programs agree on, where no values are equal."""
+    whole = (pre.shape[1] - 1) // 256
+    spread = spread_of(whole)
+    largest = []
+    for turn in range(plan.first * plan.parts):
+        tile = pre[:, latents_of(turn * spread % whole, whole)]  # [N, 32, 8]
+        cells = tile.view(len(pre), 32 // plan.cells, plan.cells, 4, 2)
+        largest.append(cells.amax((1, 4)).flatten(1))
+    found = torch.cat(largest, dim=1)
+    assert found.shape[1] == plan.keys_per_row
+    # The few more that the filter may take.
+    order = min(plan.keys_per_row, plan.order + plan.order // 16)
+    return found.sort(dim=1, descending=True).values[:, order - 1]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["normal", "heavy", "ascending", "descending", "neighbours"])
+def test_thresholds_leave_k_and_few_more(shape: tuple[int, int, int, int], kind: str) -> None:
+    """No row of 200 lacks one of its k largest, though but one in 1e8 may; nor has one many more
+    than the plan has room for."""
+    F, k = shape[2:]
+    plan = make_first_plan(*shape)
+    assert plan is not None
+    g = torch.Generator().manual_seed(0)
+    rows = 200 if F <= 131072 else 20
+    pre = torch.randn(rows, F, generator=g)
+    if kind == "heavy":
+        pre = pre.abs() ** -2
+    elif kind == "ascending":
+        pre = pre.sort(dim=1).values
+    elif kind == "descending":
+        pre = pre.sort(dim=1, descending=True).values
+    elif kind == "neighbours":
+        start = int(torch.randint(F - k, (), generator=g))
+        pre[:, start : start + k] += 100
+    hits = (pre >= thresholds(pre, plan)[:, None]).sum(1)
+    assert int(hits.min()) >= k
+    assert int(hits.max()) <= 32 * plan.room
+    if kind in ("normal", "heavy"):
+        cells = 4 * plan.cells * ((F - 1) // 256)
+        expected = cells * sum(
+            g * chance
+            for g, chance in encode_plan._reached(
+                min(plan.keys_per_row, plan.order + plan.order // 16), plan.keys_per_row
+            )
+        )
+        assert hits.float().mean() == pytest.approx(expected, rel=0.15)
+
+
+def test_a_tile_has_each_latent_once() -> None:
+    for F in (2048, 2049, 4104, 16384, 30_001):
+        whole = (F - 1) // 256
+        spread = spread_of(whole)
+        tiles = [latents_of(turn * spread % whole, whole).flatten() for turn in range(whole)]
+        last = torch.arange(whole * 256, F)
+        assert 1 <= len(last) <= 256
+        assert torch.equal(torch.cat([*tiles, last]).sort().values, torch.arange(F))
+
+
+def test_the_threshold_is_safe() -> None:
+    """The chance to lack some of the k, by the sum itself where `_order` stops."""
+    for k, num_cells, sample in ((20, 252, 64), (64, 1020, 64), (256, 504, 64), (100, 252, 44)):
+        order = encode_plan._order(k, num_cells, sample)
+        assert order is not None
+        one = 1 - math.exp(-k / num_cells)
+        chance = [
+            sum(
+                math.comb(sample, j) * one**j * (1 - one) ** (sample - j)
+                for j in range(first, sample + 1)
+            )
+            for first in (order - 1, order)
+        ]
+        assert chance[1] <= encode_plan._MISS_CHANCE < chance[0]
+    assert encode_plan._order(1000, 252, 16) is None
+
+
+def test_no_plan_where_sampling_does_not_pay() -> None:
+    assert make_first_plan(1024, 768, 1024, 32) is None, "too few latents"
+    assert make_first_plan(1024, 770, 65536, 32) is None, "rows not from 16-byte boundaries on"
+    assert make_first_plan(1024, 768, 2304, 512) is None, "k is a fifth of F"
+    assert make_first_plan(0, 768, 65536, 32) is None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_plans_keep_to_the_memory_bar(
+    shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a call allocates, its kernels left out; all programs fit the GPU at once."""
+    encode_first = pytest.importorskip("flash_sae_dist.kernels.encode_first")
+    for name in ("_prepare_kernel", "_filter_kernel", "pick_kernel"):
+        monkeypatch.setattr(encode_first, name, NoKernel())
+    monkeypatch.setattr(encode_first, "descriptor", lambda *a: None)
+    sizes: list[int] = []
+    empty = torch.empty
+
+    def counted(*size: int, **kwargs: object) -> Tensor:
+        out = empty(*size, **kwargs)
+        sizes.append(out.nbytes)
+        return out
+
+    plan = make_first_plan(*shape)
+    assert plan is not None
+    N, D, F, k = shape
+    tensors = [empty(*size, dtype=torch.bfloat16, device="meta") for size in ((N, D), (F, D), (F,))]
+    monkeypatch.setattr(torch, "empty", counted)
+    encode_first.topk_encode(*tensors, k, plan)
+    assert sum(sizes) - 8 * N * k <= 64 << 20
+    assert plan.block_rows // 128 * plan.parts <= 132
+    assert make_first_plan.__wrapped__(*shape) == plan, "every rank makes the same plan"
+
+
+def hopper_only() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for Hopper GPUs")
+
+
+def plan_of(N: int, D: int, F: int, k: int, **changes: int) -> FirstPlan:
+    plan = make_first_plan(N, D, F, k)
+    assert plan is not None
+    return plan._replace(**changes)
+
+
+def encoder(plan: FirstPlan, k: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    from flash_sae_dist.kernels import encode_first
+
+    return lambda x, W, b: encode_first.topk_encode(x, W, b, k, plan)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"first": 2, "parts": 8},
+        {"first": 4, "parts": 4, "cells": 2, "order": 28},
+        {"cells": 4, "parts": 20},
+        {"parts": 1, "cells": 4, "order": 14},
+        {"block_rows": 128},
+        {"room": 8},
+        {"size": 32},
+        {"size": 256},
+    ],
+)
+def test_every_variant_is_exact_on_the_gpu(kind: str, changes: dict[str, int]) -> None:
+    hopper_only()
+    x, W, b = make(kind, 300, 776, 20_000, torch.bfloat16, "cuda")
+    values, indices = encoder(plan_of(300, 776, 20_000, 32, **changes), 32)(x, W, b)
+    assert_exact(x, W, b, 32, values, indices)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("N", "D", "F", "k"),
+    [(1, 64, 2048, 1), (130, 72, 4104, 16), (129, 776, 16384, 512), (700, 64, 16384, 256),
+     (1000, 96, 66_000, 100), (2000, 64, 33_000, 8), (257, 64, 1_000_003, 64)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_odd_shapes_are_exact_on_the_gpu(
+    N: int, D: int, F: int, k: int, dtype: torch.dtype
+) -> None:
+    hopper_only()
+    x, W, b = make("normal", N, D, F, dtype, "cuda")
+    values, indices = encoder(plan_of(N, D, F, k), k)(x, W, b)
+    # float64 of the whole matrix takes memory.
+    some = torch.randperm(N, device="cuda")[:64]
+    assert_exact(x[some], W, b, k, values[some], indices[some])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("period", [504, 512, 768, 2528])
+def test_latents_that_repeat_are_exact_on_the_gpu(period: int) -> None:
+    """Equal latents, apart by what may be a tile's runs' distance."""
+    hopper_only()
+    x, W, b = make("normal", 300, 776, 20_224, torch.bfloat16, "cuda")
+    W, b = (t[torch.arange(20_224, device="cuda") % period].contiguous() for t in (W, b))
+    values, indices = encoder(plan_of(300, 776, 20_224, 32), 32)(x, W, b)
+    assert_exact(x, W, b, 32, values, indices)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [({"order": 1}, "normal"), ({"order": 108, "capacity": 4}, "normal"), ({}, "nan"),
+     ({}, "inf"), ({"room": 8, "order": 108}, "normal"), ({}, "all nan"), ({}, "minus inf")],
+)  # fmt: skip
+def test_bad_thresholds_are_mended_and_nan_borne_on_the_gpu(
+    changes: dict[str, int], kind: str
+) -> None:
+    hopper_only()
+    x, W, b = make("normal", 300, 776, 20_000, torch.bfloat16, "cuda")
+    if kind == "nan":
+        x[3, 5] = torch.nan
+    elif kind == "all nan":
+        x[3] = torch.nan
+    elif kind == "inf":
+        b[7] = torch.inf
+    elif kind == "minus inf":
+        b[:] = -torch.inf
+    plain = encode_plan.make_plan(300, 776, 20_000, 32)
+    assert plain is not None
+    want, want_indices = encode_topk.fused_topk(x, W, b, 32, plain)
+    got, indices = encoder(plan_of(300, 776, 20_000, 32, **changes), 32)(x, W, b)
+    # A row that was done anew adds in another order.
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3, equal_nan=True)
+    # In a row of NaN any latents will do.
+    rows = torch.arange(300, device="cuda") != (3 if "nan" in kind else -1)
+    assert (indices == want_indices)[rows].float().mean() > 0.98
+
+
+@pytest.mark.gpu
+def test_two_streams_at_once_on_the_gpu() -> None:
+    """Programs wait for one another: launches that cannot both be on the GPU must not begin to."""
+    hopper_only()
+    calls, wants = [], []
+    for seed in range(2):
+        x, W, b = make(KINDS[seed], 1500, 776, 20_000, torch.bfloat16, "cuda")
+        encode = encoder(plan_of(1500, 776, 20_000, 32), 32)
+        calls.append(lambda e=encode, x=x, W=W, b=b: e(x, W, b))
+        wants.append(calls[-1]())
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in calls]
+    for _ in range(50):
+        gots = []
+        for stream, call in zip(streams, calls, strict=True):
+            with torch.cuda.stream(stream):
+                gots.append(call())
+        torch.cuda.synchronize()
+        for got, want in zip(gots, wants, strict=True):
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[1], want[1])
