@@ -1,11 +1,13 @@
-"""Exact selection of a row's k largest activations by one warp, from the Hopper filter's lists.
+"""Exact selection of a row's k largest activations by one warp: from the Hopper filter's lists, or
+from pre-activations and their groups' largest (encode_tiles.py).
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k.
 
-What encode_select.py does with all of a program's warps takes one warp here, four rows a program:
-nothing waits at a barrier, and a sum over a row is one instruction. It is PTX, since Triton has no
-way to let each warp go its own. Rows it cannot take, of too many activations for its registers or
-of lists that overflowed, go to encode_select.py's functions.
+What encode_select.py and encode_rows.py do with all of a program's warps takes one warp here, four
+rows a program: nothing waits at a barrier, and a sum over a row is one instruction. It is PTX, as
+Triton has no way to let each warp go its own. Keys are gathered until there is no more room for
+them, cut back to the k largest or a few more, and so on; what is left is sorted. A row whose lists
+overflowed, or lack some, is done anew by encode_select.py's functions.
 """
 
 from __future__ import annotations
@@ -14,17 +16,22 @@ import triton
 import triton.language as tl
 from triton import constexpr_function
 
-from .encode_select import best_keys, keep_largest, stream_row
+from .encode_plan import GROUP
+from .encode_select import best_keys, keep_largest, key_of, relu_bits, stream_row
 
 # Rows of a program, a warp each.
 ROWS = 4
+# Groups that are read at once, and that a row may have: a lane holds a 32nd of their largest.
+_AT_ONCE = 16
+MAX_GROUPS = 2048
 
 
 @constexpr_function
-def _gather_lines(lists: int, capacity: int) -> list[str]:
-    """Makes keys of a row's lists, one after another at the front of the same memory; `n` counts
-    them. No key is written past the entries read. A list's entries are `lists` apart, of latent and
-    bits; a key has the bits above and 0x7FFFFFFF less the latent below."""
+def _gather_lines(lists: int, capacity: int, room: int) -> list[str]:
+    """Makes keys of a row's lists, one after another at the front of the same memory, as long as
+    there is room; `n` counts them. No key is written past the entries read. A list's entries, of
+    latent and bits, are `lists` apart; a key has the bits above and 0x7FFFFFFF less the latent.
+    """
     padded = 1 << (lists - 1).bit_length()
     of_lane = max(1, padded // 32)  # lists that a lane reads
     together = max(1, 32 // padded)  # entries of a list that are read at once
@@ -48,7 +55,8 @@ def _gather_lines(lists: int, capacity: int) -> list[str]:
     lines += [
         "redux.sync.max.s32 longest, longest, -1;", f"setp.gt.s32 p, longest, {capacity};",
         "@p mov.b32 status, -1;", "@p bra DONE;", "mov.b32 first, 0;", "mov.b32 n, 0;",
-        "READ:", "setp.ge.s32 p, first, longest;", "@p bra ALL_READ;",
+        "READ:", "setp.lt.s32 left, first, longest;", "@!left bra NO_ROOM;",
+        f"setp.gt.s32 p, n, {32 * (room - 8)};", "@p bra NO_ROOM;",
     ]  # fmt: skip
     for u in range(unroll):
         for j in range(of_lane):
@@ -73,37 +81,136 @@ def _gather_lines(lists: int, capacity: int) -> list[str]:
     for j in range(of_lane):
         lines += [f"add.s64 at{j}, at{j}, {8 * lists * unroll * together};"]
     lines += [f"add.s32 slot, slot, {unroll * together};"]
-    lines += [f"add.s32 first, first, {unroll * together};", "bra READ;", "ALL_READ:"]
-    lines += ["bar.warp.sync -1;"]
+    lines += [f"add.s32 first, first, {unroll * together};", "bra READ;"]
     return lines
 
 
 @constexpr_function
-def _count_lines(room: int, comparison: str, label: str) -> list[str]:
-    """`c` counts a row's values b<i> by a comparison, in eights as long as there are any."""
+def _groups_lines(groups: int, room: int, size: int) -> list[str]:
+    """Makes keys of those entries of a row's groups that may be among the k largest, as long as
+    there is room: of the k groups whose largest are largest, or a few more, the entries that reach
+    the least of these. Their numbers are listed first, where the largest were."""
+    each = (groups + 31) // 32
+    lines = [
+        f".reg .b32 g<{each}>, v<{_AT_ONCE}>, list_length, first, number, ballot, to, f;",
+        ".reg .b64 least;", f".reg .pred there<{_AT_ONCE}>;",
+        "mul.wide.s32 a, lane, 4;", "add.s64 a, a, maxima;",
+    ]  # fmt: skip
+    for i in range(each):
+        lines += [
+            f"add.s32 t, lane, {32 * i};", f"setp.lt.s32 p, t, {groups};", f"mov.b32 g{i}, -1;",
+            f"@p ld.global.b32 g{i}, [a + {128 * i}];",
+            # One NaN, as encode_select.relu_bits has it.
+            f"min.s32 g{i}, g{i}, 0x7FC00000;",
+        ]  # fmt: skip
+    lines += [
+        f"mov.b32 n, {groups};", "mov.b32 target, k;", f"mov.b32 most, {size};",
+        "mov.b32 count, n;", *_search_lines([f"g{i}" for i in range(each)], "GROUP_"),
+        "mov.b32 t, 0;", "mov.b64 limit, {t, low};", "mov.b32 list_length, 0;", "mov.b32 c, 0;",
+        # Every lane has read its groups' before any is overwritten.
+        "bar.warp.sync -1;",
+    ]  # fmt: skip
+    for i in range(each):
+        lines += [
+            # Of groups with an equal largest the first k: each has such an entry.
+            f"setp.eq.s32 p, g{i}, low;", "vote.sync.ballot.b32 ballot, p, -1;",
+            "and.b32 to, ballot, lower;", "popc.b32 to, to;", "add.s32 to, to, c;",
+            "popc.b32 ballot, ballot;", "add.s32 c, c, ballot;",
+            "setp.lt.and.s32 p, to, k, p;", f"setp.gt.or.s32 p, g{i}, low, p;",
+            "vote.sync.ballot.b32 ballot, p, -1;",
+            "and.b32 to, ballot, lower;", "popc.b32 to, to;", "add.s32 to, to, list_length;",
+            "mul.wide.s32 a, to, 4;", "add.s64 a, a, maxima;", f"add.s32 t, lane, {32 * i};",
+            "@p st.global.b32 [a], t;", "popc.b32 ballot, ballot;",
+            "add.s32 list_length, list_length, ballot;",
+        ]  # fmt: skip
+    lines += [
+        "bar.warp.sync -1;", "mov.b32 first, 0;", "mov.b32 n, 0;",
+        "READ:", "setp.lt.s32 left, first, list_length;", "@!left bra NO_ROOM;",
+        f"setp.gt.s32 p, n, {32 * (room - _AT_ONCE)};", "@p bra NO_ROOM;",
+        "add.s32 t, first, lane;", "setp.lt.s32 p, t, list_length;", "mov.b32 number, 0;",
+        "mul.wide.s32 a, t, 4;", "add.s64 a, a, maxima;", "@p ld.global.b32 number, [a];",
+    ]  # fmt: skip
+    for i in range(_AT_ONCE):
+        lines += [
+            f"add.s32 t, first, {i};", f"setp.lt.s32 there{i}, t, list_length;",
+            f"shfl.sync.idx.b32 t, number, {i}, 31, -1;", f"mad.lo.s32 t, t, {GROUP}, lane;",
+            f"setp.lt.and.s32 there{i}, t, F, there{i};", "mul.wide.s32 a, t, 4;",
+            # What is read once makes room for what is not read yet.
+            "add.s64 a, a, pre;", f"@there{i} ld.global.L1::evict_first.b32 v{i}, [a];",
+        ]  # fmt: skip
+    for i in range(_AT_ONCE):
+        lines += [
+            f"shfl.sync.idx.b32 t, number, {i}, 31, -1;", f"mad.lo.s32 f, t, {GROUP}, lane;",
+            "sub.s32 f, 0x7FFFFFFF, f;",
+            f"max.s32 v{i}, v{i}, 0;", f"min.s32 v{i}, v{i}, 0x7FC00000;",
+            f"mov.b64 least, {{f, v{i}}};", f"setp.ge.and.s64 p, least, limit, there{i};",
+            "vote.sync.ballot.b32 ballot, p, -1;", "and.b32 to, ballot, lower;",
+            "popc.b32 to, to;", "add.s32 to, to, n;", "mul.wide.s32 a, to, 8;",
+            "add.s64 a, a, row_keys;", "@p st.global.b64 [a], least;",
+            "popc.b32 ballot, ballot;", "add.s32 n, n, ballot;",
+        ]  # fmt: skip
+    return [*lines, f"add.s32 first, first, {_AT_ONCE};", "bra READ;"]
+
+
+@constexpr_function
+def _count_lines(held: list[str], comparison: str, label: str) -> list[str]:
+    """`c` counts a row's values by a comparison, in eights as long as there are any."""
     lines = ["mov.b32 c, 0;"]
-    for i in range(room):
+    for i, value in enumerate(held):
         if i % 8 == 0 and i > 0:
             lines += [f"setp.le.s32 p, n, {32 * i};", f"@p bra {label};"]
-        lines += [f"setp.{comparison}.s32 p, b{i}, mid;", "@p add.s32 c, c, 1;"]
+        lines += [f"setp.{comparison}.s32 p, {value}, mid;", "@p add.s32 c, c, 1;"]
     return [*lines, f"{label}:", "redux.sync.add.s32 c, c, -1;"]
 
 
 @constexpr_function
-def _search_lines(room: int, size: int) -> list[str]:
-    """`limit`, the least key of at least k and at most `size` of a row's n keys.
+def _search_lines(held: list[str], label: str) -> list[str]:
+    """`low`, which at least `target` of `count` values reach and, but for equal ones, at most
+    `most`; -1 is none. `count` of them do.
 
     The bits are searched as if the logarithm of the count fell evenly; `below` and `above` weigh
     the two ends (Illinois): one that stayed twice counts half. Every sixth step halves the range,
-    which bounds the steps whatever the values are. Where too many are equal, their lower halves are
-    searched the same way.
+    which bounds the steps whatever the values are.
     """
-    lines = [
-        f".reg .b32 b<{room}>, c, low, high, mid, count, over, target, most, moved, step, equal;",
-        ".reg .f32 want, x, y, below, above;", ".reg .b64 lane_keys, limit;",
-        "mul.wide.s32 a, lane, 8;", "add.s64 lane_keys, a, row_keys;",
+    lines = [f"mov.b32 high, {held[0]};", f"mov.b32 low, {held[0]};"]
+    for value in held[1:]:
+        # As an unsigned number -1, where there is none, is the largest.
+        lines += [f"max.s32 high, high, {value};", f"min.u32 low, low, {value};"]
+    return lines + [
+        "redux.sync.max.s32 high, high, -1;", "redux.sync.min.u32 low, low, -1;",
+        "mov.b32 over, 0;", "mov.b32 moved, 0;", "mov.b32 step, 0;",
+        "mov.f32 below, 0f3F800000;", "mov.f32 above, 0f3F800000;",
+        # log2 of the middle of what is sought.
+        "add.s32 t, target, most;", "cvt.rn.f32.s32 want, t;", "mul.f32 want, want, 0f3F000000;",
+        "lg2.approx.f32 want, want;",
+        f"{label}STEP:", "setp.le.s32 p, count, most;", f"@p bra {label}FOUND;",
+        "setp.ge.s32 p, low, high;", f"@p bra {label}FOUND;",
+        "cvt.rn.f32.s32 x, count;", "lg2.approx.f32 x, x;", "sub.f32 x, x, want;",
+        "mul.f32 x, x, below;",
+        "cvt.rn.f32.s32 y, over;", "max.f32 y, y, 0f3F000000;", "lg2.approx.f32 y, y;",
+        "sub.f32 y, want, y;", "mul.f32 y, y, above;", "add.f32 y, y, x;",
+        "div.approx.f32 x, x, y;",
+        "rem.u32 t, step, 6;", "setp.eq.s32 p, t, 5;", "selp.f32 x, 0f3F000000, x, p;",
+        "sub.s32 t, high, low;", "cvt.rn.f32.s32 y, t;", "mul.f32 x, x, y;",
+        "cvt.rzi.s32.f32 mid, x;", "add.s32 mid, mid, low;", "add.s32 t, low, 1;",
+        "max.s32 mid, mid, t;", "min.s32 mid, mid, high;",
+        *_count_lines(held, "ge", f"{label}COUNTED"),
+        "add.s32 step, step, 1;", "setp.ge.s32 p, c, target;", f"@p bra {label}LOWER;",
+        "sub.s32 high, mid, 1;", "mov.b32 over, c;", "mov.f32 above, 0f3F800000;",
+        "setp.eq.s32 p, moved, -1;", "@p mul.f32 below, below, 0f3F000000;",
+        "@!p mov.f32 below, 0f3F800000;", "mov.b32 moved, -1;", f"bra {label}STEP;",
+        f"{label}LOWER:", "mov.b32 low, mid;", "mov.b32 count, c;", "mov.f32 below, 0f3F800000;",
+        "setp.eq.s32 p, moved, 1;", "@p mul.f32 above, above, 0f3F000000;",
+        "@!p mov.f32 above, 0f3F800000;", "mov.b32 moved, 1;", f"bra {label}STEP;",
+        f"{label}FOUND:",
     ]  # fmt: skip
-    lines += [f"mov.b32 b{i}, -1;" for i in range(room)]
+
+
+@constexpr_function
+def _limit_lines(room: int, size: int) -> list[str]:
+    """`limit`, the least key of at least k and at most `size` of a row's n keys. Where too many
+    values are equal, the keys' lower halves are searched the same way."""
+    lines = [f"mov.b32 b{i}, -1;" for i in range(room)]
     for i in range(room):
         if i % 8 == 0 and i > 0:
             lines += [f"setp.le.s32 p, n, {32 * i};", "@p bra LOADED;"]
@@ -114,42 +221,12 @@ def _search_lines(room: int, size: int) -> list[str]:
     lines += [
         "LOADED:", "mov.b32 target, k;", f"mov.b32 most, {size};", "mov.b32 count, n;",
         "mov.b32 equal, -1;",
-        "SEARCH:", "mov.b32 high, b0;", "mov.b32 low, b0;",
-    ]  # fmt: skip
-    for i in range(1, room):
-        # As an unsigned number -1, where there is none, is the largest.
-        lines += [f"max.s32 high, high, b{i};", f"min.u32 low, low, b{i};"]
-    lines += [
-        "redux.sync.max.s32 high, high, -1;", "redux.sync.min.u32 low, low, -1;",
-        "mov.b32 over, 0;", "mov.b32 moved, 0;", "mov.b32 step, 0;",
-        "mov.f32 below, 0f3F800000;", "mov.f32 above, 0f3F800000;",
-        # log2 of the middle of what is sought.
-        "add.s32 t, target, most;", "cvt.rn.f32.s32 want, t;", "mul.f32 want, want, 0f3F000000;",
-        "lg2.approx.f32 want, want;",
-        "STEP:", "setp.le.s32 p, count, most;", "@p bra FOUND;", "setp.ge.s32 p, low, high;",
-        "@p bra FOUND;",
-        "cvt.rn.f32.s32 x, count;", "lg2.approx.f32 x, x;", "sub.f32 x, x, want;",
-        "mul.f32 x, x, below;",
-        "cvt.rn.f32.s32 y, over;", "max.f32 y, y, 0f3F000000;", "lg2.approx.f32 y, y;",
-        "sub.f32 y, want, y;", "mul.f32 y, y, above;", "add.f32 y, y, x;",
-        "div.approx.f32 x, x, y;",
-        "rem.u32 t, step, 6;", "setp.eq.s32 p, t, 5;", "selp.f32 x, 0f3F000000, x, p;",
-        "sub.s32 t, high, low;", "cvt.rn.f32.s32 y, t;", "mul.f32 x, x, y;",
-        "cvt.rzi.s32.f32 mid, x;", "add.s32 mid, mid, low;", "add.s32 t, low, 1;",
-        "max.s32 mid, mid, t;", "min.s32 mid, mid, high;",
-        *_count_lines(room, "ge", "COUNTED"),
-        "add.s32 step, step, 1;", "setp.ge.s32 p, c, target;", "@p bra LOWER;",
-        "sub.s32 high, mid, 1;", "mov.b32 over, c;", "mov.f32 above, 0f3F800000;",
-        "setp.eq.s32 p, moved, -1;", "@p mul.f32 below, below, 0f3F000000;",
-        "@!p mov.f32 below, 0f3F800000;", "mov.b32 moved, -1;", "bra STEP;",
-        "LOWER:", "mov.b32 low, mid;", "mov.b32 count, c;", "mov.f32 below, 0f3F800000;",
-        "setp.eq.s32 p, moved, 1;", "@p mul.f32 above, above, 0f3F000000;",
-        "@!p mov.f32 above, 0f3F800000;", "mov.b32 moved, 1;", "bra STEP;",
-        "FOUND:",
+        "SEARCH:", *_search_lines([f"b{i}" for i in range(room)], ""),
         "setp.ge.s32 p, equal, 0;", "mov.b64 limit, {low, equal};", "@p bra LIMIT;",
         "mov.b32 t, 0;", "mov.b64 limit, {t, low};", "setp.le.s32 p, count, most;", "@p bra LIMIT;",
         # Too many equal ones.
-        "mov.b32 equal, low;", "mov.b32 mid, low;", *_count_lines(room, "gt", "OVER"),
+        "mov.b32 equal, low;", "mov.b32 mid, low;",
+        *_count_lines([f"b{i}" for i in range(room)], "gt", "OVER"),
         "sub.s32 target, k, c;", f"sub.s32 most, {size}, c;", "sub.s32 count, count, c;",
     ]  # fmt: skip
     for i in range(room):
@@ -163,7 +240,7 @@ def _search_lines(room: int, size: int) -> list[str]:
 @constexpr_function
 def _keep_lines(room: int) -> list[str]:
     """Leaves the keys from `limit` on, `m` of them, at the front."""
-    lines = [".reg .b32 m;", ".reg .b64 key<8>;", ".reg .pred kept<8>;", "mov.b32 m, 0;"]
+    lines = ["mov.b32 m, 0;"]
     for i in range(0, room, 8):
         if i > 0:
             lines += [f"setp.le.s32 p, n, {32 * i};", "@p bra KEPT;"]
@@ -252,50 +329,75 @@ def _sort_lines(size: int) -> list[str]:
 
 
 @constexpr_function
-def _select_ptx(lists: int, capacity: int, room: int, size: int) -> str:
-    """PTX of an output, a row's status, and 11 operands: first row, N, F, k, the bytes from one
-    row's lists to the next one's; addresses of the lists, their lengths, the values, the indices
-    and the statuses. A warp takes a row. Its status is 0 where its list is written, the number of
-    keys where these are too many, -1 where the lists lack some."""
-    lines = [
+def _pick_lines(gather: list[str], room: int, size: int) -> list[str]:
+    """A row's list from keys that `gather` makes at `row_keys`, which goes on at READ."""
+    return [
+        f".reg .b32 b<{room}>, c, low, high, mid, count, over, target, most, moved, step, equal;",
+        ".reg .b32 m;",
+        ".reg .f32 want, x, y, below, above;", ".reg .b64 lane_keys, limit, key<8>;",
+        ".reg .pred left, kept<8>;",
+        "mul.wide.s32 a, lane, 8;", "add.s64 lane_keys, a, row_keys;",
+        *gather,
+        "NO_ROOM:", "bar.warp.sync -1;",
+        "setp.lt.s32 p, n, k;", "@p mov.b32 status, -1;", "@p bra DONE;",
+        *_limit_lines(room, size),
+        *_keep_lines(room),
+        "mov.b32 n, m;", "@left bra READ;",
+        *_sort_lines(size),
+        "DONE:", "setp.eq.s32 p, lane, 0;", "@p st.global.b32 [statuses], status;",
+        "END:", "mov.b32 $0, status;",
+    ]  # fmt: skip
+
+
+@constexpr_function
+def _row_lines(keys: int, pitch: int, outputs: int) -> list[str]:
+    """Operands 1 to 4: first row, N, F, k; others as numbered: a row's keys, the bytes from one
+    row's to the next one's, and from `outputs` on addresses of values, indices and statuses."""
+    return [
         ".reg .pred p, q;", ".reg .b32 lane, lower, row, n, t, u, k, F, status;",
-        ".reg .b64 a, row_keys, counts, values, indices, statuses;",
+        ".reg .b64 a, row_keys, values, indices, statuses;",
         "mov.u32 lane, %laneid;", "mov.u32 lower, %lanemask_lt;", "mov.b32 status, 0;",
         "mov.b32 F, $3;", "mov.b32 k, $4;",
         "mov.u32 t, %tid.x;", "shr.u32 t, t, 5;", "add.s32 row, $1, t;",
         "setp.ge.s32 p, row, $2;", "@p bra END;",
-        "mul.wide.s32 a, row, $5;", "add.s64 row_keys, a, $6;",
-        f"mul.wide.s32 a, row, {4 * lists};", "add.s64 counts, a, $7;",
-        "mul.lo.s32 t, k, 4;", "mul.wide.s32 a, row, t;", "add.s64 values, a, $8;",
-        "add.s64 indices, a, $9;", "mul.wide.s32 a, row, 4;", "add.s64 statuses, a, $10;",
-        *_gather_lines(lists, capacity),
-        "setp.lt.s32 p, n, k;", "@p mov.b32 status, -1;", "@p bra DONE;",
-        f"setp.gt.s32 p, n, {32 * room};", "@p mov.b32 status, n;", "@p bra DONE;",
-        *_search_lines(room, size),
-        *_keep_lines(room),
-        *_sort_lines(size),
-        "DONE:", "setp.eq.s32 p, lane, 0;", "@p st.global.b32 [statuses], status;",
-        "END:", "mov.b32 $0, status;",
+        f"mul.wide.s32 a, row, ${pitch};", f"add.s64 row_keys, a, ${keys};",
+        "mul.lo.s32 t, k, 4;", "mul.wide.s32 a, row, t;", f"add.s64 values, a, ${outputs};",
+        f"add.s64 indices, a, ${outputs + 1};", "mul.wide.s32 a, row, 4;",
+        f"add.s64 statuses, a, ${outputs + 2};",
+    ]  # fmt: skip
+
+
+@constexpr_function
+def _lists_ptx(lists: int, capacity: int, room: int, size: int) -> str:
+    """PTX of an output, a row's status, and 10 operands: first row, N, F, k, the bytes from one
+    row's lists to the next one's; addresses of the lists, the values, the indices, the statuses and
+    the lists' lengths. A warp takes a row. Its status is 0 where its list is written, -1 where its
+    lists lack some."""
+    lines = [
+        *_row_lines(6, 5, 7), ".reg .b64 counts;",
+        f"mul.wide.s32 a, row, {4 * lists};", "add.s64 counts, a, $10;",
+        *_pick_lines(_gather_lines(lists, capacity, room), room, size),
+    ]  # fmt: skip
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@constexpr_function
+def _groups_ptx(groups: int, pitch: int, room: int, size: int) -> str:
+    """As `_lists_ptx`, of 12 operands: first row, N, F, k, the bytes from one row's keys to the
+    next one's; addresses of the keys, the values, the indices, the statuses, the pre-activations
+    and their groups' largest; the bytes from one row of pre-activations to the next."""
+    lines = [
+        *_row_lines(6, 5, 7), ".reg .b64 pre, maxima;",
+        "mul.wide.s32 a, row, $12;", "add.s64 pre, a, $10;",
+        f"mul.wide.s32 a, row, {4 * pitch};", "add.s64 maxima, a, $11;",
+        *_pick_lines(_groups_lines(groups, room, size), room, size),
     ]  # fmt: skip
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 @triton.jit
-def _cut_keys(row_keys, found, k, KEYS: tl.constexpr):
-    """Leaves the k largest of a row's keys, which are more than are held at once, at the front."""
-    slots = tl.arange(0, KEYS)
-    count = keep_largest(row_keys, tl.load(row_keys + slots, mask=slots < found, other=-1), k)
-    first = found * 0 + KEYS
-    while first < found:
-        more = tl.minimum(found - first, KEYS - k)
-        keys = tl.load(row_keys + first + slots, mask=slots < more, other=-1)
-        # Every thread has read its keys before any is overwritten.
-        tl.debug_barrier()
-        tl.store(row_keys + count + slots, keys, mask=slots < more)
-        tl.debug_barrier()
-        held = tl.load(row_keys + slots, mask=slots < count + more, other=-1)
-        count = keep_largest(row_keys, held, k)
-        first += more
+def _address(pointer, threads):
+    return threads.to(tl.int64) + pointer.to(tl.int64)
 
 
 @triton.jit
@@ -305,33 +407,71 @@ def pick_kernel(
     KEYS: tl.constexpr, K_POW2: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Lists of ROWS rows, a warp each."""
+    """Lists of ROWS rows, a warp each, from those of the filter."""
     first = tl.program_id(0) * ROWS
     threads = tl.zeros((32 * ROWS,), tl.int32)
     status = tl.inline_asm_elementwise(
-        _select_ptx(LISTS, CAPACITY, ROOM, SIZE), "=&r,r,r,r,r,r,l,l,l,l,l",
+        _lists_ptx(LISTS, CAPACITY, ROOM, SIZE), "=&r,r,r,r,r,r,l,l,l,l,l",
         [
             threads + first, threads + N, threads + F, threads + k, threads + pitch * 8,
-            threads.to(tl.int64) + lists_ptr.to(tl.int64),
-            threads.to(tl.int64) + count_ptr.to(tl.int64),
-            threads.to(tl.int64) + values_ptr.to(tl.int64),
-            threads.to(tl.int64) + indices_ptr.to(tl.int64),
-            threads.to(tl.int64) + status_ptr.to(tl.int64),
+            _address(lists_ptr, threads), _address(values_ptr, threads),
+            _address(indices_ptr, threads), _address(status_ptr, threads),
+            _address(count_ptr, threads),
         ],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-    if tl.max((status != 0).to(tl.int32), 0) != 0:
+    if tl.min(status, 0) < 0:
         for i in range(ROWS):
             row = (first + i).to(tl.int64)
-            if row < N:
-                found = tl.load(status_ptr + row)
+            if tl.load(status_ptr + row, mask=row < N, other=0) < 0:
                 row_keys = lists_ptr + row * pitch
-                if found != 0:
-                    if found > 0:
-                        _cut_keys(row_keys, found, k, KEYS)
-                    else:
-                        stream_row(
-                            x_ptr + row * D, w_ptr, bias_ptr, row_keys, F, D, k, KEYS, CHUNK,
-                            BLOCK_K,
-                        )  # fmt: skip
-                    best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, k, K_POW2)
+                stream_row(
+                    x_ptr + row * D, w_ptr, bias_ptr, row_keys, F, D, k, KEYS, CHUNK, BLOCK_K
+                )
+                best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, k, K_POW2)
+
+
+@triton.jit
+def pick_groups_kernel(
+    pre_ptr,  # [N, pre_pitch] float32
+    maxima_ptr,  # [N, MAXIMA_PITCH] int32: bits of the largest of each GROUP, overwritten
+    pre_pitch, keys_ptr, pitch, values_ptr, indices_ptr, status_ptr, N, F, k,
+    GROUPS: tl.constexpr, MAXIMA_PITCH: tl.constexpr, ROOM: tl.constexpr, SIZE: tl.constexpr,
+    KEYS: tl.constexpr, K_POW2: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Lists of ROWS rows, a warp each, from pre-activations."""
+    first = tl.program_id(0) * ROWS
+    threads = tl.zeros((32 * ROWS,), tl.int32)
+    status = tl.inline_asm_elementwise(
+        _groups_ptx(GROUPS, MAXIMA_PITCH, ROOM, SIZE), "=&r,r,r,r,r,r,l,l,l,l,l,l,r",
+        [
+            threads + first, threads + N, threads + F, threads + k, threads + pitch * 8,
+            _address(keys_ptr, threads), _address(values_ptr, threads),
+            _address(indices_ptr, threads), _address(status_ptr, threads),
+            _address(pre_ptr, threads), _address(maxima_ptr, threads), threads + pre_pitch * 4,
+        ],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    if tl.min(status, 0) < 0:
+        # A group's largest was of a column that is no latent: NaN, where x is not finite.
+        for i in range(ROWS):
+            row = (first + i).to(tl.int64)
+            if tl.load(status_ptr + row, mask=row < N, other=0) < 0:
+                row_keys = keys_ptr + row * pitch
+                _all_of_row(pre_ptr + row * pre_pitch, row_keys, F, k, KEYS)
+                best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, k, K_POW2)
+
+
+@triton.jit
+def _all_of_row(pre_row, row_keys, F, k, KEYS: tl.constexpr):
+    """Leaves the k largest of all of a row's pre-activations at the front of its keys."""
+    HALF: tl.constexpr = KEYS // 2
+    slots = tl.arange(0, KEYS)
+    count = tl.zeros([], tl.int32)
+    for f0 in range(0, F, HALF):
+        f = f0 + tl.arange(0, HALF)
+        bits = relu_bits(tl.load(pre_row + f, mask=f < F, other=0.0))
+        tl.store(row_keys + count + tl.arange(0, HALF), tl.where(f < F, key_of(bits, f), -1))
+        tl.debug_barrier()
+        held = tl.load(row_keys + slots, mask=slots < count + HALF, other=-1)
+        count = keep_largest(row_keys, held, k)

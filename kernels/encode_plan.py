@@ -13,7 +13,8 @@ from .shapes import cdiv, next_power_of_2
 
 SCRATCH_BYTES = 56 << 20
 GATHERED_BYTES = 16 << 20
-_TILES_BYTES = 50 << 20
+_FIRST_BYTES = 61 << 20
+_TILES_BYTES = 63 << 20
 # Neighbours whose largest activation encode_tiles.py writes.
 GROUP = 32
 # Entries of the groups that encode_rows.py reads again, of one row.
@@ -153,6 +154,12 @@ def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | Non
     return None if best is None else best[1]
 
 
+def sort_size(k: int) -> int:
+    """Keys that encode_pick.py sorts: k and some more, which take fewer steps to find."""
+    size = max(32, next_power_of_2(k))
+    return 2 * size if size < k + k // 16 and size <= 64 else size
+
+
 class FirstPlan(NamedTuple):
     """Sizes of one call on Hopper GPUs, whose filter takes its programs' first tiles as the sample;
     a function of shapes alone, so that every rank makes the same."""
@@ -269,8 +276,9 @@ def make_first_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Firs
                 # Sorted activations are 8 neighbours each of tiles that follow one another, which
                 # are a run's cells: of the k largest not so many are of the sample that one of them
                 # is the threshold.
-                runs = k / (8 * whole)
-                if sample / cells * min(runs, cells) + 2 * QUADS < order <= 0.93 * sample:
+                runs = min(k / (8 * whole), cells)
+                order = max(order, math.ceil(sample / cells * runs) + 2 * QUADS + 1)
+                if order <= 0.93 * sample:
                     break
             else:
                 continue
@@ -287,21 +295,21 @@ def make_first_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Firs
                 # The last tile's are neighbours: of sorted ones all may be in its lists.
                 math.ceil(1.25 * ordered / lists) + cdiv(F - 256 * whole, QUADS),
             )
+            size = sort_size(k)
             most = max(_longest(density, num_cells, 1, 1e-6), math.ceil(1.25 * ordered))
-            room = max(8, min(64, next_power_of_2(cdiv(most, 32))))
-            # Some more than k take fewer steps to find.
-            size = max(32, next_power_of_2(k))
-            if size < k + k // 16 and size <= 64:
-                size *= 2
+            room = max(16, size // 32 + 8, min(64, next_power_of_2(cdiv(most, 32))))
             keys = next_power_of_2(max(2 * k, 512))
             plan = FirstPlan(first, cells, order, parts, capacity, rows, room, size, keys)
-            if plan.scratch_bytes(F) > SCRATCH_BYTES:
+            if plan.scratch_bytes(F) > _FIRST_BYTES:
                 continue
             fits += 1
             tile = 128 * 256 * D * 2 / 5.5e12
             filtering = (cdiv(tiles, parts) + first - 1) * (tile + 3e-7 + 25e-6 * hits / F)
-            selecting = rows * hits * 8e-12
+            selecting = rows * (1.8e-9 + 2.8e-11 * k)
             cost = cdiv(N, rows) * (15e-6 + filtering + selecting)
+            if ordered > 32 * room:
+                # Such rows would be cut back to k several times.
+                cost *= 1.2
             if best is None or cost < best[0]:
                 best = (cost, plan)
     return None if best is None else best[1]
@@ -335,8 +343,16 @@ def group_sizes(F: int, k: int, size: int | None = None) -> GroupSizes | None:
 
 def tiles_fit(N: int, D: int, F: int, k: int) -> bool:
     """Whether encode_tiles.py takes a shape: few enough pre-activations, and groups enough."""
-    few = 4 * N * cdiv(F, 256) * 256 <= _TILES_BYTES
-    return N > 0 and D % 8 == 0 and few and group_sizes(F, k, GROUP) is not None
+    if N == 0 or D % 8 or group_sizes(F, k, GROUP) is None:
+        return False
+    each = 4 * cdiv(F, 256) * 256
+    return N * (each + each // GROUP + 8 * 32 * groups_room(k)) <= _TILES_BYTES
+
+
+def groups_room(k: int) -> int:
+    """Keys that a lane of encode_pick.py's selection from groups holds: some more than it reads at
+    once."""
+    return max(24, 16 + sort_size(k) // 16)
 
 
 def tail_rows(N: int, F: int, programs: int) -> int:
@@ -360,4 +376,4 @@ def tiles_are_first(N: int, D: int, F: int, programs: int) -> bool:
     tiles = cdiv(F, 256)
     blocks = N // 128 if tail_rows(N, F, programs) else cdiv(N, 128)
     done = cdiv(blocks * tiles, programs) * programs * 128
-    return N <= 256 or D < 1024 or done <= 1.25 * N * tiles
+    return N <= 256 or D < 1024 or done <= 1.2 * N * tiles

@@ -33,8 +33,9 @@ from .encode_hopper import (
     multiply_tile,
     produce,
 )
-from .encode_plan import GROUP, group_sizes, tail_rows
-from .shapes import cdiv, num_programs
+from .encode_pick import MAX_GROUPS, ROWS, pick_groups_kernel
+from .encode_plan import GROUP, group_sizes, groups_room, sort_size, tail_rows
+from .shapes import cdiv, next_power_of_2, num_programs
 
 
 @constexpr_function
@@ -249,9 +250,19 @@ def topk_encode(
         descriptor(b_enc, BLOCK_N), descriptor(x, tail or BLOCK_M // 2, BLOCK_K), b_enc, pre,
         maxima, N, F, D, tiles, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD, GROUP, tail, num_warps=4,
     )  # fmt: skip
-    sizes = group_sizes(F, k, GROUP)
-    assert sizes is not None
     values = torch.empty(N, k, dtype=torch.float32, device=x.device)
     indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
-    encode_rows.select_groups(pre, maxima, F, sizes, values, indices)
+    if cdiv(F, GROUP) > MAX_GROUPS:
+        sizes = group_sizes(F, k, GROUP)
+        assert sizes is not None
+        encode_rows.select_groups(pre, maxima, F, sizes, values, indices)
+        return values, indices
+    room = groups_room(k)
+    keys = torch.empty(N, 32 * room, dtype=torch.int64, device=x.device)
+    status = torch.empty(N, dtype=torch.int32, device=x.device)
+    pick_groups_kernel[(cdiv(N, ROWS),)](
+        pre, maxima, pre.stride(0), keys, keys.stride(0), values, indices, status, N, F, k,
+        cdiv(F, GROUP), maxima.stride(0), room, sort_size(k), max(512, next_power_of_2(2 * k)),
+        next_power_of_2(k), ROWS, num_warps=ROWS,
+    )  # fmt: skip
     return values, indices

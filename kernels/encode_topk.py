@@ -286,7 +286,7 @@ def designs(
     else:
         return found | library
     if found and not tiles_are_first(N, D, F, num_programs(x.device)):
-        return library | found | fused
+        return (fused | library if N >= 640 else library | fused) | found
     return found | (library | fused if encode_blocked.is_faster(N, D, F, k) else fused | library)
 
 

@@ -98,6 +98,13 @@ def main() -> None:
             size, 1024, size, 32, 64, encode_pick.ROWS, num_warps=encode_pick.ROWS, grid=(1,),
         )  # fmt: skip
         report(f"pick-{lists}-{room}-{size}", kernel)
+    for groups, size, k in ((512, 32, 20), (512, 256, 256), (2048, 128, 64)):
+        room = encode_plan.groups_room(k)
+        kernel = encode_pick.pick_groups_kernel.warmup(
+            f32, i32, 32 * groups, i64, 32 * room, f32, i32, i32, 777, 32 * groups, k, groups,
+            groups, room, size, 512, size, encode_pick.ROWS, num_warps=encode_pick.ROWS, grid=(1,),
+        )  # fmt: skip
+        report(f"pick-groups-{groups}-{size}", kernel)
     desc = TensorDescriptor.from_tensor(bf16, [128, 64])
     kernel = encode_topk._filter_kernel.warmup(
         desc, desc, f32, i32, i32, i32, i64, 1536, 256, 256, 768, 4, 256, 128, 128, 64, "tf32",

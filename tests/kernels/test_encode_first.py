@@ -153,6 +153,25 @@ def test_plans_keep_to_the_memory_bar(
     assert make_first_plan.__wrapped__(*shape) == plan, "every rank makes the same plan"
 
 
+def test_scratch_lies_within_one_upper_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The filter adds to the lower half of an address alone."""
+    encode_first = pytest.importorskip("flash_sae_dist.kernels.encode_first")
+    made: list[Tensor] = []
+
+    class Placed(Tensor):
+        def data_ptr(self) -> int:
+            made.append(self)
+            return (1 << 32) - 64 if len(made) == 1 else 1 << 32
+
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **kwargs: empty(*size, **kwargs).as_subclass(Placed)
+    )
+    got = encode_first._scratch(4, 16, torch.device("cpu"))
+    assert len(made) == 2
+    assert got is made[1]
+
+
 def hopper_only() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for Hopper GPUs")
@@ -180,7 +199,7 @@ def encoder(plan: FirstPlan, k: int) -> Callable[..., tuple[Tensor, Tensor]]:
         {"cells": 4, "parts": 20},
         {"parts": 1, "cells": 4, "order": 14},
         {"block_rows": 128},
-        {"room": 8},
+        {"room": 16, "order": 100, "capacity": 60},
         {"size": 32},
         {"size": 256},
     ],
@@ -225,7 +244,8 @@ def test_latents_that_repeat_are_exact_on_the_gpu(period: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [({"order": 1}, "normal"), ({"order": 108, "capacity": 4}, "normal"), ({}, "nan"),
-     ({}, "inf"), ({"room": 8, "order": 108}, "normal"), ({}, "all nan"), ({}, "minus inf")],
+     ({}, "inf"), ({"room": 16, "order": 105, "capacity": 60}, "normal"), ({}, "all nan"),
+     ({}, "minus inf")],
 )  # fmt: skip
 def test_bad_thresholds_are_mended_and_nan_borne_on_the_gpu(
     changes: dict[str, int], kind: str
