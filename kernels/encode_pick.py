@@ -27,7 +27,7 @@ MAX_GROUPS = 2048
 
 
 @constexpr_function
-def _gather_lines(lists: int, capacity: int, room: int) -> list[str]:
+def _gather_lines(lists: int, capacity: int, room: int, size: int) -> list[str]:
     """Makes keys of a row's lists, one after another at the front of the same memory, as long as
     there is room; `n` counts them. No key is written past the entries read. A list's entries, of
     latent and bits, are `lists` apart; a key has the bits above and 0x7FFFFFFF less the latent.
@@ -35,7 +35,9 @@ def _gather_lines(lists: int, capacity: int, room: int) -> list[str]:
     padded = 1 << (lists - 1).bit_length()
     of_lane = max(1, padded // 32)  # lists that a lane reads
     together = max(1, 32 // padded)  # entries of a list that are read at once
-    unroll = max(1, 8 // of_lane)
+    # What a batch may add has to leave room for what is kept when there is no more.
+    batch = 16 if room >= 32 + size // 32 else 8
+    unroll = max(1, batch // of_lane)
     lines = [
         f".reg .b32 list, slot, first, longest, length<{of_lane}>, ballot, to;",
         f".reg .b64 at<{of_lane}>;", f".reg .pred there<{of_lane * unroll}>;",
@@ -56,7 +58,7 @@ def _gather_lines(lists: int, capacity: int, room: int) -> list[str]:
         "redux.sync.max.s32 longest, longest, -1;", f"setp.gt.s32 p, longest, {capacity};",
         "@p mov.b32 status, -1;", "@p bra DONE;", "mov.b32 first, 0;", "mov.b32 n, 0;",
         "READ:", "setp.lt.s32 left, first, longest;", "@!left bra NO_ROOM;",
-        f"setp.gt.s32 p, n, {32 * (room - 8)};", "@p bra NO_ROOM;",
+        f"setp.gt.s32 p, n, {32 * (room - batch)};", "@p bra NO_ROOM;",
     ]  # fmt: skip
     for u in range(unroll):
         for j in range(of_lane):
@@ -376,7 +378,7 @@ def _lists_ptx(lists: int, capacity: int, room: int, size: int) -> str:
     lines = [
         *_row_lines(6, 5, 7), ".reg .b64 counts;",
         f"mul.wide.s32 a, row, {4 * lists};", "add.s64 counts, a, $10;",
-        *_pick_lines(_gather_lines(lists, capacity, room), room, size),
+        *_pick_lines(_gather_lines(lists, capacity, room, size), room, size),
     ]  # fmt: skip
     return "{\n" + "\n".join(lines) + "\n}"
 

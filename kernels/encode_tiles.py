@@ -8,8 +8,8 @@ last whole block of 128 are no block of their own: for each tile of latents two 
 them beside their own rows, a half of the latents each, with the weights that they hold for these
 anyway. There the latents are the instruction's rows, of which it takes no fewer than 64, and the
 tokens its columns, of which it takes as few as 8. The design is for as many
-tokens as their pre-activations take 50 MiB, which mostly stay in the L2 cache; the fused encoder's
-sample, thresholds and lists cost more there than writing does.
+tokens as their pre-activations and keys take 63 MiB, which mostly stay in the L2 cache; the fused
+encoder's thresholds and lists cost more there than writing does.
 """
 
 from __future__ import annotations
@@ -252,7 +252,8 @@ def topk_encode(
     )  # fmt: skip
     values = torch.empty(N, k, dtype=torch.float32, device=x.device)
     indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
-    if cdiv(F, GROUP) > MAX_GROUPS:
+    # Few rows are a warp or two a multiprocessor, which wait most of the time.
+    if cdiv(F, GROUP) > MAX_GROUPS or N <= 256:
         sizes = group_sizes(F, k, GROUP)
         assert sizes is not None
         encode_rows.select_groups(pre, maxima, F, sizes, values, indices)

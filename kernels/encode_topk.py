@@ -1,5 +1,5 @@
 """Encoder matmul with an exact top-k in its epilogue: no [N, F] tensor exists. For few tokens a
-matmul writes one of at most 50 MiB instead (encode_tiles.py, encode_blocked.py).
+matmul writes one of at most 63 MiB instead (encode_tiles.py, encode_blocked.py).
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k, S the sampling stride.
 
