@@ -235,11 +235,14 @@ def _order(k: int, num_cells: float, sample: int) -> int | None:
 
 def _longest(density: Density, num_cells: int, lists: int, chance: float) -> int:
     """Length that the longest of a row's lists exceeds with less than a chance."""
+    means = [(g * num_cells / lists, weight) for g, weight in density]
     length = 8
+    # Half of the chance is above the median, whatever the lists' own is.
+    while sum(weight for mean, weight in means if mean >= length) >= 0.5:
+        length += 1 + length // 16
     while True:
         total = 0.0
-        for g, weight in density:
-            mean = g * num_cells / lists
+        for mean, weight in means:
             # Chernoff's bound of P(Poisson(mean) > length).
             one = 1.0
             if mean < length:
