@@ -3,13 +3,15 @@
 Legend: N tokens of this launch, D d_in, F d_sae (of this shard), K k.
 
 1. PARTS programs share a block of 128 rows, each of which does every PARTS-th tile of latents. The
-   first tile of each is the sample: the 64 columns of it that a thread has of a row are a cell or
-   several, whose largest activations are written for all. A row's threshold is the ORDER-th largest
-   of these, such that the k largest activations reach it but for one row in 1e8
-   (`encode_plan._order`). The programs wait for one another there, once, so that all of a launch
-   have to be on the GPU at the same time (a cooperative launch).
-2. Each thread appends the activations that reach the threshold to lists of its own, so nothing is
-   atomic: a comparison and a predicated store for each of its 128 accumulators (rows r and r + 8 of
+   first tile of each (or the first FIRST, where latents are many) is the sample: of the 64 columns
+   of it that a thread has of a row, CELLS parts, the largest activations are written for all. A
+   row's threshold is a value that the ORDER-th largest of these reaches, such that the k largest
+   activations reach it but for one row in 1e8 (`encode_plan._order`). The programs wait for one
+   another there, once, so that all of a launch have to be on the GPU at the same time (a
+   cooperative launch, which cannot begin beside a kernel that holds multiprocessors).
+2. Each thread appends what reaches the threshold to lists of its own, so nothing is atomic: pairs
+   of neighbours, of which one at least does, and for each tile that has any a record of which. That
+   is a comparison and a predicated store for each two of its 128 accumulators (rows r and r + 8 of
    the instruction's layout), on the fp32 sums; nothing goes through shared memory.
 3. `encode_pick.pick_kernel` finds the exact k of a row's lists.
 
@@ -45,7 +47,7 @@ from .encode_hopper import (
     multiply_tile,
     reinterpret,
 )
-from .encode_pick import ROWS, pick_kernel
+from .encode_pick import pick_kernel
 from .encode_plan import FirstPlan
 from .shapes import cdiv, next_power_of_2
 
@@ -113,10 +115,11 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, mark, count_ptr, lists_ptr, pitch, N, F,
-    D, whole, spread, order, GROUP: gl.constexpr, PARTS: gl.constexpr,
-    FIRST: gl.constexpr, CELLS: gl.constexpr, CAPACITY: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
+    a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, codes_ptr, count_ptr, lists_ptr, pitch,
+    N, F, D, whole, spread, order, GROUP: gl.constexpr, PARTS: gl.constexpr,
+    FIRST: gl.constexpr, CELLS: gl.constexpr, CAPACITY: gl.constexpr, RECORDS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = BLOCK_M // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -136,17 +139,20 @@ def _consume(
     cols = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
     number = part * 4 + cols // 2 % 4
     cursor = gl.inline_asm_elementwise(
-        start_ptx(PARTS, CAPACITY), constraints(128, "rl"),
+        start_ptx(PARTS, CAPACITY, RECORDS), constraints(128, "rrl"),
         [
-            (rows * pitch * 8)[:, None] + (number * 8)[None, :],
+            zeros + (rows * pitch * 8)[:, None], zeros + number[None, :],
             zeros.to(gl.int64) + lists_ptr.to(gl.int64),
         ],
         dtype=gl.int32, is_pure=False, pack=128,
     )  # fmt: skip
-    # A row's keys: of each step's and part's tile, of each of the four threads that share it.
+    # A row's keys, and their codes as far behind: of each first tile of each part, of each cell of
+    # the four threads that share the row.
     KEYS: gl.constexpr = FIRST * PARTS * 4 * CELLS
-    row_keys = (keys_ptr.to(gl.int64) + rows * (KEYS * 8))[:, None] + (cols // 2 % 4 * 8)[None, :]
-    marks = zeros.to(gl.int64) + mark
+    row_keys = (keys_ptr.to(gl.int64) + rows * (KEYS * 4))[:, None]
+    quad = (cols // 2 % 4)[None, :]
+    own = row_keys + (quad * 4 + part * (CELLS * 16))
+    further = zeros.to(gl.int64) + (codes_ptr.to(gl.int64) - keys_ptr.to(gl.int64))
     for step in range(0, _num_steps(part, whole, PARTS, FIRST)):
         turn = _turn_of(step, part, PARTS, FIRST)
         acc, _, stage, phase = multiply_tile(
@@ -155,42 +161,43 @@ def _consume(
         )  # fmt: skip
         slot = (slot + 1) % STAGES
         starts = False
-        first, apart = _runs_of(turn * spread % whole, turn, whole, BLOCK_N)
+        tile = turn * spread % whole
+        first, apart = _runs_of(tile, turn, whole, BLOCK_N)
         bits = acc.to(gl.int32, bitcast=True)
         latent = zeros + (first + cols % 8)[None, :]
         if step < FIRST:
             gl.inline_asm_elementwise(
-                name_ptx(CELLS), constraints(32, "rrrll"),
-                [
-                    bits, latent, zeros + apart,
-                    row_keys + (step * PARTS + part) * (CELLS * 32), marks,
-                ],
+                name_ptx(CELLS, FIRST > 1), constraints(32, "rrrll"),
+                [bits, latent, zeros + apart, own + step * (PARTS * CELLS * 16), further],
                 dtype=gl.int8, is_pure=False, pack=128,
             )  # fmt: skip
         if step == FIRST - 1:
             limits = gl.inline_asm_elementwise(
-                agree_ptx(KEYS // 4), constraints(128, "llrr"),
+                agree_ptx(CELLS, FIRST * PARTS * CELLS, FIRST > 1), constraints(128, "rrrrrlll"),
                 [
-                    row_keys, marks, zeros + order,
+                    bits, latent, zeros + apart, zeros + order,
                     # Of rows that are not there nothing passes.
                     zeros + gl.where(rows < N, 0, 0x7FFFFFFF)[:, None],
+                    zeros + (row_keys + quad * 16), zeros + own, further,
                 ],
                 dtype=gl.int32, is_pure=False, pack=128,
             )  # fmt: skip
         if step >= FIRST - 1:
             cursor = gl.inline_asm_elementwise(
-                filter_ptx(PARTS), constraints(128, "rrrrrl"),
+                filter_ptx(PARTS), constraints(128, "rrrrrrl"),
                 [
                     bits, limits, cursor, latent, zeros + apart,
+                    zeros + gl.where(turn < whole, tile, whole),
                     zeros.to(gl.int64) + lists_ptr.to(gl.int64),
                 ],
                 dtype=gl.int32, is_pure=False, pack=128,
             )  # fmt: skip
     gl.inline_asm_elementwise(
-        finish_ptx(PARTS, CAPACITY), constraints(32, "rrl"),
+        finish_ptx(PARTS, CAPACITY, RECORDS), constraints(32, "rrrl"),
         [
             cursor,
             (rows * (4 * PARTS))[:, None] + number[None, :],
+            limits,
             zeros.to(gl.int64) + count_ptr.to(gl.int64),
         ],
         dtype=gl.int8, is_pure=False, pack=128,
@@ -199,10 +206,10 @@ def _consume(
 
 @gluon.jit
 def _filter_kernel(
-    x_desc, w_desc, rest_desc, bias_desc, keys_ptr, mark, count_ptr, lists_ptr, pitch, N, F, D,
+    x_desc, w_desc, rest_desc, bias_desc, keys_ptr, codes_ptr, count_ptr, lists_ptr, pitch, N, F, D,
     whole, spread, order, PARTS: gl.constexpr, FIRST: gl.constexpr, CELLS: gl.constexpr,
-    CAPACITY: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, LEAD: gl.constexpr,
+    CAPACITY: gl.constexpr, RECORDS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
     a_bufs, b_bufs, bias_bufs, full, empty, lead = make_ring(
         x_desc, rest_desc, bias_desc, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
@@ -210,14 +217,14 @@ def _filter_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, mark, count_ptr, lists_ptr,
-                pitch, N, F, D, whole, spread, order, 0, PARTS, FIRST, CELLS, CAPACITY, BLOCK_M,
-                BLOCK_N, BLOCK_K, STAGES, LEAD,
+                a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, codes_ptr, count_ptr,
+                lists_ptr, pitch, N, F, D, whole, spread, order, 0, PARTS, FIRST, CELLS, CAPACITY,
+                RECORDS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
             )),
             (_consume, (
-                a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, mark, count_ptr, lists_ptr,
-                pitch, N, F, D, whole, spread, order, 1, PARTS, FIRST, CELLS, CAPACITY, BLOCK_M,
-                BLOCK_N, BLOCK_K, STAGES, LEAD,
+                a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, codes_ptr, count_ptr,
+                lists_ptr, pitch, N, F, D, whole, spread, order, 1, PARTS, FIRST, CELLS, CAPACITY,
+                RECORDS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
             )),
             (_produce, (
                 x_desc, w_desc, rest_desc, bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N, F,
@@ -239,7 +246,7 @@ def _prepare_kernel(
     latent = column // 8 * (whole * 8) + at // BLOCK_N * 8 + column % 8
     latent = tl.where(at < whole * BLOCK_N, latent, at)
     tl.store(out_ptr + at, tl.load(bias_ptr + latent, mask=at < F), mask=at < F)
-    tl.store(keys_ptr + at, tl.zeros((BLOCK,), tl.int64), mask=at < num_keys)
+    tl.store(keys_ptr + at, tl.zeros((BLOCK,), tl.int32), mask=at < num_keys)
 
 
 @lru_cache(maxsize=256)
@@ -267,8 +274,9 @@ class _Filter:
         # a power of two, as a dictionary's own pattern may be.
         self.whole = (F - 1) // BLOCK_N
         self.bias = torch.empty(F, dtype=torch.float32, device=W_enc.device)
+        # Keys, and their codes.
         self.keys = torch.empty(
-            plan.block_rows * plan.keys_per_row, dtype=torch.int64, device=W_enc.device
+            2, plan.block_rows * plan.keys_per_row, dtype=torch.int32, device=W_enc.device
         )
         num_keys = self.keys.numel()
         _prepare_kernel[(cdiv(max(F, num_keys), 1024),)](
@@ -278,21 +286,20 @@ class _Filter:
     def __call__(
         self,
         x: Tensor,  # [N, D], up to plan.block_rows
-        chunk: int,
-        count: Tensor,  # [N, 4 * parts] int32, filled
-        lists: Tensor,  # [N, pitch] int64, filled: 4 * parts lists a row, entry by entry
+        count: Tensor,  # [N, 4 * parts, 4] int32, filled: pairs, records, the row's limits
+        lists: Tensor,  # [N, pitch] int64, filled: 4 * parts lists of pairs, then of records
     ) -> None:
-        """Up to OVERSHOOT entries more than the plan's capacity may be written to a list."""
+        """Up to OVERSHOOT pairs more than the plan's capacity may be written to a list."""
         N, D = x.shape
         F, plan = self.W_enc.shape[0], self.plan
         runs = self.W_enc[: self.whole * BLOCK_N].view(32, -1, D)
         _filter_kernel[(cdiv(N, BLOCK_M) * plan.parts,)](
             descriptor(x, BLOCK_M // 2, BLOCK_K), descriptor(runs, 32, BLOCK_N // 32, BLOCK_K),
-            descriptor(self.W_enc, BLOCK_N, BLOCK_K), descriptor(self.bias, BLOCK_N), self.keys,
-            # Marked by turns, so that a chunk's are not taken for the next one's.
-            (1 << 31, -1 << 63)[chunk % 2], count, lists, lists.stride(0), N, F, D, self.whole,
+            descriptor(self.W_enc, BLOCK_N, BLOCK_K), descriptor(self.bias, BLOCK_N), *self.keys,
+            count, lists, lists.stride(0), N, F, D, self.whole,
             _spread(self.whole), plan.order, plan.parts, plan.first, plan.cells, plan.capacity,
-            BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD, num_warps=4, launch_cooperative_grid=True,
+            plan.records(F), BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD, num_warps=4,
+            launch_cooperative_grid=True,
         )  # fmt: skip
 
 
@@ -320,17 +327,18 @@ def topk_encode(
     rows = min(cdiv(N, 128) * 128, plan.block_rows)
     values = torch.empty(N, k, dtype=torch.float32, device=x.device)
     indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
-    scratch = _scratch(rows, plan.pitch, x.device)
-    count = torch.empty(rows, plan.lists, dtype=torch.int32, device=x.device)
-    status = torch.empty(rows, dtype=torch.int32, device=x.device)
+    scratch = _scratch(rows, plan.pitch(F), x.device)
+    count = torch.empty(rows, plan.lists, 4, dtype=torch.int32, device=x.device)
     filter_rows = _Filter(W_enc, b_enc, plan)
-    for chunk, start in enumerate(range(0, N, rows)):
+    for start in range(0, N, rows):
         part = x[start : start + rows]
         size = part.shape[0]
-        filter_rows(part, chunk, count, scratch)
-        pick_kernel[(cdiv(size, ROWS),)](
-            part, W_enc, b_enc, count, scratch, scratch.stride(0), values[start:], indices[start:],
-            status, size, F, D, k, plan.lists, plan.capacity, plan.room, plan.size, plan.keys,
-            next_power_of_2(k), min(32, plan.keys // 2), 64, ROWS, num_warps=ROWS,
+        filter_rows(part, count, scratch)
+        pick_kernel[(size,)](
+            part, W_enc, b_enc, count, scratch, scratch.stride(0), *filter_rows.keys,
+            values[start:], indices[start:], F, D, k, filter_rows.whole, plan.lists, plan.capacity,
+            plan.records(F), plan.held, plan.size, plan.keys, next_power_of_2(k),
+            min(32, plan.keys // 2), 64, rows < N, plan.keys_per_row,
+            next_power_of_2(plan.keys_per_row), num_warps=1, maxnreg=128,
         )  # fmt: skip
     return values, indices

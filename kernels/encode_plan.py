@@ -13,7 +13,9 @@ from .shapes import cdiv, next_power_of_2
 
 SCRATCH_BYTES = 56 << 20
 GATHERED_BYTES = 16 << 20
-_FIRST_BYTES = 61 << 20
+# Static shared memory of a selection, beside which what it uses otherwise is within 48 KiB.
+_PICK_BYTES = 38 << 10
+_FIRST_BYTES = 63 << 20
 _TILES_BYTES = 63 << 20
 # Neighbours whose largest activation encode_tiles.py writes.
 GROUP = 32
@@ -24,8 +26,10 @@ _OVERFLOW_CHANCE = 1e-7
 # Lists a row in one program: columns 0 and 1, 2 and 3, 4 and 5, 6 and 7 of each 8, the columns that
 # one thread holds of a warpgroup instruction's result.
 QUADS = 4
-# Entries that a filter may write past a list that is full, before it looks.
-OVERSHOOT = 9
+# Where a record of the Hopper filter has its tile's number, above how many pairs come before.
+TILE_SHIFT = 12
+# Pairs that it may write past a list that is full, before it looks.
+OVERSHOOT = 5
 
 
 class Plan(NamedTuple):
@@ -54,7 +58,7 @@ class Plan(NamedTuple):
     def pitch(self, F: int) -> int:
         """int64 words of scratch a row: samples, then lists, then the selection's keys."""
         samples = cdiv(F // self.stride, 2 * self.sample_n) * self.sample_n
-        return max(samples, self.lists * (self.capacity + OVERSHOOT), self.keys)
+        return max(samples, self.lists * self.capacity, self.keys)
 
 
 def _poisson_below(mean: float, r: int) -> float:
@@ -160,29 +164,38 @@ def sort_size(k: int) -> int:
     return 2 * size if size < k + k // 16 and size <= 64 else size
 
 
+def most_keys(k: int) -> int:
+    """Keys that are held at a time where a row's selection starts anew."""
+    return max(512, next_power_of_2(2 * k))
+
+
 class FirstPlan(NamedTuple):
     """Sizes of one call on Hopper GPUs, whose filter takes its programs' first tiles as the sample;
     a function of shapes alone, so that every rank makes the same."""
 
-    first: int  # tiles that a program takes
+    first: int  # tiles that a program takes as its sample
     cells: int  # parts of the 64 of a tile's columns that a thread has of a row
     order: int  # which largest of the cells' largest activations is the threshold
     parts: int  # programs that share a block of rows
-    capacity: int  # activations a list holds
+    capacity: int  # pairs of neighbours a list holds
     block_rows: int
-    room: int  # activations that a lane of a row's selection holds
-    size: int  # of which are sorted, of a row
-    keys: int  # that it holds at a time where they are more
+    held: int  # activations that a row's selection holds
+    size: int  # of which are sorted
+    keys: int  # that it holds at a time where it starts anew
 
     @property
     def lists(self) -> int:
         """Lists a row."""
         return QUADS * self.parts
 
-    @property
-    def pitch(self) -> int:
-        """int64 words of scratch a row: lists, then the selection's keys."""
-        return max(self.lists * (self.capacity + OVERSHOOT), self.keys)
+    def records(self, F: int) -> int:
+        """Tiles of which a list may have pairs."""
+        return min(cdiv(cdiv(F, 256), self.parts), self.capacity + 1)
+
+    def pitch(self, F: int) -> int:
+        """int64 words of scratch a row: lists of pairs and of records, the selection's keys."""
+        each = self.capacity + OVERSHOOT + self.records(F) + 1
+        return max(self.lists * each, self.keys)
 
     @property
     def keys_per_row(self) -> int:
@@ -191,7 +204,7 @@ class FirstPlan(NamedTuple):
 
     def scratch_bytes(self, F: int) -> int:
         """Device memory of a call beyond inputs and outputs."""
-        each = 8 * self.pitch + 4 * self.lists + 8 * self.keys_per_row + 4
+        each = 8 * self.pitch(F) + 16 * self.lists + 8 * self.keys_per_row
         return self.block_rows * each + 4 * F
 
 
@@ -250,42 +263,52 @@ def _longest(density: Density, num_cells: int, lists: int, chance: float) -> int
             total += weight * min(1.0, lists * one)
         if total < chance:
             return length
-        length += 1 + length // 16
+        length += 1 + length // 32
+
+
+def make_first_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> FirstPlan | None:
+    """As `make_plan`, for the filter that makes its own thresholds."""
+    return _first_plan(cdiv(N, 128), D, F, k, programs)
 
 
 @lru_cache(maxsize=256)
-def make_first_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> FirstPlan | None:
-    """As `make_plan`, for the filter that makes its own thresholds."""
+def _first_plan(num_blocks: int, D: int, F: int, k: int, programs: int) -> FirstPlan | None:
+    """`make_first_plan` of so many blocks of 128 tokens, the last of which may be less."""
     tiles, whole = cdiv(F, 256), (F - 1) // 256
-    if N == 0 or D % 8 or F < 2048 or whole > 40_000 or k > 512:
+    rest = F - 256 * whole
+    if num_blocks == 0 or D % 8 or F < 2048 or whole > 40_000 or k > 512:
         return None
     best: tuple[float, FirstPlan] | None = None
-    for first in (1, 2, 4):
-        fits = 0
-        for chunks in range(1, cdiv(N, 128) + 1):
-            rows = cdiv(cdiv(N, chunks), 128) * 128
-            blocks = rows // 128
-            if blocks > programs or fits > 2:
+    fits = before = 0
+    for chunks in range(1, num_blocks + 1):
+        blocks = cdiv(num_blocks, chunks)
+        rows = blocks * 128
+        if blocks > programs or blocks == before:
+            continue
+        before = blocks
+        parts = min(
+            range(1, min(whole, 32, programs // blocks) + 1), key=lambda p: (cdiv(tiles, p), p)
+        )
+        # The lists' least length, before any is reckoned.
+        if rows * QUADS * parts * 8 * (rest // (2 * QUADS) + 8) > _FIRST_BYTES:
+            continue
+        fit = False
+        for first, cells in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)):
+            # A thread that reads a row's keys has a register for each fourth, of two rows.
+            if not 4 <= first * parts * cells <= 72 or parts * first > whole:
                 continue
-            parts = min(
-                range(1, min(whole // first, 32, programs // blocks) + 1),
-                key=lambda p: (cdiv(tiles, p), p),
-            )
-            for cells in (1, 2, 4):
-                sample = first * parts * QUADS * cells
-                order = _order(k, whole * QUADS * cells, sample)
-                if order is None:
-                    continue
-                # Sorted activations are 8 neighbours each of tiles that follow one another, which
-                # are a run's cells: of the k largest not so many are of the sample that one of them
-                # is the threshold.
-                runs = min(k / (8 * whole), cells)
-                order = max(order, math.ceil(sample / cells * runs) + 2 * QUADS + 1)
-                if order <= 0.93 * sample:
-                    break
-            else:
+            sample = first * parts * QUADS * cells
+            order = _order(k, whole * QUADS * cells, sample)
+            if order is None:
                 continue
-            # The filter takes a few more (encode_hopper._agree_ptx).
+            # Sorted activations are 8 neighbours each of tiles that follow one another, which are a
+            # run's cells: of the k largest not so many are of the sample that one of them is the
+            # threshold.
+            runs = min(k / (8 * whole), cells)
+            order = max(order, math.ceil(sample / cells * runs) + 2 * QUADS + 1)
+            if order > 0.97 * sample:
+                continue
+            # The filter takes up to a 16th more (encode_first_ptx.agree_ptx).
             lists, density = QUADS * parts, _reached(min(sample, order + order // 32), sample)
             num_cells = whole * QUADS * cells
             hits = _mean(density) * num_cells
@@ -294,27 +317,32 @@ def make_first_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Firs
             if max(hits, ordered) * 6 > F:
                 continue
             capacity = max(
-                _longest(density, num_cells, lists, _OVERFLOW_CHANCE),
+                _longest(density, num_cells, lists, 1e-6),
                 # The last tile's are neighbours: of sorted ones all may be in its lists.
-                math.ceil(1.25 * ordered / lists) + cdiv(F - 256 * whole, QUADS),
+                math.ceil(1.1 * ordered / 2 / lists) + 4 + cdiv(rest, 2 * QUADS),
             )
             size = sort_size(k)
-            most = max(_longest(density, num_cells, 1, 1e-6), math.ceil(1.25 * ordered))
-            room = max(16, size // 32 + 8, min(64, next_power_of_2(cdiv(most, 32))))
-            keys = next_power_of_2(max(2 * k, 512))
-            plan = FirstPlan(first, cells, order, parts, capacity, rows, room, size, keys)
+            most = max(_longest(density, num_cells, 1, 1e-6), math.ceil(1.1 * ordered) + rest)
+            held = cdiv(max(most, size), 64) * 64
+            if held * 8 > _PICK_BYTES:
+                continue
+            keys = most_keys(k)
+            plan = FirstPlan(
+                first, cells, order, parts, capacity, rows, held, size, keys
+            )  # fmt: skip
             if plan.scratch_bytes(F) > _FIRST_BYTES:
                 continue
-            fits += 1
+            fit = True
             tile = 128 * 256 * D * 2 / 5.5e12
-            filtering = (cdiv(tiles, parts) + first - 1) * (tile + 3e-7 + 25e-6 * hits / F)
-            selecting = rows * (1.8e-9 + 2.8e-11 * k)
-            cost = cdiv(N, rows) * (15e-6 + filtering + selecting)
-            if ordered > 32 * room:
-                # Such rows would be cut back to k several times.
-                cost *= 1.2
+            filtering = (cdiv(tiles, parts) + first - 1) * (tile + 3e-7) + rows * hits * 1.5e-11
+            agreeing = 5e-6 + 1e-7 * first * parts * cells
+            selecting = rows * (1.8e-9 + 2.8e-11 * k + 5e-12 * hits)
+            cost = cdiv(num_blocks, blocks) * (10e-6 + agreeing + filtering + selecting)
             if best is None or cost < best[0]:
                 best = (cost, plan)
+        fits += fit
+        if fits > 2:
+            break
     return None if best is None else best[1]
 
 
@@ -349,13 +377,13 @@ def tiles_fit(N: int, D: int, F: int, k: int) -> bool:
     if N == 0 or D % 8 or group_sizes(F, k, GROUP) is None:
         return False
     each = 4 * cdiv(F, 256) * 256
-    return N * (each + each // GROUP + 8 * 32 * groups_room(k)) <= _TILES_BYTES
+    return N * (each + each // GROUP + 8 * most_keys(k)) <= _TILES_BYTES
 
 
 def groups_room(k: int) -> int:
     """Keys that a lane of encode_pick.py's selection from groups holds: some more than it reads at
     once."""
-    return max(24, 16 + sort_size(k) // 16)
+    return 40 + sort_size(k) // 16
 
 
 def tail_rows(N: int, F: int, programs: int) -> int:
@@ -374,9 +402,10 @@ def tiles_are_first(N: int, D: int, F: int, programs: int) -> bool:
     """Whether encode_tiles.py's matmul is likely to be ahead of the library's, by an H100's times.
 
     Its programs do whole rounds of tiles. Where four rounds did what 2.9 could, the library was 9%
-    faster, which has tiles of other sizes; at few tokens or short rows it never was.
+    faster, which has tiles of other sizes; at few tokens or short rows it never was. Where four did
+    what 3.4 could, the fused encoder was, by 10%.
     """
     tiles = cdiv(F, 256)
     blocks = N // 128 if tail_rows(N, F, programs) else cdiv(N, 128)
     done = cdiv(blocks * tiles, programs) * programs * 128
-    return N <= 256 or D < 1024 or done <= 1.2 * N * tiles
+    return N <= 256 or D < 1024 or done <= 1.1 * N * tiles

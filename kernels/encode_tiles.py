@@ -33,8 +33,8 @@ from .encode_hopper import (
     multiply_tile,
     produce,
 )
-from .encode_pick import MAX_GROUPS, ROWS, pick_groups_kernel
-from .encode_plan import GROUP, group_sizes, groups_room, sort_size, tail_rows
+from .encode_pick import MAX_GROUPS, pick_groups_kernel
+from .encode_plan import GROUP, group_sizes, groups_room, most_keys, sort_size, tail_rows
 from .shapes import cdiv, next_power_of_2, num_programs
 
 
@@ -137,7 +137,7 @@ def _consume(
     PITCH: gl.constexpr = TILES * BLOCK_N
     num_m = gl.cdiv(N, BLOCK_M) if TAIL == 0 else N // BLOCK_M
     zeros = gl.zeros([HALF, BLOCK_N], gl.int32, layout=LAYOUT)
-    # As in encode_hopper.py.
+    # As in encode_first.py.
     ahead = gl.minimum(BLOCK_K * LEAD, (gl.cdiv(D, BLOCK_K) - 1) * BLOCK_K)
     starts = True
     stage = 0
@@ -258,12 +258,23 @@ def topk_encode(
         assert sizes is not None
         encode_rows.select_groups(pre, maxima, F, sizes, values, indices)
         return values, indices
-    room = groups_room(k)
-    keys = torch.empty(N, 32 * room, dtype=torch.int64, device=x.device)
-    status = torch.empty(N, dtype=torch.int32, device=x.device)
-    pick_groups_kernel[(cdiv(N, ROWS),)](
-        pre, maxima, pre.stride(0), keys, keys.stride(0), values, indices, status, N, F, k,
-        cdiv(F, GROUP), maxima.stride(0), room, sort_size(k), max(512, next_power_of_2(2 * k)),
-        next_power_of_2(k), ROWS, num_warps=ROWS,
-    )  # fmt: skip
+    room, num_keys = groups_room(k), most_keys(k)
+    keys = torch.empty(N, num_keys, dtype=torch.int64, device=x.device)
+    pick_groups_kernel[(N,)](
+        pre,
+        maxima,
+        pre.stride(0),
+        keys,
+        values,
+        indices,
+        F,
+        k,
+        cdiv(F, GROUP),
+        maxima.stride(0),
+        room,
+        sort_size(k),
+        num_keys,
+        next_power_of_2(k),
+        num_warps=1,
+    )
     return values, indices

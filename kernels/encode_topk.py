@@ -200,7 +200,7 @@ def fused_topk(
     rows = min(cdiv(N, plan.block_m) * plan.block_m, plan.block_rows)
     scratch = torch.empty(rows, plan.pitch(F), dtype=torch.int64, device=x.device)
     samples = scratch.view(torch.float32)
-    # One list where the Hopper filter has four, of as many entries together.
+    # A program's four lists as one, of as many entries together.
     lists, capacity = plan.parts, plan.capacity * QUADS
     count = torch.empty(rows, lists, dtype=torch.int32, device=x.device)
     tau, last = torch.empty(2, rows, dtype=torch.int32, device=x.device).unbind()
@@ -275,13 +275,14 @@ def designs(
 
         found["tiles"] = lambda: encode_tiles.topk_encode(x, W_enc, b_enc, k)
     fused: dict[str, Design] = {}
-    plan = make_plan(N, D, F, k, num_programs(x.device))
-    first = make_first_plan(N, D, F, k, num_programs(x.device))
-    if first is not None and encode_trial.runs("filter", x.device, x.dtype):
+    first = None
+    if encode_trial.runs("filter", x.device, x.dtype):
+        first = make_first_plan(N, D, F, k, num_programs(x.device))
+    if first is not None:
         from . import encode_first
 
         fused["fused"] = lambda: encode_first.topk_encode(x, W_enc, b_enc, k, first)
-    elif plan is not None:
+    elif (plan := make_plan(N, D, F, k, num_programs(x.device))) is not None:
         fused["fused-plain"] = lambda: fused_topk(x, W_enc, b_enc, k, plan)
     else:
         return found | library

@@ -13,6 +13,7 @@ import torch
 import triton
 from triton.errors import TritonError
 
+from . import encode_plan
 from .encode_plan import make_first_plan, make_plan
 from .shapes import num_programs
 
@@ -51,7 +52,17 @@ def _try(part: Part, device: torch.device, dtype: torch.dtype) -> bool:
 
             first = make_first_plan(N, D, F, k, num_programs(device))
             assert first is not None
-            got = [(N, encode_first.topk_encode(x, W_enc, b_enc, k, first))]
+            # A larger sample, too, in several chunks of rows, and more to be sorted.
+            parts = first.parts // 2
+            cells = encode_plan.QUADS * 2 * parts * 2
+            order = encode_plan._order(k, encode_plan.QUADS * 2 * ((F - 1) // 256), cells)
+            assert order is not None
+            larger = first._replace(
+                first=2, cells=2, parts=parts, order=order, capacity=2 * first.capacity, size=128,
+                block_rows=128,
+            )  # fmt: skip
+            plans = (first, larger)
+            got = [(N, encode_first.topk_encode(x, W_enc, b_enc, k, p)) for p in plans]
         else:
             from . import encode_tiles
 

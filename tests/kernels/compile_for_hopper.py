@@ -72,10 +72,10 @@ def main() -> None:
         x = bf16.to(dtype)
         args = (h.descriptor(x, 64, 64), h.descriptor(x, 256, 64))
         runs = h.descriptor(x.view(32, 8, 768), 32, 8, 64)
-        for parts, first, cells in ((16, 1, 1), (4, 2, 1), (16, 1, 2)):
+        for parts, first, cells in ((16, 1, 1), (4, 2, 2), (16, 1, 2), (18, 4, 1)):
             kernel = encode_first._filter_kernel.warmup(
-                args[0], runs, args[1], h.descriptor(torch.empty(256), 256), i64, 1 << 31, i32,
-                i64, 1536, 256, 256, 768, 1, 1, 20, parts, first, cells, 64, h.BLOCK_M, h.BLOCK_N,
+                args[0], runs, args[1], h.descriptor(torch.empty(256), 256), i32, i32, i32, i64,
+                1536, 256, 256, 768, 1, 1, 20, parts, first, cells, 64, 24, h.BLOCK_M, h.BLOCK_N,
                 h.BLOCK_K, h.STAGES, h.LEAD, num_warps=4, launch_cooperative_grid=True,
                 grid=(132,),
             )  # fmt: skip
@@ -89,20 +89,21 @@ def main() -> None:
             )  # fmt: skip
             report(f"tiles-{tail}-hopper-{dtype}", kernel)
     kernel = encode_first._prepare_kernel.warmup(
-        f32, f32, i64, 65536, 24576, 95, 256, 1024, grid=(1,)
+        f32, f32, i32, 65536, 24576, 95, 256, 1024, grid=(1,)
     )
     report("prepare", kernel)
-    for lists, room, size, k in ((16, 32, 64, 32), (44, 32, 128, 100), (128, 64, 512, 500)):
+    for lists, held, size, k in ((16, 1152, 64, 32), (44, 704, 128, 100), (128, 4480, 512, 500)):
         kernel = encode_pick.pick_kernel.warmup(
-            bf16, bf16, f32, i32, i64, 1536, f32, i32, i32, 256, 24576, 768, k, lists, 80, room,
-            size, 1024, size, 32, 64, encode_pick.ROWS, num_warps=encode_pick.ROWS, grid=(1,),
+            bf16, bf16, f32, i32, i64, 1536, i32, i32, f32, i32, 24576, 768, k, 95, lists, 80, 8,
+            held, size, 1024, size, 32, 64, True, 4 * lists, 512, num_warps=1, maxnreg=128,
+            grid=(1,),
         )  # fmt: skip
-        report(f"pick-{lists}-{room}-{size}", kernel)
+        report(f"pick-{lists}-{held}-{size}", kernel)
     for groups, size, k in ((512, 32, 20), (512, 256, 256), (2048, 128, 64)):
         room = encode_plan.groups_room(k)
         kernel = encode_pick.pick_groups_kernel.warmup(
-            f32, i32, 32 * groups, i64, 32 * room, f32, i32, i32, 777, 32 * groups, k, groups,
-            groups, room, size, 512, size, encode_pick.ROWS, num_warps=encode_pick.ROWS, grid=(1,),
+            f32, i32, 32 * groups, i64, f32, i32, 32 * groups, k, groups, groups, room, size, 512,
+            size, num_warps=1, grid=(1,),
         )  # fmt: skip
         report(f"pick-groups-{groups}-{size}", kernel)
     desc = TensorDescriptor.from_tensor(bf16, [128, 64])

@@ -41,6 +41,16 @@ def latents_of(tile: int, whole: int) -> Tensor:  # [32, 8]: runs of neighbours
     return torch.arange(32)[:, None] * (whole * 8) + tile * 8 + torch.arange(8)
 
 
+def lists_of(F: int, plan: FirstPlan) -> Tensor:  # [F / 2]
+    """Of each pair of neighbours the list that it goes to."""
+    whole = (F - 1) // 256
+    turn_of = torch.empty(whole, dtype=torch.long)
+    turn_of[torch.arange(whole) * spread_of(whole) % whole] = torch.arange(whole)
+    latent = torch.arange(0, F, 2)
+    turn = torch.where(latent < whole * 256, turn_of[latent % (whole * 8) // 8], whole)
+    return turn % plan.parts * 4 + latent % 8 // 2
+
+
 def thresholds(pre: Tensor, plan: FirstPlan) -> Tensor:  # [N]
     """What the filter's programs agree on, where no values are equal."""
     whole = (pre.shape[1] - 1) // 256
@@ -77,9 +87,14 @@ def test_thresholds_leave_k_and_few_more(shape: tuple[int, int, int, int], kind:
     elif kind == "neighbours":
         start = int(torch.randint(F - k, (), generator=g))
         pre[:, start : start + k] += 100
-    hits = (pre >= thresholds(pre, plan)[:, None]).sum(1)
+    passes = pre >= thresholds(pre, plan)[:, None]
+    hits = passes.sum(1)
     assert int(hits.min()) >= k
-    assert int(hits.max()) <= 32 * plan.room
+    assert int(hits.max()) <= plan.held
+    pairs = torch.nn.functional.pad(passes, (0, F % 2)).view(rows, -1, 2).any(2)
+    lengths = torch.zeros(rows, plan.lists, dtype=torch.int32)
+    lengths.index_add_(1, lists_of(F, plan), pairs.int())
+    assert int(lengths.max()) <= plan.capacity
     if kind in ("normal", "heavy"):
         cells = 4 * plan.cells * ((F - 1) // 256)
         expected = cells * sum(
@@ -150,7 +165,8 @@ def test_plans_keep_to_the_memory_bar(
     encode_first.topk_encode(*tensors, k, plan)
     assert sum(sizes) - 8 * N * k <= 64 << 20
     assert plan.block_rows // 128 * plan.parts <= 132
-    assert make_first_plan.__wrapped__(*shape) == plan, "every rank makes the same plan"
+    again = encode_plan._first_plan.__wrapped__(-(-N // 128), D, F, k, 132)
+    assert again == plan, "every rank makes the same plan"
 
 
 def test_scratch_lies_within_one_upper_half(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +215,7 @@ def encoder(plan: FirstPlan, k: int) -> Callable[..., tuple[Tensor, Tensor]]:
         {"cells": 4, "parts": 20},
         {"parts": 1, "cells": 4, "order": 14},
         {"block_rows": 128},
-        {"room": 16, "order": 100, "capacity": 60},
+        {"held": 128, "order": 100, "capacity": 60},
         {"size": 32},
         {"size": 256},
     ],
@@ -230,9 +246,9 @@ def test_odd_shapes_are_exact_on_the_gpu(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("period", [504, 512, 768, 2528])
+@pytest.mark.parametrize("period", [312, 504, 512, 624, 768, 2528])
 def test_latents_that_repeat_are_exact_on_the_gpu(period: int) -> None:
-    """Equal latents, apart by what may be a tile's runs' distance."""
+    """Equal latents, apart by what may be a tile's runs' distance (624 here)."""
     hopper_only()
     x, W, b = make("normal", 300, 776, 20_224, torch.bfloat16, "cuda")
     W, b = (t[torch.arange(20_224, device="cuda") % period].contiguous() for t in (W, b))
@@ -244,7 +260,7 @@ def test_latents_that_repeat_are_exact_on_the_gpu(period: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [({"order": 1}, "normal"), ({"order": 108, "capacity": 4}, "normal"), ({}, "nan"),
-     ({}, "inf"), ({"room": 16, "order": 105, "capacity": 60}, "normal"), ({}, "all nan"),
+     ({}, "inf"), ({"held": 128, "order": 105, "capacity": 60}, "normal"), ({}, "all nan"),
      ({}, "minus inf")],
 )  # fmt: skip
 def test_bad_thresholds_are_mended_and_nan_borne_on_the_gpu(
@@ -260,8 +276,7 @@ def test_bad_thresholds_are_mended_and_nan_borne_on_the_gpu(
         b[7] = torch.inf
     elif kind == "minus inf":
         b[:] = -torch.inf
-    plain = encode_plan.make_plan(300, 776, 20_000, 32)
-    assert plain is not None
+    plain = plain_plan(300, 776, 20_000, 32)
     want, want_indices = encode_topk.fused_topk(x, W, b, 32, plain)
     got, indices = encoder(plan_of(300, 776, 20_000, 32, **changes), 32)(x, W, b)
     # A row that was done anew adds in another order.
@@ -269,6 +284,79 @@ def test_bad_thresholds_are_mended_and_nan_borne_on_the_gpu(
     # In a row of NaN any latents will do.
     rows = torch.arange(300, device="cuda") != (3 if "nan" in kind else -1)
     assert (indices == want_indices)[rows].float().mean() > 0.98
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(12))
+def test_of_equal_activations_the_lowest_latents_are_taken_on_the_gpu(seed: int) -> None:
+    """Without weights, activations are the bias alone: few different values, so that ties go
+    through the thresholds, some of them beside a neighbour that is larger."""
+    hopper_only()
+    from flash_sae_dist.kernels import encode_tiles
+
+    N, D, F, k = 300, 776, 20_000, (32, 100)[seed % 2]
+    g = torch.Generator().manual_seed(seed)
+    b = torch.full((F,), -1.0)
+    ties = torch.rand(F, generator=g) < (0.001, 0.01, 0.1, 0.9)[seed % 4]
+    b[ties] = float(seed % 3)
+    for step in (2, 5):
+        larger = torch.randint(F // 2, (k // step,), generator=g) * 2
+        b[larger] = 100.0 + torch.arange(k // step) // 3
+        b[larger + 1] = float(seed % 3)
+    x, W = torch.randn(N, D, generator=g), torch.zeros(F, D)
+    x, W = (t.to("cuda", torch.bfloat16) for t in (x, W))
+    want, want_indices = b.relu().sort(descending=True, stable=True)
+    encode = encoder(plan_of(N, D, F, k), k)
+    for values, indices in (
+        encode(x, W, b.cuda()),
+        encoder(plan_of(N, D, F, k, first=2, parts=8), k)(x, W, b.cuda()),
+        encode_tiles.topk_encode(x, W, b.cuda(), k),
+        encode_topk.fused_topk(x, W, b.cuda(), k, plain_plan(N, D, F, k)),
+    ):
+        assert torch.equal(values.cpu(), want[:k].expand(N, k))
+        assert torch.equal(indices.cpu().long(), want_indices[:k].expand(N, k))
+
+
+def plain_plan(N: int, D: int, F: int, k: int) -> encode_plan.Plan:
+    plan = encode_plan.make_plan(N, D, F, k)
+    assert plan is not None
+    return plan
+
+
+@pytest.mark.gpu
+def test_tiles_bear_nan_beside_latents_that_are_none_on_the_gpu() -> None:
+    """The last group's columns past F are 0 times what is not finite."""
+    hopper_only()
+    from flash_sae_dist.kernels import encode_tiles
+
+    N, F, k = 300, 20_005, 32
+    x, W, b = make("normal", N, 776, F, torch.bfloat16, "cuda")
+    x[3, 5], x[4] = torch.inf, torch.nan
+    values, indices = encode_tiles.topk_encode(x, W, b, k)
+    rest = torch.arange(N, device="cuda") > 4
+    assert_exact(x[rest], W, b, k, values[rest], indices[rest])
+    assert ((indices >= 0) & (indices < F)).all()
+    assert (indices[3:5].sort(dim=1).values.diff(dim=1) > 0).all(), "a latent is selected twice"
+    assert values[4].isnan().all()
+
+
+@pytest.mark.gpu
+def test_a_graph_of_several_chunks_replays_on_the_gpu() -> None:
+    """Keys of one chunk, or replay, must not be taken for the next one's."""
+    hopper_only()
+    x, W, b = make("normal", 700, 776, 20_000, torch.bfloat16, "cuda")
+    encode = encoder(plan_of(700, 776, 20_000, 32, block_rows=128), 32)
+    encode(x, W, b)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = encode(x, W, b)
+    for seed in range(5):
+        new = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+        x.copy_(new.cuda() * (1 + seed))
+        graph.replay()
+        for one, other in zip(got, encode(x, W, b), strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.gpu
