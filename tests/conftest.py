@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -25,3 +29,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patch_language_once() -> Iterator[None]:
+    """Triton's interpreter looks through all of its language at every call of a device function,
+    to patch what is patched: half of the time of these tests. Here it does so once a function, and
+    what is patched stays so.
+    """
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch_language: Callable[[Any], Any] = interpreter._patch_lang
+
+    @functools.cache
+    def once(fn: Any) -> Any:
+        patch_language(fn)
+        # A scope of no changes: nothing is restored when a kernel ends.
+        return interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", once)
+        yield
