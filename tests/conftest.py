@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -32,16 +33,20 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _patch_language_once() -> Iterator[None]:
-    """Triton's interpreter looks through all of its language at every call of a device function,
-    to patch what is patched: half of the time of these tests. Here it does so once a function, and
-    what is patched stays so.
+def _interpret_quickly() -> Iterator[None]:
+    """Keeps Triton's interpreter from work without effect, three quarters of its time.
+
+    At every call of a device function it looks through all of its language, to patch what is
+    patched: here once a function, and what is patched stays so. Of every sum and difference of
+    integers it finds out whether it overflows, to tell no one where `debug` is off.
     """
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         yield
         return
     interpreter = importlib.import_module("triton.runtime.interpreter")
     patch_language: Callable[[Any], Any] = interpreter._patch_lang
+    options = interpreter.interpreter_builder.options
+    assert not options.debug
 
     @functools.cache
     def once(fn: Any) -> Any:
@@ -51,4 +56,6 @@ def _patch_language_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", once)
+        quick = dataclasses.replace(options, sanitize_overflow=False)
+        patch.setattr(interpreter.interpreter_builder, "options", quick)
         yield
