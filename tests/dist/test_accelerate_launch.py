@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.dist.jobs import finish, start
 from tests.dist.ranks import free_port, start_module, wait
 from tests.tiny_model import config_data, write_config
 
@@ -62,7 +63,7 @@ def test_the_whole_job(config: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
     out = config.parent / "run"
     assert len(json.loads((out / "evaluation.json").read_text())) == 4
-    assert "recovered" in launch("evaluate", str(config), "evaluate.loss_sequences=0").stdout
+    assert "recovered" in finish(start("evaluate", config, 2, "evaluate.loss_sequences=0"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (folder,) = {p.parent for p in out.rglob("events.out.tfevents.*")}
