@@ -9,10 +9,17 @@ export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB
 
 ruff check .
 ruff format --check .
-mypy
-if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi
-# Tests of several processes have the machine to themselves.
+if [ $# -gt 0 ]; then
+  mypy
+  exec python -m pytest "$@"
+fi
+# Tests of several processes have the machine to themselves, but for mypy: they often wait for one another.
 failed=0
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+mypy > "$types" 2>&1 &
 python -m pytest tests/dist || failed=1
+wait $! || failed=1
+cat "$types"
 python -m pytest --ignore tests/dist --numprocesses 2 --dist loadfile || failed=1
 exit "$failed"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from flash_sae_dist.activations.records import Records
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError, array_names
 from flash_sae_dist.config import ConfigError, ModelConfig, UserError, match_names
 from flash_sae_dist.config_file import parse_config
-from tests.dist.ranks import free_port, rank_env
+from tests.dist.ranks import free_port, rank_env, start_module, wait
 from tests.tiny_model import config_data, save_bert, save_text, write_config
 
 CPU = torch.device("cpu")
@@ -562,17 +560,12 @@ def test_hosts_with_other_files_write_no_store(made: Path, tmp_path: Path, other
         file = write_config(tmp_path / f"{rank}.yaml", data[rank])
         (tmp_path / f"tmp{rank}").mkdir()
         own = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TMPDIR": str(tmp_path / f"tmp{rank}")}
-        hosts.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "flash_sae_dist.launch.cache", str(file)],
-                env=rank_env(rank, 2, port) | own,
-                cwd=Path(__file__).parents[1],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    told = [host.communicate(timeout=180)[1] for host in hosts]
-    assert [host.returncode for host in hosts] == [2, 2], told
+        env = rank_env(rank, 2, port) | own
+        log = tmp_path / f"{rank}.log"
+        hosts.append(start_module("flash_sae_dist.launch.cache", [str(file)], env, log))
+    codes = wait(hosts, timeout=180)
+    told = [host.err.read_text() for host in hosts]
+    assert codes == [2, 2], told
     word = "gives another text" if other == "text" else "holds other weights"
     assert word in told[0], told
 

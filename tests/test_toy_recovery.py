@@ -28,7 +28,7 @@ def mixtures(num_tokens: int, directions: torch.Tensor, generator: torch.Generat
 def test_recovers_known_features(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     directions = normalize(torch.randn(NUM_FEATURES, D_IN, generator=generator), dim=1)
-    steps, batch = 2500, 512
+    steps, batch = 1000, 512
     cfg = TrainConfig(
         num_tokens=steps * batch,
         batch_tokens=batch,

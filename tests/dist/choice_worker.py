@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flash_sae_dist.kernels import encode_choice, encode_topk
 from flash_sae_dist.parallel.mesh import make_mesh

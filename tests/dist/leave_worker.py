@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flash_sae_dist.config_file import load_config
 from flash_sae_dist.launch.entry import processes

@@ -4,38 +4,39 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from tests.dist.ranks import free_port
+from tests.dist.jobs import finish, start
+from tests.dist.ranks import free_port, start_module, wait
 from tests.tiny_model import config_data, write_config
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 
 
-def launch(
-    verb: str, *args: str, processes: int = 2, cpu: bool = True
-) -> subprocess.CompletedProcess[str]:
+class Launched(NamedTuple):
+    """What became of a launch."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+
+
+def launch(verb: str, *args: str, processes: int = 2, cpu: bool = True) -> Launched:
     """Runs a verb, or a module, to its end; a hang is a failure of the test."""
     module = verb if "." in verb else f"flash_sae_dist.launch.{verb}"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes", str(processes), "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(free_port()), "-m", module]
+    options = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    options += ["--main_process_port", str(free_port()), "-m", module, *args]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "1"} if cpu else {})
-    return subprocess.run(
-        [*command, *args],
-        env=env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        # The launcher alone is a fork; the processes that it starts are none.
+        running = start_module("accelerate.commands.launch", options, env, Path(folder) / "log")
+        (code,) = wait([running], timeout=120)
+        return Launched(code, running.out.read_text(), running.err.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_the_whole_job(config: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
     out = config.parent / "run"
     assert len(json.loads((out / "evaluation.json").read_text())) == 4
-    assert "recovered" in launch("evaluate", str(config), "evaluate.loss_sequences=0").stdout
+    assert "recovered" in finish(start("evaluate", config, 2, "evaluate.loss_sequences=0"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (folder,) = {p.parent for p in out.rglob("events.out.tfevents.*")}

@@ -20,5 +20,4 @@ pytest.importorskip("triton")
     ],
 )
 def test_all_ranks_take_what_the_first_found(tmp_path: Path, case: str, want: list[str]) -> None:
-    script = Path(__file__).with_name("choice_worker.py")
-    assert run_ranks(script, 2, tmp_path, case) == want
+    assert run_ranks("tests.dist.choice_worker", 2, tmp_path, case) == want

@@ -11,15 +11,17 @@ from tests.dist.ranks import run_ranks
 from tests.dist.test_accelerate_launch import launch
 from tests.tiny_model import config_data, write_config
 
-SCRIPT = Path(__file__).with_name("train_worker.py")
+WORKER = "tests.dist.train_worker"
 
 
 def equal_one(tmp_path: Path, replicas: str, kind: str) -> None:
     """Two ranks' losses are one's."""
-    args = ("float32", "60")
-    (one,) = run_ranks(SCRIPT, 1, tmp_path / "one", *args, "1", "96", kind)
-    for run in run_ranks(SCRIPT, 2, tmp_path / "two", *args, replicas, "96", kind):
-        torch.testing.assert_close(run["losses"][:, 0], one["losses"][:, 0], rtol=1e-3, atol=0)
+    one, two = f"float32-{kind}-1", f"float32-{kind}-{replicas}"
+    (want,) = run_ranks(WORKER, 1, tmp_path / "one", "60", one)
+    for got in run_ranks(WORKER, 2, tmp_path / "two", "60", two):
+        torch.testing.assert_close(
+            got[two]["losses"][:, 0], want[one]["losses"][:, 0], rtol=1e-3, atol=0
+        )
 
 
 @pytest.mark.gpu

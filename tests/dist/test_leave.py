@@ -11,8 +11,7 @@ from tests.tiny_model import config_data, write_config
 
 def test_no_process_ends_before_the_first_or_its_own_threads(tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yaml", config_data(tmp_path))
-    script = Path(__file__).with_name("leave_worker.py")
-    first, second = run_ranks(script, 2, tmp_path / "ranks", str(config))
+    first, second = run_ranks("tests.dist.leave_worker", 2, tmp_path / "ranks", str(config))
     assert second["left"] >= first["written"]
     if sys.platform == "linux":
         assert first["up"] > 0

@@ -4,7 +4,8 @@ replicas.
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,24 +13,32 @@ import torch
 
 from tests.dist.ranks import run_ranks
 
-SCRIPT = Path(__file__).with_name("train_worker.py")
-STEPS = 200
+WORKER = "tests.dist.train_worker"
+# Dead latents are looked for every 100 steps.
+STEPS = 150
+# By number of processes what one launch trains: precision, step and replicas.
+CASES = {
+    1: ("float64-plain-1", "float32-plain-1", "float64-fused-1"),
+    2: ("float64-fused-1", "float64-plain-1", "float64-plain-2", "float32-fused-1"),
+    4: ("float64-fused-1", "float64-plain-2", "float32-fused-1"),
+}
+Runs = Callable[[int], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
-    """One process: the plain step in both precisions, the fused one in float64."""
-    out = tmp_path_factory.mktemp("single")
-    kinds = [("float64", "plain"), ("float32", "plain"), ("float64", "fused")]
-    return {
-        (precision, kind): run_ranks(SCRIPT, 1, out / precision / kind, *args(precision, kind))[0]
-        for precision, kind in kinds
-    }
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All cases of a number of processes, by rank."""
+
+    @functools.cache
+    def launch(world: int) -> list[dict[str, Any]]:
+        return run_ranks(WORKER, world, tmp_path_factory.mktemp("runs"), str(STEPS), *CASES[world])
+
+    return launch
 
 
-def args(precision: str, kind: str, replicas: int = 1) -> tuple[str, ...]:
-    """The worker's arguments: latents are dead after two batches without firing."""
-    return precision, str(STEPS), str(replicas), "96", kind
+@pytest.fixture(scope="module")
+def single(runs: Runs) -> dict[str, Any]:
+    return runs(1)[0]
 
 
 def assert_equal(run: dict[str, Any], want: dict[str, Any]) -> None:
@@ -38,34 +47,34 @@ def assert_equal(run: dict[str, Any], want: dict[str, Any]) -> None:
     torch.testing.assert_close(run["losses"], want["losses"], rtol=1e-9, atol=1e-15)
 
 
-def test_the_data_is_awkward(single: dict[tuple[str, str], Any]) -> None:
-    run = single["float64", "plain"]
+def test_the_data_is_awkward(single: dict[str, Any]) -> None:
+    run = single["float64-plain-1"]
     assert run["short_rows"] > 100, "some rows must have fewer than k positive activations"
     assert (run["losses"][:, 1] > 0).any(), "AuxK must have had dead latents to work on"
     assert run["losses"][-1, 0] < run["losses"][0, 0]
 
 
-def test_the_fused_step_equals_the_plain_one(single: dict[tuple[str, str], Any]) -> None:
-    assert_equal(single["float64", "fused"], single["float64", "plain"])
+def test_the_fused_step_equals_the_plain_one(single: dict[str, Any]) -> None:
+    assert_equal(single["float64-fused-1"], single["float64-plain-1"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world", "replicas", "kind"),
-    [(2, 1, "fused"), (4, 1, "fused"), (2, 1, "plain"), (2, 2, "plain"), (4, 2, "plain")],
+    ("world", "case"),
+    [(world, case) for world in (2, 4) for case in CASES[world] if case.startswith("float64")],
 )
 def test_float64_equals_one_process(
-    single: dict[tuple[str, str], Any], tmp_path: Path, world: int, replicas: int, kind: str
+    runs: Runs, single: dict[str, Any], world: int, case: str
 ) -> None:
-    for run in run_ranks(SCRIPT, world, tmp_path, *args("float64", kind, replicas)):
-        assert_equal(run, single["float64", "plain"])
+    assert len(runs(world)) == world
+    for rank in runs(world):
+        assert_equal(rank[case], single["float64-plain-1"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_float32_is_close_to_one_process(
-    single: dict[tuple[str, str], Any], tmp_path: Path, world: int
-) -> None:
-    want = single["float32", "plain"]["losses"][:, 0]
-    for run in run_ranks(SCRIPT, world, tmp_path, *args("float32", "fused")):
-        torch.testing.assert_close(run["losses"][:, 0], want, rtol=1e-3, atol=0)
+def test_float32_is_close_to_one_process(runs: Runs, single: dict[str, Any], world: int) -> None:
+    want = single["float32-plain-1"]["losses"][:, 0]
+    for rank in runs(world):
+        got = rank["float32-fused-1"]["losses"][:, 0]
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=0)

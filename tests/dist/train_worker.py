@@ -1,17 +1,13 @@
-"""Worker: trains an SAE on awkward data, on however many ranks there are, and returns all it
+"""Worker: trains SAEs on awkward data, on however many ranks there are, and returns all that they
 selected.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flash_sae_dist.config import SAEConfig, TrainConfig
 from flash_sae_dist.parallel import comm
@@ -48,17 +44,23 @@ def global_selection(training: SAETraining, x: torch.Tensor, mesh: Mesh) -> torc
     return parts.permute(1, 0, 2).flatten(1).bool()
 
 
-def run(precision: str, steps: str, replicas: str, dead_after: str, kind: str) -> dict[str, Any]:
+def run(steps: str, *cases: str) -> dict[str, Any]:
+    """By case, which is its precision, step and replicas, as `float64-plain-1`."""
+    return {case: train(int(steps), *case.split("-")) for case in cases}
+
+
+def train(steps: int, precision: str, kind: str, replicas: str) -> dict[str, Any]:
+    """One SAE whose latents are dead after two batches without firing."""
     mesh = make_mesh(None, int(replicas), device=DEVICE)
     cfg = TrainConfig(
-        num_tokens=int(steps) * BATCH,
+        num_tokens=steps * BATCH,
         batch_tokens=BATCH,
         lr=3e-3,
         warmup_steps=10,
         precision=precision,
         step=kind,
         num_replicas=int(replicas),
-        dead_after_tokens=int(dead_after),
+        dead_after_tokens=2 * BATCH,
         seed=3,
     )
     training = SAETraining(SAEConfig(k=K, d_sae=D_SAE), cfg, D_IN, mesh, DEVICE)
@@ -76,7 +78,7 @@ def run(precision: str, steps: str, replicas: str, dead_after: str, kind: str) -
         training.sae.W_dec.copy_(training.sae.W_enc)
     losses, selected, short = [], [], 0
     per_replica = BATCH // mesh.num_replicas
-    for step in range(int(steps)):
+    for step in range(steps):
         x = batch(step, training.master_dtype)
         mine = x[mesh.replica * per_replica : (mesh.replica + 1) * per_replica]
         if step == 0:
