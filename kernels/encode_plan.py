@@ -317,12 +317,13 @@ def _first_plan(num_blocks: int, D: int, F: int, k: int, programs: int) -> First
             if max(hits, ordered) * 6 > F:
                 continue
             capacity = max(
-                _longest(density, num_cells, lists, 1e-6),
+                _longest(density, num_cells, lists, _OVERFLOW_CHANCE),
                 # The last tile's are neighbours: of sorted ones all may be in its lists.
                 math.ceil(1.1 * ordered / 2 / lists) + 4 + cdiv(rest, 2 * QUADS),
             )
             size = sort_size(k)
-            most = max(_longest(density, num_cells, 1, 1e-6), math.ceil(1.1 * ordered) + rest)
+            most = _longest(density, num_cells, 1, _MISS_CHANCE)
+            most = max(most, math.ceil(1.1 * ordered) + rest)
             held = cdiv(max(most, size), 64) * 64
             if held * 8 > _PICK_BYTES:
                 continue
