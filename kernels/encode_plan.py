@@ -249,11 +249,8 @@ def _order(k: int, num_cells: float, sample: int) -> int | None:
 def _longest(density: Density, num_cells: int, lists: int, chance: float) -> int:
     """Length that the longest of a row's lists exceeds with less than a chance."""
     means = [(g * num_cells / lists, weight) for g, weight in density]
-    length = 8
-    # Half of the chance is above the median, whatever the lists' own is.
-    while sum(weight for mean, weight in means if mean >= length) >= 0.5:
-        length += 1 + length // 16
-    while True:
+
+    def exceeds(length: int) -> bool:
         total = 0.0
         for mean, weight in means:
             # Chernoff's bound of P(Poisson(mean) > length).
@@ -261,9 +258,16 @@ def _longest(density: Density, num_cells: int, lists: int, chance: float) -> int
             if mean < length:
                 one = math.exp(length - mean - length * math.log(length / mean))
             total += weight * min(1.0, lists * one)
-        if total < chance:
-            return length
-        length += 1 + length // 32
+        return total >= chance
+
+    high = 16
+    while exceeds(high):
+        high *= 2
+    low = 8
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if exceeds(middle) else (low, middle)
+    return high
 
 
 def make_first_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> FirstPlan | None:
@@ -294,7 +298,7 @@ def _first_plan(num_blocks: int, D: int, F: int, k: int, programs: int) -> First
             continue
         fit = False
         for first, cells in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)):
-            # A thread that reads a row's keys has a register for each fourth, of two rows.
+            # What a thread reads for each row of its own.
             if not 4 <= first * parts * cells <= 72 or parts * first > whole:
                 continue
             sample = first * parts * QUADS * cells
@@ -325,7 +329,7 @@ def _first_plan(num_blocks: int, D: int, F: int, k: int, programs: int) -> First
             most = _longest(density, num_cells, 1, _MISS_CHANCE)
             most = max(most, math.ceil(1.1 * ordered) + rest)
             held = cdiv(max(most, size), 64) * 64
-            if held * 8 > _PICK_BYTES:
+            if held * 8 > _PICK_BYTES or capacity >> TILE_SHIFT:
                 continue
             keys = most_keys(k)
             plan = FirstPlan(
