@@ -184,6 +184,7 @@ def agree_ptx(cells: int, groups: int, has_codes: bool) -> str:
 
 @constexpr_function
 def _sum_of_four(what: str) -> list[str]:
+    """The sum of a register of the four threads that share a row."""
     lines = []
     for lanes in (1, 2):
         lines += [f"shfl.sync.bfly.b32 t, {what}, {lanes}, 31, -1;", f"add.s32 {what}, {what}, t;"]
@@ -193,7 +194,7 @@ def _sum_of_four(what: str) -> list[str]:
 @constexpr_function
 def _probe_lines(r: int, groups: int, read: int, enough: str) -> list[str]:
     """A step of the search for a value that `enough` of a row's keys reach, or a few more (`most`):
-    as `encode_pick_ptx._search_lines`, without branches, as rows differ."""
+    as `encode_pick_ptx.search_lines`, without branches, as rows differ."""
     lines = [
         f"cvt.rn.f32.s32 x, count{r};", "lg2.approx.f32 x, x;", "sub.f32 x, x, want;",
         f"mul.f32 x, x, below{r};",
@@ -231,6 +232,7 @@ _HELD = 32
 
 @constexpr_function
 def _registers(groups: int) -> int:
+    """How many a thread's keys of a row take."""
     return (groups + 3) // 4 * 4 if groups <= _HELD else 4
 
 

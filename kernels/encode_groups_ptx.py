@@ -21,7 +21,8 @@ def _groups_lines(groups: int, room: int, size: int) -> list[str]:
     lines = [
         f".reg .b32 g<{each}>, v<{AT_ONCE}>, list_length, first, number, to, zeros;",
         f".reg .b32 part, column, least, before, total, list, f<{AT_ONCE // 4}>;",
-        f".shared .align 16 .b8 list_memory[{4 * size}];", "mov.u32 list, list_memory;",
+        # Fewer than k groups over the k-th one's largest, and up to k that equal it.
+        f".shared .align 16 .b8 list_memory[{8 * size}];", "mov.u32 list, list_memory;",
         ".reg .pred left;",
         "mul.wide.s32 a, lane, 4;", "add.s64 a, a, maxima;",
     ]  # fmt: skip

@@ -44,12 +44,13 @@ def count_lines(held: list[str], comparison: str, label: str) -> list[str]:
     """`c` counts a row's values by a comparison with `mid`, in eights a lane as long as there are
     any of `n`."""
     # Four sums, as each addition waits for the one before.
-    lines = [f"mov.b32 {sum}, 0;" for sum in ("c", "t", "u", "m")]
+    sums = ("c", "t", "u", "m")
+    lines = [f"mov.b32 {one}, 0;" for one in sums]
     for i, value in enumerate(held):
         if i % 8 == 0 and i > 0:
             lines += [f"setp.le.s32 p, n, {32 * i};", f"@p bra {label};"]
-        sum = ("c", "t", "u", "m")[i % 4]
-        lines += [f"setp.{comparison}.s32 p, {value}, mid;", f"@p add.s32 {sum}, {sum}, 1;"]
+        one = sums[i % 4]
+        lines += [f"setp.{comparison}.s32 p, {value}, mid;", f"@p add.s32 {one}, {one}, 1;"]
     return [
         *lines, f"{label}:", "add.s32 c, c, t;", "add.s32 u, u, m;", "add.s32 c, c, u;",
         "redux.sync.add.s32 c, c, -1;",
@@ -141,7 +142,7 @@ def _limit_lines(each: int, size: int) -> list[str]:
 
 @constexpr_function
 def _keep_lines(each: int) -> list[str]:
-    """Leaves the keys from `limit` on, `n` of them, at the front."""
+    """Leaves the keys from `limit` on, `m` of them, at the front."""
     lines = [".reg .b64 key<8>;", ".reg .pred kept<8>;", "mov.b32 m, 0;"]
     for i in range(0, each, 8):
         if i > 0:

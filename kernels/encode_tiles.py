@@ -261,20 +261,7 @@ def topk_encode(
     room, num_keys = groups_room(k), most_keys(k)
     keys = torch.empty(N, num_keys, dtype=torch.int64, device=x.device)
     pick_groups_kernel[(N,)](
-        pre,
-        maxima,
-        pre.stride(0),
-        keys,
-        values,
-        indices,
-        F,
-        k,
-        cdiv(F, GROUP),
-        maxima.stride(0),
-        room,
-        sort_size(k),
-        num_keys,
-        next_power_of_2(k),
-        num_warps=1,
-    )
+        pre, maxima, pre.stride(0), keys, values, indices, F, k, cdiv(F, GROUP), maxima.stride(0),
+        room, sort_size(k), num_keys, next_power_of_2(k), num_warps=1,
+    )  # fmt: skip
     return values, indices

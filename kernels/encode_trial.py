@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 import triton
+from torch import Tensor
 from triton.errors import TritonError
 
-from . import encode_plan
 from .encode_plan import make_first_plan, make_plan
 from .shapes import num_programs
 
@@ -39,37 +39,35 @@ def _try(part: Part, device: torch.device, dtype: torch.dtype) -> bool:
 
     g = torch.Generator(device=device).manual_seed(0)
     # Whole blocks of tokens and a few more, as a block and as a tail of either size.
-    N, D, F, k = 300, 328, 8192 + 72, 16
+    N, D, F, k, programs = 300, 328, 8192 + 72, 16, num_programs(device)
     x = torch.randn(N, D, generator=g, device=device).to(dtype)
     W_enc = torch.randn(F, D, generator=g, device=device).to(dtype)
     b_enc = torch.randn(F, generator=g, device=device)
-    plan = make_plan(N, D, F, k, num_programs(device))
-    assert plan is not None
-    want = fused_topk(x, W_enc, b_enc, k, plan)
+
+    def plain(rows: int, k: int) -> tuple[Tensor, Tensor]:
+        plan = make_plan(N, D, F, k, programs)
+        assert plan is not None
+        values, indices = fused_topk(x, W_enc, b_enc, k, plan)
+        return values[:rows], indices[:rows]
+
+    # What is found, and what the plain filter finds.
+    found: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
     try:
         if part == "filter":
             from . import encode_first
 
-            first = make_first_plan(N, D, F, k, num_programs(device))
-            assert first is not None
-            # A larger sample, too, in several chunks of rows, and more to be sorted.
-            parts = first.parts // 2
-            cells = encode_plan.QUADS * 2 * parts * 2
-            order = encode_plan._order(k, encode_plan.QUADS * 2 * ((F - 1) // 256), cells)
-            assert order is not None
-            larger = first._replace(
-                first=2, cells=2, parts=parts, order=order, capacity=2 * first.capacity, size=128,
-                block_rows=128,
-            )  # fmt: skip
-            plans = (first, larger)
-            got = [(N, encode_first.topk_encode(x, W_enc, b_enc, k, p)) for p in plans]
+            # More to be sorted, too, of other samples, in several chunks of rows.
+            for count, changes in ((k, {}), (5 * k, {"block_rows": 128})):
+                first = make_first_plan(N, D, F, count, programs)
+                assert first is not None
+                got = encode_first.topk_encode(x, W_enc, b_enc, count, first._replace(**changes))
+                found += [(got, plain(N, count))]
         else:
             from . import encode_tiles
 
-            got = [
-                (rows, encode_tiles.topk_encode(x[:rows], W_enc, b_enc, k, tail))
-                for rows, tail in ((N, 0), (269, 16), (288, 32))
-            ]
+            for rows, tail in ((N, 0), (269, 16), (288, 32)):
+                got = encode_tiles.topk_encode(x[:rows], W_enc, b_enc, k, tail)
+                found += [(got, plain(rows, k))]
     except torch.OutOfMemoryError:
         raise
     except (
@@ -78,7 +76,7 @@ def _try(part: Part, device: torch.device, dtype: torch.dtype) -> bool:
     ) as e:  # fmt: skip
         reason = f"does not compile ({type(e).__name__}: {str(e)[:200]})"
     else:
-        if all(torch.equal(want[i][:rows], pair[i]) for rows, pair in got for i in (0, 1)):
+        if all(torch.equal(got[i], want[i]) for got, want in found for i in (0, 1)):
             return True
         reason = "disagrees with the plain one"
     warnings.warn(

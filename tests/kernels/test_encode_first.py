@@ -290,19 +290,21 @@ def test_bad_thresholds_are_mended_and_nan_borne_on_the_gpu(
 @pytest.mark.parametrize("seed", range(12))
 def test_of_equal_activations_the_lowest_latents_are_taken_on_the_gpu(seed: int) -> None:
     """Without weights, activations are the bias alone: few different values, so that ties go
-    through the thresholds, some of them beside a neighbour that is larger."""
+    through the thresholds, some of them beside a neighbour that is larger, and through the tiles'
+    groups, of which more than are sorted may hold one of the k largest."""
     hopper_only()
     from flash_sae_dist.kernels import encode_tiles
 
-    N, D, F, k = 300, 776, 20_000, (32, 100)[seed % 2]
+    N, D, F, k = 300, 776, 20_000, (32, 100, 256)[seed % 3]
+    equal = float(seed // 4)
     g = torch.Generator().manual_seed(seed)
     b = torch.full((F,), -1.0)
     ties = torch.rand(F, generator=g) < (0.001, 0.01, 0.1, 0.9)[seed % 4]
-    b[ties] = float(seed % 3)
+    b[ties] = equal
     for step in (2, 5):
         larger = torch.randint(F // 2, (k // step,), generator=g) * 2
         b[larger] = 100.0 + torch.arange(k // step) // 3
-        b[larger + 1] = float(seed % 3)
+        b[larger + 1] = equal
     x, W = torch.randn(N, D, generator=g), torch.zeros(F, D)
     x, W = (t.to("cuda", torch.bfloat16) for t in (x, W))
     want, want_indices = b.relu().sort(descending=True, stable=True)

@@ -45,7 +45,8 @@ def make(kind: str, N: int, D: int, F: int, dtype: torch.dtype, device: str) -> 
 
 def assert_exact(x: Tensor, W: Tensor, b: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
     """Against float64: nothing wrong selected, nothing missed; sorted, and distinct."""
-    pre = (x.double() @ W.double().T + b.double()).relu()
+    raw = x.double() @ W.double().T + b.double()
+    pre = raw.relu()
     kth = pre.topk(k, dim=1).values[:, -1:]
     slack = 1e-5 * (x.double().abs() @ W.double().abs().T + b.double().abs()).amax(1, keepdim=True)
     got = pre.gather(1, indices.long())
@@ -59,6 +60,10 @@ def assert_exact(x: Tensor, W: Tensor, b: Tensor, k: int, values: Tensor, indice
     assert (values[:, :-1] >= values[:, 1:]).all()
     tied = values[:, :-1] == values[:, 1:]
     assert (indices[:, :-1] < indices[:, 1:])[tied].all(), "equal values go to the lowest index"
+    # What ReLU makes zeros are the ties that rounding does not decide.
+    last_zero = torch.where(values == 0, indices, -1).amax(1, keepdim=True)
+    before = torch.arange(raw.shape[1], device=raw.device) < last_zero
+    assert not ((raw < -slack) & ~chosen & before).any(), "a zero of a lower latent was passed over"
 
 
 def small_plan(**changes: object) -> encode_plan.Plan:
