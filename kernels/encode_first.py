@@ -6,9 +6,10 @@ Legend: N tokens of this launch, D d_in, F d_sae (of this shard), K k.
    first tile of each (or the first FIRST, where latents are many) is the sample: of the 64 columns
    of it that a thread has of a row, CELLS parts, the largest activations are written for all. A
    row's threshold is a value that the ORDER-th largest of these reaches, such that the k largest
-   activations reach it but for one row in 1e8 (`encode_plan._order`). The programs wait for one
-   another there, once, so that all of a launch have to be on the GPU at the same time (a
-   cooperative launch, which cannot begin beside a kernel that holds multiprocessors).
+   activations reach it but for one row in 1e8 (`encode_first_plan._order`). The programs wait for
+   one another there, once, so that all of a launch have to be on the GPU at the same time (a
+   cooperative launch, which cannot begin beside a kernel that holds multiprocessors). Programs on
+   multiprocessors that blocks' own leave idle do the last tiles of all blocks, block after block.
 2. Each thread appends what reaches the threshold to lists of its own, so nothing is atomic: pairs
    of neighbours, of which one at least does, and for each tile that has any a record of which. That
    is a comparison and a predicated store for each two of its 128 accumulators (rows r and r + 8 of
@@ -34,6 +35,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from .encode_first_plan import FirstPlan
 from .encode_first_ptx import agree_ptx, constraints, filter_ptx, finish_ptx, name_ptx, start_ptx
 from .encode_hopper import (
     BLOCK_K,
@@ -48,7 +50,6 @@ from .encode_hopper import (
     reinterpret,
 )
 from .encode_pick import pick_kernel
-from .encode_plan import FirstPlan
 from .shapes import cdiv, next_power_of_2
 
 
@@ -62,34 +63,56 @@ def _runs_of(tile, turn, whole, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def _turn_of(step, part, PARTS: gl.constexpr, FIRST: gl.constexpr):
-    """Which of a program's turns a step is: the sample's, from the second on, then all."""
-    step = gl.where(step < FIRST - 1, step + 1, step - (FIRST - 1))
-    return part + PARTS * step
+def _work_of(N, whole, regular, PARTS: gl.constexpr, FIRST: gl.constexpr, BLOCK_M: gl.constexpr):
+    """What a program does. A block of rows has PARTS programs of its own, which do its first
+    `regular` tiles, each every PARTS-th. The tiles that these leave are done by the other programs,
+    block after block; few tiles, which stay in the L2 cache.
+
+    Returns which of the others it is, or a negative number; its first of the units that are left,
+    or its block; its steps, and how many of these are but the sample's.
+    """
+    num_m = gl.cdiv(N, BLOCK_M)
+    others = gl.num_programs(0) - num_m * PARTS
+    left = num_m * (whole + 1 - regular)
+    other = gl.program_id(0) - num_m * PARTS
+    begin = other * left // gl.maximum(others, 1)
+    steps = (other + 1) * left // gl.maximum(others, 1) - begin
+    skip = 0
+    if other < 0:
+        begin = gl.program_id(0) % num_m
+        skip = FIRST - 1
+        steps = gl.cdiv(regular - gl.program_id(0) // num_m, PARTS) + skip
+    return other, begin, steps, skip
 
 
 @gluon.jit
-def _num_steps(part, whole, PARTS: gl.constexpr, FIRST: gl.constexpr):
-    return gl.cdiv(whole + 1 - part, PARTS) + (FIRST - 1)
+def _unit_of(other, begin, step, skip, num_m, whole, regular, PARTS: gl.constexpr):
+    """A step's block of rows and its tile's turn: the sample's, from the second on, then all."""
+    index = gl.where(step < skip, step + 1, step - skip)
+    left = gl.maximum(whole + 1 - regular, 1)
+    unit = begin + index
+    block = gl.where(other < 0, begin, unit // left)
+    turn = gl.where(other < 0, gl.program_id(0) // num_m + PARTS * index, regular + unit % left)
+    return block, turn
 
 
 @gluon.jit
 def _produce(
     x_desc, w_desc, rest_desc, bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N, F, D, whole,
-    spread, PARTS: gl.constexpr, FIRST: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    spread, regular, PARTS: gl.constexpr, FIRST: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads a program's tiles for `_consume`."""
-    num_m = gl.cdiv(N, BLOCK_M)
     HALF: gl.constexpr = BLOCK_M // 2
-    m0 = gl.program_id(0) % num_m * BLOCK_M
-    part = gl.program_id(0) // num_m
+    num_m = gl.cdiv(N, BLOCK_M)
+    other, begin, steps, skip = _work_of(N, whole, regular, PARTS, FIRST, BLOCK_M)
     runs = reinterpret(b_bufs, b_bufs.dtype, [STAGES, 32, BLOCK_N // 32, BLOCK_K], w_desc.layout)
     stage = 0
     phase = 1
     slot = 0
-    for step in range(0, _num_steps(part, whole, PARTS, FIRST)):
-        turn = _turn_of(step, part, PARTS, FIRST)
+    for step in range(0, steps):
+        block, turn = _unit_of(other, begin, step, skip, num_m, whole, regular, PARTS)
+        m0 = block * BLOCK_M
         tile = turn * spread % whole
         for d0 in range(0, D, BLOCK_K):
             mbarrier.wait(empty.index(stage), phase)
@@ -116,16 +139,18 @@ def _produce(
 @gluon.jit
 def _consume(
     a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, codes_ptr, count_ptr, lists_ptr, pitch,
-    N, F, D, whole, spread, order, GROUP: gl.constexpr, PARTS: gl.constexpr,
-    FIRST: gl.constexpr, CELLS: gl.constexpr, CAPACITY: gl.constexpr, RECORDS: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    LEAD: gl.constexpr,
+    N, F, D, whole, spread, regular, order, GROUP: gl.constexpr, PARTS: gl.constexpr,
+    SHARES: gl.constexpr, FIRST: gl.constexpr, CELLS: gl.constexpr, CAPACITY: gl.constexpr,
+    RECORDS: gl.constexpr, TOGETHER: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = BLOCK_M // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     num_m = gl.cdiv(N, BLOCK_M)
-    block = gl.program_id(0) % num_m
-    part = gl.program_id(0) // num_m
+    other, begin, steps, skip = _work_of(N, whole, regular, PARTS, FIRST, BLOCK_M)
+    others = gl.num_programs(0) - num_m * PARTS
+    left = whole + 1 - regular
+    part = gl.where(other < 0, gl.program_id(0) // num_m, 0)
     zeros = gl.zeros([HALF, BLOCK_N], gl.int32, layout=LAYOUT)
     # The first group runs ahead by LEAD stages, and about so stays: the groups' filters fall beside
     # each other's products, not beside each other.
@@ -134,27 +159,21 @@ def _consume(
     stage = 0
     phase = 0
     slot = 0  # of the tile's bias
-    rows = block * BLOCK_M + GROUP * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
     limits = zeros
+    cursor = zeros
     cols = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-    number = part * 4 + cols // 2 % 4
-    cursor = gl.inline_asm_elementwise(
-        start_ptx(PARTS, CAPACITY, RECORDS), constraints(128, "rrl"),
-        [
-            zeros + (rows * pitch * 8)[:, None], zeros + number[None, :],
-            zeros.to(gl.int64) + lists_ptr.to(gl.int64),
-        ],
-        dtype=gl.int32, is_pure=False, pack=128,
-    )  # fmt: skip
+    quad = (cols // 2 % 4)[None, :]
     # A row's keys, and their codes as far behind: of each first tile of each part, of each cell of
     # the four threads that share the row.
     KEYS: gl.constexpr = FIRST * PARTS * 4 * CELLS
-    row_keys = (keys_ptr.to(gl.int64) + rows * (KEYS * 4))[:, None]
-    quad = (cols // 2 % 4)[None, :]
-    own = row_keys + (quad * 4 + part * (CELLS * 16))
     further = zeros.to(gl.int64) + (codes_ptr.to(gl.int64) - keys_ptr.to(gl.int64))
-    for step in range(0, _num_steps(part, whole, PARTS, FIRST)):
-        turn = _turn_of(step, part, PARTS, FIRST)
+    for step in range(0, steps):
+        block, turn = _unit_of(other, begin, step, skip, num_m, whole, regular, PARTS)
+        # The first of the others that comes to this block has a share behind its own programs'.
+        before = ((block * left + 1) * others - 1) // gl.maximum(num_m * left, 1)
+        share = gl.where(other < 0, part, PARTS + other - before)
+        rows = block * BLOCK_M + GROUP * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
+        row_keys = (keys_ptr.to(gl.int64) + rows * (KEYS * 4))[:, None]
         acc, _, stage, phase = multiply_tile(
             a_bufs, b_bufs, bias_bufs.index(slot), full, empty, lead, stage, phase, starts, ahead,
             D, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LAYOUT, 0, a_bufs, 0, 0,
@@ -165,26 +184,35 @@ def _consume(
         first, apart = _runs_of(tile, turn, whole, BLOCK_N)
         bits = acc.to(gl.int32, bitcast=True)
         latent = zeros + (first + cols % 8)[None, :]
-        if step < FIRST:
+        own = row_keys + (quad * 4 + part * (CELLS * 16))
+        if (step < FIRST) & (other < 0):
             gl.inline_asm_elementwise(
                 name_ptx(CELLS, FIRST > 1), constraints(32, "rrrll"),
                 [bits, latent, zeros + apart, own + step * (PARTS * CELLS * 16), further],
                 dtype=gl.int8, is_pure=False, pack=128,
             )  # fmt: skip
-        if step == FIRST - 1:
+        if (step == skip) | ((other >= 0) & (turn == regular)):
             limits = gl.inline_asm_elementwise(
                 agree_ptx(CELLS, FIRST * PARTS * CELLS, FIRST > 1), constraints(128, "rrrrrlll"),
                 [
                     bits, latent, zeros + apart, zeros + order,
                     # Of rows that are not there nothing passes.
                     zeros + gl.where(rows < N, 0, 0x7FFFFFFF)[:, None],
-                    zeros + (row_keys + quad * 16), zeros + own, further,
+                    zeros + (row_keys + quad * 16), zeros + gl.where(other < 0, own, 0), further,
                 ],
                 dtype=gl.int32, is_pure=False, pack=128,
             )  # fmt: skip
-        if step >= FIRST - 1:
             cursor = gl.inline_asm_elementwise(
-                filter_ptx(PARTS), constraints(128, "rrrrrrl"),
+                start_ptx(SHARES, CAPACITY, RECORDS), constraints(128, "rrl"),
+                [
+                    zeros + (rows * pitch * 8)[:, None], zeros + (share * 4 + quad),
+                    zeros.to(gl.int64) + lists_ptr.to(gl.int64),
+                ],
+                dtype=gl.int32, is_pure=False, pack=128,
+            )  # fmt: skip
+        if step >= skip:
+            cursor = gl.inline_asm_elementwise(
+                filter_ptx(SHARES, TOGETHER), constraints(128, "rrrrrrl"),
                 [
                     bits, limits, cursor, latent, zeros + apart,
                     zeros + gl.where(turn < whole, tile, whole),
@@ -192,24 +220,26 @@ def _consume(
                 ],
                 dtype=gl.int32, is_pure=False, pack=128,
             )  # fmt: skip
-    gl.inline_asm_elementwise(
-        finish_ptx(PARTS, CAPACITY, RECORDS), constraints(32, "rrrl"),
-        [
-            cursor,
-            (rows * (4 * PARTS))[:, None] + number[None, :],
-            limits,
-            zeros.to(gl.int64) + count_ptr.to(gl.int64),
-        ],
-        dtype=gl.int8, is_pure=False, pack=128,
-    )  # fmt: skip
+            if (step == steps - 1) | ((other >= 0) & (turn == whole)):
+                gl.inline_asm_elementwise(
+                    finish_ptx(SHARES, CAPACITY, RECORDS), constraints(32, "rrrl"),
+                    [
+                        cursor,
+                        (rows * (4 * SHARES))[:, None] + (share * 4 + quad),
+                        limits,
+                        zeros.to(gl.int64) + count_ptr.to(gl.int64),
+                    ],
+                    dtype=gl.int8, is_pure=False, pack=128,
+                )  # fmt: skip
 
 
 @gluon.jit
 def _filter_kernel(
     x_desc, w_desc, rest_desc, bias_desc, keys_ptr, codes_ptr, count_ptr, lists_ptr, pitch, N, F, D,
-    whole, spread, order, PARTS: gl.constexpr, FIRST: gl.constexpr, CELLS: gl.constexpr,
-    CAPACITY: gl.constexpr, RECORDS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
+    whole, spread, regular, order, PARTS: gl.constexpr, SHARES: gl.constexpr, FIRST: gl.constexpr,
+    CELLS: gl.constexpr, CAPACITY: gl.constexpr, RECORDS: gl.constexpr, TOGETHER: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
 ):  # fmt: skip
     a_bufs, b_bufs, bias_bufs, full, empty, lead = make_ring(
         x_desc, rest_desc, bias_desc, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
@@ -218,17 +248,17 @@ def _filter_kernel(
         [
             (_consume, (
                 a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, codes_ptr, count_ptr,
-                lists_ptr, pitch, N, F, D, whole, spread, order, 0, PARTS, FIRST, CELLS, CAPACITY,
-                RECORDS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
+                lists_ptr, pitch, N, F, D, whole, spread, regular, order, 0, PARTS, SHARES, FIRST,
+                CELLS, CAPACITY, RECORDS, TOGETHER, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
             )),
             (_consume, (
                 a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, codes_ptr, count_ptr,
-                lists_ptr, pitch, N, F, D, whole, spread, order, 1, PARTS, FIRST, CELLS, CAPACITY,
-                RECORDS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
+                lists_ptr, pitch, N, F, D, whole, spread, regular, order, 1, PARTS, SHARES, FIRST,
+                CELLS, CAPACITY, RECORDS, TOGETHER, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
             )),
             (_produce, (
                 x_desc, w_desc, rest_desc, bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N, F,
-                D, whole, spread, PARTS, FIRST, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+                D, whole, spread, regular, PARTS, FIRST, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
             )),
         ],
         [4, 1],
@@ -238,15 +268,15 @@ def _filter_kernel(
 
 @triton.jit
 def _prepare_kernel(
-    bias_ptr, out_ptr, keys_ptr, num_keys, F, whole, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr
+    bias_ptr, out_ptr, zeros_ptr, num_zeros, F, whole, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The bias in the order of the tiles' columns; no keys yet."""
+    """The bias in the order of the tiles' columns; no keys yet, and empty lists."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = at % BLOCK_N
     latent = column // 8 * (whole * 8) + at // BLOCK_N * 8 + column % 8
     latent = tl.where(at < whole * BLOCK_N, latent, at)
     tl.store(out_ptr + at, tl.load(bias_ptr + latent, mask=at < F), mask=at < F)
-    tl.store(keys_ptr + at, tl.zeros((BLOCK,), tl.int32), mask=at < num_keys)
+    tl.store(zeros_ptr + at, tl.zeros((BLOCK,), tl.int32), mask=at < num_zeros)
 
 
 @lru_cache(maxsize=256)
@@ -274,31 +304,34 @@ class _Filter:
         # a power of two, as a dictionary's own pattern may be.
         self.whole = (F - 1) // BLOCK_N
         self.bias = torch.empty(F, dtype=torch.float32, device=W_enc.device)
-        # Keys, and their codes.
-        self.keys = torch.empty(
-            2, plan.block_rows * plan.keys_per_row, dtype=torch.int32, device=W_enc.device
-        )
-        num_keys = self.keys.numel()
-        _prepare_kernel[(cdiv(max(F, num_keys), 1024),)](
-            b_enc, self.bias, self.keys, num_keys, F, self.whole, BLOCK_N, 1024
+        # Keys, and their codes, and of each list how many pairs and records it has, and its row's
+        # limits.
+        num_keys, num_lists = plan.block_rows * plan.keys_per_row, plan.block_rows * plan.lists(F)
+        zeros = torch.empty(2 * num_keys + 4 * num_lists, dtype=torch.int32, device=W_enc.device)
+        self.keys = zeros[: 2 * num_keys].view(2, num_keys)
+        self.count = zeros[2 * num_keys :].view(plan.block_rows, plan.lists(F), 4)
+        _prepare_kernel[(cdiv(max(F, zeros.numel()), 1024),)](
+            b_enc, self.bias, zeros, zeros.numel(), F, self.whole, BLOCK_N, 1024
         )
 
     def __call__(
         self,
         x: Tensor,  # [N, D], up to plan.block_rows
-        count: Tensor,  # [N, 4 * parts, 4] int32, filled: pairs, records, the row's limits
-        lists: Tensor,  # [N, pitch] int64, filled: 4 * parts lists of pairs, then of records
+        lists: Tensor,  # [N, pitch] int64, filled: lists of pairs, then of records
     ) -> None:
         """Up to OVERSHOOT pairs more than the plan's capacity may be written to a list."""
         N, D = x.shape
         F, plan = self.W_enc.shape[0], self.plan
         runs = self.W_enc[: self.whole * BLOCK_N].view(32, -1, D)
-        _filter_kernel[(cdiv(N, BLOCK_M) * plan.parts,)](
+        num_m = cdiv(N, BLOCK_M)
+        others = plan.others if num_m * BLOCK_M == plan.block_rows else 0
+        regular = plan.regular if others else self.whole + 1
+        _filter_kernel[(num_m * plan.parts + others,)](
             descriptor(x, BLOCK_M // 2, BLOCK_K), descriptor(runs, 32, BLOCK_N // 32, BLOCK_K),
             descriptor(self.W_enc, BLOCK_N, BLOCK_K), descriptor(self.bias, BLOCK_N), *self.keys,
-            count, lists, lists.stride(0), N, F, D, self.whole,
-            _spread(self.whole), plan.order, plan.parts, plan.first, plan.cells, plan.capacity,
-            plan.records(F), BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD, num_warps=4,
+            self.count, lists, lists.stride(0), N, F, D, self.whole, _spread(self.whole),
+            regular, plan.order, plan.parts, plan.shares(F), plan.first, plan.cells, plan.capacity,
+            plan.records(F), plan.together, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD, num_warps=4,
             launch_cooperative_grid=True,
         )  # fmt: skip
 
@@ -328,17 +361,16 @@ def topk_encode(
     values = torch.empty(N, k, dtype=torch.float32, device=x.device)
     indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
     scratch = _scratch(rows, plan.pitch(F), x.device)
-    count = torch.empty(rows, plan.lists, 4, dtype=torch.int32, device=x.device)
-    filter_rows = _Filter(W_enc, b_enc, plan)
+    filter_rows, lists = _Filter(W_enc, b_enc, plan), plan.lists(F)
     for start in range(0, N, rows):
         part = x[start : start + rows]
         size = part.shape[0]
-        filter_rows(part, count, scratch)
+        filter_rows(part, scratch)
         pick_kernel[(size,)](
-            part, W_enc, b_enc, count, scratch, scratch.stride(0), *filter_rows.keys,
-            values[start:], indices[start:], F, D, k, filter_rows.whole, plan.lists, plan.capacity,
+            part, W_enc, b_enc, filter_rows.count, scratch, scratch.stride(0), *filter_rows.keys,
+            values[start:], indices[start:], F, D, k, filter_rows.whole, lists, plan.capacity,
             plan.records(F), plan.held, plan.size, plan.keys, next_power_of_2(k),
             min(32, plan.keys // 2), 64, rows < N, plan.keys_per_row,
-            next_power_of_2(plan.keys_per_row), num_warps=1, maxnreg=128,
+            next_power_of_2(plan.keys_per_row), next_power_of_2(lists), num_warps=1, maxnreg=128,
         )  # fmt: skip
     return values, indices

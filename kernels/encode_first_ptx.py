@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from triton import constexpr_function
 
-from .encode_plan import OVERSHOOT, TILE_SHIFT
+from .encode_first_plan import OVERSHOOT, TILE_SHIFT
 
 # Elements of a cursor, of row r; those of row r + 8 are two further on. Where the next pair goes
 # and where the list of pairs is full (lower halves of addresses), the same of records, and how many
@@ -39,7 +39,7 @@ def start_ptx(parts: int, capacity: int, records: int) -> str:
 
 
 @constexpr_function
-def filter_ptx(parts: int) -> str:
+def filter_ptx(parts: int, together: bool) -> str:
     """PTX of 128 outputs and 7 operands as above: the new cursor; bits, limits (elements as
     `agree_ptx` has them), cursor, the tile's first latent, how far its runs are apart, its number,
     address of the lists.
@@ -49,13 +49,15 @@ def filter_ptx(parts: int) -> str:
     they are is a mask, a record for each tile that has any, with the tile's number and how many
     pairs come before. The upper half of an address never changes (`encode_first._scratch` sees to
     it), and a cursor is held back after each 4 pairs of a row instead of each, so that up to
-    OVERSHOOT fall behind a full list.
+    OVERSHOOT fall behind a full list. Where the four threads that share a row write their records
+    `together`, whose places are neighbours, some are empty.
     """
     each = ["bits", "limits", "cursor", "latent", "apart", "tile", "lists"]
     first = {name: 128 + i * 128 for i, name in enumerate(each)}
     lines = [
-        ".reg .pred p, inclusive, some;", ".reg .b32 f, m, low, high, limit, info;",
-        ".reg .b64 a;", f"mov.b64 {{low, high}}, ${first['lists']};",
+        ".reg .pred p, inclusive, some;", ".reg .b32 f, m, low, high, limit, info, four;",
+        ".reg .b64 a;", "mov.u32 four, %laneid;", "and.b32 four, four, 28;",
+        "shl.b32 four, 15, four;", f"mov.b64 {{low, high}}, ${first['lists']};",
         "setp.ne.s32 some, 0, 0;",
     ]  # fmt: skip
     for half in (0, 1):
@@ -104,6 +106,11 @@ def filter_ptx(parts: int) -> str:
             f"mov.b32 ${_LAST_PAIR + out}, ${cursor + _LAST_PAIR};",
             f"mov.b32 ${_LAST_RECORD + out}, ${cursor + _LAST_RECORD};",
             f"setp.ne.s32 p, mask{half}, 0;",
+            *(
+                ["vote.sync.ballot.b32 m, p, -1;", "and.b32 m, m, four;", "setp.ne.s32 p, m, 0;"]
+                if together
+                else []
+            ),
             f"mad.lo.u32 info, ${first['tile']}, {1 << TILE_SHIFT}, ${cursor + _COUNT};",
             f"mov.b32 m, ${cursor + _RECORD};", "mov.b64 a, {m, high};",
             f"@p st.global.v2.b32 [a], {{mask{half}, info}};",
@@ -130,7 +137,7 @@ def _cell_lines(cell: int, cells: int, bits: int) -> list[str]:
 @constexpr_function
 def _code_lines(cell: int, cells: int, bits: int, latent: int, apart: int, to: str) -> list[str]:
     """Stores the code of a cell whose largest is `m`: 0x7FFFFFFF less the last latent of the first
-    run that has it."""
+    run that has it. An address of 0 is none."""
     lines = ["mov.b32 u, 0;"]
     for j in reversed(range(cell, 32, cells)):
         lines += [
@@ -139,7 +146,7 @@ def _code_lines(cell: int, cells: int, bits: int, latent: int, apart: int, to: s
         ]  # fmt: skip
     return [
         *lines, f"mad.lo.s32 t, u, ${apart}, ${latent};", "or.b32 t, t, 7;", "sub.s32 t, -1, t;",
-        f"st.relaxed.gpu.global.b32 [{to} + {16 * cell}], t;",
+        f"setp.ne.s64 p, {to}, 0;", f"@p st.relaxed.gpu.global.b32 [{to} + {16 * cell}], t;",
     ]  # fmt: skip
 
 
@@ -173,7 +180,7 @@ def agree_ptx(cells: int, groups: int, has_codes: bool) -> str:
     r and r + 8, elements 1 and 3 up to which latent equal ones pass, 0x7FFFFFFF where all do; bits,
     the tile's first latent, how far its runs are apart; which largest of a row's keys reaches the
     threshold, or a few more; the least that it may be; a row's first key of those that the thread
-    reads, its first key of those that it wrote; how many bytes further on the keys' codes are.
+    reads, its first key of those that it wrote, or 0; how many bytes further on their codes are.
 
     Waits until all keys are there. Of a row's `groups` of four keys each of the four threads that
     share it reads every fourth.
@@ -285,7 +292,10 @@ def _tied_lines(r: int, cells: int, groups: int, enough: str, has_codes: bool) -
     bits, latent, apart, _, _, read, own, further = (128 + 128 * i for i in range(8))
     lines = [f".reg .b32 code{r}_<{_registers(groups)}>;", f".reg .b64 at{r};"]
     if not has_codes:
-        lines += [f"add.s64 at{r}, ${own + 2 * r}, ${further};"]
+        lines += [
+            f"add.s64 at{r}, ${own + 2 * r}, ${further};", f"setp.eq.s64 p, ${own + 2 * r}, 0;",
+            f"@p mov.b64 at{r}, 0;",
+        ]  # fmt: skip
         for cell in range(cells):
             lines += _cell_lines(cell, cells, bits + 2 * r)
             lines += _code_lines(cell, cells, bits + 2 * r, latent, apart, f"at{r}")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from triton import constexpr_function
 
+from .encode_first_plan import OVERSHOOT, TILE_SHIFT
 from .encode_pick_ptx import pick_lines, places_lines, start_lines
-from .encode_plan import OVERSHOOT, TILE_SHIFT
 
 
 @constexpr_function

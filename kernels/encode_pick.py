@@ -33,9 +33,10 @@ def pick_kernel(
     indices_ptr, F, D, k, whole, LISTS: tl.constexpr, CAPACITY: tl.constexpr,
     RECORDS: tl.constexpr, HELD: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
     K_POW2: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, AGAIN: tl.constexpr,
-    NUM_KEYS: tl.constexpr, NUM_KEYS_POW2: tl.constexpr,
+    NUM_KEYS: tl.constexpr, NUM_KEYS_POW2: tl.constexpr, LISTS_POW2: tl.constexpr,
 ):  # fmt: skip
-    """A row's list from those of the filter, whose keys it clears if that is to run AGAIN."""
+    """A row's list from those of the filter, whose keys and lists it clears if that is to run
+    AGAIN."""
     row = tl.program_id(0)
     threads = tl.zeros((32,), tl.int32)
     status = tl.inline_asm_elementwise(
@@ -52,6 +53,11 @@ def pick_kernel(
         none = tl.zeros((NUM_KEYS_POW2,), tl.int32)
         tl.store(keys_ptr + row * NUM_KEYS + key, none, mask=key < NUM_KEYS)
         tl.store(codes_ptr + row * NUM_KEYS + key, none, mask=key < NUM_KEYS)
+        # What was read above: how long lists are that the next rows may not have.
+        length = tl.arange(0, 4 * LISTS_POW2)
+        empty = tl.zeros((4 * LISTS_POW2,), tl.int32)
+        tl.debug_barrier()
+        tl.store(count_ptr + row * (4 * LISTS) + length, empty, mask=length < 4 * LISTS)
     if tl.min(status, 0) < 0:
         at = row.to(tl.int64)
         row_keys = lists_ptr + at * pitch

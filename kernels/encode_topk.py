@@ -27,11 +27,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import encode_aux, encode_blocked, encode_choice, encode_trial
 from .encode_choice import Design, Shape
+from .encode_first_plan import make_first_plan
 from .encode_plan import (
     GATHERED_BYTES,
     QUADS,
     Plan,
-    make_first_plan,
     make_plan,
     tiles_are_first,
     tiles_fit,

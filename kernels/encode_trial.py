@@ -14,7 +14,8 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from .encode_plan import make_first_plan, make_plan
+from .encode_first_plan import make_first_plan
+from .encode_plan import make_plan
 from .shapes import num_programs
 
 Part = Literal["filter", "tiles"]
@@ -56,12 +57,17 @@ def _try(part: Part, device: torch.device, dtype: torch.dtype) -> bool:
         if part == "filter":
             from . import encode_first
 
-            # More to be sorted, too, of other samples, in several chunks of rows.
-            for count, changes in ((k, {}), (5 * k, {"block_rows": 128})):
+            # More to be sorted, too, of other samples, in several chunks of rows; with programs
+            # that do what blocks' own leave.
+            for count in (k, 5 * k):
                 first = make_first_plan(N, D, F, count, programs)
                 assert first is not None
-                got = encode_first.topk_encode(x, W_enc, b_enc, count, first._replace(**changes))
-                found += [(got, plain(N, count))]
+                first = first._replace(block_rows=128, together=True) if count > k else first
+                # Room for all that these find: a row that is done anew is summed in another order.
+                left = first._replace(others=3, regular=first.parts, capacity=200)
+                for plan in (first, left) if count == k else (first,):
+                    got = encode_first.topk_encode(x, W_enc, b_enc, count, plan)
+                    found += [(got, plain(N, count))]
         else:
             from . import encode_tiles
 

@@ -75,9 +75,9 @@ def main() -> None:
         for parts, first, cells in ((16, 1, 1), (4, 2, 2), (16, 1, 2), (18, 4, 1)):
             kernel = encode_first._filter_kernel.warmup(
                 args[0], runs, args[1], h.descriptor(torch.empty(256), 256), i32, i32, i32, i64,
-                1536, 256, 256, 768, 1, 1, 20, parts, first, cells, 64, 24, h.BLOCK_M, h.BLOCK_N,
-                h.BLOCK_K, h.STAGES, h.LEAD, num_warps=4, launch_cooperative_grid=True,
-                grid=(132,),
+                1536, 256, 256, 768, 1, 1, 2, 20, parts, parts + 1, first, cells, 64, 24,
+                parts < 16, h.BLOCK_M, h.BLOCK_N, h.BLOCK_K, h.STAGES, h.LEAD, num_warps=4,
+                launch_cooperative_grid=True, grid=(132,),
             )  # fmt: skip
             report(f"filter-hopper-{parts}-{first}-{cells}-{dtype}", kernel)
         for tail in (0, 16, 32):
@@ -95,8 +95,8 @@ def main() -> None:
     for lists, held, size, k in ((16, 1152, 64, 32), (44, 704, 128, 100), (128, 4480, 512, 500)):
         kernel = encode_pick.pick_kernel.warmup(
             bf16, bf16, f32, i32, i64, 1536, i32, i32, f32, i32, 24576, 768, k, 95, lists, 80, 8,
-            held, size, 1024, size, 32, 64, True, 4 * lists, 512, num_warps=1, maxnreg=128,
-            grid=(1,),
+            held, size, 1024, size, 32, 64, True, 4 * lists, 512, 128, num_warps=1,
+            maxnreg=128, grid=(1,),
         )  # fmt: skip
         report(f"pick-{lists}-{held}-{size}", kernel)
     for groups, size, k in ((512, 32, 20), (512, 256, 256), (2048, 128, 64)):

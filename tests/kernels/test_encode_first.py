@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_sae_dist.kernels import encode_plan, encode_topk
-from flash_sae_dist.kernels.encode_plan import FirstPlan, make_first_plan
+from flash_sae_dist.kernels import encode_first_plan, encode_plan, encode_topk
+from flash_sae_dist.kernels.encode_first_plan import FirstPlan, make_first_plan
 
 from .test_encode_topk import KINDS, NoKernel, assert_exact, make
 
@@ -27,6 +27,8 @@ SHAPES = [
     (1500, 2304, 16384, 100),
     (2048, 2304, 16384, 256),
     (300, 776, 20_000, 32),
+    (1792, 2304, 16384, 256),
+    (2500, 2304, 16384, 20),
 ]
 
 
@@ -48,7 +50,9 @@ def lists_of(F: int, plan: FirstPlan) -> Tensor:  # [F / 2]
     turn_of[torch.arange(whole) * spread_of(whole) % whole] = torch.arange(whole)
     latent = torch.arange(0, F, 2)
     turn = torch.where(latent < whole * 256, turn_of[latent % (whole * 8) // 8], whole)
-    return turn % plan.parts * 4 + latent % 8 // 2
+    # What a block's own programs leave goes to one of the others' lists here, the worst of cases.
+    share = torch.where(turn < (plan.regular or whole + 1), turn % plan.parts, plan.parts)
+    return share * 4 + latent % 8 // 2
 
 
 def thresholds(pre: Tensor, plan: FirstPlan) -> Tensor:  # [N]
@@ -92,18 +96,56 @@ def test_thresholds_leave_k_and_few_more(shape: tuple[int, int, int, int], kind:
     assert int(hits.min()) >= k
     assert int(hits.max()) <= plan.held
     pairs = torch.nn.functional.pad(passes, (0, F % 2)).view(rows, -1, 2).any(2)
-    lengths = torch.zeros(rows, plan.lists, dtype=torch.int32)
+    lengths = torch.zeros(rows, plan.lists(F), dtype=torch.int32)
     lengths.index_add_(1, lists_of(F, plan), pairs.int())
     assert int(lengths.max()) <= plan.capacity
     if kind in ("normal", "heavy"):
         cells = 4 * plan.cells * ((F - 1) // 256)
         expected = cells * sum(
             g * chance
-            for g, chance in encode_plan._reached(
+            for g, chance in encode_first_plan._reached(
                 min(plan.keys_per_row, plan.order + plan.order // 16), plan.keys_per_row
             )
         )
         assert hits.float().mean() == pytest.approx(expected, rel=0.15)
+
+
+def test_units_are_done_once() -> None:
+    """Each tile of each block by one program, and each list by one: as encode_first._work_of and
+    _unit_of say, in numbers here."""
+    seen = 0
+    for N, F, k in ((1792, 16384, 256), (2500, 16384, 20), (4096, 100_000, 100), (1100, 65536, 32)):
+        plan = make_first_plan(N, 2304, F, k)
+        assert plan is not None
+        blocks, tiles = plan.block_rows // 128, -(-F // 256)
+        left = tiles - plan.regular
+        done: dict[tuple[int, int], int] = {}
+        lists: dict[tuple[int, int], set[int]] = {}
+        rounds = []
+        for program in range(blocks * plan.parts):
+            turns = range(program // blocks, plan.regular or tiles, plan.parts)
+            rounds += [len(turns)]
+            for turn in turns:
+                done[program % blocks, turn] = done.get((program % blocks, turn), 0) + 1
+        for other in range(plan.others):
+            units = range(
+                other * blocks * left // plan.others, (other + 1) * blocks * left // plan.others
+            )
+            rounds += [len(units)]
+            seen += len(units)
+            for unit in units:
+                block = unit // left
+                before = ((block * left + 1) * plan.others - 1) // (blocks * left)
+                share = plan.parts + other - before
+                assert plan.parts <= share < plan.shares(F)
+                lists.setdefault((block, share), set()).add(other)
+                at = block, plan.regular + unit % left
+                done[at] = done.get(at, 0) + 1
+        assert done == {(block, turn): 1 for block in range(blocks) for turn in range(tiles)}
+        assert all(len(owners) == 1 for owners in lists.values())
+        assert max(rounds) <= plan.records(F) or not plan.together
+        assert max(rounds) <= -(-tiles // plan.parts)
+    assert seen > 0, "some plan has others"
 
 
 def test_a_tile_has_each_latent_once() -> None:
@@ -119,7 +161,7 @@ def test_a_tile_has_each_latent_once() -> None:
 def test_the_threshold_is_safe() -> None:
     """The chance to lack some of the k, by the sum itself where `_order` stops."""
     for k, num_cells, sample in ((20, 252, 64), (64, 1020, 64), (256, 504, 64), (100, 252, 44)):
-        order = encode_plan._order(k, num_cells, sample)
+        order = encode_first_plan._order(k, num_cells, sample)
         assert order is not None
         one = 1 - math.exp(-k / num_cells)
         chance = [
@@ -129,8 +171,8 @@ def test_the_threshold_is_safe() -> None:
             )
             for first in (order - 1, order)
         ]
-        assert chance[1] <= encode_plan._MISS_CHANCE < chance[0]
-    assert encode_plan._order(1000, 252, 16) is None
+        assert chance[1] <= encode_first_plan.MISS_CHANCE < chance[0]
+    assert encode_first_plan._order(1000, 252, 16) is None
 
 
 def test_no_plan_where_sampling_does_not_pay() -> None:
@@ -164,8 +206,8 @@ def test_plans_keep_to_the_memory_bar(
     monkeypatch.setattr(torch, "empty", counted)
     encode_first.topk_encode(*tensors, k, plan)
     assert sum(sizes) - 8 * N * k <= 64 << 20
-    assert plan.block_rows // 128 * plan.parts <= 132
-    again = encode_plan._first_plan.__wrapped__(-(-N // 128), D, F, k, 132)
+    assert plan.block_rows // 128 * plan.parts + plan.others <= 132
+    again = encode_first_plan._first_plan.__wrapped__(-(-N // 128), D, F, k, 132)
     assert again == plan, "every rank makes the same plan"
 
 
@@ -218,6 +260,12 @@ def encoder(plan: FirstPlan, k: int) -> Callable[..., tuple[Tensor, Tensor]]:
         {"held": 128, "order": 100, "capacity": 60},
         {"size": 32},
         {"size": 256},
+        {"together": True},
+        {"parts": 20, "others": 7, "regular": 60},
+        {"parts": 20, "others": 1, "regular": 76},
+        {"first": 2, "parts": 10, "others": 50, "regular": 60, "together": True},
+        {"block_rows": 128, "parts": 16, "others": 4, "regular": 64},
+        {"block_rows": 256, "parts": 16, "others": 3, "regular": 70},
     ],
 )
 def test_every_variant_is_exact_on_the_gpu(kind: str, changes: dict[str, int]) -> None:
