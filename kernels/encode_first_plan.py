@@ -61,7 +61,8 @@ class FirstPlan(NamedTuple):
         if self.others:
             left = tiles - self.regular
             each = cdiv(self.block_rows // 128 * left, self.others)
-            most = max(cdiv(self.regular, self.parts), min(left, each))
+            # Fewer blocks, as the last rows of a call may be, have no others.
+            most = max(most, min(left, each))
         return most if self.together else min(most, self.capacity + 1)
 
     def pitch(self, F: int) -> int:

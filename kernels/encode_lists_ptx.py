@@ -52,8 +52,11 @@ def _places_lines(lists: int, capacity: int, records: int, held: int) -> list[st
             f"add.s32 t, list, {32 * j};", f"setp.lt.s32 p, t, {lists};",
             f"mov.b32 length{j}, 0;", f"mov.b32 records{j}, 0;", "mul.wide.s32 a, t, 16;",
             "add.s64 a, a, counts;",
-            # All lists have their row's limits.
-            f"@p ld.global.v4.b32 {{length{j}, records{j}, tau, last}}, [a];",
+            # The first list is a block's own program's, which always writes it; others may have
+            # no row's limits.
+            "@p ld.global.v4.b32 {length0, records0, tau, last}, [a];"
+            if j == 0
+            else f"@p ld.global.v2.b32 {{length{j}, records{j}}}, [a];",
             "mul.wide.s32 a, t, 8;", "add.s64 a, a, row_lists;",
             f"add.s64 first{j}, a, {8 * lists * (capacity + OVERSHOOT)};",
         ]  # fmt: skip

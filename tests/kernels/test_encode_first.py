@@ -114,7 +114,10 @@ def test_units_are_done_once() -> None:
     """Each tile of each block by one program, and each list by one: as encode_first._work_of and
     _unit_of say, in numbers here."""
     seen = 0
-    for N, F, k in ((1792, 16384, 256), (2500, 16384, 20), (4096, 100_000, 100), (1100, 65536, 32)):
+    for N, F, k in (
+        (1792, 16384, 256), (2500, 16384, 20), (4096, 100_000, 100), (1100, 65536, 32),
+        (7078, 8192, 300), (16384, 24576, 32),
+    ):  # fmt: skip
         plan = make_first_plan(N, 2304, F, k)
         assert plan is not None
         blocks, tiles = plan.block_rows // 128, -(-F // 256)
@@ -144,6 +147,8 @@ def test_units_are_done_once() -> None:
         assert done == {(block, turn): 1 for block in range(blocks) for turn in range(tiles)}
         assert all(len(owners) == 1 for owners in lists.values())
         assert max(rounds) <= plan.records(F) or not plan.together
+        # The last rows of a call may be fewer blocks, which have no others.
+        assert min(-(-tiles // plan.parts), plan.capacity + 1) <= plan.records(F)
         assert max(rounds) <= -(-tiles // plan.parts)
     assert seen > 0, "some plan has others"
 
@@ -308,6 +313,7 @@ def test_latents_that_repeat_are_exact_on_the_gpu(period: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [({"order": 1}, "normal"), ({"order": 108, "capacity": 4}, "normal"), ({}, "nan"),
+     ({"block_rows": 256, "parts": 16, "others": 3, "regular": 70, "order": 5}, "normal"),
      ({}, "inf"), ({"held": 128, "order": 105, "capacity": 60}, "normal"), ({}, "all nan"),
      ({}, "minus inf")],
 )  # fmt: skip
