@@ -18,7 +18,7 @@ _PAIR, _LAST_PAIR, _RECORD, _LAST_RECORD, _COUNT = 0, 1, 4, 5, 8
 
 
 @constexpr_function
-def start_ptx(parts: int, capacity: int, records: int) -> str:
+def start_ptx(shares: int, capacity: int, records: int) -> str:
     """PTX of 128 outputs and 3 operands for each of a thread's 128 accumulators: a cursor; byte
     offset of the row's lists, the list's number, address of all lists.
 
@@ -29,17 +29,17 @@ def start_ptx(parts: int, capacity: int, records: int) -> str:
         lines += [
             f"mad.lo.u32 c, ${256 + half}, 8, low;", f"add.u32 c, c, ${128 + half};",
             f"mov.b32 ${_PAIR + half}, c;",
-            f"add.u32 ${_LAST_PAIR + half}, c, {(capacity + 1) * 32 * parts};",
-            f"add.u32 c, c, {(capacity + OVERSHOOT) * 32 * parts};",
+            f"add.u32 ${_LAST_PAIR + half}, c, {(capacity + 1) * 32 * shares};",
+            f"add.u32 c, c, {(capacity + OVERSHOOT) * 32 * shares};",
             f"mov.b32 ${_RECORD + half}, c;",
-            f"add.u32 ${_LAST_RECORD + half}, c, {records * 32 * parts};",
+            f"add.u32 ${_LAST_RECORD + half}, c, {records * 32 * shares};",
             f"mov.b32 ${_COUNT + half}, 0;",
         ]  # fmt: skip
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 @constexpr_function
-def filter_ptx(parts: int, together: bool) -> str:
+def filter_ptx(shares: int, together: bool) -> str:
     """PTX of 128 outputs and 7 operands as above: the new cursor; bits, limits (elements as
     `agree_ptx` has them), cursor, the tile's first latent, how far its runs are apart, its number,
     address of the lists.
@@ -90,7 +90,7 @@ def filter_ptx(parts: int, together: bool) -> str:
                     f"max.s32 m, ${bits}, ${bits + 1};", f"setp.gt.s32 p, m, {limit};",
                     f"mov.b64 a, {{c{half}, high}};",
                     f"@p st.global.v2.b32 [a], {{${bits}, ${bits + 1}}};",
-                    f"@p add.u32 c{half}, c{half}, {32 * parts};",
+                    f"@p add.u32 c{half}, c{half}, {32 * shares};",
                     f"@p or.b32 mask{half}, mask{half}, {1 << run};",
                 ]  # fmt: skip
                 if run % 4 == 3:
@@ -114,7 +114,7 @@ def filter_ptx(parts: int, together: bool) -> str:
             f"mad.lo.u32 info, ${first['tile']}, {1 << TILE_SHIFT}, ${cursor + _COUNT};",
             f"mov.b32 m, ${cursor + _RECORD};", "mov.b64 a, {m, high};",
             f"@p st.global.v2.b32 [a], {{mask{half}, info}};",
-            f"@p add.u32 m, m, {32 * parts};",
+            f"@p add.u32 m, m, {32 * shares};",
             f"min.u32 ${_RECORD + out}, m, ${cursor + _LAST_RECORD};",
             f"popc.b32 m, mask{half};", f"add.u32 ${_COUNT + out}, m, ${cursor + _COUNT};",
         ]  # fmt: skip
@@ -401,7 +401,7 @@ def _agree_lines(cells: int, groups: int, has_codes: bool) -> list[str]:
 
 
 @constexpr_function
-def finish_ptx(parts: int, capacity: int, records: int) -> str:
+def finish_ptx(shares: int, capacity: int, records: int) -> str:
     """PTX of 32 unused outputs and 4 operands as above: cursor, list numbers, limits, address of
     what is written: a list's pairs, capacity + 1 where it overflowed, its records, its row's
     limits."""
@@ -410,9 +410,9 @@ def finish_ptx(parts: int, capacity: int, records: int) -> str:
         cursor = 32 + half
         lines += [
             f"sub.u32 n, ${cursor + _LAST_PAIR}, ${cursor + _PAIR};",
-            f"div.u32 n, n, {32 * parts};", f"sub.u32 n, {capacity + 1}, n;",
+            f"div.u32 n, n, {32 * shares};", f"sub.u32 n, {capacity + 1}, n;",
             f"sub.u32 m, ${cursor + _LAST_RECORD}, ${cursor + _RECORD};",
-            f"div.u32 m, m, {32 * parts};", f"sub.u32 m, {records}, m;",
+            f"div.u32 m, m, {32 * shares};", f"sub.u32 m, {records}, m;",
             f"mad.wide.u32 a, ${32 + 128 + half}, 16, ${32 + 384};",
             f"st.global.v4.b32 [a], {{n, m, ${32 + 256 + half}, ${32 + 257 + half}}};",
         ]  # fmt: skip

@@ -57,17 +57,17 @@ def _try(part: Part, device: torch.device, dtype: torch.dtype) -> bool:
         if part == "filter":
             from . import encode_first
 
-            # More to be sorted, too, of other samples, in several chunks of rows; with programs
-            # that do what blocks' own leave.
-            for count in (k, 5 * k):
-                first = make_first_plan(N, D, F, count, programs)
-                assert first is not None
-                first = first._replace(block_rows=128, together=True) if count > k else first
-                # Room for all that these find: a row that is done anew is summed in another order.
-                left = first._replace(others=3, regular=first.parts, capacity=200)
-                for plan in (first, left) if count == k else (first,):
-                    got = encode_first.topk_encode(x, W_enc, b_enc, count, plan)
-                    found += [(got, plain(N, count))]
+            few, many = (make_first_plan(N, D, F, count, programs) for count in (k, 5 * k))
+            assert few is not None
+            assert many is not None
+            # With programs that do what blocks' own leave. They have room for all that
+            # they find: a row that is done anew is summed in another order.
+            left = few._replace(others=3, regular=few.parts, capacity=200)
+            # More to be sorted, of other samples, in several chunks of rows.
+            many = many._replace(block_rows=128, together=True)
+            for count, plan in ((k, few), (k, left), (5 * k, many)):
+                got = encode_first.topk_encode(x, W_enc, b_enc, count, plan)
+                found += [(got, plain(N, count))]
         else:
             from . import encode_tiles
 
