@@ -25,11 +25,10 @@ The per-thread code is PTX (encode_first_ptx.py): Triton has no way to say what 
 from __future__ import annotations
 
 import math
+import threading
 from functools import lru_cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -48,6 +47,7 @@ from .encode_hopper import (
     make_ring,
     multiply_tile,
     reinterpret,
+    rows_descriptor,
 )
 from .encode_pick import pick_kernel
 from .shapes import cdiv, next_power_of_2
@@ -98,8 +98,8 @@ def _unit_of(other, begin, step, skip, num_m, whole, regular, PARTS: gl.constexp
 
 @gluon.jit
 def _produce(
-    x_desc, w_desc, rest_desc, bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N, F, D, whole,
-    spread, regular, PARTS: gl.constexpr, FIRST: gl.constexpr, BLOCK_M: gl.constexpr,
+    x_desc, w_desc, rest_desc, bias_desc, rest_bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N,
+    F, D, whole, spread, regular, PARTS: gl.constexpr, FIRST: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads a program's tiles for `_consume`."""
@@ -107,6 +107,7 @@ def _produce(
     num_m = gl.cdiv(N, BLOCK_M)
     other, begin, steps, skip = _work_of(N, whole, regular, PARTS, FIRST, BLOCK_M)
     runs = reinterpret(b_bufs, b_bufs.dtype, [STAGES, 32, BLOCK_N // 32, BLOCK_K], w_desc.layout)
+    bias_runs = reinterpret(bias_bufs, gl.float32, [STAGES, 32, BLOCK_N // 32], bias_desc.layout)
     stage = 0
     phase = 1
     slot = 0
@@ -119,8 +120,10 @@ def _produce(
             bar = full.index(stage)
             if d0 == 0:
                 mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2 + BLOCK_N * 4)
-                bias = gl.where(turn < whole, tile, whole) * BLOCK_N
-                load_tile(bias_desc, [bias], bar, bias_bufs.index(slot))
+                if turn < whole:
+                    load_tile(bias_desc, [0, tile * 8], bar, bias_runs.index(slot))
+                else:
+                    load_tile(rest_bias_desc, [whole * BLOCK_N], bar, bias_bufs.index(slot))
             else:
                 mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
             load_tile(x_desc, [m0, d0], bar, a_bufs.index(2 * stage))
@@ -166,6 +169,17 @@ def _consume(
     # A row's keys, and their codes as far behind: of each first tile of each part, of each cell of
     # the four threads that share the row.
     KEYS: gl.constexpr = FIRST * PARTS * 4 * CELLS
+    if other < 0:
+        # Other kernels may have put them out of the L2 cache since they were written.
+        LINES: gl.constexpr = HALF * KEYS * 4 // 128
+        block_keys = keys_ptr.to(gl.int64) + (begin * BLOCK_M + GROUP * HALF) * (KEYS * 4)
+        for start in gl.static_range(0, LINES, 128):
+            line = start + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+            gl.inline_asm_elementwise(
+                "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l",
+                [block_keys + gl.minimum(line, LINES - 1).to(gl.int64) * 128],
+                dtype=gl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
     further = zeros.to(gl.int64) + (codes_ptr.to(gl.int64) - keys_ptr.to(gl.int64))
     for step in range(0, steps):
         block, turn = _unit_of(other, begin, step, skip, num_m, whole, regular, PARTS)
@@ -235,14 +249,14 @@ def _consume(
 
 @gluon.jit
 def _filter_kernel(
-    x_desc, w_desc, rest_desc, bias_desc, keys_ptr, codes_ptr, count_ptr, lists_ptr, pitch, N, F, D,
-    whole, spread, regular, order, PARTS: gl.constexpr, SHARES: gl.constexpr, FIRST: gl.constexpr,
-    CELLS: gl.constexpr, CAPACITY: gl.constexpr, RECORDS: gl.constexpr, TOGETHER: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    LEAD: gl.constexpr,
+    x_desc, w_desc, rest_desc, bias_desc, rest_bias_desc, keys_ptr, codes_ptr, count_ptr, lists_ptr,
+    pitch, N, F, D, whole, spread, regular, order, PARTS: gl.constexpr, SHARES: gl.constexpr,
+    FIRST: gl.constexpr, CELLS: gl.constexpr, CAPACITY: gl.constexpr, RECORDS: gl.constexpr,
+    TOGETHER: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
     a_bufs, b_bufs, bias_bufs, full, empty, lead = make_ring(
-        x_desc, rest_desc, bias_desc, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
+        x_desc, rest_desc, rest_bias_desc, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
     )
     gl.warp_specialize(
         [
@@ -257,26 +271,14 @@ def _filter_kernel(
                 CELLS, CAPACITY, RECORDS, TOGETHER, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
             )),
             (_produce, (
-                x_desc, w_desc, rest_desc, bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N, F,
-                D, whole, spread, regular, PARTS, FIRST, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+                x_desc, w_desc, rest_desc, bias_desc, rest_bias_desc, a_bufs, b_bufs, bias_bufs,
+                full, empty, N, F, D, whole, spread, regular, PARTS, FIRST, BLOCK_M, BLOCK_N,
+                BLOCK_K, STAGES,
             )),
         ],
         [4, 1],
         [232, 24],
     )  # fmt: skip
-
-
-@triton.jit
-def _prepare_kernel(
-    bias_ptr, out_ptr, zeros_ptr, num_zeros, F, whole, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """The bias in the order of the tiles' columns; no keys yet, and empty lists."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    column = at % BLOCK_N
-    latent = column // 8 * (whole * 8) + at // BLOCK_N * 8 + column % 8
-    latent = tl.where(at < whole * BLOCK_N, latent, at)
-    tl.store(out_ptr + at, tl.load(bias_ptr + latent, mask=at < F), mask=at < F)
-    tl.store(zeros_ptr + at, tl.zeros((BLOCK,), tl.int32), mask=at < num_zeros)
 
 
 @lru_cache(maxsize=256)
@@ -289,6 +291,37 @@ def _spread(whole: int) -> int:
     return spread
 
 
+class _Zeros(threading.local):
+    """Zeros that a call of the encoder takes, and gives back as zeros: its last kernel sees to it.
+    That is one launch less than to make them. Each thread has its own of each stream, in whose
+    order they are used; one that is not given back, as after an error, is made anew."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, int], Tensor] = {}
+
+    def take(self, words: int, device: torch.device) -> Tensor:  # [at least words] int32
+        stream = torch.cuda.current_stream(device)
+        if not torch.cuda.is_current_stream_capturing():
+            held = self._held.pop((stream.device_index, stream.cuda_stream), None)
+            if held is not None and held.numel() >= words:
+                return held
+        return torch.zeros(words, dtype=torch.int32, device=device)
+
+    def give(self, zeros: Tensor) -> None:
+        # A graph's memory is the graph's: it is replayed beside what else a stream does.
+        if not torch.cuda.is_current_stream_capturing():
+            stream = torch.cuda.current_stream(zeros.device)
+            self._held[stream.device_index, stream.cuda_stream] = zeros
+
+
+_zeros = _Zeros()
+
+
+def _aligned(b_enc: Tensor) -> Tensor:
+    """The copy engine reads from multiples of 16 bytes."""
+    return b_enc if b_enc.data_ptr() % 16 == 0 else b_enc.clone()
+
+
 class _Filter:
     """The filter of one call, for its blocks of rows one after another."""
 
@@ -299,20 +332,20 @@ class _Filter:
         plan: FirstPlan,
     ) -> None:
         F = W_enc.shape[0]
-        self.W_enc, self.plan = W_enc, plan
+        self.W_enc, self.b_enc, self.plan = W_enc, _aligned(b_enc), plan
         # Whole tiles; at least one latent is left, so that the runs of a tile are seldom apart by
         # a power of two, as a dictionary's own pattern may be.
         self.whole = (F - 1) // BLOCK_N
-        self.bias = torch.empty(F, dtype=torch.float32, device=W_enc.device)
-        # Keys, and their codes, and of each list how many pairs and records it has, and its row's
-        # limits.
+        # Keys, and their codes; of each list how many pairs and records it has, and its row's
+        # limits, which are written each time unless there are other programs.
         num_keys, num_lists = plan.block_rows * plan.keys_per_row, plan.block_rows * plan.lists(F)
-        zeros = torch.empty(2 * num_keys + 4 * num_lists, dtype=torch.int32, device=W_enc.device)
-        self.keys = zeros[: 2 * num_keys].view(2, num_keys)
-        self.count = zeros[2 * num_keys :].view(plan.block_rows, plan.lists(F), 4)
-        _prepare_kernel[(cdiv(max(F, zeros.numel()), 1024),)](
-            b_enc, self.bias, zeros, zeros.numel(), F, self.whole, BLOCK_N, 1024
-        )
+        more = 4 * num_lists if plan.others else 0
+        self.zeros = _zeros.take(2 * num_keys + more, W_enc.device)
+        self.keys = self.zeros[: 2 * num_keys].view(2, num_keys)
+        if plan.others:
+            self.count = self.zeros[2 * num_keys :]
+        else:
+            self.count = torch.empty(4 * num_lists, dtype=torch.int32, device=W_enc.device)
 
     def __call__(
         self,
@@ -323,16 +356,17 @@ class _Filter:
         N, D = x.shape
         F, plan = self.W_enc.shape[0], self.plan
         runs = self.W_enc[: self.whole * BLOCK_N].view(32, -1, D)
+        bias = self.b_enc[: self.whole * BLOCK_N].view(32, -1)
         num_m = cdiv(N, BLOCK_M)
         others = plan.others if num_m * BLOCK_M == plan.block_rows else 0
         regular = plan.regular if others else self.whole + 1
         _filter_kernel[(num_m * plan.parts + others,)](
             descriptor(x, BLOCK_M // 2, BLOCK_K), descriptor(runs, 32, BLOCK_N // 32, BLOCK_K),
-            descriptor(self.W_enc, BLOCK_N, BLOCK_K), descriptor(self.bias, BLOCK_N), *self.keys,
-            self.count, lists, lists.stride(0), N, F, D, self.whole, _spread(self.whole),
-            regular, plan.order, plan.parts, plan.shares(F), plan.first, plan.cells, plan.capacity,
-            plan.records(F), plan.together, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD, num_warps=4,
-            launch_cooperative_grid=True,
+            descriptor(self.W_enc, BLOCK_N, BLOCK_K), rows_descriptor(bias, 32, BLOCK_N // 32),
+            descriptor(self.b_enc, BLOCK_N), *self.keys, self.count, lists, lists.stride(0), N, F,
+            D, self.whole, _spread(self.whole), regular, plan.order, plan.parts, plan.shares(F),
+            plan.first, plan.cells, plan.capacity, plan.records(F), plan.together, BLOCK_M, BLOCK_N,
+            BLOCK_K, STAGES, LEAD, num_warps=4, launch_cooperative_grid=True,
         )  # fmt: skip
 
 
@@ -368,9 +402,12 @@ def topk_encode(
         filter_rows(part, scratch)
         pick_kernel[(size,)](
             part, W_enc, b_enc, filter_rows.count, scratch, scratch.stride(0), *filter_rows.keys,
-            values[start:], indices[start:], F, D, k, filter_rows.whole, lists, plan.capacity,
-            plan.records(F), plan.held, plan.size, plan.keys, next_power_of_2(k),
-            min(32, plan.keys // 2), 64, rows < N, plan.keys_per_row,
-            next_power_of_2(plan.keys_per_row), next_power_of_2(lists), num_warps=1, maxnreg=128,
+            values[start:], indices[start:], F, D, k, filter_rows.whole,
+            cdiv(size, BLOCK_M) * BLOCK_M, lists, plan.capacity, plan.records(F), plan.held,
+            plan.size, plan.keys, next_power_of_2(k), min(32, plan.keys // 2), 64,
+            plan.keys_per_row, next_power_of_2(plan.keys_per_row), next_power_of_2(lists),
+            plan.others > 0, plan.warps, num_warps=plan.warps,
+            maxnreg=128 if plan.warps == 1 else 64,
         )  # fmt: skip
+    _zeros.give(filter_rows.zeros)
     return values, indices

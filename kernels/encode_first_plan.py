@@ -41,6 +41,7 @@ class FirstPlan(NamedTuple):
     regular: int = 0
     # Whether the four threads that share a row write their records of a tile together.
     together: bool = False
+    warps: int = 1  # that select a row's k largest, together
 
     def others_of_block(self, F: int) -> int:
         """Others that may do tiles of one block of rows."""
@@ -78,7 +79,7 @@ class FirstPlan(NamedTuple):
     def scratch_bytes(self, F: int) -> int:
         """Device memory of a call beyond inputs and outputs."""
         each = 8 * self.pitch(F) + 16 * self.lists(F) + 8 * self.keys_per_row
-        return self.block_rows * each + 4 * F
+        return self.block_rows * each
 
 
 @lru_cache(maxsize=1024)
@@ -120,6 +121,16 @@ def _reached(order: int, cells: int) -> Density:
         log = ways + (order - 1) * math.log(-math.expm1(-g)) - (cells - order + 1) * g
         found.append((g, math.exp(log) * width))
     return tuple(found)
+
+
+def _warps(size: int, rows: int, programs: int) -> int:
+    """Warps that select a row's k largest: one works where the other waits. Rows of one warp each
+    are 16 a multiprocessor, of two warps 14; a few more would be a second turn. By an H100's
+    times."""
+    each = rows / programs
+    if size < 64 or 14 < each <= 16 or (size == 64 and each > 14):
+        return 1
+    return 2
 
 
 def _mean(density: Density) -> float:
@@ -237,10 +248,11 @@ def _first_plan(num_blocks: int, D: int, F: int, k: int, programs: int) -> First
             keys = most_keys(k)
             # A store costs by the sectors that it touches: where most threads have some of a tile,
             # empty records beside the others' cost less.
+            warps = _warps(size, rows, programs)
             together = hits > 2.2 * QUADS * tiles and rounds <= capacity
             plan = FirstPlan(
                 first, cells, order, parts, capacity, rows, held, size, keys, others, regular,
-                together,
+                together, warps,
             )  # fmt: skip
             if plan.scratch_bytes(F) > _FIRST_BYTES:
                 continue

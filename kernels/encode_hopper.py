@@ -158,3 +158,9 @@ def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 def descriptor(t: Tensor, *block: int) -> TensorDescriptor:
     """What the copy engine asks for of a tensor that is read in blocks of this shape."""
     return TensorDescriptor.from_tensor(t, list(block), _layout(block, t.dtype))
+
+
+def rows_descriptor(t: Tensor, *block: int) -> TensorDescriptor:
+    """`descriptor` of a float32 tensor whose blocks' rows follow one another in shared memory."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(block))
+    return TensorDescriptor.from_tensor(t, list(block), layout)

@@ -30,17 +30,20 @@ def _address(pointer, threads):
 @triton.jit
 def pick_kernel(
     x_ptr, w_ptr, bias_ptr, count_ptr, lists_ptr, pitch, keys_ptr, codes_ptr, values_ptr,
-    indices_ptr, F, D, k, whole, LISTS: tl.constexpr, CAPACITY: tl.constexpr,
+    indices_ptr, F, D, k, whole, padded, LISTS: tl.constexpr, CAPACITY: tl.constexpr,
     RECORDS: tl.constexpr, HELD: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
-    K_POW2: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, AGAIN: tl.constexpr,
-    NUM_KEYS: tl.constexpr, NUM_KEYS_POW2: tl.constexpr, LISTS_POW2: tl.constexpr,
+    K_POW2: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, NUM_KEYS: tl.constexpr,
+    NUM_KEYS_POW2: tl.constexpr, LISTS_POW2: tl.constexpr, OTHERS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
-    """A row's list from those of the filter, whose keys and lists it clears if that is to run
-    AGAIN."""
+    """A row's list from those of the filter, whose keys and codes are zeros again then, as far as
+    they were not, and with OTHERS the lengths of lists, which not all are written each time; also
+    of rows that fill the last block, up to `padded`."""
     row = tl.program_id(0)
-    threads = tl.zeros((32,), tl.int32)
+    has_codes = tl.load(codes_ptr + row * NUM_KEYS)
+    threads = tl.zeros((32 * WARPS,), tl.int32)
     status = tl.inline_asm_elementwise(
-        lists_ptx(LISTS, CAPACITY, RECORDS, HELD, SIZE), "=&r,r,r,r,r,r,l,l,l,l",
+        lists_ptx(LISTS, CAPACITY, RECORDS, HELD, SIZE, WARPS), "=&r,r,r,r,r,r,l,l,l,l",
         [
             threads + row, threads + F, threads + k, threads + pitch * 8, threads + whole,
             _address(lists_ptr, threads), _address(count_ptr, threads),
@@ -48,16 +51,21 @@ def pick_kernel(
         ],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-    if AGAIN:
-        key = tl.arange(0, NUM_KEYS_POW2)
-        none = tl.zeros((NUM_KEYS_POW2,), tl.int32)
-        tl.store(keys_ptr + row * NUM_KEYS + key, none, mask=key < NUM_KEYS)
-        tl.store(codes_ptr + row * NUM_KEYS + key, none, mask=key < NUM_KEYS)
-        # What was read above: how long lists are that the next rows may not have.
+    key = tl.arange(0, NUM_KEYS_POW2)
+    none = tl.zeros((NUM_KEYS_POW2,), tl.int32)
+    for done in range(row, padded, tl.num_programs(0)):
+        tl.store(keys_ptr + done * NUM_KEYS + key, none, mask=key < NUM_KEYS)
+        if done > row:
+            has_codes = tl.load(codes_ptr + done * NUM_KEYS)
+        # All of a row's are written, or none.
+        if has_codes < 0:
+            tl.store(codes_ptr + done * NUM_KEYS + key, none, mask=key < NUM_KEYS)
+    if OTHERS:
+        tl.debug_barrier()  # the lengths are read
         length = tl.arange(0, 4 * LISTS_POW2)
         empty = tl.zeros((4 * LISTS_POW2,), tl.int32)
-        tl.debug_barrier()
-        tl.store(count_ptr + row * (4 * LISTS) + length, empty, mask=length < 4 * LISTS)
+        for done in range(row, padded, tl.num_programs(0)):
+            tl.store(count_ptr + done * (4 * LISTS) + length, empty, mask=length < 4 * LISTS)
     if tl.min(status, 0) < 0:
         at = row.to(tl.int64)
         row_keys = lists_ptr + at * pitch
@@ -81,12 +89,13 @@ def pick_groups_kernel(
     SIZE: tl.constexpr,
     KEYS: tl.constexpr,
     K_POW2: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """A row's list from its pre-activations."""
     row = tl.program_id(0)
-    threads = tl.zeros((32,), tl.int32)
+    threads = tl.zeros((32 * WARPS,), tl.int32)
     status = tl.inline_asm_elementwise(
-        groups_ptx(GROUPS, MAXIMA_PITCH, ROOM, SIZE), "=&r,r,r,r,r,l,l,l,l",
+        groups_ptx(GROUPS, MAXIMA_PITCH, ROOM, SIZE, WARPS), "=&r,r,r,r,r,l,l,l,l",
         [
             threads + row, threads + F, threads + k, threads + pre_pitch * 4,
             _address(pre_ptr, threads), _address(maxima_ptr, threads),

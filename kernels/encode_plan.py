@@ -196,12 +196,6 @@ def tiles_fit(N: int, D: int, F: int, k: int) -> bool:
     return N * (each + each // GROUP + 8 * most_keys(k)) <= _TILES_BYTES
 
 
-def groups_room(k: int) -> int:
-    """Keys that a lane of encode_pick.py's selection from groups holds: some more than it reads at
-    once."""
-    return 40 + sort_size(k) // 16
-
-
 def tail_rows(N: int, F: int, programs: int) -> int:
     """Room for the tokens after the last whole block of 128, which encode_tiles.py multiplies
     beside whole blocks where that takes a round of tiles less; 0 where they are a block as any."""

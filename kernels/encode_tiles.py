@@ -22,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import encode_rows
+from .encode_groups_ptx import groups_room
 from .encode_hopper import (
     BLOCK_K,
     BLOCK_M,
@@ -34,7 +35,7 @@ from .encode_hopper import (
     produce,
 )
 from .encode_pick import MAX_GROUPS, pick_groups_kernel
-from .encode_plan import GROUP, group_sizes, groups_room, most_keys, sort_size, tail_rows
+from .encode_plan import GROUP, group_sizes, most_keys, sort_size, tail_rows
 from .shapes import cdiv, next_power_of_2, num_programs
 
 
@@ -235,6 +236,7 @@ def topk_encode(
     b_enc: Tensor,  # [F] float32
     k: int,
     tail: int | None = None,
+    warps: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32 descending, [N, k] int32
     """`reference.topk_encode` for shapes that `encode_plan.tiles_fit` takes, on GPUs of compute
     capability 9.0. `tail` is `encode_plan.tail_rows`' unless given: 0, or room for the tokens after
@@ -258,10 +260,11 @@ def topk_encode(
         assert sizes is not None
         encode_rows.select_groups(pre, maxima, F, sizes, values, indices)
         return values, indices
-    room, num_keys = groups_room(k), most_keys(k)
+    warps = (2 if k > 32 else 1) if warps is None else warps
+    room, num_keys = groups_room(k, warps), most_keys(k)
     keys = torch.empty(N, num_keys, dtype=torch.int64, device=x.device)
     pick_groups_kernel[(N,)](
         pre, maxima, pre.stride(0), keys, values, indices, F, k, cdiv(F, GROUP), maxima.stride(0),
-        room, sort_size(k), num_keys, next_power_of_2(k), num_warps=1,
+        room, sort_size(k), num_keys, next_power_of_2(k), warps, num_warps=warps,
     )  # fmt: skip
     return values, indices

@@ -21,6 +21,7 @@ from flash_sae_dist.kernels import (
     dense_grad,
     encode_aux,
     encode_first,
+    encode_groups_ptx,
     encode_hopper,
     encode_pick,
     encode_plan,
@@ -72,9 +73,10 @@ def main() -> None:
         x = bf16.to(dtype)
         args = (h.descriptor(x, 64, 64), h.descriptor(x, 256, 64))
         runs = h.descriptor(x.view(32, 8, 768), 32, 8, 64)
+        biases = (h.rows_descriptor(torch.empty(32, 8), 32, 8), h.descriptor(torch.empty(256), 256))
         for parts, first, cells in ((16, 1, 1), (4, 2, 2), (16, 1, 2), (18, 4, 1)):
             kernel = encode_first._filter_kernel.warmup(
-                args[0], runs, args[1], h.descriptor(torch.empty(256), 256), i32, i32, i32, i64,
+                args[0], runs, args[1], *biases, i32, i32, i32, i64,
                 1536, 256, 256, 768, 1, 1, 2, 20, parts, parts + 1, first, cells, 64, 24,
                 parts < 16, h.BLOCK_M, h.BLOCK_N, h.BLOCK_K, h.STAGES, h.LEAD, num_warps=4,
                 launch_cooperative_grid=True, grid=(132,),
@@ -88,24 +90,26 @@ def main() -> None:
                 grid=(132,),
             )  # fmt: skip
             report(f"tiles-{tail}-hopper-{dtype}", kernel)
-    kernel = encode_first._prepare_kernel.warmup(
-        f32, f32, i32, 65536, 24576, 95, 256, 1024, grid=(1,)
-    )
-    report("prepare", kernel)
-    for lists, held, size, k in ((16, 1152, 64, 32), (44, 704, 128, 100), (128, 4480, 512, 500)):
+    for lists, held, size, k, warps in (
+        (16, 1152, 64, 32, 1), (44, 704, 128, 100, 1), (44, 704, 128, 100, 2),
+        (128, 4480, 512, 500, 1), (128, 4480, 512, 500, 2),
+    ):  # fmt: skip
         kernel = encode_pick.pick_kernel.warmup(
-            bf16, bf16, f32, i32, i64, 1536, i32, i32, f32, i32, 24576, 768, k, 95, lists, 80, 8,
-            held, size, 1024, size, 32, 64, True, 4 * lists, 512, 128, num_warps=1,
-            maxnreg=128, grid=(1,),
+            bf16, bf16, f32, i32, i64, 1536, i32, i32, f32, i32, 24576, 768, k, 95, 4096, lists, 80,
+            8, held, size, 1024, size, 32, 64, 4 * lists, 512, 128, warps == 1, warps,
+            num_warps=warps, maxnreg=128 // warps, grid=(1,),
         )  # fmt: skip
-        report(f"pick-{lists}-{held}-{size}", kernel)
-    for groups, size, k in ((512, 32, 20), (512, 256, 256), (2048, 128, 64)):
-        room = encode_plan.groups_room(k)
+        report(f"pick-{lists}-{held}-{size}-{warps}", kernel)
+    for groups, size, k, warps in (
+        (512, 32, 20, 1), (512, 256, 256, 1), (512, 256, 256, 2), (2048, 128, 64, 2),
+        (2048, 512, 500, 2),
+    ):  # fmt: skip
+        room = encode_groups_ptx.groups_room(k, warps)
         kernel = encode_pick.pick_groups_kernel.warmup(
-            f32, i32, 32 * groups, i64, f32, i32, 32 * groups, k, groups, groups, room, size, 512,
-            size, num_warps=1, grid=(1,),
+            f32, i32, 32 * groups, i64, f32, i32, 32 * groups, k, groups, groups, room, size, 1024,
+            size, warps, num_warps=warps, grid=(1,),
         )  # fmt: skip
-        report(f"pick-groups-{groups}-{size}", kernel)
+        report(f"pick-groups-{groups}-{size}-{warps}", kernel)
     desc = TensorDescriptor.from_tensor(bf16, [128, 64])
     kernel = encode_topk._filter_kernel.warmup(
         desc, desc, f32, i32, i32, i32, i64, 1536, 256, 256, 768, 4, 256, 128, 128, 64, "tf32",

@@ -193,9 +193,10 @@ def test_plans_keep_to_the_memory_bar(
 ) -> None:
     """All that a call allocates, its kernels left out; all programs fit the GPU at once."""
     encode_first = pytest.importorskip("flash_sae_dist.kernels.encode_first")
-    for name in ("_prepare_kernel", "_filter_kernel", "pick_kernel"):
+    for name in ("_filter_kernel", "pick_kernel"):
         monkeypatch.setattr(encode_first, name, NoKernel())
-    monkeypatch.setattr(encode_first, "descriptor", lambda *a: None)
+    for name in ("descriptor", "rows_descriptor"):
+        monkeypatch.setattr(encode_first, name, lambda *a: None)
     sizes: list[int] = []
     empty = torch.empty
 
@@ -204,11 +205,19 @@ def test_plans_keep_to_the_memory_bar(
         sizes.append(out.nbytes)
         return out
 
+    class Zeros:
+        def take(self, words: int, device: torch.device) -> Tensor:
+            return torch.empty(words, dtype=torch.int32, device=device)
+
+        def give(self, zeros: Tensor) -> None:
+            pass
+
     plan = make_first_plan(*shape)
     assert plan is not None
     N, D, F, k = shape
     tensors = [empty(*size, dtype=torch.bfloat16, device="meta") for size in ((N, D), (F, D), (F,))]
     monkeypatch.setattr(torch, "empty", counted)
+    monkeypatch.setattr(encode_first, "_zeros", Zeros())
     encode_first.topk_encode(*tensors, k, plan)
     assert sum(sizes) - 8 * N * k <= 64 << 20
     assert plan.block_rows // 128 * plan.parts + plan.others <= 132
@@ -263,8 +272,10 @@ def encoder(plan: FirstPlan, k: int) -> Callable[..., tuple[Tensor, Tensor]]:
         {"parts": 1, "cells": 4, "order": 14},
         {"block_rows": 128},
         {"held": 128, "order": 100, "capacity": 60},
-        {"size": 32},
+        {"size": 32, "warps": 1},
         {"size": 256},
+        {"warps": 1},
+        {"size": 128, "warps": 4},
         {"together": True},
         {"parts": 20, "others": 7, "regular": 60},
         {"parts": 20, "others": 1, "regular": 76},
