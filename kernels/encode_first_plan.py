@@ -15,7 +15,8 @@ from .shapes import cdiv
 
 # Static shared memory of a selection, beside which what it uses otherwise is within 48 KiB.
 _PICK_BYTES = 38 << 10
-_FIRST_BYTES = 63 << 20
+# (A few plans with lists of more than this were slower than those with less.)
+_FIRST_BYTES = 251 << 18
 # Where a record of the Hopper filter has its tile's number, above how many pairs come before.
 TILE_SHIFT = 12
 # Pairs that it may write past a list that is full, before it looks.
