@@ -5,9 +5,9 @@ Legend: N tokens, D d_in, F d_sae (of this shard), M latents in the mask, k_aux 
 How many latents the mask holds is known on the device alone, so the work is laid out for all F in
 chunks of latents and blocks of rows that fit the scratch memory. Of each block of rows
 `_multiply_kernel` computes the first chunk's pre-activations with gathered weights, as integers
-that order like them; `_merge_kernel` finds the best k_aux; `_rest_kernel` does the same for all
-further chunks, which most masks do not have, in one launch. Lists are in ascending order of their
-latents, of which ties keep the lowest.
+that order like them; `_merge_kernel`, or encode_best.py's on Hopper, finds the best k_aux;
+`_rest_kernel` does the same for all further chunks, which most masks do not have, in one launch.
+Lists are in ascending order of their latents, of which ties keep the lowest.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .encode_best import best_kernel, best_sizes
 from .shapes import cdiv, next_power_of_2, num_programs, num_stages
 
 _SCRATCH_BYTES = 48 << 20
@@ -366,6 +367,7 @@ def masked_topk(
     sizes = {"BLOCK": pow2, "MORE": more, "K_POW2": max(4, next_power_of_2(k))}
     # Up to 96 entries a thread, so that a row of few takes one warp, which waits for no other.
     warps = min(16, next_power_of_2(cdiv(pow2 + more, 3072)))
+    best = best_sizes(device, chunk, k)
     # A multiple of four, so that every block's counters are as aligned as the first's.
     each = cdiv(1 + 2 * cdiv(rows, m), 4) * 4
     counters = torch.empty(cdiv(N, rows), each, dtype=torch.int32, device=device)
@@ -381,10 +383,15 @@ def masked_topk(
             x_desc, W_enc, b_enc, latents, count, keys, size, D, chunk, m, n, d, precision,
             num_warps=4, num_stages=stages,
         )  # fmt: skip
-        _merge_kernel[(size,)](
-            keys, latents, count, values[start:], indices[start:], chunk, k, **sizes,
-            PIECE=512 * warps, num_warps=warps,
-        )  # fmt: skip
+        if best is not None:
+            best_kernel[(size,)](
+                keys, latents, count, values[start:], indices[start:], chunk, k, **best
+            )
+        else:
+            _merge_kernel[(size,)](
+                keys, latents, count, values[start:], indices[start:], chunk, k, **sizes,
+                PIECE=512 * warps, num_warps=warps,
+            )  # fmt: skip
         if chunk < F:
             _rest_kernel[(2 * num_programs(device),)](
                 x_desc, W_enc, b_enc, latents, count, keys, values[start:], indices[start:],

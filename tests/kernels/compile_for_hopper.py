@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from flash_sae_dist.kernels import (
     dense_grad,
     encode_aux,
+    encode_best,
     encode_first,
     encode_groups_ptx,
     encode_hopper,
@@ -168,6 +169,12 @@ def main() -> None:
             num_warps=warps, grid=(1,),
         )  # fmt: skip
         report(f"second-list-merge-{block + more}", kernel)
+    for chunk, warps, k in ((3072, 2, 384), (8192, 4, 2048), (16384, 8, 2048)):
+        kernel = encode_best.best_kernel.warmup(
+            i32, i32, i32, f32, i32, chunk, k, -(-chunk // (128 * warps)) * 4, k, warps,
+            num_warps=warps, maxnreg=80, grid=(1,),
+        )  # fmt: skip
+        report(f"second-list-best-{chunk}", kernel)
     for block, more, k in ((2048, 1024, 512), (16384, 0, 2048)):
         kernel = encode_aux._rest_kernel.warmup(
             desc, bf16, f32, i32, i32, i32, f32, i32, i32, 256, 768, block + more, 384, 128, 128,
