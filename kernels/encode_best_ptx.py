@@ -56,13 +56,15 @@ def _search_lines(values: list[str], warps: int) -> list[str]:
 
 @constexpr_function
 def _limit_lines(values: list[str], warps: int) -> list[str]:
-    """`least` and `last`: what is larger is kept, and what equals it up to that place."""
+    """`least` and `last`: what is larger is kept, and what equals it up to that place; `tied` where
+    not all do."""
     lines = [
-        "mov.b32 least, low;", "sub.s32 least, least, 1;", "mov.b32 last, -1;",
+        "mov.b32 least, low;", "mov.b32 last, 0x7FFFFFFF;", "setp.ne.s32 tied, 0, 0;",
         "setp.le.s32 p, count, k;", "@p bra LIMIT;",
-        "mov.b32 least, low;", "sub.s32 target, k, over;",
+        "sub.s32 target, k, over;",
         "sub.s32 t, count, over;", f"setp.gt.s32 p, t, {FEW};", "@p bra EQUAL;",
-        # The few from `low` to `high`: their places and values, from the largest on.
+        # The few from `low` to `high`: their places and values.
+        "sub.s32 first, 0x7FFFFFFF, own;",
     ]  # fmt: skip
     for i, value in enumerate(values):
         if i % 8 == 0 and i > 0:
@@ -70,8 +72,7 @@ def _limit_lines(values: list[str], warps: int) -> list[str]:
         lines += [
             f"setp.ge.s32 p, {value}, low;", f"setp.le.and.s32 p, {value}, high, p;",
             "@p atom.shared.add.u32 t, [counter], 1;", "mad.lo.s32 t, t, 8, keys;",
-            f"sub.s32 u, 0x7FFFFFFF, own; sub.s32 u, u, {i};",
-            f"@p st.shared.v2.b32 [t], {{u, {value}}};",
+            f"sub.s32 u, first, {i};", f"@p st.shared.v2.b32 [t], {{u, {value}}};",
         ]  # fmt: skip
     lines += [
         "GATHERED:", wait_lines(warps), "sub.s32 m, count, over;",
@@ -89,9 +90,10 @@ def _limit_lines(values: list[str], warps: int) -> list[str]:
         "setp.eq.and.s32 p, c, target, p;", "vote.sync.ballot.b32 ballot, p, -1;",
         "clz.b32 t, ballot;", "sub.s32 t, 31, t;", "mov.b64 {u, m}, key;",
         "shfl.sync.idx.b32 u, u, t, 31, -1;", "shfl.sync.idx.b32 least, m, t, 31, -1;",
-        "sub.s32 last, 0x7FFFFFFF, u;", "bra LIMIT;",
+        "sub.s32 last, 0x7FFFFFFF, u;", "mov.b64 {u, m}, key;", "setp.eq.s32 p, m, least;",
+        "setp.gt.and.s32 p, c, target, p;", "vote.sync.any.pred tied, p, -1;", "bra LIMIT;",
         # More are equal, of which the first ones are kept: the place of the last of them.
-        "EQUAL:", "mov.b32 c, 0;",
+        "EQUAL:", "setp.eq.s32 tied, 0, 0;", "mov.b32 c, 0;",
     ]  # fmt: skip
     for value in values:
         lines += [f"setp.eq.s32 p, {value}, low;", "@p add.s32 c, c, 1;"]
@@ -109,28 +111,34 @@ def _limit_lines(values: list[str], warps: int) -> list[str]:
 def _keep_lines(values: list[str], warps: int) -> list[str]:
     """Leaves {place, value} of those that are kept in `kept`, in order; `m` counts them."""
 
-    def some_lines(label: str, what: list[str]) -> list[str]:
+    def some_lines(label: str, tied: bool, what: list[str]) -> list[str]:
         lines = []
         for i, value in enumerate(values):
             if i % 8 == 0 and i > 0:
                 lines += [f"setp.le.s32 p, n, {32 * warps * i};", f"@p bra {label};"]
-            lines += [
-                f"setp.eq.s32 p, {value}, least;", f"setp.ge.and.s32 p, u, {i}, p;",
-                f"setp.gt.or.s32 p, {value}, least, p;",
-                *(line.format(value=value, i=i) for line in what),
-            ]  # fmt: skip
-        return [*lines, f"{label}:"]
+            if tied:
+                lines += [
+                    f"setp.eq.s32 p, {value}, least;", f"setp.ge.and.s32 p, u, {i}, p;",
+                    f"setp.gt.or.s32 p, {value}, least, p;",
+                ]  # fmt: skip
+            else:
+                lines += [f"setp.ge.s32 p, {value}, least;"]
+            lines += [line.format(value=value, i=i) for line in what]
+        return lines
 
+    counts = ["@p add.s32 c, c, 1;"]
+    writes = [
+        "add.s32 t, own, {i};", "@p st.shared.v2.b32 [to], {{t, {value}}};",
+        "@p add.s32 to, to, 8;",
+    ]  # fmt: skip
     return [
-        "sub.s32 u, last, own;", "mov.b32 c, 0;", *some_lines("NUMBERED", ["@p add.s32 c, c, 1;"]),
+        "sub.s32 u, last, own;", "mov.b32 c, 0;", "@tied bra COUNT_TIED;",
+        *some_lines("NUMBERED", False, counts), "bra NUMBERED;",
+        "COUNT_TIED:", *some_lines("NUMBERED", True, counts), "NUMBERED:",
         *places_lines("c"), "mov.b32 m, total;", *join_lines(warps, ["add.s32 m"], "before"),
-        "mad.lo.s32 to, before, 8, kept;", "sub.s32 u, last, own;",
-        *some_lines(
-            "KEPT",
-            ["add.s32 t, own, {i};", "@p st.shared.v2.b32 [to], {{t, {value}}};",
-             "@p add.s32 to, to, 8;"],
-        ),
-        wait_lines(warps),
+        "mad.lo.s32 to, before, 8, kept;", "sub.s32 u, last, own;", "@tied bra WRITE_TIED;",
+        *some_lines("KEPT", False, writes), "bra KEPT;",
+        "WRITE_TIED:", *some_lines("KEPT", True, writes), "KEPT:", wait_lines(warps),
     ]  # fmt: skip
 
 
@@ -146,7 +154,7 @@ def best_ptx(each: int, most: int, warps: int) -> str:
     values = [f"v{i}" for i in range(each)]
     lines = [
         *start_lines(FEW, most, warps),
-        f".reg .b32 v<{each}>, own, each, least, last, to;",
+        f".reg .b32 v<{each}>, own, each, least, last, first, to;", ".reg .pred tied;",
         ".reg .b64 key, list, values, indices;",
         f"add.s32 each, F, {32 * warps * 4 - 1};",
         f"shr.u32 each, each, {(32 * warps * 4).bit_length() - 1};", "shl.b32 each, each, 2;",

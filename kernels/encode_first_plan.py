@@ -225,7 +225,8 @@ def _first_plan(num_blocks: int, D: int, F: int, k: int, programs: int) -> First
             # threshold.
             runs = min(k / (8 * whole), cells)
             order = max(order, math.ceil(sample / cells * runs) + 2 * QUADS + 1)
-            if order > 0.97 * sample:
+            # Nor does the filter stop at the least of the keys (it takes up to a 16th more).
+            if order + order // 16 > 0.97 * sample:
                 continue
             # The filter takes up to a 16th more (encode_first_ptx.agree_ptx).
             lists, density = QUADS * parts, _reached(min(sample, order + order // 32), sample)
