@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,6 +246,41 @@ def test_scratch_lies_within_one_upper_half(monkeypatch: pytest.MonkeyPatch) -> 
     assert got is made[1]
 
 
+def test_zeros_are_each_streams_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode_first = pytest.importorskip("flash_sae_dist.kernels.encode_first")
+    state = {"stream": 1, "capturing": False}
+    stream = lambda device: SimpleNamespace(device_index=0, cuda_stream=state["stream"])  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+    zeros, cpu = encode_first._Zeros(), torch.device("cpu")
+    first = zeros.take(8, cpu)
+    assert not first.any()
+    assert zeros.take(8, cpu) is not first, "a call that has not ended has them"
+    zeros.give(first)
+    state["stream"] = 2
+    assert zeros.take(8, cpu) is not first
+    state["stream"], state["capturing"] = 1, True
+    of_graph = zeros.take(8, cpu)
+    assert of_graph is not first
+    zeros.give(of_graph)
+    state["capturing"] = False
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(zeros.take, 8, cpu).result() is not first
+    assert zeros.take(4, cpu) is first
+    zeros.give(first)
+    assert zeros.take(9, cpu).numel() == 9
+
+
+def test_two_warps_select_where_few_rows_are_a_multiprocessors() -> None:
+    def warps(N: int, k: int) -> int:
+        plan = make_first_plan(N, 2304, 16384, k)
+        assert plan is not None
+        return plan.warps
+
+    assert [warps(N, 256) for N in (900, 1500, 2048, 16384)] == [2, 2, 1, 2]
+    assert warps(900, 20) == 1, "32 keys are one warp's to sort"
+
+
 def hopper_only() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for Hopper GPUs")
@@ -424,6 +461,25 @@ def test_a_graph_of_several_chunks_replays_on_the_gpu() -> None:
         graph.replay()
         for one, other in zip(got, encode(x, W, b), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_calls_leave_zeros_behind_on_the_gpu() -> None:
+    """Of all plans, whose keys, codes and lengths lie in other places of the same memory."""
+    hopper_only()
+    from flash_sae_dist.kernels import encode_first
+
+    for kind in ("normal", "equal", "group"):
+        for N, changes in (
+            (300, {}), (130, {"first": 2, "parts": 8}), (257, {"block_rows": 128}),
+            (384, {"parts": 20, "others": 7, "regular": 60}), (1, {"cells": 4, "parts": 20}),
+        ):  # fmt: skip
+            x, W, b = make(kind, N, 776, 20_000, torch.bfloat16, "cuda")
+            plan = plan_of(300, 776, 20_000, 32, **changes)
+            values, indices = encoder(plan, 32)(x, W, b)
+            assert_exact(x, W, b, 32, values, indices)
+            for zeros in encode_first._zeros._held.values():
+                assert not zeros.any(), (kind, N, changes)
 
 
 @pytest.mark.gpu
