@@ -57,6 +57,7 @@ def pick_kernel(
         tl.store(keys_ptr + done * NUM_KEYS + key, none, mask=key < NUM_KEYS)
         if done > row:
             has_codes = tl.load(codes_ptr + done * NUM_KEYS)
+            tl.debug_barrier()  # before another warp clears it
         # All of a row's are written, or none.
         if has_codes < 0:
             tl.store(codes_ptr + done * NUM_KEYS + key, none, mask=key < NUM_KEYS)
