@@ -347,8 +347,10 @@ def masked_topk(
     k: int,
     max_chunk: int = _MAX_CHUNK,
     block: tuple[int, int, int] = (128, 128, 64),
+    by_warps: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32, [N, k] int32
-    """The second list of `reference.topk_encode_aux`, in ascending order of latents."""
+    """The second list of `reference.topk_encode_aux`, in ascending order of latents. On Hopper
+    `by_warps` takes encode_best.py for the first chunk, where it has room."""
     (N, D), F, device = x.shape, W_enc.shape[0], x.device
     values = torch.empty(N, k, dtype=torch.float32, device=device)
     indices = torch.empty(N, k, dtype=torch.int32, device=device)
@@ -367,7 +369,7 @@ def masked_topk(
     sizes = {"BLOCK": pow2, "MORE": more, "K_POW2": max(4, next_power_of_2(k))}
     # Up to 96 entries a thread, so that a row of few takes one warp, which waits for no other.
     warps = min(16, next_power_of_2(cdiv(pow2 + more, 3072)))
-    best = best_sizes(device, chunk, k)
+    best = best_sizes(chunk, k) if by_warps else None
     # A multiple of four, so that every block's counters are as aligned as the first's.
     each = cdiv(1 + 2 * cdiv(rows, m), 4) * 4
     counters = torch.empty(cdiv(N, rows), each, dtype=torch.int32, device=device)

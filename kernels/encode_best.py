@@ -4,7 +4,6 @@ warps that hold all of it (encode_best_ptx.py).
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -15,7 +14,6 @@ from .shapes import cdiv, next_power_of_2
 _MOST = 2048
 # Keys of a row that a thread holds.
 _HELD = 64
-_MIN_WARPS = 2
 
 
 @triton.jit
@@ -50,11 +48,9 @@ def best_kernel(
     )  # fmt: skip
 
 
-def best_sizes(device: torch.device, chunk: int, k: int) -> dict[str, int] | None:
-    """What `best_kernel` is to be compiled for; None where it is not for the device or sizes."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return None
-    warps = max(_MIN_WARPS, next_power_of_2(cdiv(chunk, 32 * _HELD)))
+def best_sizes(chunk: int, k: int) -> dict[str, int] | None:
+    """What `best_kernel` is to be compiled for; None where there is no room."""
+    warps = max(2, next_power_of_2(cdiv(chunk, 32 * _HELD)))
     if k > _MOST or warps > 8:
         return None
     each, most = cdiv(chunk, 128 * warps) * 4, cdiv(k, 64) * 64

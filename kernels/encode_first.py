@@ -294,24 +294,41 @@ def _spread(whole: int) -> int:
 class _Zeros(threading.local):
     """Zeros that a call of the encoder takes, and gives back as zeros: its last kernel sees to it.
     That is one launch less than to make them. Each thread has its own of each stream, in whose
-    order they are used; one that is not given back, as after an error, is made anew."""
+    order they are used; those that are not given back, as after an error, are made anew."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[int, int], Tensor] = {}
 
-    def take(self, words: int, device: torch.device) -> Tensor:  # [at least words] int32
+    def take(self, words: int, device: torch.device) -> tuple[Tensor, bool]:
+        """At least so many [words] int32, and whether they may be given back."""
+        if torch.cuda.is_current_stream_capturing():
+            # A graph's memory is the graph's: it is replayed beside what else a stream does.
+            return torch.zeros(words, dtype=torch.int32, device=device), False
         stream = torch.cuda.current_stream(device)
-        if not torch.cuda.is_current_stream_capturing():
-            held = self._held.pop((stream.device_index, stream.cuda_stream), None)
-            if held is not None and held.numel() >= words:
-                return held
-        return torch.zeros(words, dtype=torch.int32, device=device)
+        held = self._held.pop((stream.device_index, stream.cuda_stream), None)
+        if held is not None and held.numel() >= words:
+            return held, True
+        zeros = torch.zeros(words, dtype=torch.int32, device=device)
+        return zeros, _may_stay(zeros)
 
-    def give(self, zeros: Tensor) -> None:
-        # A graph's memory is the graph's: it is replayed beside what else a stream does.
-        if not torch.cuda.is_current_stream_capturing():
+    def give(self, zeros: Tensor, may_stay: bool) -> None:
+        if may_stay:
             stream = torch.cuda.current_stream(zeros.device)
             self._held[stream.device_index, stream.cuda_stream] = zeros
+
+
+def _may_stay(zeros: Tensor) -> bool:
+    """Whether memory is the allocator's own, not a pool's of graphs, which takes back all of it:
+    torch.compile's have a call before that is not captured, but allocates there."""
+    at = zeros.data_ptr()
+    try:
+        segments = torch.cuda.memory_snapshot()
+    except RuntimeError:  # another allocator
+        return False
+    for segment in segments:
+        if segment["address"] <= at < segment["address"] + segment["total_size"]:
+            return tuple(segment.get("segment_pool_id", (-1, -1))) == (0, 0)
+    return False
 
 
 _zeros = _Zeros()
@@ -340,7 +357,7 @@ class _Filter:
         # limits, which are written each time unless there are other programs.
         num_keys, num_lists = plan.block_rows * plan.keys_per_row, plan.block_rows * plan.lists(F)
         more = 4 * num_lists if plan.others else 0
-        self.zeros = _zeros.take(2 * num_keys + more, W_enc.device)
+        self.zeros, self.may_stay = _zeros.take(2 * num_keys + more, W_enc.device)
         self.keys = self.zeros[: 2 * num_keys].view(2, num_keys)
         if plan.others:
             self.count = self.zeros[2 * num_keys :]
@@ -409,5 +426,5 @@ def topk_encode(
             plan.others > 0, plan.warps, num_warps=plan.warps,
             maxnreg=128 if plan.warps == 1 else 64,
         )  # fmt: skip
-    _zeros.give(filter_rows.zeros)
+    _zeros.give(filter_rows.zeros, filter_rows.may_stay)
     return values, indices

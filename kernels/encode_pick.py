@@ -1,12 +1,13 @@
-"""Exact selection of a row's k largest activations by one warp: from the Hopper filter's lists, or
-from pre-activations and their groups' largest (encode_tiles.py).
+"""Exact selection of a row's k largest activations by a warp or two: from the Hopper filter's
+lists, or from pre-activations and their groups' largest (encode_tiles.py).
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k.
 
-What encode_select.py and encode_rows.py do with all of a program's warps takes one warp here, which
-is a program: nothing waits at a barrier, and a sum over a row is one instruction. It is PTX
-(encode_pick_ptx.py), as Triton has no way to say what a lane holds. A row whose lists overflowed,
-or lack some, is done anew by encode_select.py's functions.
+What encode_select.py and encode_rows.py do with all warps of a larger program takes one warp here,
+or two where rows are few, which are a program: a sum over a warp is one instruction, and of two
+warps one works where the other waits. It is PTX (encode_pick_ptx.py), as Triton has no way to say
+what a lane holds. A row whose lists overflowed, or lack some, is done anew by encode_select.py's
+functions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .encode_groups_ptx import groups_ptx
 from .encode_lists_ptx import lists_ptx
 from .encode_select import best_keys, keep_largest, key_of, relu_bits, stream_row
 
-# Groups that a row may have: a lane holds a 32nd of their largest.
+# Groups that a row may have, whose largest its threads hold.
 MAX_GROUPS = 2048
 
 
@@ -51,6 +52,7 @@ def pick_kernel(
         ],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+    tl.debug_barrier()  # all have read what is cleared here
     key = tl.arange(0, NUM_KEYS_POW2)
     none = tl.zeros((NUM_KEYS_POW2,), tl.int32)
     for done in range(row, padded, tl.num_programs(0)):
@@ -62,7 +64,6 @@ def pick_kernel(
         if has_codes < 0:
             tl.store(codes_ptr + done * NUM_KEYS + key, none, mask=key < NUM_KEYS)
     if OTHERS:
-        tl.debug_barrier()  # the lengths are read
         length = tl.arange(0, 4 * LISTS_POW2)
         empty = tl.zeros((4 * LISTS_POW2,), tl.int32)
         for done in range(row, padded, tl.num_programs(0)):

@@ -261,6 +261,7 @@ def topk_encode(
         encode_rows.select_groups(pre, maxima, F, sizes, values, indices)
         return values, indices
     warps = (2 if k > 32 else 1) if warps is None else warps
+    assert sort_size(k) >= 32 * warps, f"{warps} warps sort no fewer than {32 * warps} keys"
     room, num_keys = groups_room(k, warps), most_keys(k)
     keys = torch.empty(N, num_keys, dtype=torch.int64, device=x.device)
     pick_groups_kernel[(N,)](

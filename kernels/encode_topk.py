@@ -327,6 +327,7 @@ def topk_encode_aux(
     else:
         x, W_enc = _aligned(x), _aligned(W_enc)
         aux = encode_aux.masked_topk(
-            x, W_enc, b_enc.float().contiguous(), aux_mask.contiguous(), k_aux
-        )
+            x, W_enc, b_enc.float().contiguous(), aux_mask.contiguous(), k_aux,
+            by_warps=encode_trial.runs("second list", x.device, x.dtype),
+        )  # fmt: skip
     return values, indices, *aux

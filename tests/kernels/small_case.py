@@ -26,12 +26,20 @@ def main() -> None:
     assert plan is not None
     hopper = torch.cuda.get_device_capability() == (9, 0)
     values, indices = encode_topk.fused_topk(x, W, b, K, plan)
-    encode_aux.masked_topk(x, W, b, torch.rand(F, device="cuda") < 0.9, D // 2)
+    for by_warps in {False, hopper}:
+        mask = torch.rand(F, device="cuda") < 0.9
+        encode_aux.masked_topk(x, W, b, mask, D // 2, by_warps=by_warps)
     for design in encode_topk.designs(x, W, b, K).values():
         design()
     if hopper:
-        from flash_sae_dist.kernels import encode_tiles
+        from flash_sae_dist.kernels import encode_first, encode_tiles
+        from flash_sae_dist.kernels.encode_first_plan import make_first_plan
 
+        # Two warps a row.
+        first = make_first_plan(N, D, F, 64)
+        assert first is not None
+        encode_first.topk_encode(x, W, b, 64, first._replace(warps=2))
+        encode_tiles.topk_encode(x.repeat(3, 1), W, b, 64, warps=2)
         # With the last tokens beside whole blocks.
         more = x.repeat(3, 1)
         encode_tiles.topk_encode(more[:269], W, b, K, 16)

@@ -208,10 +208,10 @@ def test_plans_keep_to_the_memory_bar(
         return out
 
     class Zeros:
-        def take(self, words: int, device: torch.device) -> Tensor:
-            return torch.empty(words, dtype=torch.int32, device=device)
+        def take(self, words: int, device: torch.device) -> tuple[Tensor, bool]:
+            return torch.empty(words, dtype=torch.int32, device=device), True
 
-        def give(self, zeros: Tensor) -> None:
+        def give(self, zeros: Tensor, may_stay: bool) -> None:
             pass
 
     plan = make_first_plan(*shape)
@@ -252,23 +252,37 @@ def test_zeros_are_each_streams_own(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = lambda device: SimpleNamespace(device_index=0, cuda_stream=state["stream"])  # noqa: E731
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+    pool = (0, 0)
+    monkeypatch.setattr(
+        torch.cuda,
+        "memory_snapshot",
+        lambda: [{"address": 0, "total_size": 1 << 62, "segment_pool_id": pool}],
+    )
     zeros, cpu = encode_first._Zeros(), torch.device("cpu")
-    first = zeros.take(8, cpu)
+    first, stays = zeros.take(8, cpu)
     assert not first.any()
-    assert zeros.take(8, cpu) is not first, "a call that has not ended has them"
-    zeros.give(first)
+    assert stays
+    assert zeros.take(8, cpu)[0] is not first, "a call that has not ended has them"
+    zeros.give(first, stays)
     state["stream"] = 2
-    assert zeros.take(8, cpu) is not first
+    assert zeros.take(8, cpu)[0] is not first
     state["stream"], state["capturing"] = 1, True
-    of_graph = zeros.take(8, cpu)
+    of_graph, stays = zeros.take(8, cpu)
     assert of_graph is not first
-    zeros.give(of_graph)
+    assert not stays
+    zeros.give(of_graph, stays)
     state["capturing"] = False
     with ThreadPoolExecutor(1) as other:
-        assert other.submit(zeros.take, 8, cpu).result() is not first
-    assert zeros.take(4, cpu) is first
-    zeros.give(first)
-    assert zeros.take(9, cpu).numel() == 9
+        assert other.submit(zeros.take, 8, cpu).result()[0] is not first
+    assert zeros.take(4, cpu)[0] is first
+    zeros.give(first, True)
+    larger, stays = zeros.take(9, cpu)
+    assert larger.numel() == 9
+    pool = (0, 3)
+    of_pool, stays = zeros.take(8, cpu)
+    assert not stays, "torch.compile's graphs take back what is of their pool"
+    zeros.give(of_pool, stays)
+    assert not zeros._held
 
 
 def test_two_warps_select_where_few_rows_are_a_multiprocessors() -> None:

@@ -339,9 +339,11 @@ def test_second_list_on_the_gpu(
     own = pre.gather(1, indices[:, :count].long())
     torch.testing.assert_close(values[:, :count].double(), own, rtol=1e-4, atol=1e-4)
     assert (indices[:, :count].diff(dim=1) > 0).all(), "a latent twice"
-    again = encode_aux.masked_topk(x, W, b, mask, k)
-    assert torch.equal(values, again[0])
-    assert torch.equal(indices, again[1])
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    for by_warps in (False, hopper):
+        again = encode_aux.masked_topk(x, W, b, mask, k, by_warps=by_warps)
+        assert torch.equal(values, again[0])
+        assert torch.equal(indices, again[1])
 
 
 @pytest.mark.parametrize(
@@ -463,6 +465,27 @@ def test_memory_graph_and_compile_on_the_gpu() -> None:
     assert torch.equal(captured.indices, want.indices)
     compiled = torch.compile(lambda *a: ops.topk_encode(*a, 32), fullgraph=True)(x, W, b)
     assert torch.equal(compiled.indices, want.indices)
+
+
+@pytest.mark.gpu
+def test_compiled_graphs_on_the_gpu() -> None:
+    """Their warm-up is not captured, but allocates from a pool that is taken back."""
+    if torch.cuda.get_device_capability() == (9, 0):
+        from flash_sae_dist.kernels import encode_first
+
+        encode_first._zeros._held.clear()
+    x, W, b = make("normal", 1500, 776, 20_000, torch.bfloat16, "cuda")
+    encode = torch.compile(
+        lambda *a: ops.topk_encode(*a, 32), fullgraph=True, mode="reduce-overhead"
+    )
+    for seed in range(5):
+        x = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+        torch.compiler.cudagraph_mark_step_begin()
+        got = encode(x, W, b)
+        want = ops.topk_encode(x, W, b, 32)
+        assert torch.equal(got.values, want.values)
+        assert torch.equal(got.indices, want.indices)
+        torch.zeros(1 << 20, device="cuda").fill_(seed)
 
 
 def test_sort_keys_order_as_values_then_lowest_latents() -> None:
