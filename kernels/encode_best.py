@@ -8,17 +8,13 @@ import triton
 import triton.language as tl
 
 from .encode_best_ptx import best_ptx
+from .encode_pick import address_of
 from .shapes import cdiv, next_power_of_2
 
 # Shared memory holds so many of a row's best.
 _MOST = 2048
 # Keys of a row that a thread holds.
 _HELD = 64
-
-
-@triton.jit
-def _address(pointer, threads):
-    return threads.to(tl.int64) + pointer.to(tl.int64)
 
 
 @triton.jit
@@ -40,9 +36,9 @@ def best_kernel(
         best_ptx(EACH, MOST, WARPS), "=&r,r,r,r,r,l,l,l,l",
         [
             threads + tl.program_id(0), threads + tl.minimum(tl.load(count_ptr), CHUNK),
-            threads + k, threads + CHUNK * 4, _address(keys_ptr, threads),
-            _address(list_ptr, threads), _address(values_ptr, threads),
-            _address(indices_ptr, threads),
+            threads + k, threads + CHUNK * 4, address_of(keys_ptr, threads),
+            address_of(list_ptr, threads), address_of(values_ptr, threads),
+            address_of(indices_ptr, threads),
         ],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip

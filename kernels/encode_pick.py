@@ -24,7 +24,7 @@ MAX_GROUPS = 2048
 
 
 @triton.jit
-def _address(pointer, threads):
+def address_of(pointer, threads):
     return threads.to(tl.int64) + pointer.to(tl.int64)
 
 
@@ -47,8 +47,8 @@ def pick_kernel(
         lists_ptx(LISTS, CAPACITY, RECORDS, HELD, SIZE, WARPS), "=&r,r,r,r,r,r,l,l,l,l",
         [
             threads + row, threads + F, threads + k, threads + pitch * 8, threads + whole,
-            _address(lists_ptr, threads), _address(count_ptr, threads),
-            _address(values_ptr, threads), _address(indices_ptr, threads),
+            address_of(lists_ptr, threads), address_of(count_ptr, threads),
+            address_of(values_ptr, threads), address_of(indices_ptr, threads),
         ],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
@@ -100,8 +100,8 @@ def pick_groups_kernel(
         groups_ptx(GROUPS, MAXIMA_PITCH, ROOM, SIZE, WARPS), "=&r,r,r,r,r,l,l,l,l",
         [
             threads + row, threads + F, threads + k, threads + pre_pitch * 4,
-            _address(pre_ptr, threads), _address(maxima_ptr, threads),
-            _address(values_ptr, threads), _address(indices_ptr, threads),
+            address_of(pre_ptr, threads), address_of(maxima_ptr, threads),
+            address_of(values_ptr, threads), address_of(indices_ptr, threads),
         ],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
