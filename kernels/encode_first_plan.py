@@ -15,7 +15,7 @@ from .shapes import cdiv
 
 # Static shared memory of a selection, beside which what it uses otherwise is within 48 KiB.
 _PICK_BYTES = 38 << 10
-# (A few plans with lists of more than this were slower than those with less.)
+# With 63 MiB N=4096 D=2304 F=16384 k=100 would be one chunk of tokens, 3% slower than two.
 _FIRST_BYTES = 251 << 18
 # Where a record of the Hopper filter has its tile's number, above how many pairs come before.
 TILE_SHIFT = 12

@@ -6,7 +6,6 @@ from __future__ import annotations
 from triton import constexpr_function
 
 from .encode_pick_ptx import (
-    FEW,
     join_lines,
     pick_lines,
     places_lines,
@@ -16,29 +15,26 @@ from .encode_pick_ptx import (
 )
 from .encode_plan import GROUP, sort_size
 
-
-@constexpr_function
-def _at_once(warps: int) -> int:
-    """Groups that each of a row's warps reads at once."""
-    return 32 if warps <= 2 else 16
+# That each of a row's warps reads at once.
+_AT_ONCE = 32
 
 
 def groups_room(k: int, warps: int) -> int:
     """Keys that a row's selection holds, by 32: some more than it reads at once."""
-    room: int = 8 + _at_once(warps) * warps + sort_size(k) // 16
+    room: int = 8 + _AT_ONCE * warps + sort_size(k) // 16
     return room
 
 
 @constexpr_function
-def _load_lines(at_once: int, v: str, f: str) -> list[str]:
+def _load_lines(v: str, f: str) -> list[str]:
     """Loads a warp's groups from the `first` of the list on: a lane's entries, {v}0 ..., and the
     latent of each fourth one, {f}0 ...; F where there is none."""
     lines = [
-        f"mad.lo.s32 u, warp, {at_once}, first;", "add.s32 t, u, lane;",
+        f"mad.lo.s32 u, warp, {_AT_ONCE}, first;", "add.s32 t, u, lane;",
         "setp.lt.s32 p, t, list_length;", "mov.b32 number, 0;", "mad.lo.s32 t, t, 4, list;",
         "@p ld.shared.b32 number, [t];", "add.s32 c, u, part;",
     ]  # fmt: skip
-    for i in range(at_once // 4):
+    for i in range(_AT_ONCE // 4):
         # A group's 32 are four of each of eight lanes.
         four = [f"{v}{4 * i + j}" for j in range(4)]
         lines += [
@@ -60,11 +56,10 @@ def _groups_lines(groups: int, room: int, size: int, warps: int) -> list[str]:
     the least of these. Their numbers are listed first."""
     # A thread has so many neighbours, so that threads' order is the row's.
     each = (groups + 128 * warps - 1) // (128 * warps) * 4
-    at_once = _at_once(warps)
     lines = [
-        f".reg .b32 g<{each}>, v<{at_once}>, list_length, first, number, to, zeros, same;",
-        f".reg .b32 part, column, list, own, f<{at_once // 4}>;",
-        f".reg .b32 next_v<{at_once}>, next_f<{at_once // 4}>;",
+        f".reg .b32 g<{each}>, v<{_AT_ONCE}>, list_length, first, number, to, zeros, same;",
+        f".reg .b32 part, column, list, own, f<{_AT_ONCE // 4}>;",
+        f".reg .b32 next_v<{_AT_ONCE}>, next_f<{_AT_ONCE // 4}>;",
         # Fewer than k groups over the k-th one's largest, and up to k that equal it.
         f".shared .align 16 .b8 list_memory[{8 * size}];", "mov.u32 list, list_memory;",
         ".reg .pred left;",
@@ -89,7 +84,7 @@ def _groups_lines(groups: int, room: int, size: int, warps: int) -> list[str]:
         # `count_lines` may not leave off any.
         f"mov.b32 n, {32 * warps * each};", "mov.b32 target, k;", f"mov.b32 most, {size};",
         f"mov.b32 count, {groups};",
-        *search_lines([f"g{i}" for i in range(each)], "GROUP_", warps, FEW),
+        *search_lines([f"g{i}" for i in range(each)], "GROUP_", warps),
         "mov.b32 floor, low;", "mov.b32 same, 0;", "mov.b32 c, 0;",
     ]  # fmt: skip
     for i in range(each):
@@ -114,31 +109,31 @@ def _groups_lines(groups: int, room: int, size: int, warps: int) -> list[str]:
     lines += [
         wait_lines(warps), "mov.b32 first, 0;", "mov.b32 n, 0;", "mov.b32 zeros, low;",
         "shr.u32 part, lane, 3;", "and.b32 column, lane, 7;", "shl.b32 column, column, 2;",
-        *_load_lines(at_once, "v", "f"),
+        *_load_lines("v", "f"),
         "READ:", "setp.lt.s32 left, first, list_length;", "@!left bra NO_ROOM;",
-        f"setp.gt.s32 p, n, {32 * (room - at_once * warps)};", "@p bra NO_ROOM;",
+        f"setp.gt.s32 p, n, {32 * (room - _AT_ONCE * warps)};", "@p bra NO_ROOM;",
         # The next ones are on their way meanwhile.
-        f"add.s32 first, first, {at_once * warps};", *_load_lines(at_once, "next_v", "next_f"),
+        f"add.s32 first, first, {_AT_ONCE * warps};", *_load_lines("next_v", "next_f"),
     ]  # fmt: skip
     lines += ["setp.gt.s32 p, zeros, 0;", "@p bra POSITIVE;"]
     # ReLU.
-    lines += [f"max.s32 v{i}, v{i}, 0;" for i in range(at_once)]
+    lines += [f"max.s32 v{i}, v{i}, 0;" for i in range(_AT_ONCE)]
     lines += [
         "POSITIVE:", f"and.b32 t, F, {GROUP - 1};", "setp.eq.and.s32 p, t, 0, p;", "@p bra INSIDE;",
     ]  # fmt: skip
-    for i in range(at_once):
+    for i in range(_AT_ONCE):
         lines += [
             f"add.s32 t, f{i // 4}, {i % 4};", "setp.lt.s32 p, t, F;",
             f"selp.b32 v{i}, v{i}, -1, p;",
         ]  # fmt: skip
     lines += ["INSIDE:", "mov.b32 c, 0;"]
-    for i in range(at_once):
+    for i in range(_AT_ONCE):
         lines += [f"setp.ge.s32 p, v{i}, floor;", "@p add.s32 c, c, 1;"]
     lines += [
         *places_lines("c"), "mov.b32 c, total;", *join_lines(warps, ["add.s32 c"], "before"),
         "add.s32 t, before, n;", "mad.lo.s32 to, t, 8, keys;", "add.s32 n, n, c;",
     ]  # fmt: skip
-    for i in range(at_once):
+    for i in range(_AT_ONCE):
         if i % 4 == 0:
             lines += [f"sub.s32 u, 0x7FFFFFFF, f{i // 4};"]
         lines += [
@@ -147,8 +142,8 @@ def _groups_lines(groups: int, room: int, size: int, warps: int) -> list[str]:
         ]  # fmt: skip
         if i % 4 < 3:
             lines += ["sub.s32 u, u, 1;"]
-    lines += [f"mov.b32 v{i}, next_v{i};" for i in range(at_once)]
-    lines += [f"mov.b32 f{i}, next_f{i};" for i in range(at_once // 4)]
+    lines += [f"mov.b32 v{i}, next_v{i};" for i in range(_AT_ONCE)]
+    lines += [f"mov.b32 f{i}, next_f{i};" for i in range(_AT_ONCE // 4)]
     return [*lines, "bra READ;"]
 
 

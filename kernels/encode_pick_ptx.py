@@ -1,4 +1,4 @@
-"""PTX of one, two or four warps that select a row's k largest activations (encode_pick.py).
+"""PTX of a warp, or a few, that select a row's k largest activations (encode_pick.py).
 
 A row's keys, from lists or from groups (encode_lists_ptx.py, encode_groups_ptx.py), lie in shared
 memory; `pick_lines` finds the k largest and sorts them. A key has an activation's bits above and
@@ -23,12 +23,12 @@ def start_lines(held: int, size: int, warps: int) -> list[str]:
     return [
         f".shared .align 64 .b8 memory[{8 * (held + size + 32) + 128}];",
         ".reg .pred p, q, first_lane;",
-        ".reg .b32 lane, lower, tid, warp, row, k, F, status, keys, kept, joint, counter;",
+        ".reg .b32 lane, tid, warp, row, k, F, status, keys, kept, joint, counter;",
         ".reg .b32 n, m, t, u, c, ballot, tid_keys, word<8>;",
         ".reg .b64 a;", ".reg .b32 low, high, mid, count, over, target, most, moved, step;",
         ".reg .b32 before, total, largest, floor;",
         ".reg .f32 want, x, y, below, above;",
-        "mov.u32 lane, %laneid;", "mov.u32 lower, %lanemask_lt;", "mov.b32 status, 0;",
+        "mov.u32 lane, %laneid;", "mov.b32 status, 0;",
         "mov.u32 tid, %tid.x;", "shr.u32 warp, tid, 5;", "setp.eq.s32 first_lane, lane, 0;",
         "mov.u32 keys, memory;", f"add.s32 kept, keys, {8 * held};",
         f"add.s32 joint, keys, {8 * (held + size + 32)};", "add.s32 counter, joint, 64;",
@@ -108,10 +108,10 @@ def count_lines(held: list[str], comparison: str, label: str, warps: int) -> lis
 
 
 @constexpr_function
-def search_lines(held: list[str], label: str, warps: int, few: int) -> list[str]:
+def search_lines(held: list[str], label: str, warps: int) -> list[str]:
     """`low`, which at least `target` of `count` values reach and, but for equal ones, at most
     `most`; -1 is none. `count` of them do. `largest` is the largest. It ends, too, where no more
-    than `few` are between `low` and `high`, which `over` values exceed, less than `target`.
+    than FEW are between `low` and `high`, which `over` values exceed, less than `target`.
 
     The bits are searched as if the logarithm of the count fell evenly; `below` and `above` weigh
     the two ends (Illinois): one that stayed twice counts half. Every sixth step halves the range,
@@ -133,8 +133,7 @@ def search_lines(held: list[str], label: str, warps: int, few: int) -> list[str]
         "lg2.approx.f32 want, want;",
         f"{label}STEP:", "setp.le.s32 p, count, most;", f"@p bra {label}FOUND;",
         "setp.ge.s32 p, low, high;",
-        *(["sub.s32 t, count, over;", f"setp.le.or.s32 p, t, {few}, p;"] if few else []),
-        f"@p bra {label}FOUND;",
+        "sub.s32 t, count, over;", f"setp.le.or.s32 p, t, {FEW}, p;", f"@p bra {label}FOUND;",
         "cvt.rn.f32.s32 x, count;", "lg2.approx.f32 x, x;", "sub.f32 x, x, want;",
         "mul.f32 x, x, below;",
         "cvt.rn.f32.s32 y, over;", "max.f32 y, y, 0f3F000000;", "lg2.approx.f32 y, y;",
@@ -173,7 +172,7 @@ def _limit_lines(each: int, size: int, warps: int) -> list[str]:
         ]  # fmt: skip
     lines += [
         "LOADED:", "mov.b32 target, k;", f"mov.b32 most, {size};", "mov.b32 count, n;",
-        *search_lines(values, "VALUE_", warps, FEW),
+        *search_lines(values, "VALUE_", warps),
         "mov.b32 floor, low;", "setp.le.s32 p, count, most;", "@p bra ALL_SURE;",
         "sub.s32 t, count, over;", f"setp.le.s32 p, t, {FEW};", "@p bra LIMIT;",
         # Too many equal ones.
@@ -187,7 +186,7 @@ def _limit_lines(each: int, size: int, warps: int) -> list[str]:
             f"setp.gt.s32 p, {value}, floor;", f"selp.b32 {value}, 0x7FFFFFFF, t, p;",
         ]  # fmt: skip
     return [
-        *lines, *search_lines(values, "LATENT_", warps, FEW), "mov.b32 largest, top;",
+        *lines, *search_lines(values, "LATENT_", warps), "mov.b32 largest, top;",
         "setp.gt.s32 p, count, most;", "@p bra LIMIT;",
         "ALL_SURE:", "sub.s32 high, low, 1;", "LIMIT:",
     ]  # fmt: skip

@@ -236,7 +236,6 @@ def topk_encode(
     b_enc: Tensor,  # [F] float32
     k: int,
     tail: int | None = None,
-    warps: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32 descending, [N, k] int32
     """`reference.topk_encode` for shapes that `encode_plan.tiles_fit` takes, on GPUs of compute
     capability 9.0. `tail` is `encode_plan.tail_rows`' unless given: 0, or room for the tokens after
@@ -260,8 +259,7 @@ def topk_encode(
         assert sizes is not None
         encode_rows.select_groups(pre, maxima, F, sizes, values, indices)
         return values, indices
-    warps = (2 if k > 32 else 1) if warps is None else warps
-    assert sort_size(k) >= 32 * warps, f"{warps} warps sort no fewer than {32 * warps} keys"
+    warps = 2 if k > 32 else 1  # which sort 32 keys each at least
     room, num_keys = groups_room(k, warps), most_keys(k)
     keys = torch.empty(N, num_keys, dtype=torch.int64, device=x.device)
     pick_groups_kernel[(N,)](

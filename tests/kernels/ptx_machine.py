@@ -161,7 +161,7 @@ class Warp:
             return value
         named: dict[str, Any] = {
             "%laneid": _LANES, "%tid.x": _LANES + 32 * self.number,
-            "%lanemask_lt": (1 << _LANES) - 1, **self.shared,
+            **self.shared,
         }  # fmt: skip
         number = (
             named[arg] if arg in named else int(arg[2:], 16) if arg[:2] == "0f" else int(arg, 0)

@@ -35,15 +35,15 @@ def main() -> None:
         from flash_sae_dist.kernels import encode_first, encode_tiles
         from flash_sae_dist.kernels.encode_first_plan import make_first_plan
 
-        # Two warps a row.
-        first = make_first_plan(N, D, F, 64)
-        assert first is not None
-        encode_first.topk_encode(x, W, b, 64, first._replace(warps=2))
-        encode_tiles.topk_encode(x.repeat(3, 1), W, b, 64, warps=2)
         # With the last tokens beside whole blocks.
         more = x.repeat(3, 1)
         encode_tiles.topk_encode(more[:269], W, b, K, 16)
         encode_tiles.topk_encode(more[:288], W, b, K, 32)
+        # Two warps a row.
+        first = make_first_plan(N, D, F, 64)
+        assert first is not None
+        encode_first.topk_encode(x, W, b, 64, first._replace(warps=2))
+        encode_tiles.topk_encode(more, W, b, 64)
     scale = torch.tensor(0.1, device="cuda")
     sparse_decode.decode_coefs(values, indices, W, b_dec, x.float(), scale)
     dense_grad.scatter_rows(values, indices, x, F)
