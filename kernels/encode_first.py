@@ -25,7 +25,6 @@ The per-thread code is PTX (encode_first_ptx.py): Triton has no way to say what 
 from __future__ import annotations
 
 import math
-import threading
 from functools import lru_cache
 
 import torch
@@ -42,6 +41,7 @@ from .encode_hopper import (
     BLOCK_N,
     LEAD,
     STAGES,
+    behind_from,
     descriptor,
     load_tile,
     make_ring,
@@ -50,6 +50,7 @@ from .encode_hopper import (
     rows_descriptor,
 )
 from .encode_pick import pick_kernel
+from .encode_zeros import Zeros
 from .shapes import cdiv, next_power_of_2
 
 
@@ -63,56 +64,67 @@ def _runs_of(tile, turn, whole, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def _work_of(N, whole, regular, PARTS: gl.constexpr, FIRST: gl.constexpr, BLOCK_M: gl.constexpr):
+def _work_of(
+    N, whole, regular, PARTS: gl.constexpr, OTHERS: gl.constexpr, FIRST: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):  # fmt: skip
     """What a program does. A block of rows has PARTS programs of its own, which do its first
-    `regular` tiles, each every PARTS-th. The tiles that these leave are done by the other programs,
-    block after block; few tiles, which stay in the L2 cache.
+    `regular` tiles, each every PARTS-th. The tiles that these leave, if OTHERS, are done by the
+    other programs, block after block; few tiles, which stay in the L2 cache.
 
     Returns which of the others it is, or a negative number; its first of the units that are left,
     or its block; its steps, and how many of these are but the sample's.
     """
     num_m = gl.cdiv(N, BLOCK_M)
-    others = gl.num_programs(0) - num_m * PARTS
-    left = num_m * (whole + 1 - regular)
-    other = gl.program_id(0) - num_m * PARTS
-    begin = other * left // gl.maximum(others, 1)
-    steps = (other + 1) * left // gl.maximum(others, 1) - begin
-    skip = 0
-    if other < 0:
-        begin = gl.program_id(0) % num_m
-        skip = FIRST - 1
-        steps = gl.cdiv(regular - gl.program_id(0) // num_m, PARTS) + skip
+    begin = gl.program_id(0) % num_m
+    skip = FIRST - 1
+    steps = gl.cdiv(regular - gl.program_id(0) // num_m, PARTS) + skip
+    other = -1
+    if OTHERS:
+        other = gl.program_id(0) - num_m * PARTS
+        if other >= 0:
+            others = gl.num_programs(0) - num_m * PARTS
+            left = num_m * (whole + 1 - regular)
+            begin = other * left // gl.maximum(others, 1)
+            steps = (other + 1) * left // gl.maximum(others, 1) - begin
+            skip = 0
     return other, begin, steps, skip
 
 
 @gluon.jit
-def _unit_of(other, begin, step, skip, num_m, whole, regular, PARTS: gl.constexpr):
+def _unit_of(
+    other, begin, step, skip, num_m, whole, regular, PARTS: gl.constexpr, OTHERS: gl.constexpr
+):
     """A step's block of rows and its tile's turn: the sample's, from the second on, then all."""
     index = gl.where(step < skip, step + 1, step - skip)
-    left = gl.maximum(whole + 1 - regular, 1)
-    unit = begin + index
-    block = gl.where(other < 0, begin, unit // left)
-    turn = gl.where(other < 0, gl.program_id(0) // num_m + PARTS * index, regular + unit % left)
+    block = begin
+    turn = gl.program_id(0) // num_m + PARTS * index
+    if OTHERS:
+        left = gl.maximum(whole + 1 - regular, 1)
+        unit = begin + index
+        block = gl.where(other < 0, begin, unit // left)
+        turn = gl.where(other < 0, turn, regular + unit % left)
     return block, turn
 
 
 @gluon.jit
 def _produce(
     x_desc, w_desc, rest_desc, bias_desc, rest_bias_desc, a_bufs, b_bufs, bias_bufs, full, empty, N,
-    F, D, whole, spread, regular, PARTS: gl.constexpr, FIRST: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    F, D, whole, spread, regular, PARTS: gl.constexpr, OTHERS: gl.constexpr,
+    FIRST: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads a program's tiles for `_consume`."""
     HALF: gl.constexpr = BLOCK_M // 2
     num_m = gl.cdiv(N, BLOCK_M)
-    other, begin, steps, skip = _work_of(N, whole, regular, PARTS, FIRST, BLOCK_M)
+    other, begin, steps, skip = _work_of(N, whole, regular, PARTS, OTHERS, FIRST, BLOCK_M)
     runs = reinterpret(b_bufs, b_bufs.dtype, [STAGES, 32, BLOCK_N // 32, BLOCK_K], w_desc.layout)
     bias_runs = reinterpret(bias_bufs, gl.float32, [STAGES, 32, BLOCK_N // 32], bias_desc.layout)
     stage = 0
     phase = 1
     slot = 0
     for step in range(0, steps):
-        block, turn = _unit_of(other, begin, step, skip, num_m, whole, regular, PARTS)
+        block, turn = _unit_of(other, begin, step, skip, num_m, whole, regular, PARTS, OTHERS)
         m0 = block * BLOCK_M
         tile = turn * spread % whole
         for d0 in range(0, D, BLOCK_K):
@@ -140,25 +152,33 @@ def _produce(
 
 
 @gluon.jit
+def _fetch(address, BYTES: gl.constexpr):
+    """Brings memory to the L2 cache."""
+    for start in gl.static_range(0, BYTES // 128, 128):
+        line = start + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+        gl.inline_asm_elementwise(
+            "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l",
+            [address + gl.minimum(line, BYTES // 128 - 1).to(gl.int64) * 128],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@gluon.jit
 def _consume(
-    a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, codes_ptr, count_ptr, lists_ptr, pitch,
-    N, F, D, whole, spread, regular, order, GROUP: gl.constexpr, PARTS: gl.constexpr,
-    SHARES: gl.constexpr, FIRST: gl.constexpr, CELLS: gl.constexpr, CAPACITY: gl.constexpr,
-    RECORDS: gl.constexpr, TOGETHER: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
+    a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, codes_ptr, told_ptr, count_ptr,
+    lists_ptr, pitch, N, F, D, whole, spread, regular, order, GROUP: gl.constexpr,
+    PARTS: gl.constexpr, OTHERS: gl.constexpr, SHARES: gl.constexpr, FIRST: gl.constexpr,
+    CELLS: gl.constexpr, CAPACITY: gl.constexpr, RECORDS: gl.constexpr, TOGETHER: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = BLOCK_M // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     num_m = gl.cdiv(N, BLOCK_M)
-    other, begin, steps, skip = _work_of(N, whole, regular, PARTS, FIRST, BLOCK_M)
-    others = gl.num_programs(0) - num_m * PARTS
-    left = whole + 1 - regular
+    other, begin, steps, skip = _work_of(N, whole, regular, PARTS, OTHERS, FIRST, BLOCK_M)
     part = gl.where(other < 0, gl.program_id(0) // num_m, 0)
     zeros = gl.zeros([HALF, BLOCK_N], gl.int32, layout=LAYOUT)
-    # The first group runs ahead by LEAD stages, and about so stays: the groups' filters fall beside
-    # each other's products, not beside each other.
-    ahead = gl.minimum(BLOCK_K * LEAD, (gl.cdiv(D, BLOCK_K) - 1) * BLOCK_K)
-    starts = True
+    behind = behind_from(D, BLOCK_K, LEAD)
     stage = 0
     phase = 0
     slot = 0  # of the tile's bias
@@ -171,29 +191,29 @@ def _consume(
     KEYS: gl.constexpr = FIRST * PARTS * 4 * CELLS
     if other < 0:
         # Other kernels may have put them out of the L2 cache since they were written.
-        LINES: gl.constexpr = HALF * KEYS * 4 // 128
-        block_keys = keys_ptr.to(gl.int64) + (begin * BLOCK_M + GROUP * HALF) * (KEYS * 4)
-        for start in gl.static_range(0, LINES, 128):
-            line = start + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-            gl.inline_asm_elementwise(
-                "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l",
-                [block_keys + gl.minimum(line, LINES - 1).to(gl.int64) * 128],
-                dtype=gl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
+        own_row0 = begin * BLOCK_M + GROUP * HALF
+        _fetch(keys_ptr.to(gl.int64) + own_row0 * (KEYS * 4), HALF * KEYS * 4)
+        _fetch(told_ptr.to(gl.int64) + own_row0 * 16, HALF * 16)
+    # The first row of whose threshold a warp sees to.
+    mine = part + gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT)) // 16 * PARTS
     further = zeros.to(gl.int64) + (codes_ptr.to(gl.int64) - keys_ptr.to(gl.int64))
     for step in range(0, steps):
-        block, turn = _unit_of(other, begin, step, skip, num_m, whole, regular, PARTS)
-        # The first of the others that comes to this block has a share behind its own programs'.
-        before = ((block * left + 1) * others - 1) // gl.maximum(num_m * left, 1)
-        share = gl.where(other < 0, part, PARTS + other - before)
-        rows = block * BLOCK_M + GROUP * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
+        block, turn = _unit_of(other, begin, step, skip, num_m, whole, regular, PARTS, OTHERS)
+        share = part
+        if OTHERS:
+            # The first of the others that comes to this block has a share behind its own programs'.
+            others = gl.num_programs(0) - num_m * PARTS
+            left = whole + 1 - regular
+            before = ((block * left + 1) * others - 1) // gl.maximum(num_m * left, 1)
+            share = gl.where(other < 0, part, PARTS + other - before)
+        row0 = block * BLOCK_M + GROUP * HALF
+        rows = row0 + gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
         row_keys = (keys_ptr.to(gl.int64) + rows * (KEYS * 4))[:, None]
         acc, _, stage, phase = multiply_tile(
-            a_bufs, b_bufs, bias_bufs.index(slot), full, empty, lead, stage, phase, starts, ahead,
-            D, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LAYOUT, 0, a_bufs, 0, 0,
+            a_bufs, b_bufs, bias_bufs.index(slot), full, empty, lead, stage, phase, step % 2,
+            behind, D, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LAYOUT, 0, a_bufs, 0, 0,
         )  # fmt: skip
         slot = (slot + 1) % STAGES
-        starts = False
         tile = turn * spread % whole
         first, apart = _runs_of(tile, turn, whole, BLOCK_N)
         bits = acc.to(gl.int32, bitcast=True)
@@ -207,12 +227,16 @@ def _consume(
             )  # fmt: skip
         if (step == skip) | ((other >= 0) & (turn == regular)):
             limits = gl.inline_asm_elementwise(
-                agree_ptx(CELLS, FIRST * PARTS * CELLS, FIRST > 1), constraints(128, "rrrrrlll"),
+                agree_ptx(CELLS, PARTS, FIRST), constraints(128, "rrrrrlllrll"),
                 [
                     bits, latent, zeros + apart, zeros + order,
                     # Of rows that are not there nothing passes.
                     zeros + gl.where(rows < N, 0, 0x7FFFFFFF)[:, None],
-                    zeros + (row_keys + quad * 16), zeros + gl.where(other < 0, own, 0), further,
+                    zeros + gl.where(other < 0, own, 0), further,
+                    zeros + (told_ptr.to(gl.int64) + rows * 16)[:, None],
+                    zeros + gl.where(other < 0, mine, HALF)[:, None],
+                    zeros.to(gl.int64) + (keys_ptr.to(gl.int64) + row0 * (KEYS * 4)),
+                    zeros.to(gl.int64) + (told_ptr.to(gl.int64) + row0 * 16),
                 ],
                 dtype=gl.int32, is_pure=False, pack=128,
             )  # fmt: skip
@@ -249,11 +273,11 @@ def _consume(
 
 @gluon.jit
 def _filter_kernel(
-    x_desc, w_desc, rest_desc, bias_desc, rest_bias_desc, keys_ptr, codes_ptr, count_ptr, lists_ptr,
-    pitch, N, F, D, whole, spread, regular, order, PARTS: gl.constexpr, SHARES: gl.constexpr,
-    FIRST: gl.constexpr, CELLS: gl.constexpr, CAPACITY: gl.constexpr, RECORDS: gl.constexpr,
-    TOGETHER: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, LEAD: gl.constexpr,
+    x_desc, w_desc, rest_desc, bias_desc, rest_bias_desc, keys_ptr, codes_ptr, told_ptr, count_ptr,
+    lists_ptr, pitch, N, F, D, whole, spread, regular, order, PARTS: gl.constexpr,
+    OTHERS: gl.constexpr, SHARES: gl.constexpr, FIRST: gl.constexpr, CELLS: gl.constexpr,
+    CAPACITY: gl.constexpr, RECORDS: gl.constexpr, TOGETHER: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
     a_bufs, b_bufs, bias_bufs, full, empty, lead = make_ring(
         x_desc, rest_desc, rest_bias_desc, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
@@ -261,19 +285,21 @@ def _filter_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, codes_ptr, count_ptr,
-                lists_ptr, pitch, N, F, D, whole, spread, regular, order, 0, PARTS, SHARES, FIRST,
-                CELLS, CAPACITY, RECORDS, TOGETHER, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
+                a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, codes_ptr, told_ptr,
+                count_ptr, lists_ptr, pitch, N, F, D, whole, spread, regular, order, 0, PARTS,
+                OTHERS, SHARES, FIRST, CELLS, CAPACITY, RECORDS, TOGETHER, BLOCK_M, BLOCK_N,
+                BLOCK_K, STAGES, LEAD,
             )),
             (_consume, (
-                a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, codes_ptr, count_ptr,
-                lists_ptr, pitch, N, F, D, whole, spread, regular, order, 1, PARTS, SHARES, FIRST,
-                CELLS, CAPACITY, RECORDS, TOGETHER, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
+                a_bufs, b_bufs, bias_bufs, full, empty, lead, keys_ptr, codes_ptr, told_ptr,
+                count_ptr, lists_ptr, pitch, N, F, D, whole, spread, regular, order, 1, PARTS,
+                OTHERS, SHARES, FIRST, CELLS, CAPACITY, RECORDS, TOGETHER, BLOCK_M, BLOCK_N,
+                BLOCK_K, STAGES, LEAD,
             )),
             (_produce, (
                 x_desc, w_desc, rest_desc, bias_desc, rest_bias_desc, a_bufs, b_bufs, bias_bufs,
-                full, empty, N, F, D, whole, spread, regular, PARTS, FIRST, BLOCK_M, BLOCK_N,
-                BLOCK_K, STAGES,
+                full, empty, N, F, D, whole, spread, regular, PARTS, OTHERS, FIRST, BLOCK_M,
+                BLOCK_N, BLOCK_K, STAGES,
             )),
         ],
         [4, 1],
@@ -291,47 +317,7 @@ def _spread(whole: int) -> int:
     return spread
 
 
-class _Zeros(threading.local):
-    """Zeros that a call of the encoder takes, and gives back as zeros: its last kernel sees to it.
-    That is one launch less than to make them. Each thread has its own of each stream, in whose
-    order they are used; those that are not given back, as after an error, are made anew."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[int, int], Tensor] = {}
-
-    def take(self, words: int, device: torch.device) -> tuple[Tensor, bool]:
-        """At least so many [words] int32, and whether they may be given back."""
-        if torch.cuda.is_current_stream_capturing():
-            # A graph's memory is the graph's: it is replayed beside what else a stream does.
-            return torch.zeros(words, dtype=torch.int32, device=device), False
-        stream = torch.cuda.current_stream(device)
-        held = self._held.pop((stream.device_index, stream.cuda_stream), None)
-        if held is not None and held.numel() >= words:
-            return held, True
-        zeros = torch.zeros(words, dtype=torch.int32, device=device)
-        return zeros, _may_stay(zeros)
-
-    def give(self, zeros: Tensor, may_stay: bool) -> None:
-        if may_stay:
-            stream = torch.cuda.current_stream(zeros.device)
-            self._held[stream.device_index, stream.cuda_stream] = zeros
-
-
-def _may_stay(zeros: Tensor) -> bool:
-    """Whether memory is the allocator's own, not a pool's of graphs, which takes back all of it:
-    torch.compile's have a call before that is not captured, but allocates there."""
-    at = zeros.data_ptr()
-    try:
-        segments = torch.cuda.memory_snapshot()
-    except RuntimeError:  # another allocator
-        return False
-    for segment in segments:
-        if segment["address"] <= at < segment["address"] + segment["total_size"]:
-            return tuple(segment.get("segment_pool_id", (-1, -1))) == (0, 0)
-    return False
-
-
-_zeros = _Zeros()
+_zeros = Zeros()
 
 
 def _aligned(b_enc: Tensor) -> Tensor:
@@ -357,10 +343,12 @@ class _Filter:
         # limits, which are written each time unless there are other programs.
         num_keys, num_lists = plan.block_rows * plan.keys_per_row, plan.block_rows * plan.lists(F)
         more = 4 * num_lists if plan.others else 0
-        self.zeros, self.may_stay = _zeros.take(2 * num_keys + more, W_enc.device)
-        self.keys = self.zeros[: 2 * num_keys].view(2, num_keys)
+        sizes = [2 * num_keys, 4 * plan.block_rows, more]
+        self.zeros, self.may_stay = _zeros.take(sum(sizes), W_enc.device)
+        keys, self.told, count = self.zeros[: sum(sizes)].split(sizes)
+        self.keys = keys.view(2, num_keys)
         if plan.others:
-            self.count = self.zeros[2 * num_keys :]
+            self.count = count
         else:
             self.count = torch.empty(4 * num_lists, dtype=torch.int32, device=W_enc.device)
 
@@ -380,9 +368,10 @@ class _Filter:
         _filter_kernel[(num_m * plan.parts + others,)](
             descriptor(x, BLOCK_M // 2, BLOCK_K), descriptor(runs, 32, BLOCK_N // 32, BLOCK_K),
             descriptor(self.W_enc, BLOCK_N, BLOCK_K), rows_descriptor(bias, 32, BLOCK_N // 32),
-            descriptor(self.b_enc, BLOCK_N), *self.keys, self.count, lists, lists.stride(0), N, F,
-            D, self.whole, _spread(self.whole), regular, plan.order, plan.parts, plan.shares(F),
-            plan.first, plan.cells, plan.capacity, plan.records(F), plan.together, BLOCK_M, BLOCK_N,
+            descriptor(self.b_enc, BLOCK_N), *self.keys, self.told, self.count, lists,
+            lists.stride(0), N, F, D, self.whole, _spread(self.whole), regular, plan.order,
+            plan.parts, plan.others > 0, plan.shares(F), plan.first, plan.cells, plan.capacity,
+            plan.records(F), plan.together, BLOCK_M, BLOCK_N,
             BLOCK_K, STAGES, LEAD, num_warps=4, launch_cooperative_grid=True,
         )  # fmt: skip
 
@@ -419,7 +408,7 @@ def topk_encode(
         filter_rows(part, scratch)
         pick_kernel[(size,)](
             part, W_enc, b_enc, filter_rows.count, scratch, scratch.stride(0), *filter_rows.keys,
-            values[start:], indices[start:], F, D, k, filter_rows.whole,
+            filter_rows.told, values[start:], indices[start:], F, D, k, filter_rows.whole,
             cdiv(size, BLOCK_M) * BLOCK_M, lists, plan.capacity, plan.records(F), plan.held,
             plan.size, plan.keys, next_power_of_2(k), min(32, plan.keys // 2), 64,
             plan.keys_per_row, next_power_of_2(plan.keys_per_row), next_power_of_2(lists),

@@ -79,8 +79,8 @@ class FirstPlan(NamedTuple):
 
     def scratch_bytes(self, F: int) -> int:
         """Device memory of a call beyond inputs and outputs; keys, and the lengths of others'
-        lists, stay for the next one (`encode_first._Zeros`)."""
-        each = 8 * self.pitch(F) + 16 * self.lists(F) + 8 * self.keys_per_row
+        lists, stay for the next one (`encode_zeros.Zeros`)."""
+        each = 8 * self.pitch(F) + 16 * self.lists(F) + 8 * self.keys_per_row + 16
         return self.block_rows * each
 
 

@@ -55,50 +55,52 @@ def filter_ptx(shares: int, together: bool) -> str:
     each = ["bits", "limits", "cursor", "latent", "apart", "tile", "lists"]
     first = {name: 128 + i * 128 for i, name in enumerate(each)}
     lines = [
-        ".reg .pred p, inclusive, some;", ".reg .b32 f, m, low, high, limit, info, four;",
+        ".reg .pred p, q, some;", ".reg .b32 bit<128>, f, m, low, high, limit, info, four;",
         ".reg .b64 a;", "mov.u32 four, %laneid;", "and.b32 four, four, 28;",
         "shl.b32 four, 15, four;", f"mov.b64 {{low, high}}, ${first['lists']};",
-        "setp.ne.s32 some, 0, 0;",
+        "setp.ne.s32 some, 0, 0;", *(f"mov.b32 bit{i}, ${128 + i};" for i in range(128)),
     ]  # fmt: skip
     for half in (0, 1):
         tau, last = (f"${first['limits'] + 2 * half + i}" for i in (0, 1))
         lines += [
-            f".reg .b32 c{half}, equal{half}, limit{half}, mask{half};",
+            f".reg .b32 c{half}, limit{half}, mask{half};",
             f"mov.b32 c{half}, ${first['cursor'] + _PAIR + 2 * half};", f"mov.b32 mask{half}, 0;",
             # Where zeros pass, so do the negative values that ReLU makes zeros.
-            f"sub.s32 equal{half}, {tau}, 1;", f"setp.eq.s32 p, {tau}, 0;",
-            f"selp.b32 equal{half}, -2147483648, equal{half}, p;",
-            f"setp.lt.s32 p, {last}, 0;", f"selp.b32 limit{half}, {tau}, equal{half}, p;",
+            f"sub.s32 limit{half}, {tau}, 1;", f"setp.eq.s32 p, {tau}, 0;",
+            f"selp.b32 limit{half}, -2147483648, limit{half}, p;",
+            f"setp.lt.s32 p, {last}, 0;", f"selp.b32 limit{half}, {tau}, limit{half}, p;",
             f"setp.lt.u32 p, {last}, 0x7FFFFFFF;", "or.pred some, some, p;",
         ]  # fmt: skip
-    # As a rule all that equal a threshold pass.
-    lines += ["vote.sync.any.pred some, some, -1;", "@some bra SOME;"]
-    for ties in (False, True):
-        lines += ["SOME:", f"mov.b32 f, ${first['latent']};"] if ties else []
-        for run in range(32):
-            for half in (0, 1):
-                limit = f"limit{half}"
-                if ties:
-                    at = first["limits"] + 2 * half
-                    lines += [
-                        f"setp.le.s32 inclusive, f, ${at + 1};",
-                        f"selp.b32 limit, equal{half}, ${at}, inclusive;",
-                    ]
-                    limit = "limit"
-                bits = first["bits"] + 4 * run + 2 * half
-                lines += [
-                    f"max.s32 m, ${bits}, ${bits + 1};", f"setp.gt.s32 p, m, {limit};",
-                    f"mov.b64 a, {{c{half}, high}};",
-                    f"@p st.global.v2.b32 [a], {{${bits}, ${bits + 1}}};",
-                    f"@p add.u32 c{half}, c{half}, {32 * shares};",
-                    f"@p or.b32 mask{half}, mask{half}, {1 << run};",
-                ]  # fmt: skip
-                if run % 4 == 3:
-                    end = first["cursor"] + _LAST_PAIR + 2 * half
-                    lines += [f"min.u32 c{half}, c{half}, ${end};"]
-            if ties:
-                lines += [f"add.s32 f, f, ${first['apart']};"]
-        lines += ["DONE:"] if ties else ["bra DONE;"]
+    # As a rule all that equal a threshold pass. Else pairs with none above it, of latents too far
+    # on, are made least ones. (That would be a limit of its own for each run: half as much code
+    # again, and the GPU holds some 64 KiB of a kernel's.)
+    lines += [
+        "vote.sync.any.pred some, some, -1;", "@!some bra ALL;", f"mov.b32 f, ${first['latent']};"
+    ]  # fmt: skip
+    for run in range(32):
+        for half in (0, 1):
+            at = first["limits"] + 2 * half
+            pair = [f"bit{4 * run + 2 * half + i}" for i in (0, 1)]
+            lines += [
+                f"max.s32 m, {pair[0]}, {pair[1]};", f"setp.gt.s32 p, f, ${at + 1};",
+                f"setp.le.and.s32 p, m, ${at}, p;", f"@p mov.b32 {pair[0]}, -2147483648;",
+                f"@p mov.b32 {pair[1]}, -2147483648;",
+            ]  # fmt: skip
+        lines += [f"add.s32 f, f, ${first['apart']};"]
+    lines += ["ALL:"]
+    for run in range(32):
+        for half in (0, 1):
+            pair = [f"bit{4 * run + 2 * half + i}" for i in (0, 1)]
+            lines += [
+                f"max.s32 m, {pair[0]}, {pair[1]};", f"setp.gt.s32 p, m, limit{half};",
+                f"mov.b64 a, {{c{half}, high}};",
+                f"@p st.global.v2.b32 [a], {{{pair[0]}, {pair[1]}}};",
+                f"@p add.u32 c{half}, c{half}, {32 * shares};",
+                f"@p or.b32 mask{half}, mask{half}, {1 << run};",
+            ]  # fmt: skip
+            if run % 4 == 3:
+                end = first["cursor"] + _LAST_PAIR + 2 * half
+                lines += [f"min.u32 c{half}, c{half}, ${end};"]
     for half in (0, 1):
         out, cursor = 2 * half, first["cursor"] + 2 * half
         lines += [
@@ -138,14 +140,16 @@ def _cell_lines(cell: int, cells: int, bits: int) -> list[str]:
 def _code_lines(cell: int, cells: int, bits: int, latent: int, apart: int, to: str) -> list[str]:
     """Stores the code of a cell whose largest is `m`: 0x7FFFFFFF less the last latent of the first
     run that has it. An address of 0 is none."""
-    lines = ["mov.b32 u, 0;"]
+    lines = []
     for j in reversed(range(cell, 32, cells)):
         lines += [
-            f"max.s32 t, ${bits + 4 * j}, ${bits + 4 * j + 1};", "max.s32 t, t, 0;",
-            "setp.eq.s32 p, t, m;", f"selp.b32 u, {j}, u, p;",
+            f"max.s32 t, ${bits + 4 * j}, ${bits + 4 * j + 1};", "setp.eq.s32 p, t, m;",
+            f"@p mov.b32 u, {j};",
         ]  # fmt: skip
     return [
-        *lines, f"mad.lo.s32 t, u, ${apart}, ${latent};", "or.b32 t, t, 7;", "sub.s32 t, -1, t;",
+        # Zeros by ReLU are not found: all are.
+        *lines, "setp.eq.s32 p, m, 0;", f"@p mov.b32 u, {cell};",
+        f"mad.lo.s32 t, u, ${apart}, ${latent};", "or.b32 t, t, 7;", "sub.s32 t, -1, t;",
         f"setp.ne.s64 p, {to}, 0;", f"@p st.relaxed.gpu.global.b32 [{to} + {16 * cell}], t;",
     ]  # fmt: skip
 
@@ -175,229 +179,167 @@ def name_ptx(cells: int, with_codes: bool) -> str:
 
 
 @constexpr_function
-def agree_ptx(cells: int, groups: int, has_codes: bool) -> str:
-    """PTX of 128 outputs and 8 operands as above: elements 0 and 2 are the thresholds' bits of rows
-    r and r + 8, elements 1 and 3 up to which latent equal ones pass, 0x7FFFFFFF where all do; bits,
-    the tile's first latent, how far its runs are apart; which largest of a row's keys reaches the
-    threshold, or a few more; the least that it may be; a row's first key of those that the thread
-    reads, its first key of those that it wrote, or 0; how many bytes further on their codes are.
+def agree_ptx(cells: int, parts: int, first: int) -> str:
+    """PTX of 128 outputs and 11 operands as above: elements 0 and 2 are the thresholds' bits of
+    rows r and r + 8, elements 1 and 3 up to which latent equal ones pass, 0x7FFFFFFF where all do;
+    bits, the tile's first latent, how far its runs are apart; which largest of a row's keys reaches
+    the threshold, or a few more; the least that it may be; a row's first key of those that the
+    thread wrote, or 0; how many bytes further on their codes are; where a row's threshold is told;
+    of the warpgroup's 64 rows the first whose threshold the warp finds, the first one's keys, and
+    where its threshold is told.
 
-    Waits until all keys are there. Of a row's `groups` of four keys each of the four threads that
-    share it reads every fourth.
+    Each of a block's `parts` programs finds the thresholds of some rows, by a warp a row, tells
+    them, and waits for the others'. Told are the threshold's key; beside it whether not all that
+    equal it may pass, as too many would; two words on, up to which latent those do.
     """
-    assert groups >= 4
-    return "{\n" + "\n".join(_agree_lines(cells, groups, has_codes)) + "\n}"
-
-
-@constexpr_function
-def _sum_of_four(what: str) -> list[str]:
-    """The sum of a register of the four threads that share a row."""
-    lines = []
-    for lanes in (1, 2):
-        lines += [f"shfl.sync.bfly.b32 t, {what}, {lanes}, 31, -1;", f"add.s32 {what}, {what}, t;"]
-    return lines
-
-
-@constexpr_function
-def _probe_lines(r: int, groups: int, read: int, enough: str) -> list[str]:
-    """A step of the search for a value that `enough` of a row's keys reach, or a few more (`most`):
-    as `encode_pick_ptx.search_lines`, without branches, as rows differ."""
-    lines = [
-        f"cvt.rn.f32.s32 x, count{r};", "lg2.approx.f32 x, x;", "sub.f32 x, x, want;",
-        f"mul.f32 x, x, below{r};",
-        f"cvt.rn.f32.s32 y, over{r};", "max.f32 y, y, 0f3F000000;", "lg2.approx.f32 y, y;",
-        "sub.f32 y, want, y;", f"mul.f32 y, y, above{r};", "add.f32 y, y, x;",
-        "div.approx.f32 x, x, y;", "selp.f32 x, 0f3F000000, x, half;",
-        f"sub.s32 t, top{r}, bottom{r};", "cvt.rn.f32.s32 y, t;", "mul.f32 x, x, y;",
-        "cvt.rzi.s32.f32 mid, x;", f"add.s32 mid, mid, bottom{r};", f"add.s32 t, bottom{r}, 1;",
-        "max.s32 mid, mid, t;", f"min.s32 mid, mid, top{r};", "mov.b32 n, 0;",
-        f"or.b32 t, mid, {_THERE:#x};",
-    ]  # fmt: skip
-    for loads, held in _groups_of(f"v{r}", f"${read + 2 * r}", groups):
-        lines += loads
-        for key in held:
-            lines += [f"setp.ge.s32 p, {key}, t;", "@p add.s32 n, n, 1;"]
-    return lines + [
-        *_sum_of_four("n"),
-        f"setp.ge.s32 p, n, {enough};",
-        # The other end's weight is halved where this one moves the second time in turn.
-        f"setp.eq.s32 more, moved{r}, 1;", "selp.f32 x, 0f3F000000, 0f3F800000, more;",
-        f"setp.eq.s32 more, moved{r}, -1;", "selp.f32 y, 0f3F000000, 0f3F800000, more;",
-        f"@p mul.f32 above{r}, above{r}, x;", f"@p mov.f32 below{r}, 0f3F800000;",
-        f"@!p mul.f32 below{r}, below{r}, y;", f"@!p mov.f32 above{r}, 0f3F800000;",
-        f"selp.b32 moved{r}, 1, -1, p;",
-        f"@p mov.b32 bottom{r}, mid;", f"@p mov.b32 count{r}, n;",
-        f"@!p sub.s32 top{r}, mid, 1;", f"@!p mov.b32 over{r}, n;",
-        f"setp.lt.s32 more, bottom{r}, top{r};", f"setp.gt.and.s32 more, count{r}, most, more;",
-        "or.pred open, open, more;",
-    ]  # fmt: skip
-
-
-# Keys that a thread holds of a row; where there are more, it loads them again for each step.
-_HELD = 32
-
-
-@constexpr_function
-def _registers(groups: int) -> int:
-    """How many a thread's keys of a row take."""
-    return (groups + 3) // 4 * 4 if groups <= _HELD else 4
-
-
-@constexpr_function
-def _load_lines(name: str, first: int, address: str, j: int, groups: int) -> list[str]:
-    """A thread's j-th group, to registers from `first` on; least ones where it is not there."""
-    four = [f"{name}_{first + i}" for i in range(4)]
-    load = f"ld.relaxed.gpu.global.v4.b32 {{{', '.join(four)}}}, [{address} + {64 * j}];"
-    if 4 * j + 4 <= groups:
-        return [load]
-    lines = [f"mov.b32 {register}, {_THERE:#x};" for register in four]
-    return [*lines, f"setp.lt.s32 p, quad, {groups - 4 * j};", f"@p {load}"]
-
-
-@constexpr_function
-def _groups_of(name: str, address: str, groups: int) -> list[tuple[list[str], list[str]]]:
-    """A thread's groups, each as what loads it, if that is needed, and its registers."""
-    found: list[tuple[list[str], list[str]]] = []
-    for j in range((groups + 3) // 4):
-        first = 4 * j if groups <= _HELD else 0
-        loads = [] if groups <= _HELD else _load_lines(name, 0, address, j, groups)
-        found += [(loads, [f"{name}_{first + i}" for i in range(4)])]
-    return found
-
-
-@constexpr_function
-def _wait_lines(
-    label: str, rows: tuple[int, ...], names: dict[int, tuple[str, str]], groups: int
-) -> list[str]:
-    """Until all keys, or codes, of the rows are there, which are loaded then. `names` has of each
-    row the registers' name and the address."""
-    lines = [f"{label}:", "mov.b32 n, -1;"]
-    for r in rows:
-        name, address = names[r]
-        for j in range((groups + 3) // 4):
-            first = 4 * j if groups <= _HELD else 0
-            lines += _load_lines(name, first, address, j, groups)
-            if groups > _HELD:
-                lines += [f"and.b32 n, n, {name}_{i};" for i in range(4)]
-        if groups <= _HELD:
-            lines += [f"and.b32 n, n, {name}_{i};" for i in range((groups + 3) // 4 * 4)]
-    return [*lines, "setp.ge.s32 p, n, 0;", f"@p bra {label};", "bar.warp.sync -1;"]
-
-
-@constexpr_function
-def _tied_lines(r: int, cells: int, groups: int, enough: str, has_codes: bool) -> list[str]:
-    """Up to which latent, `last`, those that equal row r's threshold pass where too many keys do,
-    or it is 0. The programs tell one another, as codes, in which of a cell's runs its largest is
-    the first time, unless they did when they named the keys."""
-    bits, latent, apart, _, _, read, own, further = (128 + 128 * i for i in range(8))
-    lines = [f".reg .b32 code{r}_<{_registers(groups)}>;", f".reg .b64 at{r};"]
-    if not has_codes:
-        lines += [
-            f"add.s64 at{r}, ${own + 2 * r}, ${further};", f"setp.eq.s64 p, ${own + 2 * r}, 0;",
-            f"@p mov.b64 at{r}, 0;",
-        ]  # fmt: skip
-        for cell in range(cells):
-            lines += _cell_lines(cell, cells, bits + 2 * r)
-            lines += _code_lines(cell, cells, bits + 2 * r, latent, apart, f"at{r}")
-    lines += [
-        f"add.s64 at{r}, ${read + 2 * r}, ${further};",
-        *_wait_lines(f"CODES{r}", (r,), {r: (f"code{r}", f"at{r}")}, groups),
-        # Of those that equal it the ones from a code on.
-        f"or.b32 u, bottom{r}, {_THERE:#x};", "mov.b32 mid, 0;", "mov.b32 step, 0x7FFFFFFF;",
-        f"HALVE{r}:", "sub.s32 t, step, mid;", "shr.u32 t, t, 1;", "add.s32 t, t, mid;",
-        "add.s32 t, t, 1;", f"or.b32 m, t, {_THERE:#x};", "mov.b32 n, 0;",
-    ]  # fmt: skip
-    keys = _groups_of(f"v{r}", f"${read + 2 * r}", groups)
-    codes = _groups_of(f"code{r}", f"at{r}", groups)
-    # (No tuples in tuples: Triton reads these functions, and does not know them.)
-    for some_keys, some_codes in zip(keys, codes, strict=True):
-        lines += [*some_keys[0], *some_codes[0]]
-        for key, code in zip(some_keys[1], some_codes[1], strict=True):
-            lines += [
-                f"setp.ge.s32 p, {code}, m;", f"setp.eq.and.s32 p, {key}, u, p;",
-                f"setp.gt.or.s32 p, {key}, u, p;", "@p add.s32 n, n, 1;",
-            ]  # fmt: skip
-    return [
-        *lines, "mov.b32 m, t;", *_sum_of_four("n"),
-        "setp.lt.s32 half, mid, step;",
-        f"setp.ge.and.s32 p, n, {enough}, half;", "@p mov.b32 mid, m;",
-        f"setp.lt.and.s32 p, n, {enough}, half;", "@p sub.s32 step, m, 1;",
-        "setp.lt.s32 more, mid, step;", "vote.sync.any.pred more, more, -1;",
-        f"@more bra HALVE{r};",
-        f"setp.gt.s32 p, count{r}, most;", f"setp.eq.or.s32 p, bottom{r}, 0, p;",
-        f"@p sub.s32 last{r}, 0x7FFFFFFF, mid;",
-    ]  # fmt: skip
-
-
-@constexpr_function
-def _agree_lines(cells: int, groups: int, has_codes: bool) -> list[str]:
-    _, _, _, order, least, read, _, _ = (128 * (1 + i) for i in range(8))
-    enough = f"${order}"
-    lines = [
-        ".reg .pred p, more, open, half;", ".reg .b32 n, t, u, m, most, mid, step, quad;",
-        ".reg .f32 want, x, y;", "mov.u32 quad, %laneid;", "and.b32 quad, quad, 3;",
-        f"shr.u32 most, {enough}, 4;", f"add.s32 most, most, {enough};",
-        # log2 of the middle of what is sought.
-        f"add.s32 t, most, {enough};", "cvt.rn.f32.s32 want, t;", "mul.f32 want, want, 0f3F000000;",
-        "lg2.approx.f32 want, want;",
-    ]  # fmt: skip
-    for r in (0, 1):
-        lines += [
-            f".reg .b32 v{r}_<{_registers(groups)}>, top{r}, bottom{r}, count{r}, over{r};",
-            f".reg .b32 moved{r}, last{r};",
-            f".reg .f32 below{r}, above{r};",
-        ]
-    # Both rows at once, as long as registers suffice.
-    for rows in ((0, 1),) if groups <= 16 else ((0,), (1,)):
-        again, probe, found = (f"{name}{rows[0]}" for name in ("AGAIN", "PROBE", "FOUND"))
-        lines += _wait_lines(again, rows, {r: (f"v{r}", f"${read + 2 * r}") for r in rows}, groups)
-        for r in rows:
-            # The least one of those that are there for all four threads: at least so many reach it.
-            lines += [f"mov.b32 bottom{r}, -1;", f"mov.b32 top{r}, {_THERE:#x};"]
-            some = _groups_of(f"v{r}", f"${read + 2 * r}", groups)
-            for j, group in enumerate(some):
-                lines += group[0]
-                for key in group[1]:
-                    lines += [f"max.s32 top{r}, top{r}, {key};"]
-                    if 4 * j + 4 <= groups:
-                        lines += [f"min.s32 bottom{r}, bottom{r}, {key};"]
-            for what, op in (("bottom", "min"), ("top", "max")):
-                for lanes in (1, 2):
-                    lines += [
-                        f"shfl.sync.bfly.b32 t, {what}{r}, {lanes}, 31, -1;",
-                        f"{op}.s32 {what}{r}, {what}{r}, t;",
-                    ]
-                lines += [f"and.b32 {what}{r}, {what}{r}, 0x7FFFFFFF;"]
-            lines += [
-                f"mov.b32 count{r}, {4 * groups};", f"mov.b32 over{r}, 0;", f"mov.b32 moved{r}, 0;",
-                f"mov.f32 below{r}, 0f3F800000;", f"mov.f32 above{r}, 0f3F800000;",
-            ]  # fmt: skip
-        lines += [
-            "mov.b32 step, 0;", f"{probe}:", "setp.ne.s32 open, 0, 0;",
-            # Each fourth step halves, which bounds the steps whatever the values are.
-            "and.b32 t, step, 3;", "setp.eq.s32 half, t, 3;", "add.s32 step, step, 1;",
-        ]  # fmt: skip
-        for r in rows:
-            lines += _probe_lines(r, groups, read, enough)
-        lines += ["vote.sync.any.pred open, open, -1;", f"@open bra {probe};"]
-        for r in rows:
-            lines += [
-                f"mov.b32 last{r}, 0x7FFFFFFF;", f"setp.gt.s32 p, count{r}, most;",
-                f"setp.eq.or.s32 p, bottom{r}, 0, p;", "or.pred open, open, p;",
-            ]  # fmt: skip
-        # All programs have found the same, so each of a row's comes here or none.
-        lines += ["vote.sync.any.pred open, open, -1;", f"@!open bra {found};"]
-        for r in rows:
-            lines += _tied_lines(r, cells, groups, enough, has_codes)
-        lines += [f"{found}:"]
+    assert first * parts * cells >= 4
+    keys = 4 * first * parts * cells
+    lines = [*_find_lines(keys, parts), *_order_lines(cells, keys, parts, first > 1)]
     for r in (0, 1):
         lines += [
             # Where a NaN is to pass, none does: not every NaN is the one that is compared.
             f"setp.gt.s32 p, bottom{r}, 0x7F800000;", f"selp.b32 t, 0x7FFFFFFF, bottom{r}, p;",
-            f"max.s32 t, t, ${least + 2 * r};", f"mov.b32 ${2 * r}, t;",
+            f"max.s32 t, t, ${_LEAST + 2 * r};", f"mov.b32 ${2 * r}, t;",
             "setp.eq.s32 p, t, 0x7FFFFFFF;", f"selp.b32 ${2 * r + 1}, -1, last{r}, p;",
         ]  # fmt: skip
-    return lines
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+_BITS, _LATENT, _APART, _ORDER, _LEAST, _OWN, _FURTHER, _FOUND, _MINE, _KEYS, _TOLD = (
+    128 * (1 + i) for i in range(11)
+)  # fmt: skip
+
+
+@constexpr_function
+def _wait_lines(label: str, name: str, address: str, keys: int) -> list[str]:
+    """Loads a row's keys, or codes, to {name}0 ..., when all are there; least ones fill the last.
+    All lanes leave at once: a shuffle of lanes that do not takes its slow way."""
+    each = (keys + 31) // 32
+    lines = [f"{label}:", "mov.b32 n, -1;"]
+    for j in range(each):
+        load = f"ld.relaxed.gpu.global.b32 {name}{j}, [{address} + {128 * j}];"
+        if 32 * j + 32 > keys:
+            lines += [f"mov.b32 {name}{j}, {_THERE:#x};", f"setp.lt.u32 p, lane, {keys - 32 * j};"]
+            load = f"@p {load}"
+        lines += [load]
+    lines += [f"and.b32 n, n, {name}{j};" for j in range(each)]
+    return [*lines, "setp.ge.s32 p, n, 0;", "vote.sync.any.pred p, p, -1;", f"@p bra {label};"]
+
+
+@constexpr_function
+def _find_lines(keys: int, parts: int) -> list[str]:
+    """The thresholds of some rows, by halving, told; then `bottom`, those of the thread's two rows,
+    and `tied`, whether too many equal them."""
+    each = (keys + 31) // 32
+    lines = [
+        ".reg .pred p, q;", ".reg .b32 n, t, u, m, lane, most, row, low, high, reach, ties;",
+        f".reg .b32 key<{each}>, bottom<2>, tied<2>, last<2>;", ".reg .b64 a, at, pair, lane_keys;",
+        "mov.u32 lane, %laneid;", f"mad.wide.u32 lane_keys, lane, 4, ${_KEYS};",
+        f"shr.u32 most, ${_ORDER}, 4;", f"add.s32 most, most, ${_ORDER};", "mov.b32 ties, 0;",
+        f"mov.b32 row, ${_MINE};",
+        "FIND:", "setp.ge.s32 p, row, 64;", "@p bra TOLD;",
+        f"mad.wide.u32 at, row, {4 * keys}, lane_keys;", *_wait_lines("KEYS", "key", "at", keys),
+        # At least so many reach the least one.
+        f"mov.b32 reach, {keys};", "mov.b32 high, key0;", "mov.b32 low, -1;",
+    ]  # fmt: skip
+    for j in range(each):
+        lines += [f"max.s32 high, high, key{j};"]
+        if 32 * j + 32 > keys:
+            lines += [f"setp.lt.u32 p, lane, {keys - 32 * j};", f"@p min.s32 low, low, key{j};"]
+        else:
+            lines += [f"min.s32 low, low, key{j};"]
+    lines += [
+        "redux.sync.max.s32 high, high, -1;", "redux.sync.min.s32 low, low, -1;",
+        "HALVE:", "setp.gt.s32 p, reach, most;", "setp.lt.and.s32 p, low, high, p;",
+        "@!p bra TELL;", "sub.s32 t, high, low;", "add.s32 t, t, 1;", "shr.u32 t, t, 1;",
+        "add.s32 t, t, low;", "mov.b32 n, 0;",
+    ]  # fmt: skip
+    for j in range(each):
+        lines += [f"setp.ge.s32 p, key{j}, t;", "@p add.s32 n, n, 1;"]
+    lines += [
+        "redux.sync.add.s32 n, n, -1;", f"setp.ge.s32 p, n, ${_ORDER};", "@p mov.b32 low, t;",
+        "@p mov.b32 reach, n;", "@!p sub.s32 high, t, 1;", "bra HALVE;",
+        "TELL:", "setp.gt.s32 p, reach, most;", f"setp.eq.or.s32 p, low, {_THERE:#x}, p;",
+        "selp.b32 t, 1, 0, p;", "or.b32 ties, ties, t;", "mov.b64 pair, {low, t};",
+        f"mad.wide.u32 at, row, 16, ${_TOLD};", "setp.eq.s32 p, lane, 0;",
+        "@p st.relaxed.gpu.global.b64 [at], pair;",
+        f"add.s32 row, row, {4 * parts};", "bra FIND;",
+        "TOLD:",
+    ]  # fmt: skip
+    for r in (0, 1):
+        lines += [
+            f"ld.relaxed.gpu.global.b64 pair, [${_FOUND + 2 * r}];",
+            f"mov.b64 {{bottom{r}, tied{r}}}, pair;",
+        ]
+    return [
+        *lines, "and.b32 t, bottom0, bottom1;", "setp.ge.s32 p, t, 0;",
+        "vote.sync.any.pred p, p, -1;", "@p bra TOLD;",
+        "and.b32 bottom0, bottom0, 0x7FFFFFFF;", "and.b32 bottom1, bottom1, 0x7FFFFFFF;",
+        "mov.b32 last0, 0x7FFFFFFF;", "mov.b32 last1, 0x7FFFFFFF;",
+    ]  # fmt: skip
+
+
+@constexpr_function
+def _order_lines(cells: int, keys: int, parts: int, has_codes: bool) -> list[str]:
+    """Where too many equal a threshold, up to which latent these pass, `last`. The programs tell
+    one another, as codes, in which of a cell's runs its largest is the first time, unless they did
+    when they named the keys; who found the threshold then finds which code is the last to pass."""
+    each = (keys + 31) // 32
+    lines = [
+        f".reg .b32 code<{each}>;", "or.b32 t, tied0, tied1;", "setp.ne.s32 q, t, 0;",
+        # The rows of a warp are one's in all programs, and so is what is told of them.
+        "vote.sync.any.pred q, q, -1;", "setp.ne.or.s32 p, ties, 0, q;", "@!p bra AGREED;",
+    ]  # fmt: skip
+    if not has_codes:
+        lines += ["@!q bra NAMED;"]
+        for r in (0, 1):
+            lines += [
+                f"add.s64 at, ${_OWN + 2 * r}, ${_FURTHER};",
+                f"setp.eq.s64 p, ${_OWN + 2 * r}, 0;", "@p mov.b64 at, 0;",
+            ]  # fmt: skip
+            for cell in range(cells):
+                lines += _cell_lines(cell, cells, _BITS + 2 * r)
+                lines += _code_lines(cell, cells, _BITS + 2 * r, _LATENT, _APART, "at")
+        lines += ["NAMED:"]
+    lines += [
+        f"mov.b32 row, ${_MINE};",
+        "ORDER:", "setp.ge.s32 p, row, 64;", "@p bra ORDERED;",
+        f"mad.wide.u32 a, row, 16, ${_TOLD};",
+        "AGAIN:", "ld.relaxed.gpu.global.b64 pair, [a];", "mov.b64 {low, t}, pair;",
+        "setp.ge.s32 p, low, 0;", "vote.sync.any.pred p, p, -1;", "@p bra AGAIN;",
+        "setp.eq.s32 p, t, 0;", "@p bra NEXT;",
+        f"mad.wide.u32 at, row, {4 * keys}, lane_keys;", *_wait_lines("SAME", "key", "at", keys),
+        f"add.s64 at, at, ${_FURTHER};", *_wait_lines("CODES", "code", "at", keys),
+        f"mov.b32 m, {_THERE:#x};", "mov.b32 high, -1;",
+        # With those of code m on at least so many pass, with those beyond `high` fewer.
+        "NARROW:", "setp.eq.s32 p, m, high;", "@p bra NARROWED;",
+        "sub.s32 t, high, m;", "add.s32 t, t, 1;", "shr.u32 t, t, 1;", "add.s32 t, t, m;",
+        "mov.b32 n, 0;",
+    ]  # fmt: skip
+    for j in range(each):
+        lines += [
+            f"setp.ge.s32 p, code{j}, t;", f"setp.eq.and.s32 p, key{j}, low, p;",
+            f"setp.gt.or.s32 p, key{j}, low, p;", "@p add.s32 n, n, 1;",
+        ]  # fmt: skip
+    lines += [
+        "redux.sync.add.s32 n, n, -1;", f"setp.ge.s32 p, n, ${_ORDER};", "@p mov.b32 m, t;",
+        "@!p sub.s32 high, t, 1;", "bra NARROW;",
+        # A code is the complement of a latent.
+        "NARROWED:", "not.b32 t, m;", f"or.b32 t, t, {_THERE:#x};", "setp.eq.s32 p, lane, 0;",
+        "@p st.relaxed.gpu.global.b32 [a + 8], t;",
+        "NEXT:", f"add.s32 row, row, {4 * parts};", "bra ORDER;",
+        "ORDERED:", "mov.b32 n, -1;",
+    ]  # fmt: skip
+    for r in (0, 1):
+        lines += [
+            f"ld.relaxed.gpu.global.b32 t, [${_FOUND + 2 * r} + 8];",
+            f"setp.eq.s32 p, tied{r}, 0;", "selp.b32 t, -1, t, p;", "and.b32 n, n, t;",
+            f"and.b32 last{r}, t, 0x7FFFFFFF;",
+        ]  # fmt: skip
+    return [
+        *lines, "setp.ge.s32 p, n, 0;", "vote.sync.any.pred p, p, -1;", "@p bra ORDERED;",
+        "AGREED:",
+    ]  # fmt: skip
 
 
 @constexpr_function

@@ -30,7 +30,7 @@ reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
 # A lead of 1 or 3 stages was no faster; 8 stages of 32 columns were slower (docs/performance.md).
-STAGES, LEAD = 4, 2
+STAGES, LEAD = 4, 3
 
 
 @gluon.jit
@@ -73,27 +73,36 @@ def produce(
 
 
 @gluon.jit
+def behind_from(D, BLOCK_K: gl.constexpr, LEAD: gl.constexpr):
+    """Column from which on group 1 stays behind: a tile's last LEAD stages. None where group 0
+    could be two tiles ahead, whose barrier tells but odd from even."""
+    stages = gl.cdiv(D, BLOCK_K)
+    return gl.where(stages > LEAD, (stages - LEAD) * BLOCK_K, -1)
+
+
+@gluon.jit
 def multiply_tile(
-    a_bufs, b_bufs, bias_buf, full, empty, lead, stage, phase, starts, ahead, D,
+    a_bufs, b_bufs, bias_buf, full, empty, lead, stage, phase, odd, behind, D,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, LAYOUT: gl.constexpr, tail, tail_bufs, quarter, TAIL: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's half of a tile's rows, bias included, and the ring's stage and phase after it.
-    The first of a program's tiles is begun by group 1 when group 0 is ahead.
+    Group 1 stays behind at the tile's end, from column `behind` on, until group 0 has all of its
+    instructions on their way; `odd` is 1 at every second of a program's tiles.
 
     With TAIL `tail` [BLOCK_N / 4, TAIL] gains the products of a quarter of the tile's latents with
     the rows of `tail_bufs`.
     """
     HALF: gl.constexpr = BLOCK_M // 2
-    if GROUP == 1:  # noqa: SIM102 - known when compiled
-        if starts:
-            mbarrier.wait(lead.index(0), 0)
+    gl.assume(D > 0)
     # The bias came with the tile's first stage.
     mbarrier.wait(full.index(stage), phase)
     bias = bias_buf.load(gl.SliceLayout(0, LAYOUT))
     # + 0: a pre-activation of -0 would have a negative number's bits.
     acc = gl.zeros([HALF, BLOCK_N], gl.float32, layout=LAYOUT) + bias[None, :]
     for d0 in range(0, D, BLOCK_K):
+        if GROUP == 1:
+            mbarrier.wait(lead.index(0), odd, pred=d0 == behind)
         mbarrier.wait(full.index(stage), phase)
         acc = warpgroup_mma(
             a_bufs.index(2 * stage + GROUP), b_bufs.index(stage).permute((1, 0)), acc,
@@ -113,13 +122,12 @@ def multiply_tile(
         # The instructions of the step before are done with their stage.
         before = (stage + STAGES - 1) % STAGES
         mbarrier.arrive(empty.index(before), count=1, pred=d0 > 0)
-        if GROUP == 0:  # noqa: SIM102
-            if starts & (d0 == ahead):
-                mbarrier.arrive(lead.index(0), count=1)
         stage += 1
         if stage == STAGES:
             stage = 0
             phase ^= 1
+    if GROUP == 0:
+        mbarrier.arrive(lead.index(0), count=1)
     if TAIL > 0:
         acc, tail = warpgroup_mma_wait(0, deps=(acc, tail))
     else:

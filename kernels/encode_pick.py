@@ -30,8 +30,8 @@ def address_of(pointer, threads):
 
 @triton.jit
 def pick_kernel(
-    x_ptr, w_ptr, bias_ptr, count_ptr, lists_ptr, pitch, keys_ptr, codes_ptr, values_ptr,
-    indices_ptr, F, D, k, whole, padded, LISTS: tl.constexpr, CAPACITY: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, count_ptr, lists_ptr, pitch, keys_ptr, codes_ptr, told_ptr,
+    values_ptr, indices_ptr, F, D, k, whole, padded, LISTS: tl.constexpr, CAPACITY: tl.constexpr,
     RECORDS: tl.constexpr, HELD: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
     K_POW2: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, NUM_KEYS: tl.constexpr,
     NUM_KEYS_POW2: tl.constexpr, LISTS_POW2: tl.constexpr, OTHERS: tl.constexpr,
@@ -56,6 +56,7 @@ def pick_kernel(
     key = tl.arange(0, NUM_KEYS_POW2)
     none = tl.zeros((NUM_KEYS_POW2,), tl.int32)
     for done in range(row, padded, tl.num_programs(0)):
+        tl.store(told_ptr + done * 4 + tl.arange(0, 4), tl.zeros((4,), tl.int32))
         tl.store(keys_ptr + done * NUM_KEYS + key, none, mask=key < NUM_KEYS)
         if done > row:
             has_codes = tl.load(codes_ptr + done * NUM_KEYS)

@@ -29,6 +29,7 @@ from .encode_hopper import (
     BLOCK_N,
     LEAD,
     STAGES,
+    behind_from,
     descriptor,
     make_ring,
     multiply_tile,
@@ -95,7 +96,7 @@ def _tail_half(unit, num_m):
 @gluon.jit
 def _multiply_both(
     a_bufs, b_bufs, bias_buf, tail_bufs, full, empty, lead, bias_ptr, out_ptr, maxima_ptr, stage,
-    phase, starts, ahead, N, F, D, f0, quarter, WHICH: gl.constexpr, TILES: gl.constexpr,
+    phase, odd, behind, N, F, D, f0, quarter, WHICH: gl.constexpr, TILES: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr, LAYOUT: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
@@ -108,7 +109,7 @@ def _multiply_both(
     bias = gl.load(bias_ptr + f, mask=f < F, other=0.0)
     tail = gl.zeros([QUARTER, TAIL], gl.float32, layout=ACROSS) + bias[:, None]
     acc, tail, stage, phase = multiply_tile(
-        a_bufs, b_bufs, bias_buf, full, empty, lead, stage, phase, starts, ahead, D, WHICH, BLOCK_M,
+        a_bufs, b_bufs, bias_buf, full, empty, lead, stage, phase, odd, behind, D, WHICH, BLOCK_M,
         BLOCK_N, BLOCK_K, STAGES, LAYOUT, tail, tail_bufs, quarter, TAIL,
     )  # fmt: skip
     m0 = N // BLOCK_M * BLOCK_M
@@ -138,9 +139,8 @@ def _consume(
     PITCH: gl.constexpr = TILES * BLOCK_N
     num_m = gl.cdiv(N, BLOCK_M) if TAIL == 0 else N // BLOCK_M
     zeros = gl.zeros([HALF, BLOCK_N], gl.int32, layout=LAYOUT)
-    # As in encode_first.py.
-    ahead = gl.minimum(BLOCK_K * LEAD, (gl.cdiv(D, BLOCK_K) - 1) * BLOCK_K)
-    starts = True
+    behind = behind_from(D, BLOCK_K, LEAD)
+    odd = 0
     stage = 0
     phase = 0
     slot = 0  # of the tile's bias
@@ -154,20 +154,19 @@ def _consume(
                 if half < 2:
                     acc, stage, phase = _multiply_both(
                         a_bufs, b_bufs, bias_buf, tail_bufs, full, empty, lead, bias_ptr, out_ptr,
-                        maxima_ptr, stage, phase, starts, ahead, N, F, D, f0, 2 * half + WHICH,
+                        maxima_ptr, stage, phase, odd, behind, N, F, D, f0, 2 * half + WHICH,
                         WHICH, TILES, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP, LAYOUT, TAIL,
                     )  # fmt: skip
                 else:
                     acc, _, stage, phase = multiply_tile(
-                        a_bufs, b_bufs, bias_buf, full, empty, lead, stage, phase, starts, ahead, D,
+                        a_bufs, b_bufs, bias_buf, full, empty, lead, stage, phase, odd, behind, D,
                         WHICH, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LAYOUT, 0, a_bufs, 0, 0,
                     )  # fmt: skip
             else:
                 acc, _, stage, phase = multiply_tile(
-                    a_bufs, b_bufs, bias_buf, full, empty, lead, stage, phase, starts, ahead, D,
+                    a_bufs, b_bufs, bias_buf, full, empty, lead, stage, phase, odd, behind, D,
                     WHICH, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LAYOUT, 0, a_bufs, 0, 0,
                 )  # fmt: skip
-            starts = False
             rows = m0 + gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
             cols = f0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
             row = gl.where(rows < N, rows * PITCH * 4, -0x80000000)
@@ -192,6 +191,7 @@ def _consume(
                     stage = 0
                     phase ^= 1
         slot = (slot + 1) % STAGES
+        odd ^= 1
 
 
 @gluon.jit

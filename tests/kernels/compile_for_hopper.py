@@ -1,11 +1,12 @@
 """Compiles the kernels for compute capability 9.0 on any machine: a GPU is needed to run them, not
 to compile them. Prints a line a kernel: name, bytes of spilled registers' stack, shared memory,
-registers a thread.
+registers a thread, bytes of instructions.
 """
 
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -61,7 +62,15 @@ def report(name: str, kernel: Any) -> None:
     stack, registers = re.search(r"STACK:(\d+)", usage), re.search(r"REG:(\d+)", usage)
     assert stack is not None, usage
     assert registers is not None, usage
-    print(name, stack[1], kernel.metadata.shared, registers[1])
+    print(name, stack[1], kernel.metadata.shared, registers[1], code_bytes(kernel.asm["cubin"]))
+
+
+def code_bytes(cubin: bytes) -> int:
+    """Size of an ELF64 file's sections of instructions."""
+    (start,) = struct.unpack_from("<Q", cubin, 40)
+    size, count = struct.unpack_from("<HH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, start + i * size) for i in range(count)]
+    return sum(length for *_, flags, _, _, length in sections if flags & 4)
 
 
 def main() -> None:
@@ -75,14 +84,17 @@ def main() -> None:
         args = (h.descriptor(x, 64, 64), h.descriptor(x, 256, 64))
         runs = h.descriptor(x.view(32, 8, 768), 32, 8, 64)
         biases = (h.rows_descriptor(torch.empty(32, 8), 32, 8), h.descriptor(torch.empty(256), 256))
-        for parts, first, cells in ((16, 1, 1), (4, 2, 2), (16, 1, 2), (18, 4, 1)):
+        for parts, others, first, cells in (
+            (16, False, 1, 1), (4, False, 2, 2), (16, False, 1, 2), (18, False, 4, 1),
+            (9, True, 1, 4),
+        ):  # fmt: skip
             kernel = encode_first._filter_kernel.warmup(
-                args[0], runs, args[1], *biases, i32, i32, i32, i64,
-                1536, 256, 256, 768, 1, 1, 2, 20, parts, parts + 1, first, cells, 64, 24,
-                parts < 16, h.BLOCK_M, h.BLOCK_N, h.BLOCK_K, h.STAGES, h.LEAD, num_warps=4,
+                args[0], runs, args[1], *biases, i32, i32, i32, i32, i64,
+                1536, 256, 256, 768, 1, 1, 2, 20, parts, others, parts + others, first, cells, 64,
+                24, parts < 16, h.BLOCK_M, h.BLOCK_N, h.BLOCK_K, h.STAGES, h.LEAD, num_warps=4,
                 launch_cooperative_grid=True, grid=(132,),
             )  # fmt: skip
-            report(f"filter-hopper-{parts}-{first}-{cells}-{dtype}", kernel)
+            report(f"filter-hopper-{parts}-{others}-{first}-{cells}-{dtype}", kernel)
         for tail in (0, 16, 32):
             kernel = encode_tiles._tiles_kernel.warmup(
                 args[0], args[1], h.descriptor(torch.empty(256), 256),
@@ -96,8 +108,8 @@ def main() -> None:
         (128, 4480, 512, 500, 1), (128, 4480, 512, 500, 2),
     ):  # fmt: skip
         kernel = encode_pick.pick_kernel.warmup(
-            bf16, bf16, f32, i32, i64, 1536, i32, i32, f32, i32, 24576, 768, k, 95, 4096, lists, 80,
-            8, held, size, 1024, size, 32, 64, 4 * lists, 512, 128, warps == 1, warps,
+            bf16, bf16, f32, i32, i64, 1536, i32, i32, i32, f32, i32, 24576, 768, k, 95, 4096,
+            lists, 80, 8, held, size, 1024, size, 32, 64, 4 * lists, 512, 128, warps == 1, warps,
             num_warps=warps, maxnreg=128 // warps, grid=(1,),
         )  # fmt: skip
         report(f"pick-{lists}-{held}-{size}-{warps}", kernel)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_sae_dist.kernels import encode_first_plan, encode_plan, encode_topk
+from flash_sae_dist.kernels import encode_first_plan, encode_plan, encode_topk, encode_zeros
 from flash_sae_dist.kernels.encode_first_plan import FirstPlan, make_first_plan
 
 from .test_encode_topk import KINDS, NoKernel, assert_exact, make
@@ -247,7 +247,6 @@ def test_scratch_lies_within_one_upper_half(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_zeros_are_each_streams_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode_first = pytest.importorskip("flash_sae_dist.kernels.encode_first")
     state = {"stream": 1, "capturing": False}
     stream = lambda device: SimpleNamespace(device_index=0, cuda_stream=state["stream"])  # noqa: E731
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
@@ -258,7 +257,7 @@ def test_zeros_are_each_streams_own(monkeypatch: pytest.MonkeyPatch) -> None:
         "memory_snapshot",
         lambda: [{"address": 0, "total_size": 1 << 62, "segment_pool_id": pool}],
     )
-    zeros, cpu = encode_first._Zeros(), torch.device("cpu")
+    zeros, cpu = encode_zeros.Zeros(), torch.device("cpu")
     first, stays = zeros.take(8, cpu)
     assert not first.any()
     assert stays
