@@ -10,7 +10,15 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from .encode_plan import MISS_CHANCE, OVERFLOW_CHANCE, QUADS, most_keys, sort_size
+from .encode_plan import (
+    MAX_GROUPS,
+    MISS_CHANCE,
+    OVERFLOW_CHANCE,
+    QUADS,
+    RUN,
+    most_keys,
+    sort_size,
+)
 from .shapes import cdiv
 
 # Static shared memory of a selection, beside which what it uses otherwise is within 48 KiB.
@@ -21,6 +29,8 @@ _FIRST_BYTES = 251 << 18
 TILE_SHIFT = 12
 # Pairs that it may write past a list that is full, before it looks.
 OVERSHOOT = 5
+# Entries of a tail's row that a lane reads at once.
+TAIL_EACH = 8
 
 
 class FirstPlan(NamedTuple):
@@ -43,6 +53,9 @@ class FirstPlan(NamedTuple):
     # Whether the four threads that share a row write their records of a tile together.
     together: bool = False
     warps: int = 1  # that select a row's k largest, together
+    # Room for the tokens after the last whole block, which are multiplied beside whole blocks and
+    # selected from their pre-activations; 0 where they are a block as any.
+    tail: int = 0
 
     def others_of_block(self, F: int) -> int:
         """Others that may do tiles of one block of rows."""
@@ -81,7 +94,25 @@ class FirstPlan(NamedTuple):
         """Device memory of a call beyond inputs and outputs; keys, and the lengths of others'
         lists, stay for the next one (`encode_zeros.Zeros`)."""
         each = 8 * self.pitch(F) + 16 * self.lists(F) + 8 * self.keys_per_row + 16
-        return self.block_rows * each
+        tail = 4 * self.tail_pitch(F) * (RUN + 1) // RUN
+        return (self.block_rows + self.tail) * each + self.tail * tail
+
+    @property
+    def registers(self) -> int:
+        """A thread's of a selection. Of two warps a row as few as let 14 rows of a call's be on a
+        multiprocessor, but more where a tail's are selected, too, if its rows are few."""
+        if self.warps == 1:
+            return 128
+        return 64 if not self.tail or self.block_rows > 1280 else 96
+
+    def tail_pitch(self, F: int) -> int:
+        """Pre-activations a row of the tail."""
+        return cdiv(F, 256) * 256
+
+    def rounds(self, F: int) -> int:
+        """Tiles that the busiest program does of a block of rows."""
+        tiles = self.regular or cdiv(F, 256)
+        return cdiv(tiles, self.parts) + self.first - 1
 
 
 @lru_cache(maxsize=1024)
@@ -179,7 +210,23 @@ def _longest(density: Density, num_cells: int, lists: int, chance: float) -> int
 
 def make_first_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> FirstPlan | None:
     """As `make_plan`, for the filter that makes its own thresholds."""
-    return _first_plan(cdiv(N, 128), D, F, k, programs)
+    plan = _first_plan(cdiv(N, 128), D, F, k, programs)
+    whole, rest = divmod(N, 128)
+    # Two blocks multiply a tail, a half of the latents each.
+    if plan is None or whole < 2 or not 0 < rest <= 32:
+        return plan
+    fewer = _first_plan(whole, D, F, k, programs)
+    if (
+        fewer is None or fewer.block_rows != whole * 128
+        or fewer.rounds(F) >= cdiv(N, plan.block_rows) * plan.rounds(F)
+        or not 2 * k <= cdiv(F, RUN) <= MAX_GROUPS
+    ):  # fmt: skip
+        return plan
+    fewer = fewer._replace(tail=16 if rest <= 16 else 32)
+    # A row's groups are listed in shared memory, too, and read in turns.
+    fits = 8 * (fewer.held + fewer.size) <= _PICK_BYTES and fewer.scratch_bytes(F) <= _FIRST_BYTES
+    fits &= fewer.size + 32 * TAIL_EACH * fewer.warps <= fewer.held
+    return fewer if fits else plan
 
 
 @lru_cache(maxsize=256)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from triton import constexpr_function
 
-from .encode_first_plan import OVERSHOOT, TILE_SHIFT
+from .encode_first_plan import OVERSHOOT, TAIL_EACH, TILE_SHIFT
+from .encode_groups_ptx import groups_lines
 from .encode_pick_ptx import pick_lines, places_lines, start_lines, wait_lines
+from .encode_plan import RUN
 
 
 @constexpr_function
@@ -126,7 +128,7 @@ def _places_lines(lists: int, capacity: int, records: int, held: int, warps: int
                 f"add.s32 t, slot, {i * together};", f"setp.lt.s32 p, t, records{j};",
                 f"selp.b32 mask{q}, mask{q}, 0, p;", f"shr.u32 t, info{q}, {TILE_SHIFT};",
                 f"and.b32 u{q % 2}, info{q}, {(1 << TILE_SHIFT) - 1};",
-                # As encode_first._runs_of: f + apart * run.
+                # As encode_first_kernel._runs_of: f + apart * run.
                 "setp.eq.s32 p, t, whole;", "shl.b32 t, t, 3;", "@p shl.b32 t, whole, 8;",
                 "add.s32 t, t, column;", f"selp.b32 apart{q % 2}, -8, apart, p;",
                 f"mad.lo.s32 latent{q % 2}, apart{q % 2}, -31, t;",
@@ -236,13 +238,32 @@ def _keys_lines(held: int, size: int, warps: int) -> list[str]:
 
 
 @constexpr_function
-def lists_ptx(lists: int, capacity: int, records: int, held: int, size: int, warps: int) -> str:
+def lists_ptx(
+    lists: int, capacity: int, records: int, held: int, size: int, warps: int, groups: int = 0,
+    pitch: int = 0,
+) -> str:  # fmt: skip
     """PTX of an output, a row's status, and 9 operands: row, F, k, the bytes from one row's lists
     to the next one's, whole tiles; addresses of the lists, their lengths, the values and the
     indices. The status is 0 where the row's list is written, -1 where its lists lack some, or have
-    more keys than are held: each pair is one, or two."""
+    more keys than are held: each pair is one, or two.
+
+    With `groups` of RUN neighbours 3 more: the first row that has pre-activations instead of lists,
+    addresses of these and of the groups' largest, `pitch` a row.
+    """
     lines = [
-        *start_lines(held, size, warps), *_places_lines(lists, capacity, records, held, warps),
-        *_keys_lines(held, size, warps), *pick_lines(held, size, 8, False, warps),
+        *start_lines(held, size, warps),
+        *([".reg .pred left;", "setp.ge.s32 left, row, $10;", "@left bra TAIL;"] if groups else []),
+        *_places_lines(lists, capacity, records, held, warps), *_keys_lines(held, size, warps),
+        *(["setp.ne.s32 left, 0, 0;"] if groups else []),
+        *pick_lines(held, size, 8, groups > 0, warps),
     ]  # fmt: skip
+    if groups:
+        # Behind what most rows take, which a multiprocessor holds.
+        lines += [
+            "bra END;", "TAIL:", ".reg .b32 tail_row;", "sub.s32 tail_row, row, $10;",
+            ".reg .b64 pre, maxima;", f"mul.wide.s32 a, tail_row, {4 * RUN * pitch};",
+            "add.s64 pre, a, $11;", f"mul.wide.s32 a, tail_row, {4 * pitch};",
+            "add.s64 maxima, a, $12;",
+            *groups_lines(groups, held // 32, size, warps, RUN, TAIL_EACH), "END:",
+        ]  # fmt: skip
     return "{\n" + "\n".join(lines) + "\n}"

@@ -19,9 +19,6 @@ from .encode_groups_ptx import groups_ptx
 from .encode_lists_ptx import lists_ptx
 from .encode_select import best_keys, keep_largest, key_of, relu_bits, stream_row
 
-# Groups that a row may have, whose largest its threads hold.
-MAX_GROUPS = 2048
-
 
 @triton.jit
 def address_of(pointer, threads):
@@ -30,28 +27,42 @@ def address_of(pointer, threads):
 
 @triton.jit
 def pick_kernel(
-    x_ptr, w_ptr, bias_ptr, count_ptr, lists_ptr, pitch, keys_ptr, codes_ptr, told_ptr,
-    values_ptr, indices_ptr, F, D, k, whole, padded, LISTS: tl.constexpr, CAPACITY: tl.constexpr,
-    RECORDS: tl.constexpr, HELD: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
-    K_POW2: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, NUM_KEYS: tl.constexpr,
-    NUM_KEYS_POW2: tl.constexpr, LISTS_POW2: tl.constexpr, OTHERS: tl.constexpr,
-    WARPS: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, count_ptr, lists_ptr, pitch, keys_ptr, codes_ptr, told_ptr, tail_ptr,
+    maxima_ptr, values_ptr, indices_ptr, F, D, k, whole, padded, LISTS: tl.constexpr,
+    CAPACITY: tl.constexpr, RECORDS: tl.constexpr, HELD: tl.constexpr, SIZE: tl.constexpr,
+    KEYS: tl.constexpr, K_POW2: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_KEYS: tl.constexpr, NUM_KEYS_POW2: tl.constexpr, LISTS_POW2: tl.constexpr,
+    OTHERS: tl.constexpr, GROUPS: tl.constexpr, MAXIMA_PITCH: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """A row's list from those of the filter, whose keys and codes are zeros again then, as far as
     they were not, and with OTHERS the lengths of lists, which not all are written each time; also
-    of rows that fill the last block, up to `padded`."""
+    of rows that fill the last block, up to `padded`. With GROUPS rows from there on are the tail's,
+    selected from their pre-activations and the largest of each RUN of them."""
     row = tl.program_id(0)
-    has_codes = tl.load(codes_ptr + row * NUM_KEYS)
+    has_codes = tl.load(codes_ptr + row * NUM_KEYS, mask=row < padded, other=0)
     threads = tl.zeros((32 * WARPS,), tl.int32)
-    status = tl.inline_asm_elementwise(
-        lists_ptx(LISTS, CAPACITY, RECORDS, HELD, SIZE, WARPS), "=&r,r,r,r,r,r,l,l,l,l",
-        [
-            threads + row, threads + F, threads + k, threads + pitch * 8, threads + whole,
-            address_of(lists_ptr, threads), address_of(count_ptr, threads),
-            address_of(values_ptr, threads), address_of(indices_ptr, threads),
-        ],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    if GROUPS > 0:
+        status = tl.inline_asm_elementwise(
+            lists_ptx(LISTS, CAPACITY, RECORDS, HELD, SIZE, WARPS, GROUPS, MAXIMA_PITCH),
+            "=&r,r,r,r,r,r,l,l,l,l,r,l,l",
+            [
+                threads + row, threads + F, threads + k, threads + pitch * 8, threads + whole,
+                address_of(lists_ptr, threads), address_of(count_ptr, threads),
+                address_of(values_ptr, threads), address_of(indices_ptr, threads),
+                threads + padded, address_of(tail_ptr, threads), address_of(maxima_ptr, threads),
+            ],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        status = tl.inline_asm_elementwise(
+            lists_ptx(LISTS, CAPACITY, RECORDS, HELD, SIZE, WARPS), "=&r,r,r,r,r,r,l,l,l,l",
+            [
+                threads + row, threads + F, threads + k, threads + pitch * 8, threads + whole,
+                address_of(lists_ptr, threads), address_of(count_ptr, threads),
+                address_of(values_ptr, threads), address_of(indices_ptr, threads),
+            ],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
     tl.debug_barrier()  # all have read what is cleared here
     key = tl.arange(0, NUM_KEYS_POW2)
     none = tl.zeros((NUM_KEYS_POW2,), tl.int32)

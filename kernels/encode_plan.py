@@ -16,6 +16,10 @@ GATHERED_BYTES = 16 << 20
 _TILES_BYTES = 63 << 20
 # Neighbours whose largest activation encode_tiles.py writes.
 GROUP = 32
+# Neighbours that a tile of the Hopper filter has of each part of the latents (encode_first.py).
+RUN = 8
+# Groups that a row may have, whose largest the threads that select hold (encode_pick.py).
+MAX_GROUPS = 2048
 # Entries of the groups that encode_rows.py reads again, of one row.
 _MAX_AGAIN = 16384
 MISS_CHANCE = 1e-8
@@ -157,6 +161,12 @@ def sort_size(k: int) -> int:
     return 2 * size if size < k + k // 16 and size <= 64 else size
 
 
+def groups_room(k: int, warps: int) -> int:
+    """Keys that a row's selection from groups holds, by 32: some more than it reads at once, 32 a
+    lane."""
+    return 8 + 32 * warps + sort_size(k) // 16
+
+
 def most_keys(k: int) -> int:
     """Keys that are held at a time where a row's selection starts anew."""
     return max(512, next_power_of_2(2 * k))
@@ -208,14 +218,8 @@ def tail_rows(N: int, F: int, programs: int) -> int:
     return 16 if rest <= 16 else 32
 
 
-def tiles_are_first(N: int, D: int, F: int, programs: int) -> bool:
-    """Whether encode_tiles.py's matmul is likely to be ahead of the library's, by an H100's times.
-
-    Its programs do whole rounds of tiles. Where four rounds did what 2.9 could, the library was 9%
-    faster, which has tiles of other sizes; at few tokens or short rows it never was. Where four did
-    what 3.4 could, the fused encoder was, by 10%.
-    """
-    tiles = cdiv(F, 256)
-    blocks = N // 128 if tail_rows(N, F, programs) else cdiv(N, 128)
-    done = cdiv(blocks * tiles, programs) * programs * 128
-    return N <= 256 or D < 1024 or done <= 1.1 * N * tiles
+def tiles_are_first(N: int, F: int, programs: int) -> bool:
+    """Whether encode_tiles.py's matmul is likely to be ahead of the others, by an H100's times: of
+    two blocks of tokens, which the fused encoder has no more than 64 programs for. (At 270 tokens
+    by a fifth; at 400 the fused one was, by an eighth.)"""
+    return (N // 128 if tail_rows(N, F, programs) else cdiv(N, 128)) <= 2

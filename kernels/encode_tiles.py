@@ -22,7 +22,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import encode_rows
-from .encode_groups_ptx import groups_room
 from .encode_hopper import (
     BLOCK_K,
     BLOCK_M,
@@ -35,8 +34,16 @@ from .encode_hopper import (
     multiply_tile,
     produce,
 )
-from .encode_pick import MAX_GROUPS, pick_groups_kernel
-from .encode_plan import GROUP, group_sizes, most_keys, sort_size, tail_rows
+from .encode_pick import pick_groups_kernel
+from .encode_plan import (
+    GROUP,
+    MAX_GROUPS,
+    group_sizes,
+    groups_room,
+    most_keys,
+    sort_size,
+    tail_rows,
+)
 from .shapes import cdiv, next_power_of_2, num_programs
 
 

@@ -286,8 +286,8 @@ def designs(
         fused["fused-plain"] = lambda: fused_topk(x, W_enc, b_enc, k, plan)
     else:
         return found | library
-    if found and not tiles_are_first(N, D, F, num_programs(x.device)):
-        return (fused | library if N >= 640 else library | fused) | found
+    if found and not tiles_are_first(N, F, num_programs(x.device)):
+        return fused | library | found
     return found | (library | fused if encode_blocked.is_faster(N, D, F, k) else fused | library)
 
 

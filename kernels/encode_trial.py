@@ -65,9 +65,16 @@ def _try(part: Part, device: torch.device, dtype: torch.dtype) -> bool:
             left = few._replace(others=3, regular=few.parts, capacity=200)
             # More to be sorted, of other samples, in several chunks of rows.
             many = many._replace(block_rows=128, together=True)
-            for count, plan in ((k, few), (k, left), (5 * k, many)):
-                got = encode_first.topk_encode(x, W_enc, b_enc, count, plan)
-                found += [(got, plain(N, count))]
+            # The last tokens beside whole blocks.
+            blocks = make_first_plan(256, D, F, k, programs)
+            assert blocks is not None
+            tailed = [blocks._replace(tail=tail, held=832) for tail in (16, 32)]
+            for rows, count, plan in (
+                (N, k, few), (N, k, left), (N, 5 * k, many), (269, k, tailed[0]),
+                (288, k, tailed[1]),
+            ):  # fmt: skip
+                got = encode_first.topk_encode(x[:rows], W_enc, b_enc, count, plan)
+                found += [(got, plain(rows, count))]
         elif part == "tiles":
             from . import encode_tiles
 

@@ -23,7 +23,6 @@ from flash_sae_dist.kernels import (
     encode_aux,
     encode_best,
     encode_first,
-    encode_groups_ptx,
     encode_hopper,
     encode_pick,
     encode_plan,
@@ -84,17 +83,18 @@ def main() -> None:
         args = (h.descriptor(x, 64, 64), h.descriptor(x, 256, 64))
         runs = h.descriptor(x.view(32, 8, 768), 32, 8, 64)
         biases = (h.rows_descriptor(torch.empty(32, 8), 32, 8), h.descriptor(torch.empty(256), 256))
-        for parts, others, first, cells in (
-            (16, False, 1, 1), (4, False, 2, 2), (16, False, 1, 2), (18, False, 4, 1),
-            (9, True, 1, 4),
+        for parts, others, first, cells, tail in (
+            (16, False, 1, 1, 0), (4, False, 2, 2, 0), (16, False, 1, 2, 0), (18, False, 4, 1, 0),
+            (9, True, 1, 4, 0), (22, False, 1, 2, 16),
         ):  # fmt: skip
-            kernel = encode_first._filter_kernel.warmup(
-                args[0], runs, args[1], *biases, i32, i32, i32, i32, i64,
-                1536, 256, 256, 768, 1, 1, 2, 20, parts, others, parts + others, first, cells, 64,
-                24, parts < 16, h.BLOCK_M, h.BLOCK_N, h.BLOCK_K, h.STAGES, h.LEAD, num_warps=4,
+            kernel = encode_first.filter_kernel.warmup(
+                args[0], runs, args[1], *biases, h.descriptor(x, tail or 64, 64), i32, i32, i32,
+                i32, i64, f32, f32, i32, 1536, 256, 9, 256, 768, 1, 1, 2, 20, parts, others,
+                parts + others, first, cells, 64, 24, parts < 16, tail, h.BLOCK_M, h.BLOCK_N,
+                h.BLOCK_K, h.STAGES, h.LEAD, num_warps=4,
                 launch_cooperative_grid=True, grid=(132,),
             )  # fmt: skip
-            report(f"filter-hopper-{parts}-{others}-{first}-{cells}-{dtype}", kernel)
+            report(f"filter-hopper-{parts}-{others}-{first}-{cells}-{tail}-{dtype}", kernel)
         for tail in (0, 16, 32):
             kernel = encode_tiles._tiles_kernel.warmup(
                 args[0], args[1], h.descriptor(torch.empty(256), 256),
@@ -103,21 +103,21 @@ def main() -> None:
                 grid=(132,),
             )  # fmt: skip
             report(f"tiles-{tail}-hopper-{dtype}", kernel)
-    for lists, held, size, k, warps in (
-        (16, 1152, 64, 32, 1), (44, 704, 128, 100, 1), (44, 704, 128, 100, 2),
-        (128, 4480, 512, 500, 1), (128, 4480, 512, 500, 2),
+    for lists, held, size, k, warps, groups in (
+        (16, 1152, 64, 32, 1, 0), (44, 704, 128, 100, 1, 0), (44, 704, 128, 100, 2, 0),
+        (128, 4480, 512, 500, 1, 0), (128, 4480, 512, 500, 2, 0), (88, 960, 256, 256, 2, 2048),
     ):  # fmt: skip
         kernel = encode_pick.pick_kernel.warmup(
-            bf16, bf16, f32, i32, i64, 1536, i32, i32, i32, f32, i32, 24576, 768, k, 95, 4096,
-            lists, 80, 8, held, size, 1024, size, 32, 64, 4 * lists, 512, 128, warps == 1, warps,
-            num_warps=warps, maxnreg=128 // warps, grid=(1,),
+            bf16, bf16, f32, i32, i64, 1536, i32, i32, i32, f32, i32, f32, i32, 24576, 768, k,
+            95, 4096, lists, 80, 8, held, size, 1024, size, 32, 64, 4 * lists, 512, 128, warps == 1,
+            groups, groups, warps, num_warps=warps, maxnreg=128 // warps, grid=(1,),
         )  # fmt: skip
-        report(f"pick-{lists}-{held}-{size}-{warps}", kernel)
+        report(f"pick-{lists}-{held}-{size}-{warps}-{groups}", kernel)
     for groups, size, k, warps in (
         (512, 32, 20, 1), (512, 256, 256, 1), (512, 256, 256, 2), (2048, 128, 64, 2),
         (2048, 512, 500, 2),
     ):  # fmt: skip
-        room = encode_groups_ptx.groups_room(k, warps)
+        room = encode_plan.groups_room(k, warps)
         kernel = encode_pick.pick_groups_kernel.warmup(
             f32, i32, 32 * groups, i64, f32, i32, 32 * groups, k, groups, groups, room, size, 1024,
             size, warps, num_warps=warps, grid=(1,),

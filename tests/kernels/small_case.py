@@ -43,6 +43,9 @@ def main() -> None:
         first = make_first_plan(N, D, F, 64)
         assert first is not None
         encode_first.topk_encode(x, W, b, 64, first._replace(warps=2))
+        blocks = make_first_plan(256, D, F, 64)
+        assert blocks is not None
+        encode_first.topk_encode(more[:269], W, b, 64, blocks._replace(tail=16, held=832))
         encode_tiles.topk_encode(more, W, b, 64)
     scale = torch.tensor(0.1, device="cuda")
     sparse_decode.decode_coefs(values, indices, W, b_dec, x.float(), scale)

@@ -31,6 +31,7 @@ SHAPES = [
     (300, 776, 20_000, 32),
     (1792, 2304, 16384, 256),
     (2500, 2304, 16384, 20),
+    (1300, 2304, 16384, 256),
 ]
 
 
@@ -113,8 +114,8 @@ def test_thresholds_leave_k_and_few_more(shape: tuple[int, int, int, int], kind:
 
 
 def test_units_are_done_once() -> None:
-    """Each tile of each block by one program, and each list by one: as encode_first._work_of and
-    _unit_of say, in numbers here."""
+    """Each tile of each block by one program, and each list by one: as encode_first_kernel._work_of
+    and _unit_of say, in numbers here."""
     seen = 0
     for N, F, k in (
         (1792, 16384, 256), (2500, 16384, 20), (4096, 100_000, 100), (1100, 65536, 32),
@@ -195,7 +196,7 @@ def test_plans_keep_to_the_memory_bar(
 ) -> None:
     """All that a call allocates, its kernels left out; all programs fit the GPU at once."""
     encode_first = pytest.importorskip("flash_sae_dist.kernels.encode_first")
-    for name in ("_filter_kernel", "pick_kernel"):
+    for name in ("filter_kernel", "pick_kernel"):
         monkeypatch.setattr(encode_first, name, NoKernel())
     for name in ("descriptor", "rows_descriptor"):
         monkeypatch.setattr(encode_first, name, lambda *a: None)
@@ -223,8 +224,8 @@ def test_plans_keep_to_the_memory_bar(
     encode_first.topk_encode(*tensors, k, plan)
     assert sum(sizes) - 8 * N * k <= 64 << 20
     assert plan.block_rows // 128 * plan.parts + plan.others <= 132
-    again = encode_first_plan._first_plan.__wrapped__(-(-N // 128), D, F, k, 132)
-    assert again == plan, "every rank makes the same plan"
+    encode_first_plan._first_plan.cache_clear()
+    assert make_first_plan(*shape) == plan, "every rank makes the same plan"
 
 
 def test_scratch_lies_within_one_upper_half(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +295,19 @@ def test_two_warps_select_where_few_rows_are_a_multiprocessors() -> None:
     assert warps(900, 20) == 1, "32 keys are one warp's to sort"
 
 
+def test_a_tail_is_no_block_where_that_is_a_round_of_tiles_less() -> None:
+    def tail(N: int, F: int = 16384, k: int = 256) -> int:
+        plan = make_first_plan(N, 2304, F, k)
+        assert plan is not None
+        assert not plan.tail or N - plan.tail <= plan.block_rows < N
+        return plan.tail
+
+    assert [tail(N) for N in (777, 768, 1300, 900)] == [16, 0, 32, 0]
+    assert tail(777, k=20) == 16
+    assert tail(810) == 0, "too many tokens"
+    assert tail(777, F=50_000) == 0, "more groups than threads hold"
+
+
 def hopper_only() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for Hopper GPUs")
@@ -339,6 +353,29 @@ def test_every_variant_is_exact_on_the_gpu(kind: str, changes: dict[str, int]) -
     x, W, b = make(kind, 300, 776, 20_000, torch.bfloat16, "cuda")
     values, indices = encoder(plan_of(300, 776, 20_000, 32, **changes), 32)(x, W, b)
     assert_exact(x, W, b, 32, values, indices)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("rest", "k", "changes"),
+    [
+        (9, 32, {"tail": 16, "warps": 1}),
+        (9, 32, {"tail": 16, "warps": 2, "size": 64}),
+        (1, 100, {"tail": 16, "size": 128}),
+        (32, 100, {"tail": 32, "size": 256}),
+        (20, 32, {"tail": 32, "first": 2, "parts": 8}),
+        (17, 32, {"tail": 32, "parts": 20, "others": 7, "regular": 60}),
+    ],
+)
+def test_a_tail_is_exact_on_the_gpu(kind: str, rest: int, k: int, changes: dict[str, int]) -> None:
+    """Tokens after the last whole block, beside which they are multiplied."""
+    hopper_only()
+    F = 16_003
+    x, W, b = make(kind, 256 + rest, 776, F, torch.bfloat16, "cuda")
+    plan = plan_of(256, 776, F, k, **changes)
+    values, indices = encoder(plan._replace(held=max(plan.held, 832)), k)(x, W, b)
+    assert_exact(x, W, b, k, values, indices)
 
 
 @pytest.mark.gpu

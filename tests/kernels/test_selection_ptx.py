@@ -17,7 +17,7 @@ from flash_sae_dist.kernels import encode_best_ptx as best_ptx
 from flash_sae_dist.kernels import encode_groups_ptx as groups_ptx
 from flash_sae_dist.kernels import encode_lists_ptx as lists_ptx
 from flash_sae_dist.kernels.encode_first_plan import OVERSHOOT, TILE_SHIFT
-from flash_sae_dist.kernels.encode_plan import sort_size
+from flash_sae_dist.kernels.encode_plan import groups_room, sort_size
 
 KINDS = ("normal", "equal", "few", "zeros", "negative", "ascending", "descending", "coarse", "inf")
 
@@ -64,22 +64,24 @@ class Space:
         return self.memory.bytes[start : start + 4 * count].view(kind)
 
 
+@pytest.mark.parametrize("group", [8, 32])
 @pytest.mark.parametrize("warps", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_groups(kind: str, warps: int) -> None:
+def test_groups(kind: str, warps: int, group: int) -> None:
     rng = np.random.default_rng(7)
     for k, F in ((64, 2100 + 32 * 64), (100, 8192)):
-        groups, pitch, size = -(-F // 32), -(-F // 256) * 8, sort_size(k)
-        x = activations(kind, 32 * pitch, rng)
+        columns, size = -(-F // 256) * 256, sort_size(k)
+        groups, pitch = -(-F // group), columns // group
+        x = activations(kind, columns, rng)
         x[F:] = 0
         bits = np.maximum(x.view(np.int32), 0)
-        space = Space(rng, pre=8 * 32 * pitch, maxima=8 * pitch, values=8 * k, indices=8 * k)
-        space.words("pre", 32 * pitch, 32 * pitch, np.float32)[:] = x
-        space.words("maxima", pitch, pitch)[:] = bits.reshape(-1, 32).max(1)
-        room = groups_ptx.groups_room(k, warps)
+        space = Space(rng, pre=8 * columns, maxima=8 * pitch, values=8 * k, indices=8 * k)
+        space.words("pre", columns, columns, np.float32)[:] = x
+        space.words("maxima", pitch, pitch)[:] = bits.reshape(-1, group).max(1)
+        room = groups_room(k, warps)
         status = run(
-            program(groups_ptx.groups_ptx, groups, pitch, room, size, warps), warps,
-            {"$1": 1, "$2": F, "$3": k, "$4": 128 * pitch, "$5": space.at["pre"],
+            program(groups_ptx.groups_ptx, groups, pitch, room, size, warps, group), warps,
+            {"$1": 1, "$2": F, "$3": k, "$4": 4 * columns, "$5": space.at["pre"],
              "$6": space.at["maxima"], "$7": space.at["values"], "$8": space.at["indices"]},
             space.memory, rng,
         )  # fmt: skip
@@ -100,7 +102,7 @@ def test_a_largest_of_no_latent_is_said() -> None:
     space.words("pre", 0, 32 * pitch, np.float32)[:] = x
     space.words("maxima", 0, pitch)[:] = x.view(np.int32).reshape(-1, 32).max(1)
     space.words("maxima", 0, pitch)[F // 32] = 0x7FC00000
-    sizes = F // 32 + 1, pitch, groups_ptx.groups_room(k, 2), sort_size(k), 2
+    sizes = F // 32 + 1, pitch, groups_room(k, 2), sort_size(k), 2
     status = run(
         program(groups_ptx.groups_ptx, *sizes), 2,
         {"$1": 0, "$2": F, "$3": k, "$4": 128 * pitch, "$5": space.at["pre"],
@@ -207,6 +209,33 @@ def test_lists(kind: str, warps: int) -> None:
             assert (values == bits[want]).all()
             done += 1
     assert done > 0
+
+
+@pytest.mark.parametrize("warps", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tail(kind: str, warps: int) -> None:
+    """Rows behind those that have lists, in the same program."""
+    rng = np.random.default_rng(11)
+    for k, F in ((64, 2100 + 32 * 64), (100, 8192), (200, 5000)):
+        columns, size = -(-F // 256) * 256, sort_size(k)
+        groups, pitch, held = -(-F // 8), columns // 8, -(-(size + 256 * warps + 50) // 64) * 64
+        x = activations(kind, columns, rng)
+        bits = np.maximum(x.view(np.int32), 0)
+        bits[F:] = 0
+        space = Space(rng, pre=8 * columns, maxima=8 * pitch, values=28 * k, indices=28 * k)
+        space.words("pre", columns, columns, np.float32)[:] = x
+        space.words("maxima", pitch, pitch)[:] = bits.reshape(-1, 8).max(1)
+        status = run(
+            program(lists_ptx.lists_ptx, 16, 60, 9, held, size, warps, groups, pitch), warps,
+            {"$1": 6, "$2": F, "$3": k, "$4": 0, "$5": 20, "$6": 0, "$7": 0,
+             "$8": space.at["values"], "$9": space.at["indices"], "$10": 5,
+             "$11": space.at["pre"], "$12": space.at["maxima"]},
+            space.memory, rng,
+        )  # fmt: skip
+        assert status == 0
+        want = best_of(bits[:F], k)
+        assert (space.words("indices", 6 * k, k) == want).all()
+        assert (space.words("values", 6 * k, k) == bits[want]).all()
 
 
 def test_lists_of_different_limits_are_said() -> None:
