@@ -309,7 +309,7 @@ def _first_plan(num_blocks: int, D: int, F: int, k: int, programs: int) -> First
             fit = True
             tile = 128 * 256 * D * 2 / 5.5e12
             filtering = (rounds + first - 1) * (tile + 3e-7) + rows * hits * 1.5e-11
-            agreeing = 5e-6 + 1e-7 * first * parts * cells
+            agreeing = 3.5e-6 + 8e-6 / parts + 6e-7 * first * cells
             selecting = rows * (1.8e-9 + 2.8e-11 * k + 5e-12 * hits)
             cost = cdiv(num_blocks, blocks) * (10e-6 + agreeing + filtering + selecting)
             if best is None or cost < best[0]:
