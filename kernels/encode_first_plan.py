@@ -99,11 +99,13 @@ class FirstPlan(NamedTuple):
 
     @property
     def registers(self) -> int:
-        """A thread's of a selection. Of two warps a row as few as let 14 rows of a call's be on a
-        multiprocessor, but more where a tail's are selected, too, if its rows are few."""
+        """A thread's of a selection. Of two warps a row as few as let 14 rows be on a
+        multiprocessor, or, where a call has fewer, 12, or 10 where a tail's are selected, too."""
         if self.warps == 1:
             return 128
-        return 64 if not self.tail or self.block_rows > 1280 else 96
+        if self.block_rows > 1280:
+            return 64
+        return 96 if self.tail else 80
 
     def tail_pitch(self, F: int) -> int:
         """Pre-activations a row of the tail."""
