@@ -93,8 +93,11 @@ def _multiply_tile(
 def _multiply_kernel(
     x_desc, w_ptr, bias_ptr, list_ptr, count_ptr, keys_ptr, N, D, CHUNK,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The first chunk's tile of a program, where the mask holds so many latents."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     count = tl.load(count_ptr)
     num_m = tl.cdiv(N, BLOCK_M)
     j0 = tl.program_id(0) // num_m * BLOCK_N
@@ -284,13 +287,15 @@ def _rest_kernel(
     N, D, CHUNK, k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, MORE: tl.constexpr, K_POW2: tl.constexpr, PIECE: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """All chunks after the first, if there are any.
 
     Programs draw pieces of work, tiles of a chunk and then groups of its rows, from one counter; a
     piece waits for pieces drawn before it alone, so whatever programs run, none waits for ever.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     count = tl.load(count_ptr)
     num_m = tl.cdiv(N, BLOCK_M)
     merged_ptr = counters_ptr + 1
@@ -370,6 +375,8 @@ def masked_topk(
     # Up to 96 entries a thread, so that a row of few takes one warp, which waits for no other.
     warps = min(16, next_power_of_2(cdiv(pow2 + more, 3072)))
     best = best_sizes(chunk, k) if by_warps else None
+    # Programs may be there before the kernel before has ended, for which they wait: 2 us a launch.
+    early = {"launch_pdl": True} if by_warps else {}
     # A multiple of four, so that every block's counters are as aligned as the first's.
     each = cdiv(1 + 2 * cdiv(rows, m), 4) * 4
     counters = torch.empty(cdiv(N, rows), each, dtype=torch.int32, device=device)
@@ -383,11 +390,11 @@ def masked_topk(
         x_desc = TensorDescriptor.from_tensor(part, [m, d])
         _multiply_kernel[(cdiv(size, m) * cdiv(chunk, n),)](
             x_desc, W_enc, b_enc, latents, count, keys, size, D, chunk, m, n, d, precision,
-            num_warps=4, num_stages=stages,
+            EARLY=by_warps, num_warps=4, num_stages=stages, **early,
         )  # fmt: skip
         if best is not None:
             best_kernel[(size,)](
-                keys, latents, count, values[start:], indices[start:], chunk, k, **best
+                keys, latents, count, values[start:], indices[start:], chunk, k, **best, **early
             )
         else:
             _merge_kernel[(size,)](
@@ -398,6 +405,7 @@ def masked_topk(
             _rest_kernel[(2 * num_programs(device),)](
                 x_desc, W_enc, b_enc, latents, count, keys, values[start:], indices[start:],
                 counters[start // rows], size, D, chunk, k, m, n, d, precision, **sizes,
-                PIECE=4096, ROWS=min(_ROWS, m), num_warps=8, num_stages=stages,
+                PIECE=4096, ROWS=min(_ROWS, m), EARLY=by_warps, num_warps=8,
+                num_stages=stages, **early,
             )  # fmt: skip
     return values, indices

@@ -31,6 +31,7 @@ def best_kernel(
     WARPS: tl.constexpr,
 ):
     """A row's list of the first chunk."""
+    tl.extra.cuda.gdc_wait()
     threads = tl.zeros((32 * WARPS,), tl.int32)
     tl.inline_asm_elementwise(
         best_ptx(EACH, MOST, WARPS), "=&r,r,r,r,r,l,l,l,l",

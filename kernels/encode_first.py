@@ -109,6 +109,10 @@ class _Filter:
         N, D = x.shape
         rest = N % BLOCK_M if self.plan.tail else 0
         N -= rest
+        if rest:
+            # Two blocks multiply it.
+            assert rest <= self.plan.tail
+            assert 2 * BLOCK_M <= N == self.plan.block_rows
         F, plan = self.W_enc.shape[0], self.plan
         runs = self.W_enc[: self.whole * BLOCK_N].view(32, -1, D)
         bias = self.b_enc[: self.whole * BLOCK_N].view(32, -1)
@@ -166,7 +170,7 @@ def topk_encode(
             plan.records(F), plan.held, plan.size, plan.keys, next_power_of_2(k),
             min(32, plan.keys // 2), 64, plan.keys_per_row, next_power_of_2(plan.keys_per_row),
             next_power_of_2(lists), plan.others > 0, groups, plan.tail_pitch(F) // RUN, plan.warps,
-            num_warps=plan.warps, maxnreg=plan.registers,
+            num_warps=plan.warps, maxnreg=plan.registers, launch_pdl=True,
         )  # fmt: skip
     _zeros.give(filter_rows.zeros, filter_rows.may_stay)
     return values, indices

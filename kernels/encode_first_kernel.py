@@ -282,7 +282,7 @@ def _consume(
                 )  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["rest"])
 def filter_kernel(
     x_desc, w_desc, rest_desc, bias_desc, rest_bias_desc, tail_desc, keys_ptr, codes_ptr, told_ptr,
     count_ptr, lists_ptr, bias_ptr, tail_ptr, maxima_ptr, pitch, N, rest, F, D, whole, spread,

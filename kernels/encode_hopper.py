@@ -29,7 +29,9 @@ _memory = gl.shared_memory_descriptor
 reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
-# A lead of 1 or 3 stages was no faster; 8 stages of 32 columns were slower (docs/performance.md).
+# 8 stages of 32 columns were slower, a LEAD of 1 or 2 by 1% (docs/performance.md). With one of all
+# STAGES group 0 would wait for a stage that group 1, which waits for it, has not given back; with
+# two less than that it could be two tiles ahead, whose barrier tells but odd from even.
 STAGES, LEAD = 4, 3
 
 
@@ -74,8 +76,8 @@ def produce(
 
 @gluon.jit
 def behind_from(D, BLOCK_K: gl.constexpr, LEAD: gl.constexpr):
-    """Column from which on group 1 stays behind: a tile's last LEAD stages. None where group 0
-    could be two tiles ahead, whose barrier tells but odd from even."""
+    """Column from which on group 1 stays behind: a tile's last LEAD stages; none of shorter tiles,
+    of which group 0 could be two ahead."""
     stages = gl.cdiv(D, BLOCK_K)
     return gl.where(stages > LEAD, (stages - LEAD) * BLOCK_K, -1)
 

@@ -250,6 +250,7 @@ def lists_ptx(
     With `groups` of RUN neighbours 3 more: the first row that has pre-activations instead of lists,
     addresses of these and of the groups' largest, `pitch` a row.
     """
+    assert not groups or size + 32 * TAIL_EACH * warps <= held, "a turn has no room"
     lines = [
         *start_lines(held, size, warps),
         *([".reg .pred left;", "setp.ge.s32 left, row, $10;", "@left bra TAIL;"] if groups else []),

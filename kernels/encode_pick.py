@@ -39,6 +39,7 @@ def pick_kernel(
     of rows that fill the last block, up to `padded`. With GROUPS rows from there on are the tail's,
     selected from their pre-activations and the largest of each RUN of them."""
     row = tl.program_id(0)
+    tl.extra.cuda.gdc_wait()  # the filter has ended: programs may be there before
     has_codes = tl.load(codes_ptr + row * NUM_KEYS, mask=row < padded, other=0)
     threads = tl.zeros((32 * WARPS,), tl.int32)
     if GROUPS > 0:

@@ -286,7 +286,7 @@ def designs(
         fused["fused-plain"] = lambda: fused_topk(x, W_enc, b_enc, k, plan)
     else:
         return found | library
-    if found and not tiles_are_first(N, F, num_programs(x.device)):
+    if found and first is not None and not tiles_are_first(N, F, num_programs(x.device)):
         return fused | library | found
     return found | (library | fused if encode_blocked.is_faster(N, D, F, k) else fused | library)
 

@@ -171,8 +171,8 @@ def main() -> None:
     )
     report("rank", kernel)
     kernel = encode_aux._multiply_kernel.warmup(
-        desc, bf16, f32, i32, i32, i32, 256, 768, 3072, 128, 128, 64, "tf32", num_warps=4,
-        num_stages=3, grid=(1,),
+        desc, bf16, f32, i32, i32, i32, 256, 768, 3072, 128, 128, 64, "tf32", True,
+        num_warps=4, num_stages=3, grid=(1,),
     )  # fmt: skip
     report("second-list-multiply", kernel)
     for block, more, k, warps in ((2048, 1024, 512, 1), (8192, 0, 2048, 4), (16384, 0, 2048, 8)):
@@ -190,7 +190,7 @@ def main() -> None:
     for block, more, k in ((2048, 1024, 512), (16384, 0, 2048)):
         kernel = encode_aux._rest_kernel.warmup(
             desc, bf16, f32, i32, i32, i32, f32, i32, i32, 256, 768, block + more, 384, 128, 128,
-            64, "tf32", block, more, k, 4096, 16, num_warps=8, num_stages=3, grid=(1,),
+            64, "tf32", block, more, k, 4096, 16, True, num_warps=8, num_stages=3, grid=(1,),
         )  # fmt: skip
         report(f"second-list-rest-{block + more}", kernel)
     for name, dots in (("decode-backward", True), ("scatter-rows", False)):

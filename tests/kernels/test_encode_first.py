@@ -358,22 +358,25 @@ def test_every_variant_is_exact_on_the_gpu(kind: str, changes: dict[str, int]) -
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("rest", "k", "changes"),
+    ("blocks", "rest", "k", "changes"),
     [
-        (9, 32, {"tail": 16, "warps": 1}),
-        (9, 32, {"tail": 16, "warps": 2, "size": 64}),
-        (1, 100, {"tail": 16, "size": 128}),
-        (32, 100, {"tail": 32, "size": 256}),
-        (20, 32, {"tail": 32, "first": 2, "parts": 8}),
-        (17, 32, {"tail": 32, "parts": 20, "others": 7, "regular": 60}),
+        (2, 9, 32, {"tail": 16, "warps": 1}),
+        (2, 9, 32, {"tail": 16, "warps": 2, "size": 64}),
+        (3, 1, 100, {"tail": 16, "size": 128}),
+        (5, 32, 100, {"tail": 32, "size": 256}),
+        (2, 20, 32, {"tail": 32, "first": 2, "parts": 8}),
+        (5, 20, 32, {"tail": 32, "first": 2, "parts": 8}),
+        (3, 17, 32, {"tail": 32, "parts": 20, "others": 7, "regular": 60}),
     ],
 )
-def test_a_tail_is_exact_on_the_gpu(kind: str, rest: int, k: int, changes: dict[str, int]) -> None:
+def test_a_tail_is_exact_on_the_gpu(
+    kind: str, blocks: int, rest: int, k: int, changes: dict[str, int]
+) -> None:
     """Tokens after the last whole block, beside which they are multiplied."""
     hopper_only()
     F = 16_003
-    x, W, b = make(kind, 256 + rest, 776, F, torch.bfloat16, "cuda")
-    plan = plan_of(256, 776, F, k, **changes)
+    x, W, b = make(kind, 128 * blocks + rest, 776, F, torch.bfloat16, "cuda")
+    plan = plan_of(128 * blocks, 776, F, k, **changes)
     values, indices = encoder(plan._replace(held=max(plan.held, 832)), k)(x, W, b)
     assert_exact(x, W, b, k, values, indices)
 
@@ -436,6 +439,24 @@ def test_bad_thresholds_are_mended_and_nan_borne_on_the_gpu(
     # In a row of NaN any latents will do.
     rows = torch.arange(300, device="cuda") != (3 if "nan" in kind else -1)
     assert (indices == want_indices)[rows].float().mean() > 0.98
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 200, 776])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_tail_bears_what_is_not_finite_on_the_gpu(bad: float, D: int) -> None:
+    """In tiles of one stage, of the ring's, and of more."""
+    hopper_only()
+    N, F = 3 * 128 + 9, 16_000
+    x, W, b = make("normal", N, D, F, torch.bfloat16, "cuda")
+    x[N - 2, 5] = bad
+    want, want_indices = encode_topk.fused_topk(x, W, b, 32, plain_plan(N, D, F, 32))
+    plan = plan_of(384, D, F, 32, tail=16)
+    got, indices = encoder(plan._replace(held=max(plan.held, 832)), 32)(x, W, b)
+    good = torch.arange(N, device="cuda") != N - 2
+    torch.testing.assert_close(got[good], want[good], rtol=1e-3, atol=1e-3)
+    assert (indices == want_indices)[good].float().mean() > 0.98
+    torch.testing.assert_close(got[~good], want[~good], rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.gpu
