@@ -8,8 +8,9 @@ last whole block of 128 are no block of their own: for each tile of latents two 
 them beside their own rows, a half of the latents each, with the weights that they hold for these
 anyway. There the latents are the instruction's rows, of which it takes no fewer than 64, and the
 tokens its columns, of which it takes as few as 8. The design is for as many
-tokens as their pre-activations and keys take 63 MiB, which mostly stay in the L2 cache; the fused
-encoder's thresholds and lists cost more there than writing does.
+tokens as their pre-activations and keys take 63 MiB, which mostly stay in the L2 cache. For two
+blocks of tokens at most it is taken first: there the fused encoder's thresholds and lists cost more
+than writing does.
 """
 
 from __future__ import annotations
