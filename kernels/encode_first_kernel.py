@@ -167,6 +167,8 @@ def _consume(
     RECORDS: gl.constexpr, TOGETHER: gl.constexpr, TAIL: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
+    """A warpgroup's half of each of a program's tiles: its products; of the sample the keys and the
+    rows' thresholds; what passes, to lists."""
     HALF: gl.constexpr = BLOCK_M // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     num_m = gl.cdiv(N, BLOCK_M)
@@ -291,6 +293,8 @@ def filter_kernel(
     TOGETHER: gl.constexpr, TAIL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
+    """Lists of the activations of N rows, whole blocks or the last of all, that reach their rows'
+    thresholds; pre-activations of `rest` rows after them, if TAIL."""
     a_bufs, b_bufs, bias_bufs, full, empty, lead = make_ring(
         x_desc, rest_desc, rest_bias_desc, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
     )
