@@ -23,14 +23,14 @@ def run(config: Config) -> None:
     flash-sae export configs/quickstart.yaml "export.formats=[sae_lens]"
     """
     from ..evaluation.finished import finished_saes
-    from ..folders import check_writable
+    from ..files import check_writable
     from ..interop import sae_lens, sparsify
-    from ..parallel import comm
+    from ..parallel import agree
 
     root = Path(config.export.directory or Path(config.output) / "export")
     begins = _begins_with_token(config)
     with processes(config) as accelerator:
-        comm.first_checks(lambda: check_writable("export.directory", root))
+        agree.first_checks(lambda: check_writable("export.directory", root))
         rank, world = accelerator.process_index, accelerator.num_processes
         for found in finished_saes(Path(config.output))[rank::world]:
             sae = found.load()

@@ -15,7 +15,7 @@ import zarr
 from accelerate import Accelerator
 from transformers import FalconConfig, FalconForCausalLM
 
-from flash_sae_dist import locks
+from flash_sae_dist import files
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.language_model import (
     LanguageModel,
@@ -626,9 +626,9 @@ def test_records_of_hosts_with_equal_process_numbers_meet_no_other(
 ) -> None:
     """Containers count their processes from 1 each: one host's rename took away the other's."""
     records, replace = Records(str(tmp_path)), os.replace
-    partials: list[str] = []
+    partials: list[Path] = []
 
-    def keep(source: str, target: str) -> None:
+    def keep(source: Path, target: Path) -> None:
         partials.append(source)
         replace(source, target)
 
@@ -644,9 +644,9 @@ def test_the_same_cache_twice_at_once_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = parse_config(config_data(tmp_path))
-    monkeypatch.setattr(locks, "_WAIT_S", 0.3)
+    monkeypatch.setattr(files, "_WAIT_S", 0.3)
     with (
-        locks.locked(tmp_path / "store.zarr"),
+        files.locked(tmp_path / "store.zarr"),
         pytest.raises(ConfigError, match=r"another process is at work in .*store\.zarr"),
     ):
         run_cache(cfg, Accelerator(cpu=True))

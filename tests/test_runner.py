@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from flash_sae_dist import locks
+from flash_sae_dist import files
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError
 from flash_sae_dist.config import Config, ConfigError
@@ -22,7 +22,7 @@ from flash_sae_dist.grid import runner
 from flash_sae_dist.grid.jobs import train_job
 from flash_sae_dist.grid.trackers import Trackers
 from flash_sae_dist.models.topk import TopKSAE
-from flash_sae_dist.parallel import comm
+from flash_sae_dist.parallel import agree
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.records import (
     DamagedRecordError,
@@ -115,7 +115,7 @@ def test_ranks_that_train_together_end_together(
     """Going on to the next jobs would leave the other ranks of this one in a collective."""
     monkeypatch.setattr(runner, "Trainer", Failing)
     # There is no other rank to agree with.
-    monkeypatch.setattr(comm, "from_lead", lambda found, mesh: found)
+    monkeypatch.setattr(agree, "from_lead", lambda found, mesh: found)
     cfg = config(root, tmp_path)
     store = ActivationStore.open(cfg.store_path())
     job = train_job(cfg, store.hookpoints)
@@ -250,8 +250,8 @@ def test_the_same_command_twice_at_once_is_refused(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = config(root, tmp_path)
-    monkeypatch.setattr(locks, "_WAIT_S", 0.3)
-    with locks.locked(tmp_path / "model.layers.0"):
+    monkeypatch.setattr(files, "_WAIT_S", 0.3)
+    with files.locked(tmp_path / "model.layers.0"):
         with pytest.raises(runner.JobsFailedError, match=r"another process is at work in .*rs\.0;"):
             runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
         assert [p.name for p in (tmp_path / "model.layers.0").iterdir()] == [".lock"]
@@ -262,10 +262,10 @@ def test_a_grid_goes_on_beside_a_job_that_another_launch_holds(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = grid_config(root, tmp_path)
-    monkeypatch.setattr(locks, "_WAIT_S", 0.3)
+    monkeypatch.setattr(files, "_WAIT_S", 0.3)
     monkeypatch.setattr(runner, "_memory_bytes", lambda device: 0)  # a bundle a job
     held = tmp_path / "model.layers.0" / "k=2"
-    with locks.locked(held):
+    with files.locked(held):
         write_status(Job("held", held, cfg), Status("failed", 1, 2, "the other's reason"))
         with pytest.raises(runner.JobsFailedError, match=r"1 of 4 .*another process is at work"):
             runner.run_jobs(cfg, Accelerator(cpu=True), grid=True)

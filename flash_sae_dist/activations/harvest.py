@@ -21,9 +21,8 @@ import torch
 
 from .. import __version__
 from ..config import CacheConfig, Config, ConfigError, UserError
-from ..folders import check_writable
-from ..locks import locked
-from ..parallel import comm
+from ..files import check_writable, locked
+from ..parallel import agree
 from ..progress import progress_bar
 from .language_model import (
     LanguageModel,
@@ -79,7 +78,7 @@ def run_cache(config: Config, accelerator: Any) -> None:
     with ExitStack() as lock:
         if writer.records.local:
             folder = Path(writer.records.root)
-            comm.first_checks(lambda: lock.enter_context(locked(folder)))
+            agree.first_checks(lambda: lock.enter_context(locked(folder)))
         _fill(config, accelerator, writer, lm, hookpoints)
 
 
@@ -134,7 +133,7 @@ def _check_folder(writer: StoreWriter) -> None:
             check_writable("cache.store", writer.records.root)
         except ConfigError as e:
             error = e
-    comm.raise_together(error)
+    agree.raise_together(error)
 
 
 def _table_folder(config: Config, writer: StoreWriter) -> Path:
@@ -182,7 +181,7 @@ def _shared_table(
             marker.write_text(digest)
         except ConfigError as e:
             error = e
-    comm.raise_together(error)
+    agree.raise_together(error)
     return TokenTable.load(folder)
 
 
@@ -192,7 +191,7 @@ def _shared_origin(lm: LanguageModel, table: TokenTable) -> Origin:
     Raises ConfigError where hosts have other files than one another.
     """
     origin = Origin(table.checksum(), model_commit(lm), model_dtype(lm), weights_checksum(lm))
-    everyone = comm.from_all(origin)
+    everyone = agree.from_all(origin)
     words = {
         "text_crc32c": "text.paths or text.name gives another text",
         "model_dtype": "model.dtype=auto is another type",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from ..config import ConfigError, UserError
+from ..files import write_text
 
 GEOMETRY, CONFIG, COMPLETE = "geometry.json", "config.json", "complete.json"
 
@@ -47,13 +47,7 @@ class Records:
         if not self.local:
             self.fs.pipe_file(self.where(name), text.encode())
             return
-        # Not the process's number: on several hosts the first of each container may have the same.
-        partial = f"{self.where(name)}.{uuid.uuid4().hex}.tmp"
-        with open(partial, "w") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, self.where(name))
+        write_text(Path(self.where(name)), text)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A record, or None where there is none."""

@@ -9,6 +9,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing
+
 _MARKERS = "os^DvPX<>*"
 _LINES = ("-", "--", ":", "-.")
 # Inches: a legend's entry is as high as its text, and a column of it as wide as its longest name.
@@ -145,7 +147,5 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..training.records import write_text
+from ..files import write_text
 from .loss_recovered import LossRecovered
 from .metrics import ReconstructionMetrics, density_histogram
 from .plots import plot_density, plot_frontiers

@@ -21,8 +21,8 @@ from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
 from ..activations.text import TokenTable, held_out_table
 from ..config import Config, EvaluateConfig
-from ..folders import check_writable
-from ..parallel import comm
+from ..files import check_writable
+from ..parallel import agree
 from ..progress import progress_bar
 from .finished import FinishedSAE, check_same_model, finished_saes, warn_of_other_text
 from .loss_recovered import LossMeter
@@ -42,7 +42,7 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     store = ActivationStore.open(config.store_path())
     for sae in saes:
         sae.check_fits(store)
-    comm.first_checks(lambda: check_writable("output", output))
+    agree.first_checks(lambda: check_writable("output", output))
     if cfg.loss_sequences:
         config.need("model", "text", "cache", verb="evaluate")
         check_same_model(config, store)

@@ -13,9 +13,8 @@ import torch.distributed as dist
 
 from ..activations.store import ActivationStore
 from ..config import Config, ConfigError, UserError
-from ..folders import check_writable
-from ..locks import locked
-from ..parallel import comm
+from ..files import check_writable, locked
+from ..parallel import agree
 from ..parallel.mesh import Mesh, make_mesh
 from ..training.records import (
     Job,
@@ -63,7 +62,7 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
         config.train.num_shards, config.train.num_replicas, device=device, several_groups=grid
     )
     _check_fit(found, store, mesh)
-    comm.first_checks(lambda: check_writable("output", config.output))
+    agree.first_checks(lambda: check_writable("output", config.output))
     for job in found:
         check_same_job(job, store.config)
     open_jobs = [job for job in found if not is_finished(job)]
@@ -82,7 +81,7 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
             busy |= {job.name: str(e) for job in bundle.jobs}
     mine = [job for bundle in plan[mesh.group] for job in bundle.jobs if mesh.is_lead]
     # Asked where they were written: a shared folder may show other hosts the files later.
-    by_rank = comm.from_all(
+    by_rank = agree.from_all(
         {j.name: busy.get(j.name) or _why_not(j) for j in mine if not is_finished(j)}
     )
     failed = {name: reason for some in by_rank for name, reason in some.items()}
@@ -201,7 +200,7 @@ def _held(jobs: list[Job], mesh: Mesh) -> Iterator[None]:
                     forget_failure(job)
         except ConfigError as e:
             busy = str(e)
-        if busy := comm.from_lead(busy, mesh):
+        if busy := agree.from_lead(busy, mesh):
             raise BusyError(busy)
         yield
 

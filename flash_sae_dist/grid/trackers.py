@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import ConfigError
-from ..parallel import comm
+from ..parallel import agree
 
 
 class Trackers:
@@ -28,7 +28,7 @@ class Trackers:
                 f"trackers: {names} cannot start: {' '.join(str(e).split())}; log in, or drop it "
                 "from the list"
             )
-        comm.raise_together(error)
+        agree.raise_together(error)
         if accelerator.is_main_process:
             for tracker in accelerator.trackers:
                 if tracker.name == "wandb":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..files import replacing, write_text
 from ..models.topk import TopKSAE
 
 
@@ -18,12 +18,10 @@ def write(
     folder: Path, weights: dict[str, Tensor], weights_file: str, config: dict[str, Any]
 ) -> None:
     """Writes weights and cfg.json, each renamed into place."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
-    save_file(tensors, folder / f"{weights_file}.tmp")
-    os.replace(folder / f"{weights_file}.tmp", folder / weights_file)
-    (folder / "cfg.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(folder / "cfg.json.tmp", folder / "cfg.json")
+    with replacing(folder / weights_file) as partial:
+        save_file(tensors, partial)
+    write_text(folder / "cfg.json", json.dumps(config, indent=2) + "\n")
 
 
 def read(

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..parallel import comm
+from ..parallel import collectives
 from ..parallel.mesh import Mesh
 
 # The host reads the number of dead latents this often; a constant, so that a run does not depend
@@ -39,7 +39,9 @@ class DeadLatents:
         fired.scatter_reduce_(
             0, top_idx.flatten().long(), (top_acts > 0).flatten().to(torch.int32), reduce="amax"
         )
-        comm.all_reduce_(fired, self.mesh.replica_group, self.mesh.num_replicas, dist.ReduceOp.MAX)
+        collectives.all_reduce_(
+            fired, self.mesh.replica_group, self.mesh.num_replicas, dist.ReduceOp.MAX
+        )
         self.tokens_since_fired.add_(batch_tokens).masked_fill_(fired.bool(), 0)
 
     def mask(self) -> Tensor:
@@ -49,7 +51,7 @@ class DeadLatents:
     def count(self) -> Tensor:
         """Dead latents over all shards, a scalar on the device. Collective over the shard group."""
         dead = self.mask().sum()
-        comm.all_reduce_(dead, self.mesh.shard_group, self.mesh.num_shards)
+        collectives.all_reduce_(dead, self.mesh.shard_group, self.mesh.num_shards)
         return dead
 
     def refresh(self, step: int, tokens_seen: int) -> None:

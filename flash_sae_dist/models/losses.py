@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..parallel import comm
+from ..parallel import collectives
 from ..parallel.mesh import Mesh
 
 
@@ -19,10 +19,10 @@ def total_variance(
     Collective over the replicas.
     """
     sums = x.sum(dim=0)
-    comm.all_reduce_(sums, mesh.replica_group, mesh.num_replicas)
+    collectives.all_reduce_(sums, mesh.replica_group, mesh.num_replicas)
     mean = sums / (x.shape[0] * mesh.num_replicas)
     variance = (x - mean).square().sum()
-    comm.all_reduce_(variance, mesh.replica_group, mesh.num_replicas)
+    collectives.all_reduce_(variance, mesh.replica_group, mesh.num_replicas)
     return variance
 
 

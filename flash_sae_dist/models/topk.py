@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -12,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..files import replacing, write_text
 from ..kernels import ops
-from ..parallel import comm
+from ..parallel import collectives, selection
 from ..parallel.mesh import Mesh
 
 WEIGHTS_FILE = "sae.safetensors"
@@ -108,13 +108,15 @@ class TopKSAE(nn.Module):
         # A shard narrower than k offers all it has: no more of its latents can be selected.
         k_local = min(self.k, self.d_sae_local)
         top = ops.topk_encode(
-            comm.feed_shards(x, self.mesh),
+            collectives.feed_shards(x, self.mesh),
             self._compute(self.W_enc),
             self.b_enc,
             k_local,
-            b_dec=comm.feed_shards(self.b_dec, self.mesh),
+            b_dec=collectives.feed_shards(self.b_dec, self.mesh),
         )
-        keep = comm.global_topk_mask(top.values, top.indices, self.k, self.first_latent, self.mesh)
+        keep = selection.global_topk_mask(
+            top.values, top.indices, self.k, self.first_latent, self.mesh
+        )
         return top if keep is None else ops.TopK(top.values * keep, top.indices)
 
     def encode_with_aux(self, x: Tensor, aux_mask: Tensor, k_aux: int) -> ops.TopKAux:
@@ -126,20 +128,22 @@ class TopKSAE(nn.Module):
         """
         local = (min(self.k, self.d_sae_local), min(k_aux, self.d_sae_local))
         top = ops.topk_encode_aux(
-            comm.feed_shards(x, self.mesh),
+            collectives.feed_shards(x, self.mesh),
             self._compute(self.W_enc),
             self.b_enc,
             local[0],
             aux_mask,
             local[1],
-            b_dec=comm.feed_shards(self.b_dec, self.mesh),
+            b_dec=collectives.feed_shards(self.b_dec, self.mesh),
         )
         first = self.first_latent
-        keep = comm.global_topk_mask(top.values, top.indices, self.k, first, self.mesh)
+        keep = selection.global_topk_mask(top.values, top.indices, self.k, first, self.mesh)
         if keep is None:
             return top
         k_aux = min(k_aux, self.d_sae)
-        keep_aux = comm.global_topk_mask(top.aux_values, top.aux_indices, k_aux, first, self.mesh)
+        keep_aux = selection.global_topk_mask(
+            top.aux_values, top.aux_indices, k_aux, first, self.mesh
+        )
         assert keep_aux is not None
         aux_values = top.aux_values.masked_fill(~keep_aux, -torch.inf)
         return ops.TopKAux(top.values * keep, top.indices, aux_values, top.aux_indices)
@@ -147,7 +151,7 @@ class TopKSAE(nn.Module):
     def combine(self, top_acts: Tensor, top_idx: Tensor) -> Tensor:
         """`sum_j top_acts[n, j] * W_dec[top_idx[n, j]]` [N, d_in], summed over shards: no b_dec."""
         partial = ops.sparse_decode(top_acts, top_idx, self._compute(self.W_dec))
-        return comm.sum_over_shards(partial.to(self.b_dec.dtype), self.mesh)
+        return collectives.sum_over_shards(partial.to(self.b_dec.dtype), self.mesh)
 
     def decode(self, top_acts: Tensor, top_idx: Tensor) -> Tensor:
         """`combine(top_acts, top_idx) + b_dec`: the reconstruction [N, d_in]."""
@@ -162,13 +166,11 @@ class TopKSAE(nn.Module):
         """Writes this (unsharded) SAE as safetensors and json, renamed into place."""
         assert self.mesh.num_shards == 1, "gather the shards before saving"
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
         weights = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
-        save_file(weights, path / f"{WEIGHTS_FILE}.tmp")
-        os.replace(path / f"{WEIGHTS_FILE}.tmp", path / WEIGHTS_FILE)
+        with replacing(path / WEIGHTS_FILE) as partial:
+            save_file(weights, partial)
         config = {"architecture": "topk", "d_in": self.d_in, "d_sae": self.d_sae, "k": self.k}
-        (path / f"{CONFIG_FILE}.tmp").write_text(json.dumps(config, indent=2) + "\n")
-        os.replace(path / f"{CONFIG_FILE}.tmp", path / CONFIG_FILE)
+        write_text(path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
     @staticmethod
     def is_whole(folder: str | Path) -> bool:

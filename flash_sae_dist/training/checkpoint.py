@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import files
 from ..config import UserError
 from ..parallel.mesh import Mesh
 
@@ -74,12 +74,12 @@ def save(folder: Path, state: TrainingState, mesh: Mesh, keep: int) -> None:
         record = _write_shard(partial, state, mesh)
     records = _gather(record, mesh)
     if mesh.is_lead:
-        files = [r for r in records if r]
-        manifest = {"format": _FORMAT, "info": state.info, "files": files}
+        written = [r for r in records if r]
+        manifest = {"format": _FORMAT, "info": state.info, "files": written}
         manifest["crc32c"] = _manifest_checksum(manifest)
-        _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1))
+        files.write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
         shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        files.rename(partial, final)
         # Those of later steps are damaged, or this one would not be made anew.
         made = [path for path in _found(folder) if path <= final]
         for old in made[:-keep]:
@@ -100,7 +100,7 @@ def _write_shard(folder: Path, state: TrainingState, mesh: Mesh) -> dict[str, An
     if mesh.shard == 0:
         tensors |= {f"whole.{n}": t for n, t in state.whole.items()}
     save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / name)
-    _sync(folder / name)
+    files.sync(folder / name)
     rows = state.info["d_sae"] // mesh.num_shards
     return {
         "name": name,
@@ -108,19 +108,6 @@ def _write_shard(folder: Path, state: TrainingState, mesh: Mesh) -> dict[str, An
         "first_row": mesh.shard * rows,
         "num_rows": rows,
     }
-
-
-def _write_synced(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _barrier(mesh: Mesh) -> None:

@@ -17,7 +17,7 @@ from ..kernels.dispatch import implementation, on_device
 from ..kernels.reference import Pairs, variance_of
 from ..models.dead_latents import DeadLatents
 from ..models.topk import TopKSAE
-from ..parallel import comm
+from ..parallel import collectives, selection
 from .sparse_adam import LatentGradients, SparseAdam
 from .timing import PhaseTimer
 
@@ -207,7 +207,7 @@ class FusedStep:
         self.optimizer.step()
         self.side.meet()
         timer.mark("optimizer")
-        comm.all_reduce_(metrics[2:], mesh.shard_group, mesh.num_shards)
+        collectives.all_reduce_(metrics[2:], mesh.shard_group, mesh.num_shards)
         return metrics
 
     def _encode(
@@ -222,13 +222,13 @@ class FusedStep:
             values, indices, aux_values, aux_indices = encode(
                 xc, W_enc, b_enc, k, self.dead.mask(), min(self.k_aux, sae.d_sae_local)
             )
-            keep = comm.global_topk_mask(aux_values, aux_indices, self.k_aux, first, mesh)
+            keep = selection.global_topk_mask(aux_values, aux_indices, self.k_aux, first, mesh)
             if keep is not None:
                 aux_values = aux_values.masked_fill(~keep, -torch.inf)
             aux = (aux_values, aux_indices)
         else:
             values, indices = implementation("topk_encode", W_enc)(xc, W_enc, b_enc, k)
-        keep = comm.global_topk_mask(values, indices, sae.k, first, mesh)
+        keep = selection.global_topk_mask(values, indices, sae.k, first, mesh)
         return (values if keep is None else values * keep), indices, aux
 
     def _decode(
@@ -252,7 +252,7 @@ class FusedStep:
         """The decoder without b_dec, summed over shards, in b_dec's dtype."""
         partial = implementation("sparse_decode", W_dec)(values, indices, W_dec)
         partial = partial.to(self.sae.b_dec.dtype)
-        comm.all_reduce_(partial, self.sae.mesh.shard_group, self.sae.mesh.num_shards)
+        collectives.all_reduce_(partial, self.sae.mesh.shard_group, self.sae.mesh.num_shards)
         return partial  # type: ignore[no-any-return]
 
     def _second(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..models.topk import TopKSAE
-from ..parallel import comm
+from ..parallel import collectives
 from .sparse_adam import SparseAdam
 
 
@@ -74,7 +74,7 @@ def clip_grads_(sae: TopKSAE, largest: float) -> None:
     """Scales the gradients in place so that their norm over all shards is at most `largest`."""
     grads = [p.grad for p in (sae.W_enc, sae.b_enc, sae.W_dec) if p.grad is not None]
     squares = torch.stack([g.square().sum() for g in grads]).sum()
-    comm.all_reduce_(squares, sae.mesh.shard_group, sae.mesh.num_shards)
+    collectives.all_reduce_(squares, sae.mesh.shard_group, sae.mesh.num_shards)
     assert sae.b_dec.grad is not None
     # b_dec's gradient is the same on every shard and counts once.
     norm = (squares + sae.b_dec.grad.square().sum()).sqrt()
@@ -88,4 +88,4 @@ def sum_grads_over_replicas_(sae: TopKSAE) -> None:
     """Adds up the replicas' gradients in place: each holds its share of the batch's loss."""
     grads: list[Tensor] = [p.grad for p in sae.parameters() if p.grad is not None]
     for grad in grads:
-        comm.all_reduce_(grad, sae.mesh.replica_group, sae.mesh.num_replicas)
+        collectives.all_reduce_(grad, sae.mesh.replica_group, sae.mesh.num_replicas)

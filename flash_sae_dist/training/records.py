@@ -6,16 +6,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from uuid import uuid4
 
 import yaml
 
 from ..config import Config, ConfigError, UserError
 from ..config_file import parse_config
+from ..files import write_text
 
 logger = logging.getLogger(__name__)
 State = Literal["running", "finished", "failed"]
@@ -41,18 +40,6 @@ class Status(NamedTuple):
     step: int
     total_steps: int
     error: str | None = None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Ranks of one job may tell the same failure at the same time, of several hosts, too.
-    partial = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    with partial.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
 
 
 def write_job(job: Job, store_config: dict[str, Any]) -> None:

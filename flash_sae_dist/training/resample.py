@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..models.dead_latents import DeadLatents
 from ..models.topk import TopKSAE
-from ..parallel import comm
+from ..parallel import collectives
 
 # Anthropic's: low enough that a new latent does not disturb the others at once.
 _ENCODER_SCALE = 0.2
@@ -31,13 +31,15 @@ def resample_(
     """
     mesh = sae.mesh
     mask = dead.mask()
-    counts = comm.all_gather(mask.sum().reshape(1), mesh.shard_group, mesh.num_shards).flatten()
+    counts = collectives.all_gather(
+        mask.sum().reshape(1), mesh.shard_group, mesh.num_shards
+    ).flatten()
     total = int(counts.sum())
     if total == 0:
         return 0
     x = x.to(sae.b_dec.dtype)
     # Replicas hold different batches: all take the first replica's, so that they stay equal.
-    x = comm.all_gather(x, mesh.replica_group, mesh.num_replicas)[0]
+    x = collectives.all_gather(x, mesh.replica_group, mesh.num_replicas)[0]
     errors = (x - sae(x).recon).square().sum(dim=1).double().cpu()
     if not bool(errors.isfinite().all()):
         # Training is past help and says so at the next logged step.
@@ -63,5 +65,5 @@ def resample_(
 def _mean_living_norm(sae: TopKSAE, mask: Tensor) -> Tensor:
     living = ~mask
     sums = torch.stack([sae.W_enc.norm(dim=1)[living].sum(), living.sum().to(sae.W_enc.dtype)])
-    comm.all_reduce_(sums, sae.mesh.shard_group, sae.mesh.num_shards)
+    collectives.all_reduce_(sums, sae.mesh.shard_group, sae.mesh.num_shards)
     return sums[0] / sums[1].clamp_min(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.dispatch import implementation
 from ..kernels.reference import AdamOptions, LatentRows, PairOrder, Pairs
 from ..models.topk import TopKSAE
-from ..parallel import comm
+from ..parallel import collectives
 from .side_stream import SideStream
 
 
@@ -155,7 +155,7 @@ class SparseAdam(torch.optim.Optimizer):
         def update_b_dec(sums: Tensor) -> None:
             with self.side.beside():
                 weighted = sums.sum(dim=0)
-                comm.all_reduce_(weighted, self._mesh.shard_group, self._mesh.num_shards)
+                collectives.all_reduce_(weighted, self._mesh.shard_group, self._mesh.num_shards)
                 grad = grads.b_dec - weighted
                 moments = (state["exp_avg"], state["exp_avg_sq"])
                 implementation("adam_vector_", W_dec)(

@@ -14,7 +14,7 @@ from ..kernels import encode_choice
 from ..models.dead_latents import DeadLatents
 from ..models.losses import auxk_loss, fvu_loss, geometric_median, total_variance
 from ..models.topk import TopKSAE
-from ..parallel import comm
+from ..parallel import collectives
 from ..parallel.mesh import Mesh
 from .checkpoint import TrainingState
 from .fused_step import FusedStep
@@ -109,7 +109,9 @@ class SAETraining:
         finite = (
             torch.stack([p.isfinite().all() for p in self.sae.parameters()]).all().to(torch.int32)
         )
-        comm.all_reduce_(finite, self.mesh.member_group, self.mesh.members, dist.ReduceOp.MIN)
+        collectives.all_reduce_(
+            finite, self.mesh.member_group, self.mesh.members, dist.ReduceOp.MIN
+        )
         return bool(finite)
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -122,7 +124,7 @@ class SAETraining:
         """Puts b_dec at the geometric median of the first batch x [N/R, d_in]. Collective over the
         replicas.
         """
-        rows = comm.all_gather(
+        rows = collectives.all_gather(
             x.to(self.master_dtype), self.mesh.replica_group, self.mesh.num_replicas
         )
         self.sae.b_dec.copy_(geometric_median(rows.flatten(0, 1)))
@@ -190,8 +192,8 @@ class SAETraining:
         self._update()
         values, indices = (torch.cat(parts) for parts in zip(*fired, strict=True))
         self.dead.update_(values, indices, self.cfg.batch_tokens)
-        comm.all_reduce_(shown, self.mesh.replica_group, self.mesh.num_replicas)
-        comm.all_reduce_(shown[2], self.mesh.shard_group, self.mesh.num_shards)
+        collectives.all_reduce_(shown, self.mesh.replica_group, self.mesh.num_replicas)
+        collectives.all_reduce_(shown[2], self.mesh.shard_group, self.mesh.num_shards)
         timer.mark("optimizer")
         return StepMetrics(*shown)
 

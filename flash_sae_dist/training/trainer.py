@@ -16,7 +16,7 @@ from torch import Tensor
 from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
 from ..models.topk import TopKSAE
-from ..parallel import comm
+from ..parallel import collectives
 from ..parallel.mesh import Mesh
 from ..progress import progress_bar
 from . import checkpoint
@@ -101,7 +101,7 @@ class Member:
         whole = {}
         for name, rows in self.training.final_weights().items():
             if name != "b_dec":
-                rows = comm.all_gather(rows, mesh.shard_group, mesh.num_shards).flatten(0, 1)
+                rows = collectives.all_gather(rows, mesh.shard_group, mesh.num_shards).flatten(0, 1)
             whole[name] = rows.to("cpu", torch.float32)
         if mesh.is_lead:
             with torch.device("meta"):
@@ -189,7 +189,7 @@ class Trainer:
                 return
             logged = (step + 1) % self.cfg.log_every == 0 or step + 1 == self.total_steps
             timer = PhaseTimer(self.device, enabled=logged)
-            x = comm.gather_batch(next(batches), self.mesh)
+            x = collectives.gather_batch(next(batches), self.mesh)
             timer.mark("data")
             shared_ms = timer.milliseconds() if logged else {}
             tokens += self.cfg.batch_tokens

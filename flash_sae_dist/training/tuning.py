@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..kernels import encode_choice
 from ..kernels.dispatch import on_device, use_kernels
-from ..parallel import comm
+from ..parallel.agree import from_lead
 from ..parallel.mesh import Mesh
 
 Choice = tuple[encode_choice.Shape, str]
@@ -15,7 +15,7 @@ Choice = tuple[encode_choice.Shape, str]
 
 def agree(found: Choice | None, mesh: Mesh) -> Choice | None:
     """All members use what the lead found, if anything; returns it. Collective over the members."""
-    found = comm.from_lead(found, mesh)
+    found = from_lead(found, mesh)
     if found is not None:
         encode_choice.use(*found)
     return found

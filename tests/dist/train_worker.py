@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flash_sae_dist.config import SAEConfig, TrainConfig
-from flash_sae_dist.parallel import comm
+from flash_sae_dist.parallel import collectives
 from flash_sae_dist.parallel.mesh import Mesh, make_mesh
 from flash_sae_dist.training.step import SAETraining
 from flash_sae_dist.training.timing import PhaseTimer
@@ -40,7 +40,7 @@ def global_selection(training: SAETraining, x: torch.Tensor, mesh: Mesh) -> torc
     top = training.sae.encode(x)
     local = torch.zeros(x.shape[0], training.sae.d_sae_local, dtype=torch.int32, device=x.device)
     local.scatter_reduce_(1, top.indices.long(), (top.values > 0).int(), reduce="amax")
-    parts = comm.all_gather(local, mesh.shard_group, mesh.num_shards)
+    parts = collectives.all_gather(local, mesh.shard_group, mesh.num_shards)
     return parts.permute(1, 0, 2).flatten(1).bool()
 
 
@@ -70,7 +70,7 @@ def train(steps: int, precision: str, kind: str, replicas: str) -> dict[str, Any
         # heavy row's direction.
         training.sae.b_enc.fill_(-0.2)
         training.sae.b_enc[::4] = -1.2
-        whole = comm.all_gather(training.sae.W_enc.data, mesh.shard_group, mesh.num_shards)
+        whole = collectives.all_gather(training.sae.W_enc.data, mesh.shard_group, mesh.num_shards)
         whole = whole.flatten(0, 1)
         whole[D_SAE // 2 :] = whole[: D_SAE // 2]
         start = training.sae.first_latent
