@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from .config import ConfigError
+from .config.base import ConfigError
 
 # A killed launcher takes its processes along within a second; the same command started again at
 # once waits for that.

@@ -20,11 +20,11 @@ import typer
 from torch import Tensor
 
 from ..activations.store import ActivationStore
-from ..config import SAEConfig, TrainConfig
+from ..config.train import FusedTrainConfig, TrainConfig
 from ..evaluation.metrics import measure
 from ..kernels import reference
 from ..models.losses import geometric_median
-from ..models.topk import TopKSAE
+from ..models.topk import TopKConfig, TopKSAE
 from ..parallel.mesh import Mesh
 from ..training.optim import lr_at, project_decoder_grad_, renormalise_decoder_
 from ..training.step import SAETraining
@@ -46,14 +46,14 @@ def _batches(rows: Tensor, cfg: TrainConfig) -> Iterator[Tensor]:
         yield rows[torch.randint(len(rows), (cfg.batch_tokens,), generator=generator).to(DEVICE)]
 
 
-def _ours(sae_cfg: SAEConfig, cfg: TrainConfig, rows: Tensor) -> TopKSAE:
+def _ours(sae_cfg: TopKConfig, cfg: TrainConfig, rows: Tensor) -> TopKSAE:
     training = SAETraining(sae_cfg, cfg, rows.shape[1], Mesh.single(), DEVICE)
     for x in _batches(rows, cfg):
         training.step(x, PhaseTimer(DEVICE, enabled=False))
     return training.sae
 
 
-def _start(sae_cfg: SAEConfig, cfg: TrainConfig, rows: Tensor) -> TopKSAE:
+def _start(sae_cfg: TopKConfig, cfg: TrainConfig, rows: Tensor) -> TopKSAE:
     sae = TopKSAE(rows.shape[1], sae_cfg.width(rows.shape[1]), sae_cfg.k, device=DEVICE)
     sae.reset_parameters(cfg.seed)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def _silent(counter: Tensor, indices: Tensor, values: Tensor, cfg: TrainConfig) 
     counter.add_(cfg.batch_tokens).masked_fill_(fired > 0, 0)
 
 
-def _dense(sae_cfg: SAEConfig, cfg: TrainConfig, rows: Tensor) -> TopKSAE:
+def _dense(sae_cfg: TopKConfig, cfg: TrainConfig, rows: Tensor) -> TopKSAE:
     sae = _start(sae_cfg, cfg, rows)
     optimizer = _adam(sae.parameters(), cfg)
     silent = torch.zeros(sae.d_sae, dtype=torch.int64, device=DEVICE)
@@ -104,7 +104,7 @@ def _dense(sae_cfg: SAEConfig, cfg: TrainConfig, rows: Tensor) -> TopKSAE:
     return sae
 
 
-def _sparsify(sae_cfg: SAEConfig, cfg: TrainConfig, rows: Tensor) -> TopKSAE:
+def _sparsify(sae_cfg: TopKConfig, cfg: TrainConfig, rows: Tensor) -> TopKSAE:
     from sparsify import SparseCoder, SparseCoderConfig
 
     sae = _start(sae_cfg, cfg, rows)
@@ -131,7 +131,7 @@ def _sparsify(sae_cfg: SAEConfig, cfg: TrainConfig, rows: Tensor) -> TopKSAE:
     return sae
 
 
-Trainer = Callable[[SAEConfig, TrainConfig, Tensor], TopKSAE]
+Trainer = Callable[[TopKConfig, TrainConfig, Tensor], TopKSAE]
 TRAINERS: dict[str, Trainer] = {"ours": _ours, "dense PyTorch": _dense, "sparsify": _sparsify}
 
 
@@ -170,7 +170,7 @@ def parity(
     for name, train in TRAINERS.items():
         found = []
         for seed in range(seeds):
-            cfg = TrainConfig(
+            cfg = FusedTrainConfig(
                 num_tokens=steps * 2048,
                 batch_tokens=2048,
                 lr=5e-4,
@@ -178,7 +178,7 @@ def parity(
                 dead_after_tokens=dead_after_tokens,
                 seed=seed,
             )
-            found.append(_measured(train(SAEConfig(k=k, d_sae=d_sae), cfg, seen), held_out))
+            found.append(_measured(train(TopKConfig(k=k, d_sae=d_sae), cfg, seen), held_out))
         row: dict[str, Any] = {"trainer": name}
         row |= {f"FVU, seed {i}": f"{fvu:.5f}" for i, (fvu, _) in enumerate(found)}
         row["mean FVU"] = f"{statistics.mean(fvu for fvu, _ in found):.5f}"

@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
-from typing import Annotated, NamedTuple, get_args
+from typing import Annotated, NamedTuple
 
 import typer
 from pydantic import BaseModel
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..config import Config, nearest_name
+from ..config.base import OneOf, nearest_name, one_of, section_models
 from .entry import command
 
 BENCHES = {
@@ -48,13 +48,13 @@ class _Key(NamedTuple):
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[_Key]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        options = (field.annotation, *get_args(field.annotation))
-        section = next(
-            (a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None
-        )
-        if section is not None:
-            yield _Key(key, "", (section.__doc__ or "").splitlines()[0], section=True)
-            yield from _keys(section, f"{key}.")
+        choice, sections = one_of(model, name), section_models(model, name)
+        if sections:
+            yield _Key(key, "", (sections[0].__doc__ or "").splitlines()[0], section=True)
+        if choice is not None:
+            yield from _keys_of_all(choice)
+        elif sections:
+            yield from _keys(sections[0], f"{key}.")
         else:
             value = field.get_default(call_default_factory=True)
             if field.is_required():
@@ -64,10 +64,26 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[_Key]:
             yield _Key(key, default, " ".join((field.description or "").split()))
 
 
+def _keys_of_all(choice: OneOf) -> Iterator[_Key]:
+    """The keys of every model of a section, each once; those that not all have say who has them."""
+    told: set[str] = set()
+    for model in dict.fromkeys(choice.models().values()):
+        for key in _keys(model, f"{choice.section}."):
+            if key.name in told:
+                continue
+            told.add(key.name)
+            owners = choice.tags_with(key.name.partition(".")[2])
+            if len(owners) < len(choice.models()):
+                key = key._replace(meaning=f"({choice.tag} {', '.join(owners)}) {key.meaning}")
+            yield key
+
+
 def keys(
     contains: Annotated[str, typer.Argument(help="Show only keys that contain this word.")] = "",
 ) -> None:
     """List every key of a config with its default and meaning."""
+    from ..training.job import Config
+
     known = list(_keys(Config))
     shown = [key for key in known if contains in key.name]
     if not shown:

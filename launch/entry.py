@@ -14,13 +14,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from ..config import Config, ConfigError, UserError, nearest_name
-from ..config_file import load_config
+from ..config.base import ConfigError, UserError, nearest_name
+
+if TYPE_CHECKING:
+    from ..training.job import Config
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG.yaml", help="YAML file; `flash-sae keys` lists its keys.")
@@ -32,7 +34,7 @@ OverridesArgument = Annotated[
         help="Replace values: train.batch_tokens=8192 sae.k=64",
     ),
 ]
-Run = Callable[[Config], None]
+Run = Callable[["Config"], None]
 
 
 def command(run: Run) -> Callable[[str, list[str] | None], None]:
@@ -52,6 +54,9 @@ def command(run: Run) -> Callable[[str, list[str] | None], None]:
             os.environ.setdefault("TQDM_DISABLE", "1")
         code = 0
         try:
+            # Not at the top: `--help` need not wait for torch.
+            from ..training.job import load_config
+
             run(load_config(config, overrides or []))
         except UserError as e:
             _tell(f"error: {e}")

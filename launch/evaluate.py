@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from ..config import Config
+from typing import TYPE_CHECKING
+
 from .entry import processes, verb_main
+
+if TYPE_CHECKING:
+    from ..training.job import Config
 
 
 def run(config: Config) -> None:

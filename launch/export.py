@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import Config, UserError
+from ..config.base import UserError
 from .entry import processes, verb_main
+
+if TYPE_CHECKING:
+    from ..training.job import Config
 
 if TYPE_CHECKING:
     from ..evaluation.finished import FinishedSAE

@@ -28,8 +28,9 @@ from flash_sae_dist.activations.language_model import (
 from flash_sae_dist.activations.loader import ActivationLoader, BlockReader
 from flash_sae_dist.activations.records import Records
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError, array_names
-from flash_sae_dist.config import ConfigError, ModelConfig, UserError, match_names
-from flash_sae_dist.config_file import parse_config
+from flash_sae_dist.config.base import ConfigError, UserError, match_names
+from flash_sae_dist.config.data import ModelConfig
+from flash_sae_dist.training.job import parse_config
 from tests.dist.ranks import free_port, rank_env, start_module, wait
 from tests.tiny_model import config_data, save_bert, save_text, write_config
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash_sae_dist.config import SAEConfig, TrainConfig
+from flash_sae_dist.config.train import FusedTrainConfig
 from flash_sae_dist.kernels import encode_choice
+from flash_sae_dist.models.topk import TopKConfig
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training import checkpoint, step
 from flash_sae_dist.training.checkpoint import TrainingState
@@ -18,11 +19,13 @@ from flash_sae_dist.training.timing import PhaseTimer
 
 CPU = torch.device("cpu")
 MESH = Mesh.single()
-CFG = TrainConfig(num_tokens=640, batch_tokens=32, lr=1e-3, warmup_steps=2, dead_after_tokens=64)
+CFG = FusedTrainConfig(
+    num_tokens=640, batch_tokens=32, lr=1e-3, warmup_steps=2, dead_after_tokens=64
+)
 
 
 def training() -> SAETraining:
-    return SAETraining(SAEConfig(k=3, d_sae=24), CFG, 8, MESH, CPU)
+    return SAETraining(TopKConfig(k=3, d_sae=24), CFG, 8, MESH, CPU)
 
 
 def advance(t: SAETraining, steps: int) -> list[float]:

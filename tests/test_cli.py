@@ -22,11 +22,11 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from flash_sae_dist.config import CacheConfig
-from flash_sae_dist.config_file import load_config
+from flash_sae_dist.config.data import CacheConfig
 from flash_sae_dist.launch import bench
 from flash_sae_dist.launch.cli import VERBS, build
 from flash_sae_dist.launch.entry import processes
+from flash_sae_dist.training.job import load_config
 from tests.tiny_model import config_data, write_config
 
 RUNNER = CliRunner()

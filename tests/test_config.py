@@ -5,14 +5,20 @@ right name.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
-from flash_sae_dist.config import Config, ConfigError, StrictModel
-from flash_sae_dist.config_file import load_config, parse_config, with_values
+from flash_sae_dist.config.base import ConfigError, section_models
+from flash_sae_dist.config.sae import SAEConfig
+from flash_sae_dist.config.train import ENGINES, AutogradTrainConfig, FusedTrainConfig
 from flash_sae_dist.launch.cli import _keys
+from flash_sae_dist.models import ARCHITECTURES
+from flash_sae_dist.training.engine_choice import choose_engine
+from flash_sae_dist.training.job import Config, load_config, parse_config, with_values
+from flash_sae_dist.training.records import read_job
 
 GOOD: dict[str, Any] = {
     "output": "runs/x",
@@ -60,11 +66,26 @@ def test_good_config() -> None:
         ("train.num_tokens", True, ["train.num_tokens", "True"]),
         ("train.precision", "bf16", ["train.precision", "'bf16'", "'bfloat16'"]),
         ("train.adam_mode", "lazzy", ["'lazzy'", "'lazy'"]),
-        ("train", {"num_tokens": 9, "step": "plain", "adam_mode": "lazy"}, ["train.adam_mode"]),
-        ("train", {"num_tokens": 9, "num_replicas": 2, "dead_latents": "ghost"}, ["'ghost'"]),
-        ("train", {"num_tokens": 9, "num_replicas": 2, "step": "fused"}, ["train.num_replicas=2"]),
-        ("train", {"num_tokens": 9, "grad_clip": 1.0, "step": "fused"}, ["train.grad_clip=1.0"]),
-        ("train", {"num_tokens": 9, "grad_clip": 1.0, "adam_mode": "lazy"}, ["train.adam_mode"]),
+        ("train.engine", "fast", ["train.engine='fast' is not a choice"]),
+        ("train.engine", "autograde", ["train.engine='autograde'", "'autograd'"]),
+        ("train.engine", 3, ["train.engine=3", "autograd"]),
+        ("train.step", "plain", ["train.step=plain is now train.engine=autograd"]),
+        ("train.step", "fused", ["train.step=fused is train.engine=fused"]),
+        ("grid", {"values": {"train.step": ["plain"]}}, ["train.step=plain is now train.engine"]),
+        (
+            "train",
+            {"num_tokens": 9, "engine": "autograd", "adam_mode": "lazy"},
+            ["train.adam_mode='lazy' needs train.engine=auto or fused"],
+        ),
+        (
+            "train",
+            {"num_tokens": 9, "engine": "autograd", "dead_latents": "ghost"},
+            ["train.dead_latents='ghost' needs the fused engine"],
+        ),
+        ("train", {"num_tokens": 9, "engine": "autograd", "lrr": 1}, ["'train.lrr'", "'train.lr'"]),
+        ("sae.architecture", "topkk", ["sae.architecture='topkk'", "'topk'"]),
+        ("sae.architecture", ["topk"], ["sae.architecture=['topk'] is not a choice"]),
+        ("sae.kk", 3, ["unknown key 'sae.kk'", "'sae.k'"]),
         ("sae", {"k": 9, "d_sae": 8}, ["sae.k=9", "sae.d_sae=8", "lower k"]),
         ("sae", {"k": 9}, ["sae.d_sae", "sae.expansion_factor"]),
         ("sae", {"k": 9, "d_sae": 64, "expansion_factor": 8}, ["sae.d_sae", "64", "8"]),
@@ -213,18 +234,11 @@ def test_every_field_is_documented_and_read() -> None:
         for p in (root / folder).rglob("*.py")
     }
 
-    def walk(model: type[StrictModel]) -> None:
+    def walk(model: type[BaseModel]) -> None:
         for name, field in model.model_fields.items():
-            section = next(
-                (
-                    a
-                    for a in (field.annotation, *getattr(field.annotation, "__args__", ()))
-                    if isinstance(a, type) and issubclass(a, StrictModel)
-                ),
-                None,
-            )
-            if section is not None:
-                walk(section)
+            if sections := section_models(model, name):
+                for section in sections:
+                    walk(section)
                 continue
             assert field.description, f"{model.__name__}.{name} has no docstring"
             readers = sum(f".{name}" in text for text in sources.values())
@@ -241,12 +255,12 @@ FIELDS = {
         "store hookpoints num_tokens context_length batch_sequences drop_special_tokens "
         "shard_mib dtype seed"
     ),
-    "sae": "k d_sae expansion_factor",
+    "sae": "architecture d_sae expansion_factor k",
     "train": (
         "hookpoint num_tokens batch_tokens lr warmup_steps decay_fraction adam_betas "
-        "adam_eps step grad_clip micro_batches adam_mode moment_dtype ema_decay "
-        "dead_latents aux_coef k_aux dead_after_tokens precision num_shards num_replicas "
-        "seed log_every checkpoint_every keep_checkpoints"
+        "adam_eps engine grad_clip micro_batches dead_latents aux_coef k_aux dead_after_tokens "
+        "precision num_shards num_replicas seed log_every checkpoint_every keep_checkpoints "
+        "adam_mode moment_dtype ema_decay"
     ),
     "grid": "hookpoints values",
     "evaluate": "num_tokens batch_tokens loss_sequences",
@@ -271,3 +285,100 @@ def test_exponents_in_lists_are_numbers() -> None:
     grid = parse_config(changed("grid", {"values": {"train.adam_betas": [[0.5, "9e-1"]]}})).grid
     assert grid is not None
     assert grid.values == {"train.adam_betas": ((0.5, 0.9),)}
+
+
+def test_autograd_has_the_keys_of_every_engine_alone() -> None:
+    config = parse_config(changed("train.engine", "autograd"))
+    assert type(config.train) is AutogradTrainConfig
+    assert type(parse_config(GOOD).train) is FusedTrainConfig
+
+
+@pytest.mark.parametrize("engine", ["auto", "fused", "autograd"])
+def test_every_engine_clips_adds_up_and_replicates(engine: str) -> None:
+    options = {"grad_clip": 1.0, "micro_batches": 2, "num_replicas": 2, "dead_latents": "auxk"}
+    data = {"num_tokens": 9, "engine": engine, **options}
+    assert parse_config(GOOD | {"train": data}).train is not None
+
+
+def test_an_old_jobs_step_is_refused_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(changed("train.step", "plain")))
+    with pytest.raises(ConfigError, match=r"job\.yaml: train\.step is gone: .*engine=autograd"):
+        read_job(tmp_path)
+
+
+class ToyConfig(SAEConfig):
+    """Keys of a toy architecture."""
+
+    architecture: Literal["toy"] = "toy"
+    """toy: a test's."""
+    sparsity: float
+    """A key of its own."""
+
+
+class Toy:
+    """An architecture that nothing else knows."""
+
+    Config = ToyConfig
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "toy", Toy)
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_registered_architecture_is_in_configs_at_once() -> None:
+    data = GOOD | {"sae": {"architecture": "toy", "d_sae": 64, "sparsity": "1e-3"}}
+    data["grid"] = {"values": {"sae.sparsity": ["1e-4", 0.5], "train.engine": ["auto"]}}
+    config = parse_config(data)
+    assert type(config.sae) is ToyConfig
+    assert config.sae.sparsity == 1e-3
+    assert config.grid is not None
+    assert config.grid.values["sae.sparsity"] == (1e-4, 0.5)
+    changed_one = with_values(config, {"sae.sparsity": 0.5}).sae
+    assert changed_one == config.sae.model_copy(update={"sparsity": 0.5})
+    assert "sae.sparsity" in [key.name for key in _keys(Config)]
+    # job.yaml keeps the architecture's own keys.
+    again = parse_config(config.model_dump(mode="json", exclude_unset=True))
+    assert again == config
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize(
+    ("sae", "words"),
+    [
+        ({"architecture": "toi"}, ["sae.architecture='toi'", "'toy'"]),
+        ({"architecture": "toy", "k": 3}, ["sae.k=3 needs sae.architecture=topk"]),
+        ({"architecture": "toy", "sparsty": 3}, ["unknown key 'sae.sparsty'", "'sae.sparsity'"]),
+        ({"architecture": "toy"}, ["'sae.sparsity' is missing"]),
+        ({"sparsity": 0.1, "k": 3}, ["sae.sparsity=0.1 needs sae.architecture=toy"]),
+    ],
+)
+def test_an_architecture_refuses_the_keys_of_others(sae: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as e:
+        parse_config(GOOD | {"sae": {"d_sae": 64, **sae}})
+    for word in words:
+        assert word in str(e.value), f"{word} is not in: {e.value}"
+
+
+@pytest.mark.parametrize(
+    ("options", "d_in", "engine"),
+    [
+        ({}, 64, "fused"),
+        ({"engine": "fused", "adam_mode": "lazy"}, 64, "fused"),
+        ({"engine": "autograd"}, 64, "autograd"),
+        ({}, 16385, "autograd"),
+        ({"engine": "fused"}, 16385, "train.engine='fused' needs the fused engine, but"),
+        ({"ema_decay": 0.9}, 16385, "train.ema_decay=0.9 needs the fused engine"),
+        ({"dead_latents": "ghost"}, 16385, "train.dead_latents='ghost' needs the fused engine"),
+    ],
+)
+def test_the_engine_is_chosen_in_one_place(options: dict[str, Any], d_in: int, engine: str) -> None:
+    cfg = ENGINES[options.get("engine", "auto")](num_tokens=9, **options)
+    if engine in ENGINES:
+        choice = choose_engine(cfg, d_in)
+        assert choice.engine == engine
+        assert (choice.reason is not None) == (d_in > 16384)
+    else:
+        with pytest.raises(ConfigError, match=engine):
+            choose_engine(cfg, d_in)

@@ -11,8 +11,8 @@ import transformers
 import yaml
 
 from flash_sae_dist.activations.language_model import resolve_hookpoints
-from flash_sae_dist.config_file import load_config
 from flash_sae_dist.grid import jobs
+from flash_sae_dist.training.job import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = sorted(p.stem for p in CONFIGS.glob("*.yaml"))

@@ -16,9 +16,9 @@ import yaml
 from flash_sae_dist import TopKSAE
 from flash_sae_dist.activations.loader import ActivationLoader
 from flash_sae_dist.activations.store import ActivationStore, Geometry, StoreWriter
-from flash_sae_dist.config_file import parse_config
 from flash_sae_dist.interop import sae_lens, sparsify
 from flash_sae_dist.launch import export
+from flash_sae_dist.training.job import parse_config
 
 HOOKPOINTS = ("model.layers.0", "model.layers.1.mlp")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_sae_dist.config import ConfigError
+from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.files import check_writable, replacing, write_text
 
 

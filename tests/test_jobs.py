@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from flash_sae_dist.config import ConfigError
-from flash_sae_dist.config_file import parse_config
+from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.grid.jobs import expand
+from flash_sae_dist.training.job import parse_config
 
 STORE = [f"layers.{i}{side}" for side in ("", ":input") for i in range(2)] + ["norm:input"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"kernels"},
-    {"config", "config_file", "files", "parallel", "progress"},
+    {"config", "files", "parallel", "progress"},
     {"activations", "models"},
     {"training"},
     {"grid", "evaluation", "interop", "planner"},

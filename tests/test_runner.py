@@ -16,14 +16,14 @@ from accelerate import Accelerator
 from flash_sae_dist import files
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError
-from flash_sae_dist.config import Config, ConfigError
-from flash_sae_dist.config_file import parse_config
+from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.grid import runner
 from flash_sae_dist.grid.jobs import train_job
 from flash_sae_dist.grid.trackers import Trackers
 from flash_sae_dist.models.topk import TopKSAE
 from flash_sae_dist.parallel import agree
 from flash_sae_dist.parallel.mesh import Mesh
+from flash_sae_dist.training.job import Config, parse_config
 from flash_sae_dist.training.records import (
     DamagedRecordError,
     Job,

@@ -13,7 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from flash_sae_dist.activations.text import documents, held_out_table, token_table
-from flash_sae_dist.config import ConfigError, TextConfig
+from flash_sae_dist.config.base import ConfigError
+from flash_sae_dist.config.data import TextConfig
 from tests.tiny_model import save_bert, save_llama, save_text
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from flash_sae_dist.config import SAEConfig, TrainConfig
+from flash_sae_dist.config.train import FusedTrainConfig
+from flash_sae_dist.models.topk import TopKConfig
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.step import SAETraining
 from flash_sae_dist.training.timing import PhaseTimer
@@ -29,7 +30,7 @@ def test_recovers_known_features(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     directions = normalize(torch.randn(NUM_FEATURES, D_IN, generator=generator), dim=1)
     steps, batch = 1000, 512
-    cfg = TrainConfig(
+    cfg = FusedTrainConfig(
         num_tokens=steps * batch,
         batch_tokens=batch,
         lr=3e-3,
@@ -37,7 +38,7 @@ def test_recovers_known_features(seed: int) -> None:
         dead_after_tokens=50_000,
         seed=seed,
     )
-    training = SAETraining(SAEConfig(k=ACTIVE, d_sae=96), cfg, D_IN, Mesh.single(), CPU)
+    training = SAETraining(TopKConfig(k=ACTIVE, d_sae=96), cfg, D_IN, Mesh.single(), CPU)
     fvu = torch.tensor(1.0)
     for _ in range(steps):
         x = mixtures(batch, directions, generator)

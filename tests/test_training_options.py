@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from flash_sae_dist.config import SAEConfig, TrainConfig
-from flash_sae_dist.models.topk import TopKSAE
+from flash_sae_dist.config.train import ENGINES, FusedTrainConfig
+from flash_sae_dist.models.topk import TopKConfig, TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.optim import clip_grads_, default_lr, lr_at
 from flash_sae_dist.training.sparse_adam import SparseAdam
@@ -20,7 +20,7 @@ D_IN, D_SAE, K, BATCH = 8, 48, 3, 64
 
 
 def training(**options: Any) -> SAETraining:
-    cfg = TrainConfig(
+    cfg = ENGINES[options.get("engine", "auto")](
         **{
             "num_tokens": 100 * BATCH,
             "batch_tokens": BATCH,
@@ -31,7 +31,7 @@ def training(**options: Any) -> SAETraining:
             **options,
         }
     )
-    return SAETraining(SAEConfig(k=K, d_sae=D_SAE), cfg, D_IN, Mesh.single(), CPU)
+    return SAETraining(TopKConfig(k=K, d_sae=D_SAE), cfg, D_IN, Mesh.single(), CPU)
 
 
 def batch(step: int) -> torch.Tensor:
@@ -45,14 +45,14 @@ def curve(t: SAETraining, steps: int) -> list[float]:
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:
-    whole, parts = training(step="plain"), training(micro_batches=4)
+    whole, parts = training(engine="autograd"), training(micro_batches=4)
     assert curve(whole, 10) == pytest.approx(curve(parts, 10), rel=1e-12)
     for a, b in zip(whole.sae.parameters(), parts.sae.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_clipping_equals_torchs() -> None:
-    t = training(step="plain")
+    t = training(engine="autograd")
     for p in t.sae.parameters():
         p.grad = torch.randn_like(p)
     mine = [p.grad.clone() for p in t.sae.parameters() if p.grad is not None]
@@ -66,14 +66,14 @@ def test_clipping_equals_torchs() -> None:
 
 
 def test_clipping_changes_a_run_only_where_it_bites() -> None:
-    free = curve(training(step="plain"), 5)
+    free = curve(training(engine="autograd"), 5)
     assert curve(training(grad_clip=1e9), 5) == free
     assert curve(training(grad_clip=1e-6), 5) != free
 
 
-@pytest.mark.parametrize("step", ["plain", "fused"])
-def test_resampling_revives_dead_latents(step: str) -> None:
-    t = training(step=step, dead_latents="resample", dead_after_tokens=10 * BATCH)
+@pytest.mark.parametrize("engine", ["autograd", "fused"])
+def test_resampling_revives_dead_latents(engine: str) -> None:
+    t = training(engine=engine, dead_latents="resample", dead_after_tokens=10 * BATCH)
     with torch.no_grad():
         t.sae.b_enc[:10] = -1e3
     t.step(batch(0), PhaseTimer(CPU, enabled=False))
@@ -162,7 +162,7 @@ def test_the_running_average_is_what_is_kept() -> None:
 
 
 def test_schedule() -> None:
-    cfg = TrainConfig(num_tokens=1000, batch_tokens=10, warmup_steps=10, decay_fraction=0.2)
+    cfg = FusedTrainConfig(num_tokens=1000, batch_tokens=10, warmup_steps=10, decay_fraction=0.2)
     rates = [lr_at(s, 100, 1.0, cfg) for s in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:80] == [1.0] * 71

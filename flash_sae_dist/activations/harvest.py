@@ -20,7 +20,9 @@ import numpy.typing as npt
 import torch
 
 from .. import __version__
-from ..config import CacheConfig, Config, ConfigError, UserError
+from ..config.base import ConfigError, UserError
+from ..config.data import CacheConfig
+from ..config.run import RunConfig
 from ..files import check_writable, locked
 from ..parallel import agree
 from ..progress import progress_bar
@@ -43,7 +45,7 @@ logger = logging.getLogger(__name__)
 _FREE_KEYS = {"store"}
 
 
-def store_config(config: Config) -> dict[str, Any]:
+def store_config(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides a store's content, flat."""
     assert config.cache is not None
     assert config.text is not None
@@ -56,7 +58,7 @@ def store_config(config: Config) -> dict[str, Any]:
     return flat
 
 
-def run_cache(config: Config, accelerator: Any) -> None:
+def run_cache(config: RunConfig, accelerator: Any) -> None:
     """Runs the whole cache job, or what is left of it. Collective over all processes.
 
     Raises ConfigError before any work when something does not fit, or another launch is at it.
@@ -83,7 +85,11 @@ def run_cache(config: Config, accelerator: Any) -> None:
 
 
 def _fill(
-    config: Config, accelerator: Any, writer: StoreWriter, lm: LanguageModel, hookpoints: list[str]
+    config: RunConfig,
+    accelerator: Any,
+    writer: StoreWriter,
+    lm: LanguageModel,
+    hookpoints: list[str],
 ) -> None:
     """Makes the shards that are not there yet."""
     assert config.cache is not None
@@ -136,19 +142,19 @@ def _check_folder(writer: StoreWriter) -> None:
     agree.raise_together(error)
 
 
-def _table_folder(config: Config, writer: StoreWriter) -> Path:
+def _table_folder(config: RunConfig, writer: StoreWriter) -> Path:
     """Beside the records of a store on disk, else among the host's temporary files."""
     if writer.records.local:
         return Path(writer.records.root) / "records" / "text"
     return Path(tempfile.gettempdir()) / f"flash_sae_dist-{_digest(config)[:16]}"
 
 
-def _digest(config: Config) -> str:
+def _digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(store_config(config), sort_keys=True).encode()).hexdigest()
 
 
 def _shared_table(
-    config: Config, lm: LanguageModel, accelerator: Any, writer: StoreWriter
+    config: RunConfig, lm: LanguageModel, accelerator: Any, writer: StoreWriter
 ) -> TokenTable:
     """Tokenises once a host, in its first process; the others map the files."""
     assert config.cache is not None
@@ -221,7 +227,7 @@ def _widths(lm: LanguageModel, hookpoints: list[str], table: TokenTable) -> dict
     return {name: seen[name].shape[-1] for name in hookpoints}
 
 
-def _provenance(config: Config, lm: LanguageModel) -> dict[str, Any]:
+def _provenance(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
     packages = ("torch", "transformers", "zarr", "numpy")
     return {
         "config": store_config(config),

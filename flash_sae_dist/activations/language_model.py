@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..config import ConfigError, ModelConfig, match_names, nearest_name
+from ..config.base import ConfigError, match_names, nearest_name
+from ..config.data import ModelConfig
 
 
 class LanguageModel(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec
 
-from ..config import ConfigError, UserError
+from ..config.base import ConfigError, UserError
 from ..files import write_text
 
 GEOMETRY, CONFIG, COMPLETE = "geometry.json", "config.json", "complete.json"

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from ..config import ConfigError, nearest_name
+from ..config.base import ConfigError, nearest_name
 from .records import COMPLETE, CONFIG, GEOMETRY, Records, shard_record
 from .records import DamagedStoreError as DamagedStoreError
 

@@ -17,7 +17,8 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from ..config import ConfigError, TextConfig
+from ..config.base import ConfigError
+from ..config.data import TextConfig
 
 _DOCUMENTS_A_BATCH = 256
 

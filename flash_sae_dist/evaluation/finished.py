@@ -11,8 +11,9 @@ import torch
 
 from ..activations.harvest import store_config
 from ..activations.store import ActivationStore
-from ..config import Config, ConfigError, UserError
+from ..config.base import ConfigError, UserError
 from ..models.topk import CONFIG_FILE, TopKSAE
+from ..training.job import Config
 from ..training.records import DamagedRecordError, read_job, read_store_config
 
 logger = logging.getLogger(__name__)

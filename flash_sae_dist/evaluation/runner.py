@@ -20,10 +20,11 @@ from ..activations.language_model import (
 from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
 from ..activations.text import TokenTable, held_out_table
-from ..config import Config, EvaluateConfig
+from ..config.run import EvaluateConfig
 from ..files import check_writable
 from ..parallel import agree
 from ..progress import progress_bar
+from ..training.job import Config
 from .finished import FinishedSAE, check_same_model, finished_saes, warn_of_other_text
 from .loss_recovered import LossMeter
 from .metrics import measure

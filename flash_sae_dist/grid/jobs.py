@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from ..config import Config, ConfigError, match_names, nearest_name
-from ..config_file import with_values
+from ..config.base import ConfigError, match_names, nearest_name
+from ..training.job import Config, with_values
 from ..training.records import Job
 
 

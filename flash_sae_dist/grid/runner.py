@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 
 from ..activations.store import ActivationStore
-from ..config import Config, ConfigError, UserError
+from ..config.base import ConfigError, UserError
 from ..files import check_writable, locked
 from ..parallel import agree
 from ..parallel.mesh import Mesh, make_mesh
+from ..training.job import Config
 from ..training.records import (
     Job,
     check_same_job,

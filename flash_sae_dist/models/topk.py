@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
+from pydantic import model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..config.base import ConfigError, Latents
+from ..config.sae import SAEConfig
 from ..files import replacing, write_text
 from ..kernels import ops
 from ..parallel import collectives, selection
@@ -18,6 +21,37 @@ from ..parallel.mesh import Mesh
 
 WEIGHTS_FILE = "sae.safetensors"
 CONFIG_FILE = "config.json"
+
+
+class TopKConfig(SAEConfig):
+    """Shape of a TopK sparse autoencoder."""
+
+    architecture: Literal["topk"] = "topk"
+    """topk: the k largest pre-activations of a token are active. It decides which other keys there
+    are."""
+    k: Latents
+    """Active latents a token."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> Self:
+        if self.d_sae is not None and self.k > self.d_sae:
+            raise ValueError(
+                f"sae.k={self.k} exceeds sae.d_sae={self.d_sae}; lower k or widen the dictionary"
+            )
+        return self
+
+    def width(self, d_in: int) -> int:
+        """Latents for a hookpoint of width d_in. Raises ConfigError where k does not fit, or the
+        latents exceed what is numbered in 32 bits.
+        """
+        d_sae = super().width(d_in)
+        if self.k > d_sae:
+            raise ConfigError(
+                f"sae.k={self.k} exceeds the {d_sae} latents of "
+                f"sae.expansion_factor={self.expansion_factor} at width {d_in}; "
+                "lower k or raise expansion_factor"
+            )
+        return d_sae
 
 
 class SAEOutput(NamedTuple):
@@ -38,6 +72,8 @@ class TopKSAE(nn.Module):
     collective over the shard group. Under autocast the products take autocast's dtype; sums and
     the selection stay float32.
     """
+
+    Config: ClassVar[type[SAEConfig]] = TopKConfig
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..config import ConfigError
+from ..config.base import ConfigError
 from .mesh import Mesh
 
 T = TypeVar("T")

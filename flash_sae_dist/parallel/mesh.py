@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..config import ConfigError
+from ..config.base import ConfigError
 
 # How long a process waits for the others. NCCL's ten minutes would end a grid whose groups have
 # unequal work, or a cache whose first process tokenises long; the launcher sees to dead processes.

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import files
-from ..config import UserError
+from ..config.base import UserError
 from ..parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)

@@ -4,13 +4,18 @@ is made here.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config.train import FusedTrainConfig, TrainConfig
 from ..models.topk import TopKSAE
 from ..parallel import collectives
+from .engine_choice import choose_engine
 from .sparse_adam import SparseAdam
+
+logger = logging.getLogger(__name__)
 
 
 def default_lr(d_sae: int) -> float:
@@ -33,13 +38,17 @@ def make_optimizer(
 ) -> torch.optim.Adam | SparseAdam:
     """Adam over an SAE's parameters (the local rows of sharded ones).
 
-    `TrainConfig.uses_fused_step` chooses between the fused step's optimizer and the plain one.
+    `choose_engine` chooses between the fused engine's optimizer and autograd's.
     """
     lr = cfg.lr if cfg.lr is not None else default_lr(sae.d_sae)
-    if not cfg.uses_fused_step:
+    engine, reason = choose_engine(cfg, sae.d_in)
+    if reason is not None and sae.mesh.is_lead:
+        logger.info("train.engine=auto is autograd, not the fused engine: %s", reason)
+    if engine == "autograd":
         return torch.optim.Adam(
             sae.parameters(), lr=lr, betas=cfg.adam_betas, eps=cfg.adam_eps, fused=True
         )
+    assert isinstance(cfg, FusedTrainConfig)
     return SparseAdam(
         sae,
         lr,

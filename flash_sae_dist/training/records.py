@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from ..config import Config, ConfigError, UserError
-from ..config_file import parse_config
+from ..config.base import ConfigError, UserError
 from ..files import write_text
+from .job import Config, parse_config
 
 logger = logging.getLogger(__name__)
 State = Literal["running", "finished", "failed"]

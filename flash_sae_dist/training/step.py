@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import Precision, SAEConfig, TrainConfig
+from ..config.base import ConfigError
+from ..config.sae import SAEConfig
+from ..config.train import FusedTrainConfig, Precision, TrainConfig
 from ..kernels import encode_choice
 from ..models.dead_latents import DeadLatents
 from ..models.losses import auxk_loss, fvu_loss, geometric_median, total_variance
-from ..models.topk import TopKSAE
+from ..models.topk import TopKConfig, TopKSAE
 from ..parallel import collectives
 from ..parallel.mesh import Mesh
 from .checkpoint import TrainingState
@@ -64,6 +66,9 @@ class SAETraining:
         self.cfg, self.mesh, self.device = cfg, mesh, device
         self.compute_dtype = resolve_precision(cfg.precision, device)
         self.master_dtype = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+        if not isinstance(sae_cfg, TopKConfig):
+            raise ConfigError(f"sae.architecture={sae_cfg.architecture!r} cannot be trained yet")
+        self.ema_decay = cfg.ema_decay if isinstance(cfg, FusedTrainConfig) else None
         self.sae = TopKSAE(
             d_in,
             sae_cfg.width(d_in),
@@ -128,7 +133,7 @@ class SAETraining:
             x.to(self.master_dtype), self.mesh.replica_group, self.mesh.num_replicas
         )
         self.sae.b_dec.copy_(geometric_median(rows.flatten(0, 1)))
-        if self.cfg.ema_decay is not None:
+        if self.ema_decay is not None:
             self.optimizer.state[self.sae.b_dec]["ema"].copy_(self.sae.b_dec)
 
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
@@ -230,13 +235,13 @@ class SAETraining:
         renormalise_decoder_(self.sae)
 
     def _moments(self) -> tuple[str, ...]:
-        average = () if self.cfg.ema_decay is None else ("ema",)
+        average = () if self.ema_decay is None else ("ema",)
         return ("exp_avg", "exp_avg_sq", *average)
 
     def final_weights(self) -> dict[str, Tensor]:
         """The weights to keep, this shard's rows: the parameters, or their running average."""
         named = dict(self.sae.named_parameters())
-        if self.cfg.ema_decay is None:
+        if self.ema_decay is None:
             return {name: p.detach() for name, p in named.items()}
         weights: dict[str, Tensor] = {n: self.optimizer.state[p]["ema"] for n, p in named.items()}
         weights["W_dec"] = torch.nn.functional.normalize(weights["W_dec"], dim=1)

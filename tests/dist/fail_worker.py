@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from flash_sae_dist.config import Config
 from flash_sae_dist.launch.entry import processes, verb_main
+from flash_sae_dist.training.job import Config
 
 
 def run(config: Config) -> None:

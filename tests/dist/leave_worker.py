@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from flash_sae_dist.config_file import load_config
 from flash_sae_dist.launch.entry import processes
 from flash_sae_dist.parallel.mesh import make_mesh
+from flash_sae_dist.training.job import load_config
 from tests.dist.ranks import worker
 
 

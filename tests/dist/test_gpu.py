@@ -25,7 +25,7 @@ def equal_one(tmp_path: Path, replicas: str, kind: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["fused", "plain"])
+@pytest.mark.parametrize("kind", ["fused", "autograd"])
 def test_two_ranks_equal_one_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -38,7 +38,9 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 
 @pytest.mark.gpu
 @two_gpus
-@pytest.mark.parametrize(("replicas", "kind"), [("1", "fused"), ("1", "plain"), ("2", "plain")])
+@pytest.mark.parametrize(
+    ("replicas", "kind"), [("1", "fused"), ("1", "autograd"), ("2", "autograd")]
+)
 def test_two_gpus_equal_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replicas: str, kind: str
 ) -> None:

@@ -16,11 +16,11 @@ from tests.dist.ranks import run_ranks
 WORKER = "tests.dist.train_worker"
 # Dead latents are looked for every 100 steps.
 STEPS = 150
-# By number of processes what one launch trains: precision, step and replicas.
+# By number of processes what one launch trains: precision, engine and replicas.
 CASES = {
-    1: ("float64-plain-1", "float32-plain-1", "float64-fused-1"),
-    2: ("float64-fused-1", "float64-plain-1", "float64-plain-2", "float32-fused-1"),
-    4: ("float64-fused-1", "float64-plain-2", "float32-fused-1"),
+    1: ("float64-autograd-1", "float32-autograd-1", "float64-fused-1"),
+    2: ("float64-fused-1", "float64-autograd-1", "float64-autograd-2", "float32-fused-1"),
+    4: ("float64-fused-1", "float64-autograd-2", "float32-fused-1"),
 }
 Runs = Callable[[int], list[dict[str, Any]]]
 
@@ -48,14 +48,14 @@ def assert_equal(run: dict[str, Any], want: dict[str, Any]) -> None:
 
 
 def test_the_data_is_awkward(single: dict[str, Any]) -> None:
-    run = single["float64-plain-1"]
+    run = single["float64-autograd-1"]
     assert run["short_rows"] > 100, "some rows must have fewer than k positive activations"
     assert (run["losses"][:, 1] > 0).any(), "AuxK must have had dead latents to work on"
     assert run["losses"][-1, 0] < run["losses"][0, 0]
 
 
-def test_the_fused_step_equals_the_plain_one(single: dict[str, Any]) -> None:
-    assert_equal(single["float64-fused-1"], single["float64-plain-1"])
+def test_the_fused_engine_equals_autograd(single: dict[str, Any]) -> None:
+    assert_equal(single["float64-fused-1"], single["float64-autograd-1"])
 
 
 @pytest.mark.slow
@@ -68,13 +68,13 @@ def test_float64_equals_one_process(
 ) -> None:
     assert len(runs(world)) == world
     for rank in runs(world):
-        assert_equal(rank[case], single["float64-plain-1"])
+        assert_equal(rank[case], single["float64-autograd-1"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_float32_is_close_to_one_process(runs: Runs, single: dict[str, Any], world: int) -> None:
-    want = single["float32-plain-1"]["losses"][:, 0]
+    want = single["float32-autograd-1"]["losses"][:, 0]
     for rank in runs(world):
         got = rank["float32-fused-1"]["losses"][:, 0]
         torch.testing.assert_close(got, want, rtol=1e-3, atol=0)

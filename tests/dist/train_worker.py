@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from flash_sae_dist.config import SAEConfig, TrainConfig
+from flash_sae_dist.config.train import ENGINES
+from flash_sae_dist.models.topk import TopKConfig
 from flash_sae_dist.parallel import collectives
 from flash_sae_dist.parallel.mesh import Mesh, make_mesh
 from flash_sae_dist.training.step import SAETraining
@@ -45,25 +46,25 @@ def global_selection(training: SAETraining, x: torch.Tensor, mesh: Mesh) -> torc
 
 
 def run(steps: str, *cases: str) -> dict[str, Any]:
-    """By case, which is its precision, step and replicas, as `float64-plain-1`."""
+    """By case, which is its precision, engine and replicas, as `float64-autograd-1`."""
     return {case: train(int(steps), *case.split("-")) for case in cases}
 
 
 def train(steps: int, precision: str, kind: str, replicas: str) -> dict[str, Any]:
     """One SAE whose latents are dead after two batches without firing."""
     mesh = make_mesh(None, int(replicas), device=DEVICE)
-    cfg = TrainConfig(
+    cfg = ENGINES[kind](
         num_tokens=steps * BATCH,
         batch_tokens=BATCH,
         lr=3e-3,
         warmup_steps=10,
         precision=precision,
-        step=kind,
+        engine=kind,
         num_replicas=int(replicas),
         dead_after_tokens=2 * BATCH,
         seed=3,
     )
-    training = SAETraining(SAEConfig(k=K, d_sae=D_SAE), cfg, D_IN, mesh, DEVICE)
+    training = SAETraining(TopKConfig(k=K, d_sae=D_SAE), cfg, D_IN, mesh, DEVICE)
     with torch.no_grad():
         # Each latent has a twin on the other half of the shards, and negative biases leave rows
         # short of k. Every fourth latent starts so low that it is soon dead, yet fires for the

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from .config import Config, ConfigError, nearest_name
+from .base import ConfigError, OneOf, nearest_name, one_of, section_models, shown
 
+M = TypeVar("M", bound=BaseModel)
 # What a type is called in YAML, with an example, by pydantic's name for the error.
 _WANTED = {
     "int_type": "write a whole number, such as 4096",
@@ -27,39 +28,45 @@ _EMPTY = {
 }
 
 
-def _section_fields(loc: tuple[int | str, ...]) -> list[str]:
-    model: Any = Config
-    for part in loc:
-        annotation = model.model_fields[part].annotation
-        options = [
-            a
-            for a in (*get_args(annotation), annotation)
-            if isinstance(a, type) and issubclass(a, BaseModel)
-        ]
-        model = options[0]
-    return list(model.model_fields)
+def _known_fields(
+    model: type[BaseModel], path: tuple[Any, ...], data: Any
+) -> tuple[list[str], OneOf | None]:
+    """The keys of the section that a path of data leads to, and how its model was chosen."""
+    choice: OneOf | None = None
+    for part in path:
+        data = data[part]
+        choice = one_of(model, part)
+        model = choice.model_of(data) if choice else section_models(model, part)[0]
+    return list(model.model_fields), choice
 
 
-def _shown(value: Any) -> str:
-    """A value as YAML has it: lists are lists."""
-    return repr(list(value) if isinstance(value, tuple) else value)
+def _unknown_key(error: ErrorDetails, model: type[BaseModel], data: Any) -> str:
+    loc = error["loc"]
+    key = ".".join(map(str, loc))
+    fields, choice = _known_fields(model, loc[:-1], data)
+    if choice and (tags := choice.tags_with(str(loc[-1]))):
+        return (
+            f"{key}={shown(error['input'])} needs {choice.section}.{choice.tag}="
+            f"{' or '.join(tags)}; drop it, or change {choice.section}.{choice.tag}"
+        )
+    known = [".".join(map(str, (*loc[:-1], name))) for name in fields]
+    return f"unknown key {key!r} (value {shown(error['input'])}){nearest_name(key, known)}"
 
 
-def _sentence(error: ErrorDetails) -> str:
+def _sentence(error: ErrorDetails, model: type[BaseModel], data: Any) -> str:
     loc = tuple(p for p in error["loc"])
     key = ".".join(str(p) for p in loc)
     if error["type"] == "extra_forbidden":
-        known = [".".join(map(str, (*loc[:-1], name))) for name in _section_fields(loc[:-1])]
-        return f"unknown key {key!r} (value {_shown(error['input'])}){nearest_name(key, known)}"
+        return _unknown_key(error, model, data)
     if error["type"] == "missing" and isinstance(loc[-1], int):
         key = ".".join(map(str, loc[:-1]))
-        return f"{key}={_shown(error['input'])} is too short; write {loc[-1] + 1} values or more"
+        return f"{key}={shown(error['input'])} is too short; write {loc[-1] + 1} values or more"
     if error["type"] == "missing":
         return f"key {key!r} is missing; add it (`flash-sae keys {key}` tells what it means)"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message
-    told = f"{key}={_shown(error['input'])}"
+    told = f"{key}={shown(error['input'])}"
     if error["type"] == "literal_error":
         choices = [
             c.strip("', ") for c in error["ctx"]["expected"].replace(" or ", ", ").split(", ")
@@ -72,14 +79,14 @@ def _sentence(error: ErrorDetails) -> str:
     return f"{told} does not fit: {message[0].lower()}{message[1:]}"
 
 
-def parse_config(data: dict[str, Any], source: str = "config") -> Config:
-    """Builds a Config from plain data. Raises ConfigError telling the first mistake."""
+def parse(model: type[M], data: dict[str, Any], source: str) -> M:
+    """Builds a config from plain data. Raises ConfigError telling the first mistake."""
     try:
-        return Config.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as e:
         # A typing mistake (an unknown key) explains the missing one beside it, so it is told first.
         first = min(e.errors(), key=lambda err: err["type"] != "extra_forbidden")
-        raise ConfigError(f"{source}: {_sentence(first)}") from None
+        raise ConfigError(f"{source}: {_sentence(first, model, data)}") from None
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -133,7 +140,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     data[last] = value
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def read_file(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """Reads a YAML config and applies `key=value` overrides. Raises ConfigError."""
     file = Path(path)
     if not file.is_file():
@@ -156,13 +163,4 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         )
     for override in overrides:
         apply_override(data, override)
-    return parse_config(data, str(path))
-
-
-def with_values(config: Config, values: dict[str, Any]) -> Config:
-    """A copy of a config with dotted keys replaced, checked anew. Raises ConfigError."""
-    data = config.model_dump(mode="json", exclude_unset=True)
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        data[section] = {**(data.get(section) or {}), name: value}
-    return parse_config(data, "grid")
+    return data

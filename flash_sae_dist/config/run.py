@@ -1,0 +1,115 @@
+"""The sections and keys of a run that no architecture or engine changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
+
+from pydantic import Field, model_validator
+
+from .base import ConfigError, Folder, StrictModel, from_yaml, nearest_name
+from .data import CacheConfig, ModelConfig, TextConfig
+from .train import STEP_IS_GONE
+
+ExportFormat = Literal["sae_lens", "sparsify"]
+
+
+class GridConfig(StrictModel):
+    """Many SAEs from one store: every hookpoint with every combination of values."""
+
+    hookpoints: tuple[str, ...] = Field(default=("*",), min_length=1)
+    """Hookpoints of the store, wildcards as in cache.hookpoints; `*` alone are all."""
+    values: dict[str, tuple[Any, ...]] = {}
+    """Lists of values by dotted key of the sections sae and train, such as `sae.k: [16, 32]`."""
+
+    def typed(
+        self,
+        kinds: Mapping[str, Any],  # the annotation of each key that may vary
+    ) -> Self:
+        """The grid with its values as those keys' types read YAML. Raises ValueError for an unknown
+        key, an empty list or a value that stands there twice.
+        """
+        if "train.step" in self.values:
+            raise ValueError(f"grid.values: {STEP_IS_GONE}")
+        for key, choices in self.values.items():
+            if key not in kinds:
+                raise ValueError(
+                    f"grid.values has no use for key {key!r}{nearest_name(key, list(kinds))}"
+                )
+            if not choices:
+                raise ValueError(f"grid.values: {key!r} is an empty list; give at least one value")
+        typed = {key: from_yaml(list(v), kinds[key]) for key, v in self.values.items()}
+        for key, choices in typed.items():
+            for at, choice in enumerate(choices):
+                if choice in choices[:at]:
+                    raise ValueError(
+                        f"grid.values: {key!r} holds {choice!r} twice, one SAE trained two times; "
+                        "drop one"
+                    )
+        return self.model_copy(update={"values": typed})
+
+
+class EvaluateConfig(StrictModel):
+    """What is measured on finished SAEs."""
+
+    num_tokens: int = Field(default=65_536, gt=0)
+    """Stored rows for FVU, cosine, L0, latents that never fired, and densities."""
+    batch_tokens: int = Field(default=4096, gt=0)
+    """Stored rows a pass."""
+    loss_sequences: int = Field(default=64, ge=0)
+    """Sequences of text for the loss recovered; 0 leaves it out and the model is never loaded."""
+
+
+class ExportConfig(StrictModel):
+    """Files for other libraries."""
+
+    formats: tuple[ExportFormat, ...] = get_args(ExportFormat)
+    """Formats to write."""
+    directory: Folder | None = None
+    """Where to write; left out, `<output>/export`."""
+
+
+class RunConfig(StrictModel):
+    """A run without its sections sae, train and grid; `training.job.Config` is the whole."""
+
+    output: Folder
+    """Folder of everything that is trained, evaluated and exported; a path, not a URL."""
+    model: ModelConfig | None = None
+    text: TextConfig | None = None
+    cache: CacheConfig | None = None
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+    store: Folder | None = None
+    """Store to train from and to measure on; left out, `cache.store`."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Trackers of accelerate, by name: tensorboard, wandb, trackio, ...; an empty list logs to
+    files alone.
+    """
+
+    @model_validator(mode="after")
+    def _folders_are_paths(self) -> Self:
+        for key, folder in (("output", self.output), ("export.directory", self.export.directory)):
+            if folder is not None and "://" in folder:
+                raise ValueError(
+                    f"{key}={folder!r} is a URL; give a folder (only stores and text may be URLs)"
+                )
+        return self
+
+    def store_path(self) -> str:
+        """The store that training reads. Raises ConfigError where none is named."""
+        if self.store is not None:
+            return self.store
+        if self.cache is not None:
+            return self.cache.store
+        raise ConfigError(
+            "store is missing: name the activation store, as store: PATH or under cache.store"
+        )
+
+    def need(self, *sections: str, verb: str) -> None:
+        """Raises ConfigError naming the first section that a verb needs and the file lacks."""
+        for section in sections:
+            if getattr(self, section) is None:
+                raise ConfigError(
+                    f"section {section!r} is missing: `{verb}` needs it; "
+                    "see configs/quickstart.yaml"
+                )

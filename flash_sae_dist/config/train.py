@@ -1,0 +1,122 @@
+"""The section train: the keys of all engines, and those of each."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from .base import Beta, Latents, OneOf, Seed, StrictModel
+
+Precision = Literal["auto", "float64", "float32", "bfloat16"]
+STEP_IS_GONE = (
+    "train.step is gone: train.step=plain is now train.engine=autograd, and train.step=fused is "
+    "train.engine=fused"
+)
+
+
+class TrainConfig(StrictModel):
+    """How an SAE is trained from a store: the keys that every engine has."""
+
+    hookpoint: str | None = None
+    """Hookpoint of the store to train on; needed by `train`, set by the grid for its jobs."""
+    num_tokens: int = Field(gt=0)
+    """Tokens to train on; more than the store holds means several epochs."""
+    batch_tokens: int = Field(default=4096, gt=0)
+    """Tokens a step, over all processes that train this SAE."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; left out it is 2e-4 / sqrt(d_sae / 2**14)."""
+    warmup_steps: int = Field(default=1000, ge=0)
+    """Steps of linear warm-up."""
+    decay_fraction: float = Field(default=0.2, ge=0, le=1)
+    """Last part of the steps over which the learning rate falls linearly to zero."""
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Adam's decay rates."""
+    adam_eps: float = Field(default=6.25e-10, gt=0)
+    """Adam's epsilon; small because the normalised loss has small gradients (OpenAI's value)."""
+    engine: Literal["auto", "fused", "autograd"]
+    """What makes a step; it decides which other keys there are."""
+    grad_clip: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient over all latents."""
+    micro_batches: int = Field(default=1, gt=0)
+    """Parts that a batch is run in, their gradients added up."""
+    dead_latents: Literal["auxk", "ghost", "resample", "none"] = "auxk"
+    """What revives latents that stopped firing: OpenAI's AuxK loss, Anthropic's ghost gradients
+    (not with engine autograd), resampling once every dead_after_tokens, or nothing."""
+    aux_coef: float = Field(default=1 / 32, ge=0)
+    """Weight of the AuxK or ghost loss."""
+    k_aux: Latents | None = None
+    """Dead latents that AuxK or ghost gradients use a token; left out, half the width."""
+    dead_after_tokens: int = Field(default=10_000_000, gt=0)
+    """Tokens without firing, counted over all processes, after which a latent is dead. Dead ones
+    are looked for every 100 steps."""
+    precision: Precision = "auto"
+    """Arithmetic of matmuls and gathers; master weights are float32 (float64 for float64). auto:
+    bfloat16 on GPUs, else float32.
+    """
+    num_shards: int | None = Field(default=None, gt=0)
+    """Processes that share one SAE's latents; left out, all of them."""
+    num_replicas: int = Field(default=1, gt=0)
+    """Copies of the sharded SAE that split each batch."""
+    seed: Seed = 0
+    """Seed of the order of the data."""
+    log_every: int = Field(default=10, gt=0)
+    """Steps between log lines; the device is read only then."""
+    checkpoint_every: int = Field(default=1000, gt=0)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+    """Newest checkpoints kept."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_step(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "step" in data:
+            raise ValueError(STEP_IS_GONE)
+        return data
+
+
+class FusedTrainConfig(TrainConfig):
+    """How an SAE is trained from a store.
+
+    With the keys of the fused engine.
+    """
+
+    engine: Literal["auto", "fused"] = "auto"
+    """fused: sparse gradients and Adam in one pass, no dense gradient; autograd: PyTorch's autograd
+    and torch.optim.Adam, the same arithmetic. auto: fused, or autograd where a hookpoint is too
+    wide for the fused kernels (a log line then says so)."""
+    adam_mode: Literal["exact", "lazy"] = "exact"
+    """exact: dense Adam's arithmetic; lazy: only latents that fired are moved, as
+    torch.optim.SparseAdam does, which is faster and changes the arithmetic."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Adam's moments; bfloat16 is rounded stochastically and halves their memory."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay a step of a running average of the weights; the SAE that is written is
+    then the average, its decoder rows at unit norm."""
+
+
+class AutogradTrainConfig(TrainConfig):
+    """How an SAE is trained from a store.
+
+    With the keys of the autograd engine.
+    """
+
+    engine: Literal["autograd"]
+    """PyTorch's autograd and torch.optim.Adam."""
+
+    @model_validator(mode="after")
+    def _no_ghost_gradients(self) -> Self:
+        if self.dead_latents == "ghost":
+            raise ValueError(
+                "train.dead_latents='ghost' needs the fused engine, not train.engine='autograd'; "
+                "drop one"
+            )
+        return self
+
+
+ENGINES: dict[str, type[TrainConfig]] = {
+    "auto": FusedTrainConfig,
+    "fused": FusedTrainConfig,
+    "autograd": AutogradTrainConfig,
+}
+ENGINE_CHOICE = OneOf("train", "engine", "auto", lambda: ENGINES)

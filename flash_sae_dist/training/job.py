@@ -1,0 +1,70 @@
+"""A whole run's config: the common sections with those of every architecture and engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+from pydantic import SerializeAsAny, field_validator
+
+from ..config.base import OneOf, section_models
+from ..config.file import parse, read_file
+from ..config.run import GridConfig, RunConfig
+from ..config.sae import SAEConfig
+from ..config.train import ENGINE_CHOICE, TrainConfig
+from ..models import ARCHITECTURES
+
+# One launch has one mesh, and the hookpoints have a key of their own.
+_SHARED_BY_A_GRID = {"train.hookpoint", "train.num_shards", "train.num_replicas"}
+
+
+def _architecture_configs() -> Mapping[str, type[SAEConfig]]:
+    return {name: kind.Config for name, kind in ARCHITECTURES.items()}
+
+
+ARCHITECTURE_CHOICE = OneOf("sae", "architecture", "topk", _architecture_configs)
+
+
+class Config(RunConfig):
+    """A whole run."""
+
+    sae: Annotated[SerializeAsAny[SAEConfig] | None, ARCHITECTURE_CHOICE] = None
+    train: Annotated[SerializeAsAny[TrainConfig] | None, ENGINE_CHOICE] = None
+    grid: GridConfig | None = None
+
+    @field_validator("grid")
+    @classmethod
+    def _grid_values_fit(cls, grid: GridConfig | None) -> GridConfig | None:
+        return grid and grid.typed(_grid_kinds(cls))
+
+
+def _grid_kinds(config: type[Config]) -> dict[str, Any]:
+    """The annotation of each key that grid.values may hold, over all architectures and engines."""
+    kinds: dict[str, Any] = {}
+    for section in ("sae", "train"):
+        for model in section_models(config, section):
+            for name, field in model.model_fields.items():
+                key = f"{section}.{name}"
+                # Two architectures may give one key two types.
+                kinds[key] = Union[kinds.get(key, field.annotation), field.annotation]  # noqa: UP007
+    return {key: kind for key, kind in kinds.items() if key not in _SHARED_BY_A_GRID}
+
+
+def parse_config(data: dict[str, Any], source: str = "config") -> Config:
+    """Builds a Config from plain data. Raises ConfigError telling the first mistake."""
+    return parse(Config, data, source)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML config and applies `key=value` overrides. Raises ConfigError."""
+    return parse_config(read_file(path, overrides), str(path))
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """A copy of a config with dotted keys replaced, checked anew. Raises ConfigError."""
+    data = config.model_dump(mode="json", exclude_unset=True)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        data[section] = {**(data.get(section) or {}), name: value}
+    return parse_config(data, "grid")
