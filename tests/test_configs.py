@@ -11,7 +11,7 @@ import transformers
 import yaml
 
 from flash_sae_dist.activations.language_model import resolve_hookpoints
-from flash_sae_dist.grid import jobs
+from flash_sae_dist.grid import plan
 from flash_sae_dist.training.job import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -46,9 +46,9 @@ def test_preset_parses_and_its_hookpoints_exist(name: str) -> None:
     assert len(hookpoints) >= len(config.cache.hookpoints)
     assert config.train is not None
     if config.train.hookpoint is not None:
-        assert jobs.train_job(config, hookpoints).name == config.train.hookpoint
+        assert plan.train_job(config, hookpoints).name == config.train.hookpoint
     if config.grid is not None:
-        names = [job.name for job in jobs.expand(config, hookpoints)]
+        names = [job.name for job in plan.expand(config, hookpoints)]
         assert len(set(names)) == len(names) > 1
 
 

@@ -17,8 +17,8 @@ from flash_sae_dist import files
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError
 from flash_sae_dist.config.base import ConfigError
-from flash_sae_dist.grid import runner
-from flash_sae_dist.grid.jobs import train_job
+from flash_sae_dist.grid import plan, runner
+from flash_sae_dist.grid.plan import train_job
 from flash_sae_dist.grid.trackers import Trackers
 from flash_sae_dist.models.topk import TopKSAE
 from flash_sae_dist.parallel import agree
@@ -167,7 +167,7 @@ def test_an_sae_that_does_not_fit_leaves_the_others_alone(
             super().run()
 
     monkeypatch.setattr(runner, "Trainer", Small)
-    monkeypatch.setattr(runner, "_memory_bytes", lambda device: 0)
+    monkeypatch.setattr(plan, "usable_memory", lambda device: 0)
     cfg = grid_config(root, tmp_path)
     with pytest.raises(runner.JobsFailedError, match=r"k=2: OutOfMemoryError"):
         runner.run_jobs(cfg, Accelerator(cpu=True), grid=True)
@@ -263,7 +263,7 @@ def test_a_grid_goes_on_beside_a_job_that_another_launch_holds(
 ) -> None:
     cfg = grid_config(root, tmp_path)
     monkeypatch.setattr(files, "_WAIT_S", 0.3)
-    monkeypatch.setattr(runner, "_memory_bytes", lambda device: 0)  # a bundle a job
+    monkeypatch.setattr(plan, "usable_memory", lambda device: 0)  # a bundle a job
     held = tmp_path / "model.layers.0" / "k=2"
     with files.locked(held):
         write_status(Job("held", held, cfg), Status("failed", 1, 2, "the other's reason"))

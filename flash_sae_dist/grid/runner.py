@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..activations.store import ActivationStore
 from ..config.base import ConfigError, UserError
-from ..files import check_writable, locked
+from ..files import locked
 from ..parallel import agree
 from ..parallel.mesh import Mesh, make_mesh
 from ..training.job import Config
 from ..training.records import (
     Job,
-    check_same_job,
     forget_failure,
     read_metrics,
     read_status,
     record_failure,
 )
 from ..training.trainer import Trainer, is_finished
-from . import jobs as job_list
-from .placement import Bundle, assign, make_bundles
+from .plan import Bundle, Plan, agreed_plan
 from .trackers import Trackers
 
 logger = logging.getLogger(__name__)
@@ -52,54 +48,50 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     verb = "grid" if grid else "train"
     config.need("sae", "train", verb=verb)
     assert config.train is not None
-    store = ActivationStore.open(config.store_path())
-    found = (
-        job_list.expand(config, store.hookpoints)
-        if grid
-        else [job_list.train_job(config, store.hookpoints)]
-    )
     device: torch.device = accelerator.device
     mesh = make_mesh(
         config.train.num_shards, config.train.num_replicas, device=device, several_groups=grid
     )
-    _check_fit(found, store, mesh)
-    agree.first_checks(lambda: check_writable("output", config.output))
-    for job in found:
-        check_same_job(job, store.config)
-    open_jobs = [job for job in found if not is_finished(job)]
-    widths = {name: store.width(name) for name in store.hookpoints}
-    bundles = make_bundles(open_jobs, widths, mesh.num_shards, _memory_bytes(device))
-    plan = assign(bundles, mesh.num_groups)
-    trackers = Trackers(accelerator, [job.name for job in open_jobs])
-    # Every rank has looked at what is finished before any rank finishes more.
-    accelerator.wait_for_everyone()
-    busy: dict[str, str] = {}
-    for bundle in plan[mesh.group]:
-        try:
-            _train_bundle(bundle.jobs, store, mesh, device, trackers, only=len(found) == 1)
-        except BusyError as e:
-            # Not ours to write a reason into.
-            busy |= {job.name: str(e) for job in bundle.jobs}
-    mine = [job for bundle in plan[mesh.group] for job in bundle.jobs if mesh.is_lead]
-    # Asked where they were written: a shared folder may show other hosts the files later.
-    by_rank = agree.from_all(
-        {j.name: busy.get(j.name) or _why_not(j) for j in mine if not is_finished(j)}
-    )
-    failed = {name: reason for some in by_rank for name, reason in some.items()}
+    plan = agreed_plan(config, mesh, device, grid=grid)
+    # A host that does not see the store ends all of them with its sentence.
+    store = agree.together(lambda: ActivationStore.open(config.store_path()))
+    trackers = Trackers(accelerator, [job.name for job in plan.jobs if job.name in plan.unfinished])
+    failed = _train(plan, store, mesh, device, trackers)
     if accelerator.is_main_process:
-        _replay_other_groups(plan[1:], trackers)
-        new = {job.name for job in open_jobs}
-        for job in found:
+        _replay_other_groups(plan.groups[1:], trackers)
+        for job in plan.jobs:
             if job.name not in failed:
-                print(_summary(job, new=job.name in new), flush=True)
+                print(_summary(job, new=job.name in plan.unfinished), flush=True)
     if failed:
         if accelerator.is_main_process:
             trackers.finish()
         # The launcher ends all when one ends badly: the first has told all by now.
         accelerator.wait_for_everyone()
         told = "; ".join(f"{name}: {error}" for name, error in failed.items())
-        raise JobsFailedError(f"{len(failed)} of {len(found)} SAEs failed ({told})")
-    return found
+        raise JobsFailedError(f"{len(failed)} of {len(plan.jobs)} SAEs failed ({told})")
+    return plan.jobs
+
+
+def _train(
+    plan: Plan, store: ActivationStore, mesh: Mesh, device: torch.device, trackers: Trackers
+) -> dict[str, str]:
+    """Trains this group's bundles; the reasons of all groups' failed jobs by name. Collective over
+    all processes.
+    """
+    mine = plan.groups[mesh.group]
+    busy: dict[str, str] = {}
+    for bundle in mine:
+        try:
+            _train_bundle(bundle.jobs, store, mesh, device, trackers, only=len(plan.jobs) == 1)
+        except BusyError as e:
+            # Not ours to write a reason into.
+            busy |= {job.name: str(e) for job in bundle.jobs}
+    led = [job for bundle in mine for job in bundle.jobs if mesh.is_lead]
+    # Asked where they were written: a shared folder may show other hosts the files later.
+    by_rank = agree.from_all(
+        {j.name: busy.get(j.name) or _why_not(j) for j in led if not is_finished(j)}
+    )
+    return {name: reason for some in by_rank for name, reason in some.items()}
 
 
 def _why_not(job: Job) -> str:
@@ -114,41 +106,6 @@ def _summary(job: Job, *, new: bool) -> str:
     shown = [f"{name} {lines[-1][name]:.4g}" for name in names if lines and name in lines[-1]]
     state = "trained" if new else "was trained before, nothing to do"
     return f"{job.name}: {state}; {', '.join([*shown, str(job.folder / 'sae')])}"
-
-
-def _check_fit(found: list[Job], store: ActivationStore, mesh: Mesh) -> None:
-    for job in found:
-        assert job.config.sae is not None
-        assert job.config.train is not None
-        d_sae = job.config.sae.width(store.width(str(job.config.train.hookpoint)))
-        if d_sae % mesh.num_shards:
-            up = -(-d_sae // mesh.num_shards) * mesh.num_shards
-            raise ConfigError(
-                f"{job.name}: sae.d_sae={d_sae} is not divisible by the {mesh.num_shards} shards; "
-                f"use {up}, or change train.num_shards"
-            )
-        batch = job.config.train.batch_tokens
-        if batch % mesh.members:
-            raise ConfigError(
-                f"train.batch_tokens={batch} is not divisible by the {mesh.members} processes of "
-                f"one SAE; use {-(-batch // mesh.members) * mesh.members}"
-            )
-
-
-def _memory_bytes(device: torch.device) -> int:
-    """What one bundle may take on a rank: most of the free device memory, half of the host's share.
-
-    The least over all ranks, so that all make the same bundles. Collective over all processes.
-    """
-    if device.type == "cuda":
-        usable = int(torch.cuda.mem_get_info(device)[0] * 0.8)
-    else:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        usable = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * local)
-    least = torch.tensor(usable, dtype=torch.int64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least)
 
 
 def _train_bundle(

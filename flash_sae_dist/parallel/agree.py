@@ -7,19 +7,30 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..config.base import ConfigError
+from ..config.base import ConfigError, UserError
 from .mesh import Mesh
 
 T = TypeVar("T")
 
 
-def raise_together(error: ConfigError | None) -> None:
+def raise_together(error: Exception | None) -> None:
     """Raises what any process met on all of them: a mistake that one process alone can find ends
     the others with the same sentence, not with a broken connection. Collective over all processes.
+
+    The others raise ConfigError for a ConfigError, else UserError.
     """
-    told = from_all(None if error is None else str(error))
-    if sentences := [sentence for sentence in told if sentence]:
-        raise error or ConfigError(sentences[0])
+    met = (error is not None and isinstance(error, ConfigError), _sentence(error))
+    if found := [(kind, sentence) for kind, sentence in from_all(met) if sentence]:
+        is_config_error, sentence = found[0]
+        raise error or (ConfigError if is_config_error else UserError)(sentence)
+
+
+def _sentence(error: Exception | None) -> str | None:
+    if error is None:
+        return None
+    if isinstance(error, UserError):
+        return str(error)
+    return f"another process failed: {type(error).__name__}: {error}"
 
 
 def from_all(found: Any) -> list[Any]:
@@ -31,18 +42,27 @@ def from_all(found: Any) -> list[Any]:
     return told
 
 
-def from_first(make: Callable[[], T]) -> T:
-    """What the first process makes, on all of them; the ConfigError that it meets is raised on all.
+def together(make: Callable[[], T]) -> T:
+    """What each process makes for itself; an error that any of them meets is raised on all.
     Collective over all processes.
     """
     made: Any = None
-    error = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            made = make()
-        except ConfigError as e:
-            error = e
+    error: Exception | None = None
+    try:
+        made = make()
+    except Exception as e:  # raised below, once all know of it
+        error = e
     raise_together(error)
+    result: T = made
+    return result
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the first process makes, on all of them; an error that it meets is raised on all.
+    Collective over all processes.
+    """
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    made: Any = together(lambda: make() if is_first else None)
     if dist.is_initialized():
         told = [made]
         dist.broadcast_object_list(told, src=0)
@@ -52,7 +72,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def first_checks(check: Callable[[], None]) -> None:
-    """Lets the first process check something; the ConfigError that it meets is raised on all.
+    """Lets the first process check something; an error that it meets is raised on all.
     Collective over all processes.
     """
     from_first(check)

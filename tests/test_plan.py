@@ -1,11 +1,11 @@
-"""A grid's jobs: which hookpoints a pattern names, and a name for every combination."""
+"""The plan of a launch: which hookpoints a pattern names, and a name for every combination."""
 
 from __future__ import annotations
 
 import pytest
 
 from flash_sae_dist.config.base import ConfigError
-from flash_sae_dist.grid.jobs import expand
+from flash_sae_dist.grid.plan import expand
 from flash_sae_dist.training.job import parse_config
 
 STORE = [f"layers.{i}{side}" for side in ("", ":input") for i in range(2)] + ["norm:input"]

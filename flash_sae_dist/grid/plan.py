@@ -1,0 +1,211 @@
+"""The plan of a launch: expand a config into jobs, check that they fit, place them on the groups.
+
+The first process makes it and broadcasts it, so that ranks never disagree on what is finished.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..activations.store import ActivationStore
+from ..config.base import ConfigError, match_names, nearest_name
+from ..files import check_writable
+from ..parallel import agree
+from ..parallel.mesh import Mesh
+from ..training.engine_choice import choose_engine
+from ..training.job import Config, with_values
+from ..training.records import Job, check_same_job
+from ..training.trainer import is_finished
+
+# fp32 weights, gradients and two moments, and a 2-byte compute copy, of two [d_sae, d_in] matrices.
+_BYTES_A_WEIGHT = 4 * 4 + 2
+
+
+class Bundle(NamedTuple):
+    """Jobs that are trained together on each batch of one hookpoint."""
+
+    jobs: list[Job]
+    cost: float
+
+
+class Plan(NamedTuple):
+    """What a launch does."""
+
+    jobs: list[Job]
+    unfinished: set[str]  # names
+    groups: list[list[Bundle]]  # the unfinished jobs, by device group
+
+
+def agreed_plan(config: Config, mesh: Mesh, device: torch.device, *, grid: bool) -> Plan:
+    """The first process's plan, on all of them; an error that it meets is raised on all. Collective
+    over all processes.
+    """
+    # The least over all ranks: a bundle has to fit any of them.
+    memory = min(agree.from_all(usable_memory(device)))
+    return agree.from_first(lambda: make_plan(config, mesh, memory, grid=grid))
+
+
+def make_plan(config: Config, mesh: Mesh, memory_bytes: int, *, grid: bool) -> Plan:
+    """The plan of `train` or `grid`. Raises ConfigError or another UserError before any work when
+    something does not fit.
+    """
+    store = ActivationStore.open(config.store_path())
+    hookpoints = store.hookpoints
+    jobs = expand(config, hookpoints) if grid else [train_job(config, hookpoints)]
+    widths = {name: store.width(name) for name in hookpoints}
+    check_fit(jobs, widths, mesh)
+    check_writable("output", config.output)
+    for job in jobs:
+        check_same_job(job, store.config)
+    unfinished = [job for job in jobs if not is_finished(job)]
+    bundles = make_bundles(unfinished, widths, mesh.num_shards, memory_bytes)
+    return Plan(jobs, {job.name for job in unfinished}, assign(bundles, mesh.num_groups))
+
+
+def train_job(config: Config, hookpoints: list[str]) -> Job:
+    """The one job of `train`. Raises ConfigError where its hookpoint is not in the store."""
+    config.need("sae", "train", verb="train")
+    assert config.train is not None
+    name = config.train.hookpoint
+    if name is None:
+        raise ConfigError(
+            f"train.hookpoint is missing: name one of the store's: {', '.join(hookpoints)}"
+        )
+    if name not in hookpoints:
+        raise ConfigError(
+            f"train.hookpoint={name!r} is not in the store{nearest_name(name, hookpoints)}"
+        )
+    return Job(name, Path(config.output) / name, config)
+
+
+def _matched(pattern: str, hookpoints: list[str]) -> list[str]:
+    """The store's hookpoints that a pattern names, as it would name modules in cache.hookpoints:
+    `layers.*` are the blocks' outputs alone, `layers.*:input` their inputs.
+    """
+    stem, colon, side = pattern.partition(":")
+    if colon and side not in ("input", "output"):
+        raise ConfigError(f"grid.hookpoints: {pattern!r} must end in :input, :output or nothing")
+    suffix = ":input" if side == "input" else ""
+    parted = [name.partition(":") for name in hookpoints]
+    names = [name for name, colon, end in parted if colon + end == suffix]
+    return [name + suffix for name in match_names(stem, names)]
+
+
+def expand(config: Config, hookpoints: list[str]) -> list[Job]:
+    """The jobs of `grid`: every hookpoint of the store that a pattern names, with every
+    combination of values.
+
+    Each combination is checked as a config of its own. Raises ConfigError on a pattern that names
+    nothing or a combination that does not fit.
+    """
+    config.need("sae", "train", "grid", verb="grid")
+    assert config.grid is not None
+    matched: list[str] = []
+    for pattern in config.grid.hookpoints:
+        found = hookpoints if pattern == "*" else _matched(pattern, hookpoints)
+        if not found:
+            raise ConfigError(
+                f"grid.hookpoints: {pattern!r} is not in the store"
+                f"{nearest_name(pattern, hookpoints)}"
+            )
+        matched += [name for name in found if name not in matched]
+    keys = list(config.grid.values)
+    jobs = []
+    for hookpoint in matched:
+        for choice in itertools.product(*config.grid.values.values()):
+            values = dict(zip(keys, choice, strict=True))
+            label = ",".join(f"{key.partition('.')[2]}={value}" for key, value in values.items())
+            name = f"{hookpoint}/{label}" if label else hookpoint
+            resolved = with_values(config, {"train.hookpoint": hookpoint, **values})
+            jobs.append(Job(name, Path(config.output) / name, resolved))
+    return jobs
+
+
+def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:
+    """Raises ConfigError where a job does not fit the mesh, its hookpoint or its engine."""
+    for job in jobs:
+        assert job.config.sae is not None
+        assert job.config.train is not None
+        d_in = widths[str(job.config.train.hookpoint)]
+        choose_engine(job.config.train, d_in)
+        d_sae = job.config.sae.width(d_in)
+        if d_sae % mesh.num_shards:
+            up = -(-d_sae // mesh.num_shards) * mesh.num_shards
+            raise ConfigError(
+                f"{job.name}: sae.d_sae={d_sae} is not divisible by the {mesh.num_shards} shards; "
+                f"use {up}, or change train.num_shards"
+            )
+        batch = job.config.train.batch_tokens
+        if batch % mesh.members:
+            raise ConfigError(
+                f"train.batch_tokens={batch} is not divisible by the {mesh.members} processes of "
+                f"one SAE; use {-(-batch // mesh.members) * mesh.members}"
+            )
+
+
+def usable_memory(device: torch.device) -> int:
+    """Bytes that one bundle may take on this rank: most of the free device memory, half of the
+    host's share.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * local)
+
+
+def job_bytes(job: Job, d_in: int, num_shards: int) -> int:
+    """Bytes of one job's parameters, gradients and optimizer state on one rank."""
+    assert job.config.sae is not None
+    return 2 * job.config.sae.width(d_in) * d_in * _BYTES_A_WEIGHT // num_shards
+
+
+def job_cost(job: Job, d_in: int) -> float:
+    """Flops of a job's encoder matmuls, the dense part of its work."""
+    assert job.config.sae is not None
+    assert job.config.train is not None
+    return 2.0 * job.config.train.num_tokens * job.config.sae.width(d_in) * d_in
+
+
+def make_bundles(
+    jobs: list[Job], widths: dict[str, int], num_shards: int, memory_bytes: int
+) -> list[Bundle]:
+    """Puts jobs that read the same batches together, as many as fit memory_bytes; at least one a
+    bundle.
+    """
+    streams: dict[tuple[object, ...], list[Job]] = {}
+    for job in jobs:
+        t = job.config.train
+        assert t is not None
+        key = (t.hookpoint, t.batch_tokens, t.num_tokens, t.seed, t.log_every, t.checkpoint_every)
+        streams.setdefault(key, []).append(job)
+    bundles = []
+    for stream in streams.values():
+        assert stream[0].config.train is not None
+        d_in = widths[str(stream[0].config.train.hookpoint)]
+        together: list[Job] = []
+        used = 0
+        for job in stream:
+            need = job_bytes(job, d_in, num_shards)
+            if together and used + need > memory_bytes:
+                bundles.append(Bundle(together, sum(job_cost(j, d_in) for j in together)))
+                together, used = [], 0
+            together.append(job)
+            used += need
+        bundles.append(Bundle(together, sum(job_cost(j, d_in) for j in together)))
+    return bundles
+
+
+def assign(bundles: list[Bundle], num_groups: int) -> list[list[Bundle]]:
+    """Longest first, each to the group with the least work so far."""
+    groups: list[list[Bundle]] = [[] for _ in range(num_groups)]
+    loads = [0.0] * num_groups
+    for bundle in sorted(bundles, key=lambda b: -b.cost):
+        least = loads.index(min(loads))
+        groups[least].append(bundle)
+        loads[least] += bundle.cost
+    return groups

@@ -1,0 +1,39 @@
+"""Worker: two ranks of a grid that see other things in its folders; returns plan or error."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flash_sae_dist.config.base import ConfigError, UserError
+from flash_sae_dist.grid import plan
+from flash_sae_dist.parallel.mesh import make_mesh
+from flash_sae_dist.training.job import load_config
+from flash_sae_dist.training.records import Job
+from tests.dist.ranks import worker
+
+ERRORS = {"ConfigError": ConfigError("a mistake"), "UserError": UserError("it is damaged")}
+
+
+def run(config: str, case: str) -> Any:
+    """The second rank sees every SAE finished, the first none, or it meets an error."""
+    rank, device = dist.get_rank(), torch.device("cpu")
+
+    def is_finished(job: Job) -> bool:
+        if case != "finished":
+            raise ERRORS.get(case, OSError("disk lost"))
+        return rank == 1
+
+    plan.is_finished = is_finished
+    mesh = make_mesh(1, 1, device=device, several_groups=True)
+    try:
+        made = plan.agreed_plan(load_config(config), mesh, device, grid=True)
+    except Exception as e:
+        return [type(e).__name__, str(e)]
+    groups = [[job.name for bundle in group for job in bundle.jobs] for group in made.groups]
+    return [sorted(made.unfinished), groups]
+
+
+if __name__ == "__main__":
+    worker(run)
