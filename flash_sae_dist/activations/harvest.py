@@ -112,21 +112,28 @@ def _fill(
     todo = writer.missing(Shape(geometry, config.cache.dtype, widths))
     accelerator.wait_for_everyone()
     harvester = _Harvester(lm, hookpoints, table, geometry, config.cache)
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    title = f"cache {len(hookpoints)} hookpoints"
-    # The processes' parts are alike: the bar shows the first's progress as everyone's.
-    world = accelerator.num_processes
-    total = world * sum(stop - start for start, stop in map(geometry.shard_range, mine))
-    with progress_bar(title, total, "tokens", accelerator.is_main_process) as bar:
-        for shard in mine:
-            arrays = harvester.shard(shard, lambda rows: bar.advance(world * rows))
-            writer.write_shard(geometry, shard, arrays)
+    _write_shards(accelerator, writer, harvester, todo)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         writer.finish(geometry, hookpoints, int(table.document.max()) + 1)
     if accelerator.is_local_main_process:
         shutil.rmtree(_table_folder(config, writer), ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def _write_shards(
+    accelerator: Any, writer: StoreWriter, harvester: _Harvester, todo: list[int]
+) -> None:
+    """Makes this process's part of the missing shards."""
+    world, geometry = accelerator.num_processes, harvester.geometry
+    mine = todo[accelerator.process_index :: world]
+    title = f"cache {len(harvester.hookpoints)} hookpoints"
+    # The processes' parts are alike: the bar shows the first's progress as everyone's.
+    total = world * sum(stop - start for start, stop in map(geometry.shard_range, mine))
+    with progress_bar(title, total, "tokens", accelerator.is_main_process) as bar:
+        for shard in mine:
+            arrays = harvester.shard(shard, lambda rows: bar.advance(world * rows))
+            writer.write_shard(geometry, shard, arrays)
 
 
 def _check_folder(writer: StoreWriter) -> None:
