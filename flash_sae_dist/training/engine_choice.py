@@ -40,7 +40,7 @@ def choose_engine(cfg: TrainConfig, d_in: int) -> EngineChoice:
 def _needs_autograd(cfg: FusedTrainConfig, d_in: int) -> str | None:
     if d_in > _MAX_WIDTH:
         return f"its kernels take widths up to {_MAX_WIDTH}, not {d_in}"
-    # TODO(#16): delete these four lines when the fused engine clips, adds up and replicates.
+    # TODO(#16): delete this loop when the fused engine clips, accumulates and replicates.
     for key, default in {"num_replicas": 1, "grad_clip": None, "micro_batches": 1}.items():
         if getattr(cfg, key) != default:
             return f"it has no train.{key}={getattr(cfg, key)!r} yet"

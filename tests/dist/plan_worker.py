@@ -1,4 +1,5 @@
 """Worker: two ranks of a grid that see other things in its folders; returns plan or error."""
+
 from __future__ import annotations
 
 from typing import Any
