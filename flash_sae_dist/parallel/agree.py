@@ -20,7 +20,7 @@ def raise_together(error: Exception | None) -> None:
     The others raise ConfigError for a ConfigError, else UserError.
     """
     met = (error is not None and isinstance(error, ConfigError), _sentence(error))
-    if found := [(kind, sentence) for kind, sentence in from_all(met) if sentence]:
+    if found := [(kind, sentence) for kind, sentence in from_all(met) if sentence is not None]:
         is_config_error, sentence = found[0]
         raise error or (ConfigError if is_config_error else UserError)(sentence)
 
