@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .models.topk import SAEOutput, TopKSAE
+    from .models.base import SAEOutput
+    from .models.topk import TopKSAE
 
 __version__ = "0.1.0"
 __all__ = ["SAEOutput", "TopKSAE", "__version__"]
@@ -14,7 +15,7 @@ __all__ = ["SAEOutput", "TopKSAE", "__version__"]
 def __getattr__(name: str) -> object:
     # Loaded on first use: `flash-sae --help` need not wait for torch.
     if name in ("SAEOutput", "TopKSAE"):
-        from .models import topk
+        from .models import base, topk
 
-        return getattr(topk, name)
+        return base.SAEOutput if name == "SAEOutput" else topk.TopKSAE
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

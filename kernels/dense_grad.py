@@ -17,7 +17,7 @@ from torch import Tensor
 from .pair_order import order_pairs
 from .reference import PairOrder
 from .shapes import cdiv, next_power_of_2
-from .sparse_grad import first_pairs, heavy_sums, inside_of
+from .sparse_grad import block_sums, first_pairs, inside_of
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def scatter_rows(
         return rows.new_zeros((num_latents, D), dtype=dtype or torch.float32)
     coef, rows = coef.contiguous(), rows.contiguous()
     order = order_pairs(top_idx, num_latents, coef) if order is None else order
-    sums = heavy_sums(order, coef, rows, num_latents, (N, K, 0))
+    sums = block_sums(order, coef, rows, num_latents, K)
     out = rows.new_empty((num_latents, D), dtype=dtype or torch.float32)
     programs, sizes = latents_blocks(num_latents, D)
     latents_kernel[(programs,)](

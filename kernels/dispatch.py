@@ -18,7 +18,6 @@ from . import reference
 # name.
 KERNEL_FILES: dict[str, str] = {
     "topk_encode": "encode_topk",
-    "topk_encode_aux": "encode_topk",
     "sparse_decode": "sparse_decode",
     "decode_coefs": "sparse_decode",
     "decode_backward": "decode_backward",
@@ -27,11 +26,22 @@ KERNEL_FILES: dict[str, str] = {
     "order_pairs": "pair_order",
     "scatter_rows": "dense_grad",
     "scatter_values": "sparse_grad",
-    "sparse_adam_step_": "sparse_adam",
-    "adam_scalars_": "sparse_adam",
-    "adam_vector_": "sparse_adam",
-    "count_fired_": "sparse_adam",
+    "heavy_sums": "sparse_grad",
+    "adam_encoder_": "sparse_adam",
+    "adam_decoder_": "sparse_adam",
+    "adam_scalars_": "adam_scalars",
+    "adam_vector_": "adam_scalars",
+    "count_fired_": "adam_scalars",
     "centre": "centre",
+    "token_sums": "centre",
+    "encoder_squares": "sparse_adam",
+    "decoder_squares": "sparse_adam",
+    "clip_": "adam_scalars",
+    "select_dead": "dead_products",
+    "digit_counts": "dead_products",
+    "pick_digits_": "dead_products",
+    "aux_rows": "dead_products",
+    "mask_dead_grad_": "dead_products",
 }
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

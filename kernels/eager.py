@@ -56,12 +56,12 @@ def _wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _lists(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int, *aux: Any
-) -> tuple[Tensor, ...]:
+def _list(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
     xc = centred(x, b_dec, W_enc.dtype).contiguous()
-    name = "topk_encode_aux" if aux else "topk_encode"
-    return tuple(compute(name, W_enc, xc, W_enc, b_enc, k, *aux))
+    values, indices = compute("topk_encode", W_enc, xc, W_enc, b_enc, k)
+    return values, indices
 
 
 class _Shared:
@@ -103,16 +103,16 @@ def _join(order: PairOrder, side: torch.cuda.Stream | None, device: torch.device
 
 
 def encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int, *aux: Any
-) -> tuple[Tensor, ...]:
-    """`Encode` where a gradient is wanted, else its lists alone."""
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """`Encode` where a gradient is wanted, else its list alone."""
     if not _wants_gradients(x, W_enc, b_enc, b_dec):
-        return _lists(x, W_enc, b_enc, b_dec, k, *aux)
-    shared = None if aux or not use_kernels(W_enc) else _Shared()
-    lists: tuple[Tensor, ...] = Encode.apply(x, W_enc, b_enc, b_dec, shared, k, *aux)
+        return _list(x, W_enc, b_enc, b_dec, k)
+    shared = _Shared() if use_kernels(W_enc) else None
+    values, indices = Encode.apply(x, W_enc, b_enc, b_dec, shared, k)
     if shared is not None:
-        _SHARED[lists[1]] = shared
-    return lists
+        _SHARED[indices] = shared
+    return values, indices
 
 
 def decode(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def decode(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
 
 
 class Encode(torch.autograd.Function):
-    """`topk_encode`, or with a mask `topk_encode_aux`."""
+    """`topk_encode`."""
 
     @staticmethod
     def forward(
@@ -134,13 +134,11 @@ class Encode(torch.autograd.Function):
         b_dec: Tensor | None,
         shared: _Shared | None,
         k: int,
-        *aux: Any,  # mask, k_aux
     ) -> Any:
-        """The lists: values and indices, and again for the mask."""
-        output = _lists(x, W_enc, b_enc, b_dec, k, *aux)
+        """Values and indices."""
+        output = _list(x, W_enc, b_enc, b_dec, k)
         ctx.shared = shared
-        ctx.num_rest = 2 + len(aux)
-        ctx.mark_non_differentiable(*output[1::2])
+        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, b_enc, b_dec, *output)
         return output
@@ -155,8 +153,7 @@ class Encode(torch.autograd.Function):
         order = None
         if ctx.shared is not None:
             order = ctx.shared.take(saved[5], saved[1].shape[0])
-        found = encode_gradients(DIRECT, needs, saved, grads, order)
-        return (*found, *[None] * ctx.num_rest)
+        return *encode_gradients(DIRECT, needs, saved, grads[0], order), None, None
 
 
 @cache

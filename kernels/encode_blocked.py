@@ -65,18 +65,3 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
         else:
             values[part], indices[part] = _select(pre.add_(b_enc).relu_(), k)
     return values, indices
-
-
-def masked_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, mask: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
-    """The second list of `reference.topk_encode_aux`, rows in blocks."""
-    values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
-    indices = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
-    rows = max(1, _BLOCK_BYTES // (_BYTES_EACH * W_enc.shape[0]))
-    for start in range(0, x.shape[0], rows):
-        part = slice(start, start + rows)
-        pre = _products(x[part], W_enc).add_(b_enc)
-        values[part], where = _select(pre.masked_fill_(~mask, -torch.inf), k)
-        indices[part] = where.masked_fill(values[part] == -torch.inf, 0)
-    return values, indices

@@ -29,9 +29,9 @@ _memory = gl.shared_memory_descriptor
 reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
-# 8 stages of 32 columns were slower, a LEAD of 1 or 2 by 1% (docs/performance.md). With one of all
-# STAGES group 0 would wait for a stage that group 1, which waits for it, has not given back; with
-# two less than that it could be two tiles ahead, whose barrier tells but odd from even.
+# 8 stages of 32 columns were slower, a LEAD of 1 or 2 by 1% (docs/notes/encoder.md). With one of
+# all STAGES group 0 would wait for a stage that group 1, which waits for it, has not given back;
+# with two less than that it could be two tiles ahead, whose barrier tells but odd from even.
 STAGES, LEAD = 4, 3
 
 

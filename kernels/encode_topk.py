@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import encode_aux, encode_blocked, encode_choice, encode_trial
+from . import encode_blocked, encode_choice, encode_trial
 from .encode_choice import Design, Shape
 from .encode_first_plan import make_first_plan
 from .encode_plan import (
@@ -310,24 +310,3 @@ def topk_encode(
     x, W_enc, b_enc = _aligned(x), _aligned(W_enc), _aligned(b_enc.float())
     calls = designs(x, W_enc, b_enc, k)
     return calls[encode_choice.pick(Shape.of(x, W_enc, k), calls)]()
-
-
-def topk_encode_aux(
-    x: Tensor,  # [N, D]
-    W_enc: Tensor,  # [F, D]
-    b_enc: Tensor,  # [F]
-    k: int,
-    aux_mask: Tensor,  # [F] bool
-    k_aux: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.topk_encode_aux` on a GPU, the second list in ascending order of latents."""
-    values, indices = topk_encode(x, W_enc, b_enc, k)
-    if x.shape[0] == 0 or x.dtype == torch.float32 or x.shape[1] % 8:
-        aux = encode_blocked.masked_topk(x.contiguous(), W_enc, b_enc.float(), aux_mask, k_aux)
-    else:
-        x, W_enc = _aligned(x), _aligned(W_enc)
-        aux = encode_aux.masked_topk(
-            x, W_enc, b_enc.float().contiguous(), aux_mask.contiguous(), k_aux,
-            by_warps=encode_trial.runs("second list", x.device, x.dtype),
-        )  # fmt: skip
-    return values, indices, *aux

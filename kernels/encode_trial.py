@@ -18,7 +18,7 @@ from .encode_first_plan import make_first_plan
 from .encode_plan import make_plan
 from .shapes import num_programs
 
-Part = Literal["filter", "tiles", "second list"]
+Part = Literal["filter", "tiles"]
 
 _FOUND: dict[tuple[Part, torch.device, torch.dtype], bool] = {}
 
@@ -75,23 +75,13 @@ def _try(part: Part, device: torch.device, dtype: torch.dtype) -> bool:
             ):  # fmt: skip
                 got = encode_first.topk_encode(x[:rows], W_enc, b_enc, count, plan)
                 found += [(got, plain(rows, count))]
-        elif part == "tiles":
+        else:
             from . import encode_tiles
 
             # The last of more than one warp selects.
             for rows, tail, count in ((N, 0, k), (269, 16, k), (288, 32, 5 * k)):
                 got = encode_tiles.topk_encode(x[:rows], W_enc, b_enc, count, tail)
                 found += [(got, plain(rows, count))]
-        else:
-            from .encode_aux import masked_topk
-
-            for share in (0.2, 0.01):
-                mask = torch.rand(F, generator=g, device=device) < share
-                got, want = (
-                    masked_topk(x, W_enc, b_enc, mask, 10 * k, by_warps=way)
-                    for way in (True, False)
-                )
-                found += [(got, want)]
     except torch.OutOfMemoryError:
         raise
     except (

@@ -35,28 +35,20 @@ def centred(x: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
 def encode_gradients(
     kit: Kit,
     needs: Sequence[bool],  # whether x, W_enc, b_enc, b_dec need a gradient
-    saved: Sequence[Tensor],  # x, W_enc, b_enc, b_dec or None, then the outputs
-    grads: Sequence[Tensor | None],  # of the outputs: values, indices, and again for a second list
+    saved: Sequence[Tensor],  # x, W_enc, b_enc, b_dec or None, values, indices
+    grad: Tensor | None,  # of the values
     order: PairOrder | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, W_enc, b_enc and b_dec from those of the one or two value lists; an order of
-    all pairs of the only list, made before, is used.
+    """Gradients of x, W_enc, b_enc and b_dec from that of the values; an order of all pairs made
+    before is used.
 
     `grad_b_dec = -(sum over tokens of grad_pre) @ W_enc` costs F*D: no [N, D] gradient is made
     unless x needs one.
     """
-    x, W_enc, b_enc, b_dec, *lists = saved
-    coefs, indices = [], []
-    if grads[0] is not None:
-        coefs.append(grads[0] * (lists[0] > 0))  # ReLU's gradient; a padded slot has value 0
-        indices.append(lists[1])
-    if len(lists) == 4 and grads[2] is not None:
-        coefs.append(grads[2].masked_fill(lists[2] == -torch.inf, 0))
-        indices.append(lists[3])
-    if not coefs:
+    if grad is None:
         return None, None, None, None
-    coef = coefs[0] if len(coefs) == 1 else torch.cat(coefs, dim=1)
-    idx = indices[0] if len(coefs) == 1 else torch.cat(indices, dim=1)
+    x, W_enc, b_enc, b_dec, values, idx = saved
+    coef = grad * (values > 0)  # ReLU's gradient
     need_x, need_W, need_b, need_b_dec = needs
     num_latents = W_enc.shape[0]
     grad_x = grad_W = grad_b = grad_b_dec = None

@@ -26,15 +26,6 @@ class TopK(NamedTuple):
     indices: Tensor  # [N, K] int32
 
 
-class TopKAux(NamedTuple):
-    """The active latents of each token, and its best latents within a mask."""
-
-    values: Tensor  # [N, K] float32/64, descending, >= 0
-    indices: Tensor  # [N, K] int32
-    aux_values: Tensor  # [N, k_aux] float32/64 in any order, no ReLU; -inf where the mask ran out
-    aux_indices: Tensor  # [N, k_aux] int32; 0 where the mask ran out
-
-
 @torch.library.custom_op("flash_sae_dist::topk_encode", mutates_args=())
 def _topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int
@@ -50,41 +41,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     values = W_enc.new_empty((x.shape[0], k), dtype=accumulate_dtype(W_enc.dtype))
     return values, torch.empty_like(values, dtype=torch.int32)
-
-
-@torch.library.custom_op("flash_sae_dist::topk_encode_aux", mutates_args=())
-def _topk_encode_aux(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor | None,
-    k: int,
-    aux_mask: Tensor,
-    k_aux: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    xc = centred(x, b_dec, W_enc.dtype).contiguous()
-    out = compute("topk_encode_aux", W_enc, xc, W_enc, b_enc, k, aux_mask, k_aux)
-    return out[0], out[1], out[2], out[3]
-
-
-@_topk_encode_aux.register_fake
-def _(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor | None,
-    k: int,
-    aux_mask: Tensor,
-    k_aux: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    values = W_enc.new_empty((x.shape[0], k), dtype=accumulate_dtype(W_enc.dtype))
-    aux = values.new_empty((x.shape[0], k_aux))
-    return (
-        values,
-        torch.empty_like(values, dtype=torch.int32),
-        aux,
-        torch.empty_like(aux, dtype=torch.int32),
-    )
 
 
 @torch.library.custom_op("flash_sae_dist::sparse_decode", mutates_args=())
@@ -224,7 +180,7 @@ def _(
 
 def _encode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, W_enc, b_enc, b_dec = inputs[:4]
-    ctx.mark_non_differentiable(*output[1::2])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, W_enc, b_enc, b_dec, *output)
 
@@ -259,19 +215,10 @@ _CUSTOM = Kit(
 
 
 def _encode_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return encode_gradients(_CUSTOM, ctx.needs_input_grad[:4], ctx.saved_tensors, grads)
+    return *encode_gradients(_CUSTOM, ctx.needs_input_grad[:4], ctx.saved_tensors, grads[0]), None
 
 
-def _topk_encode_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_encode_backward(ctx, *grads), None
-
-
-def _topk_encode_aux_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_encode_backward(ctx, *grads), None, None, None
-
-
-_topk_encode.register_autograd(_topk_encode_backward, setup_context=_encode_setup)
-_topk_encode_aux.register_autograd(_topk_encode_aux_backward, setup_context=_encode_setup)
+_topk_encode.register_autograd(_encode_backward, setup_context=_encode_setup)
 
 
 def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -329,36 +276,6 @@ def topk_encode(
     _check_encode(x, W_enc, b_enc, b_dec, k)
     op = eager.encode if eager.applies(x, W_enc, b_enc, b_dec) else _topk_encode
     return TopK(*op(x, W_enc, b_enc, b_dec, k))
-
-
-def topk_encode_aux(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    k: int,
-    aux_mask: Tensor,
-    k_aux: int,
-    *,
-    b_dec: Tensor | None = None,
-) -> TopKAux:
-    """`topk_encode`, and from the same pass the k_aux largest pre-activations of the latents in
-    aux_mask [F] bool.
-
-    The second list keeps its signs (AuxK applies ReLU, ghost gradients exp); where the mask holds
-    fewer than k_aux latents it ends in -inf at index 0, which passes no gradient. Raises
-    ValueError as `topk_encode` does.
-    """
-    _check_encode(x, W_enc, b_enc, b_dec, k)
-    if aux_mask.shape != W_enc.shape[:1] or aux_mask.dtype != torch.bool:
-        raise ValueError(
-            f"aux_mask must be bool [{W_enc.shape[0]}], not {aux_mask.dtype} {list(aux_mask.shape)}"
-        )
-    if not 1 <= k_aux <= W_enc.shape[0]:
-        raise ValueError(
-            f"k_aux={k_aux} is outside 1..{W_enc.shape[0]}, the number of latents; lower k_aux"
-        )
-    op = eager.encode if eager.applies(x, W_enc, b_enc, b_dec) else _topk_encode_aux
-    return TopKAux(*op(x, W_enc, b_enc, b_dec, k, aux_mask, k_aux))
 
 
 def sparse_decode(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:

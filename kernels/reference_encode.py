@@ -38,16 +38,25 @@ def select_topk(
     return top, cols.gather(1, by_value)
 
 
+def sort_key(values: Tensor) -> Tensor:
+    """Integers that order as float32 (int32) or float64 (int64) values, both zeros alike, NaN above
+    +inf.
+    """
+    kind, sign = (torch.int64, 63) if values.dtype == torch.float64 else (torch.int32, 31)
+    bits = torch.where(values.isnan(), torch.nan, values + 0.0).view(kind)
+    # Negative floats count down. In place: the keys are the largest tensors there are.
+    bits ^= (bits >> sign) & torch.iinfo(kind).max
+    return bits
+
+
 def sort_keys(
     values: Tensor,  # float32
     latents: Tensor,  # integers from 0 to 2**31 - 1, of a shape that broadcasts
 ) -> Tensor:  # int64
-    """Keys that order as (value, lowest latent first), NaN above +inf and one zero: their k largest
-    are a top-k without ties, found without a look from the host."""
-    bits = torch.where(values.isnan(), torch.nan, values + 0.0).view(torch.int32)
-    # Negative floats count down. In place: the keys are the largest tensors there are.
-    bits ^= (bits >> 31) & 0x7FFFFFFF
-    keys = bits.to(torch.int64)
+    """Keys that order as (value, lowest latent first): their k largest are a top-k without ties,
+    found without a host sync.
+    """
+    keys = sort_key(values).to(torch.int64)
     keys <<= 32
     keys += 0x7FFFFFFF - latents
     return keys
@@ -78,30 +87,3 @@ def topk_encode(
         values.append(v)
         indices.append(i.to(torch.int32))
     return torch.cat(values), torch.cat(indices)
-
-
-def topk_encode_aux(
-    x: Tensor,  # [N, D]
-    W_enc: Tensor,  # [F, D]
-    b_enc: Tensor,  # [F]
-    k: int,
-    aux_mask: Tensor,  # [F] bool
-    k_aux: int,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor
-]:  # [N, k] x 2 as topk_encode; [N, k_aux] float32/64, [N, k_aux] int32
-    """`topk_encode`, and the k_aux largest pre-activations (no ReLU) of the latents in aux_mask.
-
-    Where the mask holds fewer than k_aux latents, the rest of the second list is -inf at index 0.
-    """
-    out: list[tuple[Tensor, ...]] = []
-    for rows in torch.split(x, max(1, _MAX_BLOCK_ELEMENTS // W_enc.shape[0])):
-        pre = pre_activations(rows, W_enc, b_enc)
-        aux_values, aux_indices = select_topk(pre.masked_fill(~aux_mask, -torch.inf), k_aux)
-        aux_indices = aux_indices.masked_fill(aux_values == -torch.inf, 0)
-        values, indices = select_topk(pre.relu_(), k)
-        out.append((values, indices.to(torch.int32), aux_values, aux_indices.to(torch.int32)))
-    values, indices, aux_values, aux_indices = (
-        torch.cat(parts) for parts in zip(*out, strict=True)
-    )
-    return values, indices, aux_values, aux_indices

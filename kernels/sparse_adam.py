@@ -5,19 +5,18 @@ Legend: N tokens, D d_in, F d_sae (of this shard), K k, P pairs.  A program adds
 as sparse_grad.py says.  W_enc is done in narrow blocks of columns by one warp each, W_dec in whole
 rows, which its constraint needs; apart they take fewer registers than together.  A step reads and
 writes each parameter and moment once: the floor is 24 bytes a parameter with float32 moments, and
-the compute copy.
+the compute copy.  DENSE adds the rows of listed dead latents, which dense products have formed;
+NORM forms the gradients for their squared norm alone, which clipping needs before any row moves.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import AdamOptions, LatentRows, PairOrder, Pairs
+from .reference import AdamOptions, Gradients, HeavySums, LatentRows
 from .shapes import cdiv, next_power_of_2
 from .sparse_grad import first_pairs, heavy_sums, inside_of, latent_gradient
 
@@ -53,7 +52,7 @@ def _round_stochastic(x, bits):
 
 
 @triton.jit
-def _adam(w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps):
+def adam(w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps):
     m += one_minus_beta1 * (grad - m)
     v = beta2 * v + one_minus_beta2 * grad * grad
     # step_size * m / (sqrt(v) / correction + eps), both sides times the correction: one division.
@@ -74,49 +73,39 @@ def _store_moments(
     tl.store(v_ptr + at, v.to(v_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def _adam_encoder_kernel(
-    order_ptr,  # [P] int32 or int64
-    offsets_ptr,  # [F + 1]
-    coef_ptr,  # [P]
-    rows_ptr,  # [N, D]
-    sums_ptr,  # [P // HEAVY, D] of heavy_sums
-    values_ptr,  # [P // HEAVY] of heavy_sums
-    W_ptr,  # [F, D], and so on
-    m_ptr,
-    v_ptr,
-    copy_ptr,
-    b_ptr,
-    b_m_ptr,
-    b_v_ptr,
+@triton.jit
+def _add_dense(grad, value, slot, dense_ptr, bias_ptr, cols, inside, D):
+    """Adds a listed latent's dense gradients; slot is -1 where it is not listed."""
+    if slot >= 0:
+        at = slot.to(tl.int64) * D + cols
+        grad += tl.load(dense_ptr + at, mask=inside, other=0.0)
+        value += tl.load(bias_ptr + slot)
+    return grad, value
+
+
+@triton.jit(do_not_specialize=["seed", "first_latent"])
+def _encoder_kernel(
+    order_ptr, offsets_ptr,  # [P] int32 or int64, [F + 1]
+    coef_ptr, rows_ptr,  # [P], [N, D]
+    sums_ptr, values_ptr,  # [P // HEAVY, D] and [P // HEAVY] of heavy_sums
+    slots_ptr, dense_ptr, dense_bias_ptr,  # [F] int32, [M, D] and [M], DENSE only
+    W_ptr, m_ptr, v_ptr, copy_ptr,  # [F, D]
+    b_ptr, b_m_ptr, b_v_ptr,  # [F]
     weighted_ptr,  # [cdiv(F, LATENTS), D]
-    scalars_ptr,  # [2] of adam_scalars_
-    step_ptr,
-    F,
-    D,
-    P,
-    NK,
-    K,
-    K2,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    eps,
-    seed,
-    LAZY: tl.constexpr,
-    COPIES: tl.constexpr,
-    HEAVY: tl.constexpr,
-    LATENTS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FULL: tl.constexpr,
-):
+    squares_ptr,  # [cdiv(F, LATENTS), blocks of columns], NORM only
+    scalars_ptr,  # [3] of adam_scalars_
+    step_ptr, F, D, P, K, one_minus_beta1, beta2, one_minus_beta2, eps, seed, first_latent,
+    LAZY: tl.constexpr, SCALED: tl.constexpr, DENSE: tl.constexpr, NORM: tl.constexpr,
+    COPIES: tl.constexpr, HEAVY: tl.constexpr, LATENTS: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_D: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     """LATENTS rows of W_enc in a block of columns, one after another; the old rows times their
     bias gradients are summed on the way, for b_dec.
     """
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = inside_of(cols, D, FULL)
     weighted = tl.zeros([BLOCK_D], tl.float32)
+    squares = tl.zeros([BLOCK_D], tl.float32)
     start = tl.program_id(0) * LATENTS
     begin = tl.load(offsets_ptr + start)
     end = tl.load(offsets_ptr + tl.minimum(start + 1, F))
@@ -126,150 +115,125 @@ def _adam_encoder_kernel(
         # The next latent's pairs begin where this one's end: loaded a latent ahead.
         next_end = tl.load(offsets_ptr + tl.minimum(latent + 2, F))
         next_pair = first_pairs(end, order_ptr, P, PAIRS)
-        if (not LAZY) | (begin < end):
+        moves = (not (LAZY or NORM)) | (begin < end)
+        slot = -1
+        if DENSE:
+            slot = tl.load(slots_ptr + latent)
+            moves = moves | (slot >= 0)
+        if moves:
             at = latent * D + cols
             w = tl.load(W_ptr + at, mask=inside, other=0.0)
-            m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            if not NORM:
+                m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
             grad, value = latent_gradient(
                 pair, begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, inside,
-                D, 0, NK, K, K2, HEAVY, PAIRS, BLOCK_D,
+                D, K, HEAVY, PAIRS, BLOCK_D,
             )  # fmt: skip
+            if DENSE:
+                grad, value = _add_dense(
+                    grad, value, slot, dense_ptr, dense_bias_ptr, cols, inside, D
+                )
             weighted += value * w
-            w, m, v = _adam(
-                w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
-            )  # fmt: skip
-            tl.store(W_ptr + at, w, mask=inside)
-            if COPIES:
-                tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
-            _store_moments(m_ptr, v_ptr, at, inside, m, v, seed, step_ptr, 0, latent, cols)
-            if tl.program_id(1) == 0:
-                b, b_m, b_v = _adam(
-                    tl.load(b_ptr + latent), tl.load(b_m_ptr + latent), tl.load(b_v_ptr + latent),
-                    value, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps,
+            if NORM:
+                own = tl.where(cols == 0, value * value, 0.0)
+                squares += tl.where(inside, grad * grad, 0.0) + own
+            else:
+                if SCALED:
+                    grad *= tl.load(scalars_ptr + 2)
+                    value *= tl.load(scalars_ptr + 2)
+                w, m, v = adam(
+                    w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
                 )  # fmt: skip
-                tl.store(b_ptr + latent, b)
-                tl.store(b_m_ptr + latent, b_m)
-                tl.store(b_v_ptr + latent, b_v)
+                tl.store(W_ptr + at, w, mask=inside)
+                if COPIES:
+                    tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
+                row = latent + first_latent
+                _store_moments(m_ptr, v_ptr, at, inside, m, v, seed, step_ptr, 0, row, cols)
+                if tl.program_id(1) == 0:
+                    b, b_m, b_v = adam(
+                        tl.load(b_ptr + latent), tl.load(b_m_ptr + latent),
+                        tl.load(b_v_ptr + latent), value, scalars_ptr, one_minus_beta1, beta2,
+                        one_minus_beta2, eps,
+                    )  # fmt: skip
+                    tl.store(b_ptr + latent, b)
+                    tl.store(b_m_ptr + latent, b_m)
+                    tl.store(b_v_ptr + latent, b_v)
         begin = end
         end = next_end
         pair = next_pair
     tl.store(weighted_ptr + tl.program_id(0) * D + cols, weighted, mask=inside)
+    if NORM:
+        at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(squares_ptr + at, tl.sum(squares, 0))
 
 
-@triton.jit(do_not_specialize=["seed"])
-def _adam_decoder_kernel(
+@triton.jit(do_not_specialize=["seed", "first_latent"])
+def _decoder_kernel(
     order_ptr,  # [P] int32 or int64
     offsets_ptr,  # [F + 1]
     coef_ptr,  # [P]
-    rows_ptr,  # [N or 2 N, D]
-    sums_ptr,  # [P // HEAVY, D] of heavy_sums
-    values_ptr,  # [P // HEAVY]; what is read here is not used
-    W_ptr,  # [F, D], and so on
-    m_ptr,
-    v_ptr,
-    copy_ptr,
-    scalars_ptr,  # [2] of adam_scalars_
-    step_ptr,
-    D,
-    N,
-    NK,
-    K,
-    K2,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    eps,
-    seed,
-    LAZY: tl.constexpr,
-    UNIT_NORM: tl.constexpr,
-    COPIES: tl.constexpr,
-    HEAVY: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FULL: tl.constexpr,
-):
+    rows_ptr,  # [N, D]
+    sums_ptr, values_ptr,  # [P // HEAVY, D] and [P // HEAVY] of heavy_sums
+    slots_ptr, dense_ptr, dense_bias_ptr,  # [F] int32, [M, D] and [M], DENSE only
+    W_ptr, m_ptr, v_ptr, copy_ptr,  # [F, D]
+    squares_ptr,  # [F], NORM only
+    scalars_ptr,  # [3] of adam_scalars_
+    step_ptr, D, K, one_minus_beta1, beta2, one_minus_beta2, eps, seed, first_latent,
+    LAZY: tl.constexpr, SCALED: tl.constexpr, DENSE: tl.constexpr, NORM: tl.constexpr,
+    UNIT_NORM: tl.constexpr, COPIES: tl.constexpr, HEAVY: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_D: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     """A whole row of W_dec: the constraint needs its sums."""
     latent = tl.program_id(0).to(tl.int64)
     begin = tl.load(offsets_ptr + latent)
     end = tl.load(offsets_ptr + latent + 1)
-    if (not LAZY) | (begin < end):
+    moves = (not (LAZY or NORM)) | (begin < end)
+    slot = -1
+    if DENSE:
+        slot = tl.load(slots_ptr + latent)
+        moves = moves | (slot >= 0)
+    square = tl.zeros([], tl.float32)
+    if moves:
         cols = tl.arange(0, BLOCK_D)
         inside = inside_of(cols, D, FULL)
         at = latent * D + cols
         # Before the gather, whose latency they share.
         w = tl.load(W_ptr + at, mask=inside, other=0.0)
-        m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if not NORM:
+            m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
         grad, value = latent_gradient(
             first_pairs(begin, order_ptr, end, PAIRS), begin, end, order_ptr, coef_ptr, rows_ptr,
-            sums_ptr, values_ptr, cols, inside, D, N, NK, K, K2, HEAVY, PAIRS, BLOCK_D,
+            sums_ptr, values_ptr, cols, inside, D, K, HEAVY, PAIRS, BLOCK_D,
         )  # fmt: skip
+        if DENSE:
+            grad, value = _add_dense(grad, value, slot, dense_ptr, dense_bias_ptr, cols, inside, D)
         if UNIT_NORM:
             grad -= tl.sum(grad * w, axis=0) * w
-        w, m, v = _adam(
-            w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
-        )  # fmt: skip
-        if UNIT_NORM:
-            norm = tl.sqrt(tl.sum(tl.where(inside, w * w, 0.0), axis=0))
-            w *= 1.0 / tl.maximum(norm, 1.1754943508222875e-38)
-        tl.store(W_ptr + at, w, mask=inside)
-        if COPIES:
-            tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
-        _store_moments(m_ptr, v_ptr, at, inside, m, v, seed, step_ptr, 1, latent, cols)
-
-
-@triton.jit
-def _adam_vector_kernel(
-    param_ptr, m_ptr, v_ptr, grad_ptr, scalars_ptr, D,
-    one_minus_beta1, beta2, one_minus_beta2, eps, BLOCK: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < D
-    w, m, v = _adam(
-        tl.load(param_ptr + at, mask=mask), tl.load(m_ptr + at, mask=mask),
-        tl.load(v_ptr + at, mask=mask), tl.load(grad_ptr + at, mask=mask), scalars_ptr,
-        one_minus_beta1, beta2, one_minus_beta2, eps,
-    )  # fmt: skip
-    tl.store(param_ptr + at, w, mask=mask)
-    tl.store(m_ptr + at, m, mask=mask)
-    tl.store(v_ptr + at, v, mask=mask)
-
-
-@triton.jit
-def _scalars_kernel(step_ptr, lr_ptr, betas_ptr, out_ptr):
-    """Powers by squaring in float64: exact to rounding for any step count."""
-    step = tl.load(step_ptr) + 1
-    tl.store(step_ptr, step)
-    square1 = tl.load(betas_ptr)
-    square2 = tl.load(betas_ptr + 1)
-    power1 = square1 * 0 + 1
-    power2 = square2 * 0 + 1
-    left = step.to(tl.int32)
-    for _ in range(31):
-        odd = (left & 1) == 1
-        power1 = tl.where(odd, power1 * square1, power1)
-        power2 = tl.where(odd, power2 * square2, power2)
-        square1 = square1 * square1
-        square2 = square2 * square2
-        left = left >> 1
-    lr = tl.load(lr_ptr).to(tl.float64)
-    tl.store(out_ptr, (lr / (1 - power1)).to(tl.float32))
-    tl.store(out_ptr + 1, tl.sqrt(1 - power2).to(tl.float32))
-
-
-@triton.jit
-def _reset_fired_kernel(counter_ptr, acts_ptr, idx_ptr, P, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    act = tl.load(acts_ptr + at, mask=at < P, other=0.0)
-    latent = tl.load(idx_ptr + at, mask=at < P, other=0).to(tl.int64)
-    # Every store writes the same value: their order does not matter.
-    tl.store(counter_ptr + latent, tl.zeros([BLOCK], tl.int64), mask=(at < P) & (act > 0))
+        if NORM:
+            square = tl.sum(tl.where(inside, grad * grad, 0.0), axis=0)
+        else:
+            if SCALED:
+                grad *= tl.load(scalars_ptr + 2)
+            w, m, v = adam(
+                w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
+            )  # fmt: skip
+            if UNIT_NORM:
+                norm = tl.sqrt(tl.sum(tl.where(inside, w * w, 0.0), axis=0))
+                w *= 1.0 / tl.maximum(norm, 1.1754943508222875e-38)
+            tl.store(W_ptr + at, w, mask=inside)
+            if COPIES:
+                tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
+            row = latent + first_latent
+            _store_moments(m_ptr, v_ptr, at, inside, m, v, seed, step_ptr, 1, row, cols)
+    if NORM:
+        tl.store(squares_ptr + latent, square)
 
 
 def _decoder_blocks(D: int) -> dict[str, int]:
     if D > _MAX_D:
-        raise ValueError(f"sparse_adam_step_ takes D up to {_MAX_D}, not {D}; use torch.optim.Adam")
+        raise ValueError(f"adam_decoder_ takes D up to {_MAX_D}, not {D}; use torch.optim.Adam")
     block_d = next_power_of_2(D)
     # 8 columns a thread: more threads in flight were faster than more columns each (seed shape).
     warps = min(16, max(1, block_d // 256))
@@ -287,78 +251,119 @@ def _encoder_blocks(F: int, D: int) -> dict[str, int]:
     return {"LATENTS": latents, "BLOCK_D": block_d, "FULL": full, "PAIRS": 1, "num_warps": 1}
 
 
-def sparse_adam_step_(
-    rows: LatentRows,
-    pairs: Pairs,
-    order: PairOrder,
-    scalars: Tensor,  # [2] of adam_scalars_
-    step: Tensor,  # scalar
-    options: AdamOptions,
-    take_sums: Callable[[Tensor], None],  # [any, D] float32
-) -> None:
-    """`reference.sparse_adam_step_`: one pass over W_enc's rows, one over W_dec's."""
-    F, D = rows.W_dec.shape
-    N, K, K2 = pairs.shape
-    P = order.order.numel()
-    decoder_blocks = _decoder_blocks(D)  # refuses before anything is changed
-    sums = heavy_sums(
-        order, pairs.dec_coef, pairs.dec_rows, F, pairs.shape, pairs.enc_coef, pairs.enc_rows
-    )
-    copies = rows.copies or (rows.W_enc, rows.W_dec)
+def _dense_args(rows: LatentRows, grads: Gradients, *, decoder: bool) -> tuple[Tensor, ...]:
+    """slots_ptr, dense_ptr and dense_bias_ptr of the kernels."""
+    if grads.dense is None:
+        return grads.order.offsets, rows.b_enc, rows.b_enc
+    dense = grads.dense
+    return dense.slots, dense.dec if decoder else dense.enc, dense.bias
+
+
+def _sums(rows: LatentRows, grads: Gradients) -> HeavySums:
+    return grads.sums or heavy_sums(grads.order, grads.pairs, rows.W_dec.shape[0])
+
+
+def _constants(options: AdamOptions, first_latent: int) -> tuple[float, ...]:
     beta1, beta2 = options.betas
-    constants = (1 - beta1, beta2, 1 - beta2, options.eps, options.seed)
-    flags = {"LAZY": options.lazy, "COPIES": rows.copies is not None, "HEAVY": sums.heavy}
-    moments = tuple(zip(rows.exp_avg, rows.exp_avg_sq, strict=True))
+    return 1 - beta1, beta2, 1 - beta2, options.eps, options.seed, first_latent
+
+
+def _flags(rows: LatentRows, grads: Gradients, options: AdamOptions) -> dict[str, bool]:
+    dense = grads.dense is not None
+    copies = rows.copies is not None
+    return {"LAZY": options.lazy, "SCALED": options.scaled, "DENSE": dense, "COPIES": copies}
+
+
+def _encoder(
+    rows: LatentRows,
+    grads: Gradients,
+    scalars: Tensor,
+    step: Tensor,
+    options: AdamOptions,
+    first_latent: int,
+    *,
+    norm: bool,
+) -> tuple[Tensor, Tensor]:  # [any, D], [any] with norm
+    (F, D), pairs, order = rows.W_dec.shape, grads.pairs, grads.order
+    sums = _sums(rows, grads)
+    assert sums.enc is not None
     blocks = _encoder_blocks(F, D)
     grid = (cdiv(F, blocks["LATENTS"]), cdiv(D, blocks["BLOCK_D"]))
     weighted = rows.W_enc.new_empty((grid[0], D), dtype=torch.float32)
-    _adam_encoder_kernel[grid](
+    squares = weighted.new_empty(grid if norm else (0,))
+    copy = rows.W_enc if rows.copies is None else rows.copies[0]
+    _encoder_kernel[grid](
         order.order, order.offsets, pairs.enc_coef, pairs.enc_rows, sums.enc, sums.values,
-        rows.W_enc, *moments[0], copies[0], rows.b_enc, *moments[1], weighted,
-        scalars, step, F, D, P, N * K, K, max(K2, 1), *constants, **flags, **blocks,
+        *_dense_args(rows, grads, decoder=False),
+        rows.W_enc, rows.exp_avg[0], rows.exp_avg_sq[0], copy,
+        rows.b_enc, rows.exp_avg[1], rows.exp_avg_sq[1], weighted, squares,
+        scalars, step, F, D, order.order.numel(), pairs.k, *_constants(options, first_latent),
+        NORM=norm, HEAVY=sums.heavy, **_flags(rows, grads, options), **blocks,
     )  # fmt: skip
-    take_sums(weighted)
-    _adam_decoder_kernel[(F,)](
-        order.order, order.offsets, pairs.dec_coef, pairs.dec_rows, sums.dec, sums.values,
-        rows.W_dec, *moments[2], copies[1],
-        scalars, step, D, N, N * K, K, max(K2, 1), *constants,
-        UNIT_NORM=options.unit_norm, **flags, **decoder_blocks,
-    )  # fmt: skip
+    return weighted, squares.flatten()
 
 
-def adam_scalars_(
-    step: Tensor,  # scalar float32
-    lr: Tensor,  # scalar float32
-    betas: Tensor,  # [2] float64
-    out: Tensor,  # [2] float32
-) -> None:
-    """`reference.adam_scalars_` in one launch."""
-    _scalars_kernel[(1,)](step, lr, betas, out)
-
-
-def adam_vector_(
-    param: Tensor,  # [D]
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
+def _decoder(
+    rows: LatentRows,
+    grads: Gradients,
     scalars: Tensor,
+    step: Tensor,
     options: AdamOptions,
-) -> None:
-    """`reference.adam_vector_` in one launch."""
-    D, (beta1, beta2) = param.numel(), options.betas
-    args = (param, exp_avg, exp_avg_sq, grad, scalars, D)
-    _adam_vector_kernel[(cdiv(D, 256),)](*args, 1 - beta1, beta2, 1 - beta2, options.eps, BLOCK=256)
+    first_latent: int,
+    *,
+    norm: bool,
+) -> Tensor:  # [F] with norm
+    (F, D), pairs, order = rows.W_dec.shape, grads.pairs, grads.order
+    blocks = _decoder_blocks(D)
+    sums = _sums(rows, grads)
+    squares = rows.W_dec.new_empty(F if norm else 0, dtype=torch.float32)
+    copy = rows.W_dec if rows.copies is None else rows.copies[1]
+    _decoder_kernel[(F,)](
+        order.order, order.offsets, pairs.dec_coef, pairs.dec_rows, sums.dec, sums.values,
+        *_dense_args(rows, grads, decoder=True),
+        rows.W_dec, rows.exp_avg[2], rows.exp_avg_sq[2], copy, squares,
+        scalars, step, D, pairs.k, *_constants(options, first_latent), NORM=norm,
+        UNIT_NORM=options.unit_norm, HEAVY=sums.heavy, **_flags(rows, grads, options), **blocks,
+    )  # fmt: skip
+    return squares
 
 
-def count_fired_(
-    tokens_since_fired: Tensor,  # [F] int64
-    top_acts: Tensor,  # [N, K]
-    top_idx: Tensor,  # [N, K]
-    batch_tokens: int,
+def encoder_squares(
+    rows: LatentRows, grads: Gradients, options: AdamOptions
+) -> tuple[Tensor, Tensor]:  # [any], [any, D] float32
+    """`reference.encoder_squares`: the encoder's pass without its updates."""
+    unused = rows.b_enc
+    weighted, squares = _encoder(rows, grads, unused, unused, options, 0, norm=True)
+    return squares, weighted
+
+
+def decoder_squares(
+    rows: LatentRows, grads: Gradients, options: AdamOptions
+) -> Tensor:  # [F] float32
+    """`reference.decoder_squares`: the decoder's pass without its updates."""
+    return _decoder(rows, grads, rows.b_enc, rows.b_enc, options, 0, norm=True)
+
+
+def adam_encoder_(
+    rows: LatentRows,
+    grads: Gradients,
+    scalars: Tensor,  # [3] of adam_scalars_
+    step: Tensor,  # scalar
+    options: AdamOptions,
+    first_latent: int = 0,
+) -> Tensor:  # [any, D] float32
+    """`reference.adam_encoder_`: one pass over W_enc's rows."""
+    _decoder_blocks(rows.W_dec.shape[1])  # refuses before anything is changed
+    return _encoder(rows, grads, scalars, step, options, first_latent, norm=False)[0]
+
+
+def adam_decoder_(
+    rows: LatentRows,
+    grads: Gradients,
+    scalars: Tensor,  # [3] of adam_scalars_
+    step: Tensor,  # scalar
+    options: AdamOptions,
+    first_latent: int = 0,
 ) -> None:
-    """`reference.count_fired_`."""
-    tokens_since_fired.add_(batch_tokens)
-    P = top_idx.numel()
-    if P:
-        args = (tokens_since_fired, top_acts.contiguous(), top_idx.contiguous(), P)
-        _reset_fired_kernel[(cdiv(P, 512),)](*args, BLOCK=512)
+    """`reference.adam_decoder_`: one pass over W_dec's rows."""
+    _decoder(rows, grads, scalars, step, options, first_latent, norm=False)

@@ -9,15 +9,13 @@ costs its program N / HEAVY rows.  No atomics: the order of every sum depends on
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .pair_order import order_pairs
-from .reference import PairOrder
+from .reference import HeavySums, PairOrder, Pairs
 from .shapes import cdiv, next_power_of_2, num_programs
 
 # Scratch of the heavy blocks is kept under this many bytes by making the blocks longer.
@@ -27,30 +25,13 @@ _MIN_HEAVY = 64
 _HEAVY_PROGRAMS = 8
 
 
-class HeavySums(NamedTuple):
-    """Sums of the aligned blocks of `heavy` ordered pairs that belong to one latent; the rest is
-    not written.
-    """
-
-    heavy: int  # pairs a block
-    dec: Tensor  # [P // heavy, D] float32
-    enc: Tensor | None  # [P // heavy, D] float32
-    values: Tensor  # [P // heavy] float32, sums of the last list's coefficients
-
-
-@triton.jit
-def _token_of(pair, NK, K, K2):
-    """Token of a pair: the first NK pairs are [N, K], those after them [N, K2]."""
-    return tl.where(pair < NK, pair // K, (pair - NK) // K2)
-
-
 @triton.jit
 def _heavy_kernel(
     order_ptr,  # [P] int32 or int64
     latents_ptr,  # [P] ordered
     dec_coef_ptr,  # [P]
     enc_coef_ptr,  # [P], BOTH only
-    dec_rows_ptr,  # [N or 2 N, D]
+    dec_rows_ptr,  # [N, D]
     enc_rows_ptr,  # [N, D], BOTH only
     dec_out_ptr,  # [P // HEAVY, D]
     enc_out_ptr,  # [P // HEAVY, D], BOTH only
@@ -58,10 +39,7 @@ def _heavy_kernel(
     blocks,  # P // HEAVY
     F,
     D,
-    N,
-    NK,
     K,
-    K2,
     BOTH: tl.constexpr,
     HEAVY: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -84,11 +62,10 @@ def _heavy_kernel(
             for start in range(0, HEAVY, BLOCK_P):
                 at = block * HEAVY + start + tl.arange(0, BLOCK_P)
                 pair = tl.load(order_ptr + at).to(tl.int32)
-                token = _token_of(pair, NK, K, K2).to(tl.int64)
-                row = token + tl.where(pair < NK, 0, N)
+                token = (pair // K).to(tl.int64)
                 coef = tl.load(dec_coef_ptr + pair).to(tl.float32)
                 rows = tl.load(
-                    dec_rows_ptr + row[:, None] * D + cols[None, :], mask=inside, other=0.0
+                    dec_rows_ptr + token[:, None] * D + cols[None, :], mask=inside, other=0.0
                 )
                 dec += coef[:, None] * rows.to(tl.float32)
                 if BOTH:
@@ -123,16 +100,15 @@ def first_pairs(begin, order_ptr, P, PAIRS: tl.constexpr):
 
 @triton.jit
 def _add_pairs(
-    grad, value, pair, begin, end, order_ptr, coef_ptr, rows_ptr, cols, inside, D, shift, NK, K, K2,
+    grad, value, pair, begin, end, order_ptr, coef_ptr, rows_ptr, cols, inside, D, K,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Adds the ordered pairs begin .. end, of which `pair` are the first, to a latent's gradient
-    and its coefficients' sum, PAIRS rows in flight at once; rows of a second list lie `shift` below
-    the first's.
+    and its coefficients' sum, PAIRS rows in flight at once.
     """
     for i in range(begin, end, PAIRS):
         live = i + tl.arange(0, PAIRS) < end
-        row = (_token_of(pair, NK, K, K2) + tl.where(pair < NK, 0, shift)).to(tl.int64)
+        row = (pair // K).to(tl.int64)
         coef = tl.load(coef_ptr + pair, mask=live, other=0.0).to(tl.float32)
         mask = live[:, None] & inside[None, :]
         # Kept in the L2 cache, through which weights and moments stream: 5 to 7% at D = 4096.
@@ -148,8 +124,8 @@ def _add_pairs(
 
 @triton.jit
 def latent_gradient(
-    pair, begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, inside, D, shift,
-    NK, K, K2, HEAVY: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
+    pair, begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, inside, D, K,
+    HEAVY: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A latent's gradient and its coefficients' sum: its pairs, of which `pair` are the first,
     before, within and after the whole blocks that heavy_sums added.
@@ -160,7 +136,7 @@ def latent_gradient(
     value = tl.sum(tl.zeros([PAIRS], tl.float32), axis=0)
     grad, value = _add_pairs(
         grad, value, pair, begin, tl.where(split, first * HEAVY, end), order_ptr, coef_ptr,
-        rows_ptr, cols, inside, D, shift, NK, K, K2, PAIRS,
+        rows_ptr, cols, inside, D, K, PAIRS,
     )  # fmt: skip
     if split:
         for block in range(first, last):
@@ -169,8 +145,8 @@ def latent_gradient(
             value += tl.load(values_ptr + block)
         pair = first_pairs(last * HEAVY, order_ptr, end, PAIRS)
         grad, value = _add_pairs(
-            grad, value, pair, last * HEAVY, end, order_ptr, coef_ptr, rows_ptr, cols, inside, D,
-            shift, NK, K, K2, PAIRS,
+            grad, value, pair, last * HEAVY, end, order_ptr, coef_ptr, rows_ptr, cols, inside, D, K,
+            PAIRS,
         )  # fmt: skip
     return grad, value
 
@@ -236,12 +212,19 @@ def heavy_block(num_pairs: int, D: int, matrices: int) -> int:
     return heavy
 
 
-def heavy_sums(
+def heavy_sums(order: PairOrder, pairs: Pairs, num_latents: int) -> HeavySums:
+    """`reference.heavy_sums`: both gradients' in one pass."""
+    return block_sums(
+        order, pairs.dec_coef, pairs.dec_rows, num_latents, pairs.k, pairs.enc_coef, pairs.enc_rows
+    )
+
+
+def block_sums(
     order: PairOrder,
     dec_coef: Tensor,  # [P]
-    dec_rows: Tensor,  # [N, D], or [2 N, D] where a second list follows the first
+    dec_rows: Tensor,  # [N, D]
     num_latents: int,
-    shape: tuple[int, int, int],  # N, K, K of the second list or 0
+    k: int,
     enc_coef: Tensor | None = None,  # [P]
     enc_rows: Tensor | None = None,  # [N, D]
 ) -> HeavySums:
@@ -249,7 +232,6 @@ def heavy_sums(
     in one pass.
     """
     P, D = order.order.numel(), dec_rows.shape[1]
-    N, K, K2 = shape
     heavy = heavy_block(P, D, 1 if enc_rows is None else 2)
     blocks = P // heavy
     dec = dec_rows.new_empty((blocks, D), dtype=torch.float32)
@@ -260,28 +242,11 @@ def heavy_sums(
         shares = cdiv(D, 4 * block_d)
         programs = max(1, _HEAVY_PROGRAMS * num_programs(dec.device) // shares)
         _heavy_kernel[(min(blocks, programs), shares)](
-            order.order,
-            order.latents,
-            dec_coef,
-            dec_coef if enc_coef is None else enc_coef,
-            dec_rows,
-            dec_rows if enc_rows is None else enc_rows,
-            dec,
-            dec if enc is None else enc,
-            values,
-            blocks,
-            num_latents,
-            D,
-            N,
-            N * K,
-            K,
-            max(K2, 1),
-            BOTH=enc is not None,
-            HEAVY=heavy,
-            BLOCK_P=8,
-            BLOCK_D=block_d,
-            num_warps=4,
-        )
+            order.order, order.latents, dec_coef, dec_coef if enc_coef is None else enc_coef,
+            dec_rows, dec_rows if enc_rows is None else enc_rows, dec, dec if enc is None else enc,
+            values, blocks, num_latents, D, k,
+            BOTH=enc is not None, HEAVY=heavy, BLOCK_P=8, BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
     return HeavySums(heavy, dec, enc, values)
 
 

@@ -117,7 +117,6 @@ def encode(
     ] = None,
     data: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(DATA)}.")] = None,
     peers: Annotated[bool, typer.Option(help="Time other encoders, too.")] = True,
-    aux: Annotated[bool, typer.Option(help="Time the second list over a tenth dead.")] = False,
     plain: Annotated[bool, typer.Option(help="Time the filter for other GPUs, too.")] = False,
     designs: Annotated[bool, typer.Option(help="Time each of our designs.")] = False,
     kernels: Annotated[bool, typer.Option(help="List the kernels of ours, too.")] = False,
@@ -140,11 +139,6 @@ def encode(
             calls: dict[str, Callable[[], Any]] = {
                 "ours": lambda x=x, W=W, b=b, k=k: ops.topk_encode(x, W, b, k)  # type: ignore[misc]
             }
-            if aux:
-                mask = torch.arange(f, device="cuda") % 10 == 0
-                calls["ours, k_aux = D/2"] = lambda x=x, W=W, b=b, k=k, m=mask, a=d // 2: (  # type: ignore[misc]
-                    ops.topk_encode_aux(x, W, b, k, m, a)
-                )
             plan = make_plan(n, d, f, k, num_programs(x.device))
             if plain and plan is not None:
                 from ..kernels.encode_topk import fused_topk

@@ -26,9 +26,9 @@ from ..kernels import reference
 from ..models.losses import geometric_median
 from ..models.topk import TopKConfig, TopKSAE
 from ..parallel.mesh import Mesh
+from ..training.metrics import PhaseTimer
 from ..training.optim import lr_at, project_decoder_grad_, renormalise_decoder_
 from ..training.step import SAETraining
-from ..training.timing import PhaseTimer
 from .bench_timing import print_table, write_json
 
 DEVICE = torch.device("cuda")
@@ -50,6 +50,7 @@ def _ours(sae_cfg: TopKConfig, cfg: TrainConfig, rows: Tensor) -> TopKSAE:
     training = SAETraining(sae_cfg, cfg, rows.shape[1], Mesh.single(), DEVICE)
     for x in _batches(rows, cfg):
         training.step(x, PhaseTimer(DEVICE, enabled=False))
+    assert isinstance(training.sae, TopKSAE)
     return training.sae
 
 

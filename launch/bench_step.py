@@ -1,18 +1,23 @@
 """Decoder and whole training step, timed beside other implementations in the same run.
 
     python -m flash_sae_dist.launch.bench_step decode [--shape gpt2] [--json FILE]
-    python -m flash_sae_dist.launch.bench_step step
+    python -m flash_sae_dist.launch.bench_step step [--peers ours] [--against CHECKOUT]
 
 fp32 master weights, bf16 compute; medians of CUDA event times of the device alone, as in a loop
-that keeps it busy, L2 emptied before each. Peers are dense PyTorch (eager and
-compiled), sparsify where it is installed, and a Triton decoder in the style of OpenAI's
-sparse_autoencoder (bench_openai.py); all train with fused Adam, remove the gradient along decoder
-rows and renormalise them.
+that keeps it busy, L2 emptied before each: of a graph's replay where a step is captured. Peers are
+dense PyTorch (eager and compiled), sparsify where it is installed, and a Triton decoder in the
+style of OpenAI's sparse_autoencoder (bench_openai.py); all train with fused Adam, remove the
+gradient along decoder rows and renormalise them.
+
+`x exact`: beside the row "ours, fused, exact" of the same run. `extra MiB`: most allocated in an
+eager step above what is allocated between steps; `more`: less the exact row's. `graph MiB`: what
+is reserved but not allocated once a step is captured: the graph's pool, held between steps.
 """
 
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,39 +28,19 @@ import typer
 from torch import Tensor, nn
 
 from ..kernels import ops
-from ..models.dead_latents import DeadLatents
-from ..models.losses import fvu_loss, total_variance
-from ..models.topk import TopKSAE
-from ..parallel.mesh import Mesh
-from ..training.fused_step import FusedStep
 from ..training.optim import project_decoder_grad_, renormalise_decoder_
-from ..training.sparse_adam import SparseAdam
+from .bench_against import compare
 from .bench_timing import host_ms, kernel_us, median_ms, print_table, write_json
+from .bench_training import LR, SHAPES, OurStep, Shape, no_graph_, random_sae, shape_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-SHAPES = {  # N, D, F, k
-    "seed": (1024, 4096, 65536, 64),
-    "gpt2": (4096, 768, 24576, 32),
-    "wide": (8192, 4096, 131072, 64),
-}
-LR = 1e-4
-ShapeOption = Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(SHAPES)}.")]
+ShapeOption = Annotated[
+    list[str] | None, typer.Option(help=f"{', '.join(SHAPES)}, or nN-dD-fF-kK.")
+]
 PeersOption = Annotated[str, typer.Option(help="Only rows whose name contains this word.")]
 JsonOption = Annotated[Path | None, typer.Option(help="Write the table here, too.")]
 Step = Callable[[], Any]
-
-
-class _RandomSAE(TopKSAE):
-    """Drawn on the device: a benchmark does not need weights that are the same on every mesh."""
-
-    @torch.no_grad()
-    def reset_parameters(self, seed: int = 0) -> None:
-        self.W_dec.normal_()
-        renormalise_decoder_(self)
-        self.W_enc.copy_(self.W_dec)
-        self.b_enc.zero_()
-        self.b_dec.zero_()
 
 
 def _batch(n: int, d: int) -> Tensor:
@@ -66,9 +51,9 @@ def _autocast() -> torch.autocast:
     return torch.autocast("cuda", dtype=torch.bfloat16)
 
 
-def _dense_step(shape: tuple[int, ...], compiled: bool) -> Step:
+def _dense_step(shape: Shape, compiled: bool) -> Step:
     n, d, f, k = shape
-    sae = _RandomSAE(d, f, k, device="cuda")
+    sae = random_sae(shape)
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR, eps=6.25e-10, fused=True)
     x = _batch(n, d)
 
@@ -84,7 +69,7 @@ def _dense_step(shape: tuple[int, ...], compiled: bool) -> Step:
 
 
 def _autograd_step(
-    sae: TopKSAE, optimizer: torch.optim.Optimizer, loss_of: Callable[[], Tensor]
+    sae: Any, optimizer: torch.optim.Optimizer, loss_of: Callable[[], Tensor]
 ) -> Step:
     def step() -> None:
         with _autocast():
@@ -99,34 +84,24 @@ def _autograd_step(
     return step
 
 
-def _plain_step(shape: tuple[int, ...]) -> Step:
-    """Our kernels through autograd, any torch optimizer."""
-    n, d, f, k = shape
-    sae, x = _RandomSAE(d, f, k, device="cuda"), _batch(n, d)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=LR, eps=6.25e-10, fused=True)
-    return _autograd_step(
-        sae, optimizer, lambda: fvu_loss(x, sae(x).recon, total_variance(x, sae.mesh))
-    )
-
-
-def _openai_step(shape: tuple[int, ...]) -> Step:
+def _openai_step(shape: Shape) -> Step:
     """Dense encoder with torch.topk, Triton gathers, sparse gradients with atomics, fused Adam."""
     from . import bench_openai
 
     n, d, f, k = shape
-    sae, x = _RandomSAE(d, f, k, device="cuda"), _batch(n, d)
+    sae, x = random_sae(shape), _batch(n, d)
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR, eps=6.25e-10, fused=True)
 
     def loss_of() -> Tensor:
         centred = (x - sae.b_dec).bfloat16()
         values, indices = bench_openai.encode(centred, sae.W_enc, sae.b_enc, k)
         recon = bench_openai.decode(values, indices, sae.W_dec.bfloat16()) + sae.b_dec
-        return fvu_loss(x, recon, total_variance(x, sae.mesh))
+        return (x - recon).square().sum() / (x - x.mean(0)).square().sum()
 
     return _autograd_step(sae, optimizer, loss_of)
 
 
-def _sparsify_step(shape: tuple[int, ...]) -> Step:
+def _sparsify_step(shape: Shape) -> Step:
     from sparsify import SparseCoder, SparseCoderConfig
 
     n, d, f, k = shape
@@ -144,62 +119,101 @@ def _sparsify_step(shape: tuple[int, ...]) -> Step:
     return step
 
 
-def _fused_step(
-    shape: tuple[int, ...],
-    *,
-    lazy: bool = False,
-    moments: torch.dtype = torch.float32,
-    everywhere: bool = False,
-    graph: bool = True,
-    dead: bool = False,
-) -> Step:
-    n, d, f, k = shape
-    sae, x = _RandomSAE(d, f, k, device="cuda"), _batch(n, d)
-    if everywhere:
-        sae.b_enc.data[7] = 100.0
-    counters = DeadLatents(f, 10_000_000, Mesh.single(), torch.device("cuda"))
-    if dead:
-        counters.tokens_since_fired[: f // 10] = 20_000_000
-        counters.any_dead = True
-        sae.b_enc.data[: f // 10] = -100.0
-    optimizer = SparseAdam(sae, LR, lazy=lazy, moment_dtype=moments)
-    step = FusedStep(sae, optimizer, counters, dead_latents="auxk" if dead else "none", graph=graph)
-    return lambda: step(x)
+def _fused_step(shape: Shape, *, graph: bool = True) -> OurStep:
+    """The exact step; bench_against.py times what bears this name in other checkouts."""
+    return OurStep(shape, graph=graph)
 
 
-STEPS: dict[str, Callable[[tuple[int, ...]], Step]] = {
+PEERS: dict[str, Callable[[Shape], Step]] = {
     "dense PyTorch": lambda s: _dense_step(s, compiled=False),
     "dense PyTorch, compiled": lambda s: _dense_step(s, compiled=True),
     "sparsify, fused Adam": _sparsify_step,
     "OpenAI-style Triton, fused Adam": _openai_step,
-    "ours, autograd and fused Adam": _plain_step,
-    "ours, fused, exact": _fused_step,
-    "ours, fused, exact, no graph": lambda s: _fused_step(s, graph=False),
-    "ours, fused, one latent on every token": lambda s: _fused_step(s, everywhere=True),
-    "ours, fused, AuxK with a tenth dead": lambda s: _fused_step(s, dead=True),
-    "ours, fused, lazy": lambda s: _fused_step(s, lazy=True),
-    "ours, fused, bf16 moments": lambda s: _fused_step(s, moments=torch.bfloat16),
-    "ours, fused, lazy, bf16 moments": lambda s: _fused_step(s, lazy=True, moments=torch.bfloat16),
+}
+EXACT = "ours, fused, exact"
+_BF16: dict[str, Any] = {"moment_dtype": "bfloat16"}
+OURS: dict[str, dict[str, Any]] = {  # options of OurStep
+    EXACT: {},
+    "ours, fused, exact, no graph": {"graph": False},
+    "ours, fused, one latent on every token": {"everywhere": True},
+    "ours, fused, lazy": {"adam_mode": "lazy"},
+    "ours, fused, bf16 moments": _BF16,
+    "ours, fused, lazy, bf16 moments": {"adam_mode": "lazy"} | _BF16,
+    "ours, clipped to norm 1": {"grad_clip": 1.0},
+    "ours, 4 micro-batches": {"micro_batches": 4},
+    **{
+        f"ours, {kind}, {share} dead": {"dead_latents": option, "dead": dead}
+        for kind, option in (("AuxK", "auxk"), ("ghost", "ghost"))
+        for share, dead in (("a tenth", 0.1), ("a third", 1 / 3), ("nine tenths", 0.9))
+    },
+    "ours, autograd and fused Adam": {"engine": "autograd"},
 }
 
 
-def _measure(make: Callable[[], Step], repeats: int) -> dict[str, float | str]:
-    """Time and extra memory of one step; the first calls compile and warm up."""
+def _extra_mib(step: Step) -> float:
+    """Most allocated in an eager step above what is allocated between steps."""
+    if isinstance(step, OurStep):
+        no_graph_(step.training)
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return float(torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _measure(make: Callable[[], Step], repeats: int) -> dict[str, Any]:
+    """Time and memory of one step; the first calls compile, warm up and capture."""
     try:
         step = make()
+        for _ in range(4):
+            step()
         torch.cuda.synchronize()
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        extra = (torch.cuda.max_memory_allocated() - before) / 2**20
-        step()
-        return {"ms": median_ms(step, repeats, ahead=True), "extra MiB": extra}
-    except (ImportError, RuntimeError, TypeError) as e:
-        # A peer that is absent or does not fit is a row of the table, not the end of the run.
+        torch.cuda.empty_cache()
+        held = (torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / 2**20
+        found: dict[str, Any] = {"ms": median_ms(step, repeats, ahead=True)}
+        about = step.about() if isinstance(step, OurStep) else {}
+        found["extra MiB"] = _extra_mib(step)
+        if about.get("step") == "graph":
+            found["graph MiB"] = held
+        return found | about
+    except Exception as e:
+        # A peer that is absent, or what does not fit, is a row of the table, not the run's end.
+        if not isinstance(e, (ImportError, torch.OutOfMemoryError)):
+            traceback.print_exc()
         return {"ms": float("nan"), "remark": f"{type(e).__name__}: {e}"[:80]}
+
+
+def _rows(shape: Shape, word: str, repeats: int, by_bias: bool) -> list[dict[str, Any]]:
+    """Rows whose name contains the word, ours beside the exact one, which is always among them."""
+    rows: list[dict[str, Any]] = []
+    for name, make in PEERS.items():
+        if word in name:
+            rows.append({"implementation": name, **_alone(lambda m=make: m(shape), repeats)})  # type: ignore[misc]
+    exact: dict[str, Any] = {}
+    for name, options in OURS.items():
+        if word not in name and name != EXACT:
+            continue
+        if "dead" in options:
+            options = options | {"by_bias": by_bias}
+        found = _alone(lambda o=options: OurStep(shape, **o), repeats)  # type: ignore[misc]
+        exact = exact or found
+        row: dict[str, Any] = {"implementation": name, "ms": found["ms"]}
+        row["x exact"] = found["ms"] / exact["ms"]
+        if "extra MiB" in found and "extra MiB" in exact:
+            row |= {"extra MiB": 0.0, "more": found["extra MiB"] - exact["extra MiB"]}
+        rows.append(row | found)
+    return rows
+
+
+def _alone(make: Callable[[], Step], repeats: int) -> dict[str, Any]:
+    """`_measure`, and then all memory is free again."""
+    found = _measure(make, repeats)
+    gc.collect()
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    return found
 
 
 @app.command()
@@ -207,22 +221,33 @@ def step(
     shape: ShapeOption = None,
     peers: PeersOption = "",
     kernels: Annotated[bool, typer.Option(help="List the fused step's kernels, too.")] = False,
+    by_bias: Annotated[
+        bool,
+        typer.Option(help="Dead by a bias of -100: AuxK's activations are all 0, not half of them"),
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="Another checkout, whose fused step is timed in turns.")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Timed steps.")] = 20,
     json: JsonOption = None,
 ) -> None:
     """A whole training step: loss, gradients, Adam, unit-norm decoder."""
     rows: list[dict[str, Any]] = []
-    for name in shape or list(SHAPES):
+    shapes = {name: shape_of(name) for name in shape or list(SHAPES)}
+    for name, sizes in shapes.items():
         if kernels:
-            _show_kernels(f"Fused step, {name}", _fused_step(SHAPES[name], graph=False))
-        for row, make in STEPS.items():
-            if peers in row:
-                result = _measure(lambda make=make, s=SHAPES[name]: make(s), repeats)  # type: ignore[misc]
-                rows.append({"shape": name, "implementation": row, **result})
-                gc.collect()
-                torch._dynamo.reset()
-                torch.cuda.empty_cache()
-    _show("Training step", rows, json)
+            _show_kernels(f"Fused step, {name}", _fused_step(sizes, graph=False))
+        found = _rows(sizes, peers, repeats, by_bias)
+        print_table(f"Training step, {name}", found, width=140)
+        rows += [{"shape": name, **row} for row in found]
+        if json is not None:
+            # After each shape: a run that is cut short has what it measured.
+            write_json(json, "Training step", rows)
+    if against is not None:
+        beside = compare(shapes, against, repeats)
+        _show(f"Fused step, exact, beside {against}", beside, None)
+        if json is not None:
+            write_json(json, "Training step", rows, against=beside)
 
 
 def _show_kernels(title: str, call: Callable[[], Any]) -> None:
@@ -269,7 +294,7 @@ DECODERS = (
 
 
 def _measure_decoder(
-    name: str, shape: tuple[int, ...], repeats: int, kernels: bool
+    name: str, shape: Shape, repeats: int, kernels: bool
 ) -> dict[str, float | str]:
     n, d, f, k = shape
     gen = torch.Generator("cuda").manual_seed(0)
@@ -308,10 +333,10 @@ def decode(
 ) -> None:
     """The decoder alone, bf16 weights: forward, and forward with dense gradients written."""
     rows: list[dict[str, Any]] = []
-    for name in shape or list(SHAPES):
+    for name in shape or list(SHAPES)[:3]:
         for row in DECODERS:
             if peers in row:
-                result = _measure_decoder(row, SHAPES[name], repeats, kernels)
+                result = _measure_decoder(row, shape_of(name), repeats, kernels)
                 rows.append({"shape": name, "implementation": row, **result})
                 gc.collect()
                 torch.cuda.empty_cache()

@@ -80,23 +80,30 @@ def kernel_us(fn: Callable[[], Any], repeats: int = 5) -> dict[str, float]:
     return dict(sorted(spent.items(), key=lambda item: -item[1]))
 
 
-def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+def device_name() -> str:
+    """The GPU's name, or CPU where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def print_table(title: str, rows: list[dict[str, Any]], width: int = 120) -> None:
     """Rows by column name; a column that some row lacks stays empty there."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(*columns, title=f"{title}, {torch.cuda.get_device_name()}")
+    columns.sort(key=lambda name: name == "remark")  # the longest stands last
+    table = Table(*columns, title=f"{title}, {device_name()}")
     for row in rows:
         cells = (row.get(name, "") for name in columns)
         table.add_row(*(f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells))
-    Console(width=120).print(table)
+    Console(width=width).print(table)
 
 
-def write_json(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
-    """The table with what it was measured on."""
+def write_json(path: Path, title: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """The table with what it was measured on, and whatever more there is."""
     about = {
         "title": title,
-        "device": torch.cuda.get_device_name(),
+        "device": device_name(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "rows": rows,
+        **more,
     }
     path.write_text(json.dumps(about, indent=2) + "\n")

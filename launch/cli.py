@@ -22,6 +22,7 @@ BENCHES = {
     "decode": "bench_step",
     "step": "bench_step",
     "parity": "bench_parity",
+    "shards": "bench_shards",
 }
 VERBS = ("cache", "train", "grid", "evaluate", "export")
 
@@ -116,7 +117,7 @@ def _has_gpu() -> bool:
 
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(help="encode, decode, step or parity")] = "",
+    what: Annotated[str, typer.Argument(help="encode, decode, step, parity or shards")] = "",
 ) -> None:
     """Time kernels beside their peers on this machine's GPU: `flash-sae bench encode --help`."""
     if what in ("", "--help"):
@@ -126,7 +127,7 @@ def bench(
     if what not in BENCHES:
         typer.echo(f"error: bench {what!r} is none of {', '.join(BENCHES)}", err=True)
         raise typer.Exit(2)
-    if "--help" not in context.args and not _has_gpu():
+    if not {"--help", "--cpu"} & set(context.args) and not _has_gpu():
         typer.echo("error: a bench times a GPU, and torch finds none on this machine", err=True)
         raise typer.Exit(2)
     module = importlib.import_module(f"{__package__}.{BENCHES[what]}")

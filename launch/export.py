@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.base import UserError
+from ..config.base import ConfigError, UserError
 from .entry import processes, verb_main
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def run(config: Config) -> None:
     from ..evaluation.finished import finished_saes
     from ..files import check_writable
     from ..interop import sae_lens, sparsify
+    from ..models.topk import TopKSAE
     from ..parallel import agree
 
     root = Path(config.export.directory or Path(config.output) / "export")
@@ -35,8 +36,11 @@ def run(config: Config) -> None:
     with processes(config) as accelerator:
         agree.first_checks(lambda: check_writable("export.directory", root))
         rank, world = accelerator.process_index, accelerator.num_processes
-        for found in finished_saes(Path(config.output))[rank::world]:
+        finished = finished_saes(Path(config.output))
+        agree.first_checks(lambda: _check_architectures(finished, config.export.formats))
+        for found in finished[rank::world]:
             sae = found.load()
+            assert isinstance(sae, TopKSAE)
             if "sae_lens" in config.export.formats:
                 sae_lens.export(
                     sae,
@@ -50,6 +54,16 @@ def run(config: Config) -> None:
                 sparsify.export(sae, root / "sparsify" / _hookpoint_last(found))
             print(f"{found.name} -> {root} ({', '.join(config.export.formats)})")
         accelerator.wait_for_everyone()
+
+
+def _check_architectures(finished: list[FinishedSAE], formats: tuple[str, ...]) -> None:
+    """Raises ConfigError before anything is written for an SAE that a format cannot hold."""
+    for found in finished:
+        if (name := found.architecture()) != "topk":
+            raise ConfigError(
+                f"export.formats={list(formats)} cannot hold {found.name}, whose architecture is "
+                f"{name!r}, only 'topk'; export another output folder"
+            )
 
 
 def _begins_with_token(config: Config) -> bool:

@@ -14,8 +14,8 @@ from flash_sae_dist.models.topk import TopKConfig
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training import checkpoint, step
 from flash_sae_dist.training.checkpoint import TrainingState
+from flash_sae_dist.training.metrics import PhaseTimer
 from flash_sae_dist.training.step import SAETraining
-from flash_sae_dist.training.timing import PhaseTimer
 
 CPU = torch.device("cpu")
 MESH = Mesh.single()
@@ -167,3 +167,35 @@ def test_rows_load_on_any_number_of_shards(tmp_path: Path, num_shards: int) -> N
     assert all(torch.equal(p.whole["b"], whole) for p in parts)
     with pytest.raises(checkpoint.DamagedCheckpointError, match="holds 4 of the 8"):
         checkpoint.load(tmp_path, 7, 8, 8)
+
+
+def test_dead_latents_are_listed_as_before_after_a_resume(tmp_path: Path) -> None:
+    """The list is of step 100; a checkpoint in between keeps it, not what is dead by then."""
+    whole = advance(training(), 130)
+    first = training()
+    before = advance(first, 115)
+    assert first.dead.any_listed
+    assert not torch.equal(first.dead.listed(), first.dead.mask()), "some have fired or died since"
+    checkpoint.save(tmp_path, first.state(), MESH, keep=1)
+    second = training()
+    resume(tmp_path, second)
+    assert torch.equal(second.dead.listed(), first.dead.listed())
+    assert before + advance(second, 15) == whole
+
+
+def test_checkpoints_of_the_first_version_go_on() -> None:
+    """They have no list of dead latents: those that are dead are listed."""
+    first = training()
+    advance(first, 105)
+    state = first.state()
+    old = TrainingState(
+        {name: rows for name, rows in state.rows.items() if name != "listed_dead"},
+        state.whole,
+        state.info | {"any_dead": True},
+    )
+    second = training()
+    second.load_state(old)
+    assert second.step_index == 105
+    assert torch.equal(second.dead.listed(), first.dead.mask())
+    losses = advance(second, 5)
+    assert losses == pytest.approx(advance(first, 5), rel=1e-2)

@@ -71,7 +71,7 @@ def test_help_shows_all_of_its_text(app: Any) -> None:
 def test_bench_tells_what_there_is(app: Any) -> None:
     result = RUNNER.invoke(app, ["bench", "--help"])
     assert result.exit_code == 0
-    assert "encode, decode, step, parity" in result.output
+    assert "encode, decode, step, parity, shards" in result.output
     assert "error" not in result.output
     assert "bench 'foo' is none of encode" in mistake(app, "bench", "foo")
     if not torch.cuda.is_available():

@@ -16,7 +16,7 @@ from flash_sae_dist.config.sae import SAEConfig
 from flash_sae_dist.config.train import ENGINES, AutogradTrainConfig, FusedTrainConfig
 from flash_sae_dist.launch.cli import _keys
 from flash_sae_dist.models import ARCHITECTURES
-from flash_sae_dist.training.engine_choice import choose_engine
+from flash_sae_dist.training.engine import choose_engine
 from flash_sae_dist.training.job import Config, load_config, parse_config, with_values
 from flash_sae_dist.training.records import read_job
 

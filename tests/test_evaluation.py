@@ -96,7 +96,7 @@ def test_a_damaged_sae_is_told(trained: Path, tmp_path: Path) -> None:
     data = config_data(trained) | {"output": str(tmp_path / "run")}
     file = tmp_path / "run/model.layers.0/sae/sae.safetensors"
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(UserError, match="holds no whole TopK SAE"):
+    with pytest.raises(UserError, match="holds no whole TopKSAE"):
         run_evaluation(parse_config(data), Accelerator(cpu=True))
     TopKSAE(8, 24, 3).save(file.parent)
     with pytest.raises(ConfigError, match="width 8, but model.layers.0 in .* of 16"):

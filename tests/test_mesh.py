@@ -55,8 +55,11 @@ def test_groups(
     ):
         monkeypatch.setattr(mesh.dist, name, value)
     found = make_mesh(shards, replicas, device=CPU, several_groups=True)
-    ours = [found.shard_group, found.replica_group, found.member_group]
+    ours = [found.shard_group, found.replica_group, found.member_group, found.batch_group]
+    # Batches are gathered over the shards, by a group that is not theirs.
+    groups = [*groups, groups[0]]
     assert [getattr(group, "ranks", None) for group in ours] == groups
+    assert found.batch_group is not found.shard_group or shards == 1
     assert all(wait > timedelta(days=1) for wait in waits), "NCCL's own is ten minutes"
     # Every rank makes every group, its own or not: as often as groups have ranks, each is in one.
     kinds = sum(group is not None for group in groups)

@@ -111,7 +111,7 @@ def test_state_dict_and_files(tmp_path: Path) -> None:
     for model in (other, back):
         assert torch.equal(model(x).recon, sae(x).recon)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no whole TopK SAE"):
+    with pytest.raises(ValueError, match="no whole TopKSAE"):
         TopKSAE.load(tmp_path)
 
 

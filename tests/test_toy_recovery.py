@@ -9,8 +9,8 @@ from torch.nn.functional import normalize
 from flash_sae_dist.config.train import FusedTrainConfig
 from flash_sae_dist.models.topk import TopKConfig
 from flash_sae_dist.parallel.mesh import Mesh
+from flash_sae_dist.training.metrics import PhaseTimer
 from flash_sae_dist.training.step import SAETraining
-from flash_sae_dist.training.timing import PhaseTimer
 
 D_IN, NUM_FEATURES, ACTIVE = 32, 48, 3
 CPU = torch.device("cpu")

@@ -148,7 +148,7 @@ class BlockReader:
 
 class ActivationLoader:
     """Iterates over this rank's rows [batch_tokens / num_ranks, D] of num_steps batches from
-    start_step on.
+    start_step on, on the host; in page-locked memory, where a CUDA device is to have them.
 
     Batch i is rows i * batch_tokens .. (i + 1) * batch_tokens of a stream that `BlockOrder`
     defines; rank r of n takes its r-th n-th. So the batches do not depend on the number of ranks,
@@ -229,4 +229,4 @@ class ActivationLoader:
         for _ in self.steps:
             while len(ahead) < _READ_AHEAD and (step := next(todo, None)) is not None:
                 ahead.append(self.batches.submit(self._assemble, step))
-            yield ahead.pop(0).result().to(self.device, non_blocking=True)
+            yield ahead.pop(0).result()

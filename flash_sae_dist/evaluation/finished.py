@@ -12,7 +12,8 @@ import torch
 from ..activations.harvest import store_config
 from ..activations.store import ActivationStore
 from ..config.base import ConfigError, UserError
-from ..models.topk import CONFIG_FILE, TopKSAE
+from ..models import load_sae
+from ..models.base import CONFIG_FILE, SparseCoder
 from ..training.job import Config
 from ..training.records import DamagedRecordError, read_job, read_store_config
 
@@ -56,10 +57,17 @@ class FinishedSAE(NamedTuple):
                 f"of {width}; name the store it was trained on"
             )
 
-    def load(self, device: torch.device | str = "cpu") -> TopKSAE:
+    def architecture(self) -> str:
+        """Its name in `sae.architecture`. Raises UserError where the files are damaged."""
+        try:
+            return str(json.loads((self.folder / "sae" / CONFIG_FILE).read_text())["architecture"])
+        except (OSError, KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{self.folder}/sae is damaged ({e}); train it anew") from e
+
+    def load(self, device: torch.device | str = "cpu") -> SparseCoder:
         """The SAE itself. Raises UserError where its files are damaged."""
         try:
-            return TopKSAE.load(self.folder / "sae", device=device)
+            return load_sae(self.folder / "sae", device=device)
         except ValueError as e:
             raise UserError(str(e)) from e
 

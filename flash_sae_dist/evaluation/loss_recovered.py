@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..activations.language_model import LanguageModel, language_model_loss, replace_activations
 from ..activations.text import TokenTable
-from ..models.topk import TopKSAE
+from ..models.base import SparseCoder
 
 
 class LossRecovered(NamedTuple):
@@ -57,7 +57,7 @@ class LossMeter:
         self.hidden = (np.random.default_rng(0).random(table.keep.shape) < 0.15) & table.keep
         self._known: dict[str, tuple[float, int]] = {}
 
-    def measure(self, sae: TopKSAE) -> LossRecovered:
+    def measure(self, sae: SparseCoder) -> LossRecovered:
         """Losses without, with, and with zeros for, an SAE's reconstruction."""
         clean, tokens = self._once("clean", None)
         zero, _ = self._once("zero", torch.zeros_like)
@@ -90,7 +90,7 @@ class LossMeter:
         return torch.from_numpy(np.array(array)).to(self.lm.device)
 
 
-def _reconstruct(sae: TopKSAE, rows: Tensor) -> Tensor:
+def _reconstruct(sae: SparseCoder, rows: Tensor) -> Tensor:
     # The model's bfloat16 is not the SAE's: FVU and the rest are measured in its own precision.
     with torch.autocast(rows.device.type, enabled=False):
         return sae(rows.to(sae.W_dec.dtype)).recon.to(rows.dtype)  # type: ignore[no-any-return]

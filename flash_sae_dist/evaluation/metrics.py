@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..models.topk import TopKSAE
+from ..models.base import SparseCoder
 
 
 class ReconstructionMetrics(NamedTuple):
@@ -23,7 +23,7 @@ class ReconstructionMetrics(NamedTuple):
 
 
 @torch.no_grad()
-def measure(sae: TopKSAE, batches: Iterable[Tensor]) -> ReconstructionMetrics:
+def measure(sae: SparseCoder, batches: Iterable[Tensor]) -> ReconstructionMetrics:
     """Runs batches [N, d_in] through an SAE and measures it. Raises ValueError where there are no
     batches.
     """

@@ -19,7 +19,7 @@ from .plots import plot_density, plot_frontiers
 def evaluation_record(
     job: str,
     hookpoint: str,
-    k: int,
+    k: int | None,
     d_sae: int,
     m: ReconstructionMetrics,
     loss: LossRecovered | None,

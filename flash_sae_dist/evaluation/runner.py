@@ -125,13 +125,15 @@ def _evaluate(
         for batch in loader:
             # The loader's passes are of one size; the last may reach beyond what was asked for.
             rows = batch[:left]
-            yield rows
+            yield rows.to(device, non_blocking=True)
             left -= len(rows)
             advance(len(rows))
 
     with loader:
         metrics = measure(sae, batches())
     loss = meter.measure(sae) if meter is not None else None
-    record = evaluation_record(found.name, found.hookpoint, sae.k, sae.d_sae, metrics, loss)
+    record = evaluation_record(
+        found.name, found.hookpoint, getattr(sae.config, "k", None), sae.d_sae, metrics, loss
+    )
     write_evaluation(found.folder, record)
     return json.loads(json.dumps(record))  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ from ..config.base import ConfigError, match_names, nearest_name
 from ..files import check_writable
 from ..parallel import agree
 from ..parallel.mesh import Mesh
-from ..training.engine_choice import choose_engine
+from ..training.engine import choose_engine
 from ..training.job import Config, with_values
 from ..training.records import Job, check_same_job
 from ..training.trainer import is_finished

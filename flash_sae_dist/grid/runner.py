@@ -15,10 +15,10 @@ from ..files import locked
 from ..parallel import agree
 from ..parallel.mesh import Mesh, make_mesh
 from ..training.job import Config
+from ..training.metrics import read_metrics
 from ..training.records import (
     Job,
     forget_failure,
-    read_metrics,
     read_status,
     record_failure,
 )

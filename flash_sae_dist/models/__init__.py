@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from pathlib import Path
 
+import torch
+
+from .base import CONFIG_FILE, SparseCoder
 from .topk import TopKSAE
 
-# Each class has `Config: ClassVar[type[SAEConfig]]`, the keys of the section sae.
-ARCHITECTURES: dict[str, type[Any]] = {"topk": TopKSAE}
+# The names that `sae.architecture` takes, in configs and beside saved weights.
+ARCHITECTURES: dict[str, type[SparseCoder]] = {"topk": TopKSAE}
+
+
+def load_sae(folder: str | Path, *, device: torch.device | str = "cpu") -> SparseCoder:
+    """Reads a saved SAE of any architecture. Raises ValueError where a file is missing or damaged,
+    or the architecture is not registered.
+    """
+    path = Path(folder)
+    try:
+        name = json.loads((path / CONFIG_FILE).read_text())["architecture"]
+    except (OSError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} holds no whole SAE ({e}); train or export it anew") from e
+    if name not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ValueError(f"{path} holds an SAE of architecture {name!r}; known: {known}")
+    return ARCHITECTURES[name].load(path, device=device)

@@ -1,4 +1,6 @@
-"""Which latents have stopped firing: counters in tokens, kept on the device."""
+"""Which latents have stopped firing: counters in tokens, kept on the device, and the list of dead
+ones that AuxK and ghost gradients train.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..parallel import collectives
+from ..parallel.collectives import all_gather, all_reduce_
 from ..parallel.mesh import Mesh
 
 # The host reads the number of dead latents this often; a constant, so that a run does not depend
 # on how it logs.
 CHECK_EVERY_STEPS = 100
+# cuBLAS took six times as long for a product over 13107 latents as over the next multiple of 64.
+_MULTIPLE = 64
 
 
 class DeadLatents:
-    """Tokens since each latent of this shard last fired, over all replicas."""
+    """Tokens since each latent of this shard last fired, over all replicas, and the dead ones.
+
+    The list is made every CHECK_EVERY_STEPS steps and stays as it is in between, so that shapes
+    and captured graphs do too; a listed latent that fires again is left out at once, by `bias`.
+    `rows` [M] int64 are the listed rows, padded with 0 to the same M on all shards; `slots` [F]
+    int32 is each latent's place among them or -1; `num_listed` counts them over all shards.
+    """
 
     def __init__(
         self, d_sae_local: int, dead_after_tokens: int, mesh: Mesh, device: torch.device
@@ -23,7 +33,11 @@ class DeadLatents:
         self.tokens_since_fired = torch.zeros(d_sae_local, dtype=torch.int64, device=device)
         self.dead_after_tokens = dead_after_tokens
         self.mesh = mesh
-        self.any_dead = False
+        self.slots = torch.full((d_sae_local,), -1, dtype=torch.int32, device=device)
+        self.rows = torch.empty(0, dtype=torch.int64, device=device)
+        self._padding = torch.empty(0, dtype=torch.bool, device=device)
+        self.num_listed = 0
+        self.generation = 0  # of the list's memory, which a captured graph reads
 
     @torch.no_grad()
     def update_(
@@ -39,9 +53,7 @@ class DeadLatents:
         fired.scatter_reduce_(
             0, top_idx.flatten().long(), (top_acts > 0).flatten().to(torch.int32), reduce="amax"
         )
-        collectives.all_reduce_(
-            fired, self.mesh.replica_group, self.mesh.num_replicas, dist.ReduceOp.MAX
-        )
+        all_reduce_(fired, self.mesh.replica_group, self.mesh.num_replicas, dist.ReduceOp.MAX)
         self.tokens_since_fired.add_(batch_tokens).masked_fill_(fired.bool(), 0)
 
     def mask(self) -> Tensor:
@@ -51,12 +63,56 @@ class DeadLatents:
     def count(self) -> Tensor:
         """Dead latents over all shards, a scalar on the device. Collective over the shard group."""
         dead = self.mask().sum()
-        collectives.all_reduce_(dead, self.mesh.shard_group, self.mesh.num_shards)
+        all_reduce_(dead, self.mesh.shard_group, self.mesh.num_shards)
         return dead
 
+    @property
+    def any_listed(self) -> bool:
+        """Whether a latent of any shard is listed."""
+        return self.num_listed > 0
+
+    def listed(self) -> Tensor:
+        """[d_sae_local] bool, for checkpoints."""
+        return self.slots >= 0
+
     def refresh(self, step: int, tokens_seen: int) -> None:
-        """Reads every CHECK_EVERY_STEPS steps whether any latent is dead (a host sync, and none
-        before one can be).
+        """Lists the dead latents anew every CHECK_EVERY_STEPS steps (a host sync, and none before
+        a latent can be dead). Collective over the shard group.
         """
         if step % CHECK_EVERY_STEPS == 0:
-            self.any_dead = tokens_seen > self.dead_after_tokens and bool(self.count() > 0)
+            if tokens_seen > self.dead_after_tokens:
+                self.list_(self.mask())
+            elif self.any_listed:
+                self.list_(torch.zeros_like(self.mask()))
+
+    @torch.no_grad()
+    def list_(self, dead: Tensor) -> None:
+        """Lists the latents of a mask [d_sae_local] bool. A host sync; collective over the shard
+        group.
+        """
+        mine = dead.sum().reshape(1)
+        counts = all_gather(mine, self.mesh.shard_group, self.mesh.num_shards).flatten().tolist()
+        self.num_listed = sum(counts)
+        capacity = _padded(max(counts)) if self.num_listed else 0
+        if capacity != len(self.rows):
+            self.rows = self.rows.new_empty(capacity)
+            self._padding = self._padding.new_empty(capacity)
+            self.generation += 1
+        rows = dead.nonzero().squeeze(1)
+        self.rows.zero_()[: len(rows)] = rows
+        self._padding.fill_(True)[: len(rows)] = False
+        self.slots.fill_(-1)
+        self.slots[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+
+    def bias(self, b_enc: Tensor) -> Tensor:
+        """[M]: the listed latents' b_enc, -inf for those that have fired since and for padding."""
+        left_out = self._padding | ~self.mask()[self.rows]
+        return b_enc[self.rows].masked_fill(left_out, -torch.inf)
+
+
+def _padded(count: int) -> int:
+    """Rows that a list has room for: coarse, at most a sixteenth too many, so that lists of about
+    one length share a captured graph.
+    """
+    step = max(_MULTIPLE, 1 << max(0, count.bit_length() - 5))
+    return -(-max(count, 1) // step) * step

@@ -1,10 +1,11 @@
-"""Training losses of a TopK SAE; all sums are float32 or wider, over every replica's tokens."""
+"""Training losses; all sums are float32 or wider, over every replica's tokens."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import implementation
 from ..parallel import collectives
 from ..parallel.mesh import Mesh
 
@@ -31,27 +32,55 @@ def fvu_loss(
     recon: Tensor,  # [N, d_in]
     variance: Tensor,  # scalar, total_variance of the whole batch
 ) -> Tensor:  # scalar
-    """These tokens' share of the fraction of variance unexplained: `sum (x - recon)^2 / variance`.
+    """These tokens' share of the fraction of variance unexplained: `sum (x - recon)^2 / variance`;
+    0, and no gradient, for a batch of equal tokens, which has no variance to explain.
 
     The shares of all replicas and micro-batches add up to the FVU of the whole batch, so their
     gradients add up too.
     """
-    return (x - recon).square().sum() / variance.clamp_min(torch.finfo(variance.dtype).tiny)
+    tiny = torch.finfo(variance.dtype).tiny
+    inverse = torch.where(variance > tiny, 1 / variance.clamp_min(tiny), 0)
+    return (x - recon).square().sum() * inverse
+
+
+def inverse_variance(
+    sums: Tensor,  # [D], over the tokens of all replicas
+    squares: Tensor,  # scalar, likewise
+    num_tokens: int,
+) -> Tensor:  # scalar
+    """`1 / sum (e - mean)^2` of residuals e from their sums; 0 where they do not vary beyond
+    rounding (one token, say) or are not finite, so that a loss normalised by it, and its gradient,
+    are zero there.
+    """
+    variance = squares - sums.square().sum() / num_tokens
+    # The difference of two sums carries their rounding errors.
+    varies = variance > squares * (16 * (1 + num_tokens**0.5) * torch.finfo(variance.dtype).eps)
+    return torch.where(varies & variance.isfinite(), 1 / variance, 0)
+
+
+@torch.no_grad()
+def residual_sums(residual: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
+    """Sums [D] and summed squares of residuals [N, D] over all replicas' tokens, in float32 or
+    wider. Collective over the replicas.
+    """
+    sums, squares = implementation("token_sums", residual)(residual)
+    both = torch.cat([sums.sum(dim=0), squares.sum().view(1)])
+    collectives.all_reduce_(both, mesh.replica_group, mesh.num_replicas)
+    return both[:-1], both[-1]
 
 
 def auxk_loss(
     residual: Tensor,  # [N, d_in] x - recon, detached
     aux_recon: Tensor,  # [N, d_in] what the dead latents make of it, without b_dec
-    mesh: Mesh,
+    inverse: Tensor,  # scalar, inverse_variance of the whole batch's residual
 ) -> Tensor:  # scalar
-    """This replica's share of AuxK: `sum (residual - aux_recon)^2 / sum (residual - mean)^2`.
+    """These tokens' share of AuxK: `sum (residual - aux_recon)^2 / sum (residual - mean)^2`.
 
     Gao et al. 2024 (arXiv 2406.04093), A.2, in the form of OpenAI's code: normalised by the
-    residual's own variance, zero where that is not finite. The caller applies the coefficient,
-    1/32 there.
+    batch's own residual, zero where that has no variance. The caller applies the coefficient, 1/32
+    there.
     """
-    variance = total_variance(residual, mesh)
-    return torch.nan_to_num((residual - aux_recon).square().sum() / variance, 0.0, 0.0, 0.0)
+    return (residual - aux_recon).square().sum() * inverse
 
 
 @torch.no_grad()

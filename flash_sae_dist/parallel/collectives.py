@@ -36,13 +36,18 @@ def all_reduce_(
         dist.all_reduce(tensor, op=op, group=group)
 
 
-def gather_batch(x_local: Tensor, mesh: Mesh) -> Tensor:
-    """Rows [N/P, D] that each shard of a replica read -> the replica's batch [N, D]."""
+def gather_batch_(batch: Tensor, mesh: Mesh) -> None:
+    """Fills a replica's batch [N, D], in which this shard's N/P rows lie at their place, with the
+    other shards' rows.
+
+    On the batch group: it may run beside the collectives of a step.
+    """
     if mesh.num_shards == 1:
-        return x_local
+        return
+    assert mesh.batch_group is not None, "None would be the group of all processes"
     # As bytes: gloo lacks some types, and an all-gather moves bits whatever they mean.
-    gathered = all_gather(x_local.view(torch.uint8), mesh.shard_group, mesh.num_shards)
-    return gathered.flatten(0, 1).view(x_local.dtype)
+    whole = batch.view(torch.uint8).view(-1)
+    _all_gather_into(whole, whole.chunk(mesh.num_shards)[mesh.shard], group=mesh.batch_group)
 
 
 class _SumForward(torch.autograd.Function):

@@ -1,5 +1,5 @@
-"""The only file that makes and ends process groups: those of an SAE's members, of its replicas and
-of its shards.
+"""The only file that makes and ends process groups: those of an SAE's members, of its replicas, of
+its shards, and of the batches that the shards gather.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class Mesh:
     shard_group: dist.ProcessGroup | None
     replica_group: dist.ProcessGroup | None
     member_group: dist.ProcessGroup | None
+    batch_group: dist.ProcessGroup | None = None
+    """The shard group's ranks, a communicator of its own: batches are gathered while a step's
+    collectives run, which a CUDA graph may hold."""
 
     @classmethod
     def single(cls) -> Mesh:
@@ -93,17 +96,9 @@ def make_mesh(
     # [group, replica, shard] -> rank: shards of a replica are neighbours.
     ranks = torch.arange(world).view(world // members, num_replicas, num_shards)
     group, replica, shard = (ranks == dist.get_rank()).nonzero()[0].tolist()
-    return Mesh(
-        group,
-        world // members,
-        replica,
-        num_replicas,
-        shard,
-        num_shards,
-        _my_group(ranks.flatten(0, 1)),
-        _my_group(ranks.movedim(1, 2).flatten(0, 1)),
-        _my_group(ranks.flatten(1)),
-    )
+    shards, replicas = ranks.flatten(0, 1), ranks.movedim(1, 2).flatten(0, 1)
+    groups = [_my_group(rows) for rows in (shards, replicas, ranks.flatten(1), shards)]
+    return Mesh(group, world // members, replica, num_replicas, shard, num_shards, *groups)
 
 
 def _my_group(ranks: torch.Tensor) -> dist.ProcessGroup | None:

@@ -1,21 +1,13 @@
-"""Learning rate, optimizer and the unit-norm constraint on decoder rows; the choice of optimizer
-is made here.
-"""
+"""Learning rate, clipping and the unit-norm constraint on decoder rows, for dense gradients."""
 
 from __future__ import annotations
-
-import logging
 
 import torch
 from torch import Tensor
 
-from ..config.train import FusedTrainConfig, TrainConfig
-from ..models.topk import TopKSAE
+from ..config.train import TrainConfig
+from ..models.base import SparseCoder
 from ..parallel import collectives
-from .engine_choice import choose_engine
-from .sparse_adam import SparseAdam
-
-logger = logging.getLogger(__name__)
 
 
 def default_lr(d_sae: int) -> float:
@@ -33,37 +25,8 @@ def lr_at(step: int, total_steps: int, peak: float, cfg: TrainConfig) -> float:
     return peak * warm * cool
 
 
-def make_optimizer(
-    sae: TopKSAE, cfg: TrainConfig, compute_dtype: torch.dtype
-) -> torch.optim.Adam | SparseAdam:
-    """Adam over an SAE's parameters (the local rows of sharded ones).
-
-    `choose_engine` chooses between the fused engine's optimizer and autograd's.
-    """
-    lr = cfg.lr if cfg.lr is not None else default_lr(sae.d_sae)
-    engine, reason = choose_engine(cfg, sae.d_in)
-    if reason is not None and sae.mesh.is_lead:
-        logger.info("train.engine=auto is autograd, not the fused engine: %s", reason)
-    if engine == "autograd":
-        return torch.optim.Adam(
-            sae.parameters(), lr=lr, betas=cfg.adam_betas, eps=cfg.adam_eps, fused=True
-        )
-    assert isinstance(cfg, FusedTrainConfig)
-    return SparseAdam(
-        sae,
-        lr,
-        betas=cfg.adam_betas,
-        eps=cfg.adam_eps,
-        lazy=cfg.adam_mode == "lazy",
-        moment_dtype=getattr(torch, cfg.moment_dtype),
-        compute_dtype=compute_dtype,
-        ema_decay=cfg.ema_decay,
-        seed=cfg.seed,
-    )
-
-
 @torch.no_grad()
-def project_decoder_grad_(sae: TopKSAE) -> None:
+def project_decoder_grad_(sae: SparseCoder) -> None:
     """Removes from each decoder row's gradient its part along the (unit-norm) row, in place."""
     grad = sae.W_dec.grad
     assert grad is not None
@@ -72,28 +35,30 @@ def project_decoder_grad_(sae: TopKSAE) -> None:
 
 
 @torch.no_grad()
-def renormalise_decoder_(sae: TopKSAE) -> None:
+def renormalise_decoder_(sae: SparseCoder) -> None:
     """Scales each decoder row back to unit norm, in place."""
     norms = sae.W_dec.norm(dim=1, keepdim=True)
     sae.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
 
 
 @torch.no_grad()
-def clip_grads_(sae: TopKSAE, largest: float) -> None:
-    """Scales the gradients in place so that their norm over all shards is at most `largest`."""
+def clip_grads_(sae: SparseCoder, largest: float) -> None:
+    """Scales the gradients in place so that their norm over all shards is at most `largest`, as
+    torch.nn.utils.clip_grad_norm_ does on one.
+    """
     grads = [p.grad for p in (sae.W_enc, sae.b_enc, sae.W_dec) if p.grad is not None]
     squares = torch.stack([g.square().sum() for g in grads]).sum()
     collectives.all_reduce_(squares, sae.mesh.shard_group, sae.mesh.num_shards)
     assert sae.b_dec.grad is not None
     # b_dec's gradient is the same on every shard and counts once.
     norm = (squares + sae.b_dec.grad.square().sum()).sqrt()
-    factor = (largest / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
+    factor = (largest / (norm + 1e-6)).clamp_max(1.0)
     for grad in (*grads, sae.b_dec.grad):
         grad.mul_(factor)
 
 
 @torch.no_grad()
-def sum_grads_over_replicas_(sae: TopKSAE) -> None:
+def sum_grads_over_replicas_(sae: SparseCoder) -> None:
     """Adds up the replicas' gradients in place: each holds its share of the batch's loss."""
     grads: list[Tensor] = [p.grad for p in sae.parameters() if p.grad is not None]
     for grad in grads:

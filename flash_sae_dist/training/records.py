@@ -1,12 +1,9 @@
-"""What a run leaves behind for people and for its own restart: job.yaml, status.json,
-metrics.jsonl.
-"""
+"""What a run leaves behind for people and for its own restart: job.yaml, status.json."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +15,6 @@ from .job import Config, parse_config
 
 logger = logging.getLogger(__name__)
 State = Literal["running", "finished", "failed"]
-LogMetrics = Callable[[str, dict[str, float], int], None]  # job, values, step
 
 
 class DamagedRecordError(UserError):
@@ -156,36 +152,3 @@ def read_status(folder: Path) -> Status | None:
         return None if data is None else Status(**data)
     except TypeError as e:
         raise _damaged(path, e) from e
-
-
-class MetricsLog:
-    """Appends one JSON object a line to `metrics.jsonl`; a resumed run drops the lines after its
-    checkpoint first.
-    """
-
-    def __init__(self, path: Path, resume_step: int, enabled: bool) -> None:
-        self.path, self.enabled = path, enabled
-        if enabled:
-            kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def append(self, line: dict[str, Any]) -> None:
-        """Adds a line and hands it to the operating system, so that a killed run keeps it."""
-        if self.enabled:
-            with self.path.open("a") as f:
-                f.write(json.dumps(line) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..models.base import SparseCoder
 from ..models.dead_latents import DeadLatents
-from ..models.topk import TopKSAE
 from ..parallel import collectives
 
 # Anthropic's: low enough that a new latent does not disturb the others at once.
@@ -15,7 +15,7 @@ _ENCODER_SCALE = 0.2
 
 @torch.no_grad()
 def resample_(
-    sae: TopKSAE,
+    sae: SparseCoder,
     optimizer: torch.optim.Optimizer,
     dead: DeadLatents,
     x: Tensor,  # [N, d_in], the replica's batch
@@ -62,7 +62,7 @@ def resample_(
     return total
 
 
-def _mean_living_norm(sae: TopKSAE, mask: Tensor) -> Tensor:
+def _mean_living_norm(sae: SparseCoder, mask: Tensor) -> Tensor:
     living = ~mask
     sums = torch.stack([sae.W_enc.norm(dim=1)[living].sum(), living.sum().to(sae.W_enc.dtype)])
     collectives.all_reduce_(sums, sae.mesh.shard_group, sae.mesh.num_shards)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.dispatch import implementation
-from ..kernels.reference import AdamOptions, LatentRows, PairOrder, Pairs
-from ..models.topk import TopKSAE
-from ..parallel import collectives
+from ..kernels.reference import AdamOptions, DenseRows, Gradients, LatentRows, PairOrder, Pairs
+from ..models.base import SparseCoder
+from ..parallel.collectives import all_reduce_
 from .side_stream import SideStream
+
+# Of an H100's 50 MB of L2 cache or an H200's 60.
+_CACHED_BYTES = 32 << 20
 
 
 class LatentGradients(NamedTuple):
@@ -21,18 +25,22 @@ class LatentGradients(NamedTuple):
     pairs: Pairs
     order: PairOrder
     b_dec: Tensor  # [D], the decoder's part; made beside the current stream
+    dense: DenseRows | None = None  # of listed dead latents
 
 
 class SparseAdam(torch.optim.Optimizer):
-    """Adam over a TopK SAE that never sees a dense `[F, D]` gradient.
+    """Adam over an SAE's W_enc, b_enc, W_dec and b_dec that never sees a dense `[F, D]` gradient.
 
-    `FusedStep` puts a batch's pairs into `gradients`; `step` forms each latent's gradient, removes
+    `FusedEngine` puts a batch's pairs into `gradients`; `step` forms a latent's gradient, removes
     its part along the decoder row, applies Adam to the master weights, renormalises the decoder
-    row and writes the compute copies, all in one pass. Exact mode is dense Adam's arithmetic;
+    row and writes the compute copies, all in one pass. With grad_clip a pass before it sums the
+    squares of all gradients, which are then scaled as torch.nn.utils.clip_grad_norm_ does, the
+    norm taken over all shards. Exact mode is dense Adam's arithmetic;
     lazy mode moves only latents that fired, with the bias correction of the global step count, as
     torch.optim.SparseAdam: their moments do not decay in between, and a rarely firing latent's
     first steps are up to sqrt(10) times dense Adam's. bfloat16 moments are rounded stochastically
-    by a hash of (seed, step, element): the same run gives the same bits.
+    by a hash of (seed, step, latent over all shards, column): the same run gives the same bits, on
+    any number of shards.
 
     state_dict, param_groups and lr schedulers work as with torch.optim.Adam (the states bear its
     names); loading copies in place. All parameters share one group. The learning rate reaches the
@@ -41,7 +49,7 @@ class SparseAdam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        sae: TopKSAE,
+        sae: SparseCoder,
         lr: float,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -50,16 +58,17 @@ class SparseAdam(torch.optim.Optimizer):
         moment_dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype = torch.bfloat16,
         ema_decay: float | None = None,
+        grad_clip: float | None = None,
         seed: int = 0,
     ) -> None:
         if moment_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"moment_dtype must be torch.float32 or torch.bfloat16, not {moment_dtype}"
             )
-        self.lazy, self.seed, self.ema_decay = lazy, seed, ema_decay
+        self.lazy, self.seed, self.ema_decay, self.grad_clip = lazy, seed, ema_decay, grad_clip
         self.gradients: LatentGradients | None = None
         self.side = SideStream(sae.W_dec.device)
-        self._mesh = sae.mesh
+        self._mesh, self._first_latent = sae.mesh, sae.first_latent
         self._params = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
         super().__init__(self._params, {"lr": lr, "betas": betas, "eps": eps})
         master, device = sae.W_dec.dtype, sae.W_dec.device
@@ -68,23 +77,24 @@ class SparseAdam(torch.optim.Optimizer):
         self._lr = torch.full((), lr, dtype=master, device=device)
         self._lr_value = lr
         self._constants = (tuple(betas), eps)
-        self._scalars = torch.zeros(2, dtype=master, device=device)
+        self._scalars = torch.ones(3, dtype=master, device=device)
         self._step = torch.zeros((), dtype=torch.float32, device=device)
+        self._make_state()
+        self.copies: tuple[Tensor, Tensor] | None = None
+        if compute_dtype != master:
+            W_enc, W_dec = sae.W_enc.detach(), sae.W_dec.detach()
+            self.copies = (W_enc.to(compute_dtype), W_dec.to(compute_dtype))
+
+    def _make_state(self) -> None:
         for param in self._params:
-            dtype = self.moment_dtype if param.ndim == 2 else master
+            dtype = self.moment_dtype if param.ndim == 2 else param.dtype
             self.state[param] = {
                 "step": self._step,
                 "exp_avg": torch.zeros_like(param, dtype=dtype, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(param, dtype=dtype, requires_grad=False),
             }
-            if ema_decay is not None:
+            if self.ema_decay is not None:
                 self.state[param]["ema"] = param.detach().clone()
-        self.copies: tuple[Tensor, Tensor] | None = None
-        if compute_dtype != master:
-            self.copies = (
-                sae.W_enc.detach().to(compute_dtype),
-                sae.W_dec.detach().to(compute_dtype),
-            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Takes the one group made at construction. Raises ValueError on another."""
@@ -123,10 +133,10 @@ class SparseAdam(torch.optim.Optimizer):
 
     def options(self) -> AdamOptions:
         """The step's constants, from the param group."""
-        group = self.param_groups[0]
-        # Rows are numbered from each shard's first on: a seed a shard, or all shards round alike.
-        seed = (self.seed + 0x9E3779B1 * self._mesh.shard) % 2**31
-        return AdamOptions(group["betas"], group["eps"], self.lazy, seed=seed)
+        group, scaled = self.param_groups[0], self.grad_clip is not None
+        return AdamOptions(
+            group["betas"], group["eps"], self.lazy, seed=self.seed % 2**31, scaled=scaled
+        )
 
     def _latent_rows(self) -> LatentRows:
         rows = self._params[:3]
@@ -144,38 +154,66 @@ class SparseAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Applies and forgets `gradients`. Raises RuntimeError where none were put."""
+        """Applies and forgets `gradients`. Raises RuntimeError where none were put. Collective over
+        the shard group; no host sync.
+        """
         if closure is not None or self.gradients is None:
-            raise RuntimeError("SparseAdam steps through FusedStep, which gives it its gradients")
-        grads, self.gradients = self.gradients, None
-        W_dec, b_dec = self._params[2], self._params[3]
-        state, options = self.state[b_dec], self.options()
-        kept: list[Tensor] = []  # until the streams meet
-
-        def update_b_dec(sums: Tensor) -> None:
-            with self.side.beside():
-                weighted = sums.sum(dim=0)
-                collectives.all_reduce_(weighted, self._mesh.shard_group, self._mesh.num_shards)
-                grad = grads.b_dec - weighted
-                moments = (state["exp_avg"], state["exp_avg_sq"])
-                implementation("adam_vector_", W_dec)(
-                    b_dec.detach(), *moments, grad, self._scalars, options
-                )
-            kept.extend((sums, weighted, grad))
-
-        implementation("sparse_adam_step_", W_dec)(
-            self._latent_rows(),
-            grads.pairs,
-            grads.order,
-            self._scalars,
-            self._step,
-            options,
-            update_b_dec,
-        )
+            raise RuntimeError("SparseAdam steps through FusedEngine, which gives it its gradients")
+        given, self.gradients = self.gradients, None
+        W_dec, rows, options = self._params[2], self._latent_rows(), self.options()
+        sums = implementation("heavy_sums", W_dec)(given.order, given.pairs, W_dec.shape[0])
+        grads = Gradients(given.pairs, given.order, given.dense, sums)
+        grad_b_dec: Tensor | None = None
+        if self.grad_clip is not None:
+            grad_b_dec = self._clip(rows, grads, options, given.b_dec)
+        constants = (self._scalars, self._step, options, self._first_latent)
+        weighted = implementation("adam_encoder_", W_dec)(rows, grads, *constants)
+        with self.side.beside():
+            if grad_b_dec is None:
+                grad_b_dec = given.b_dec - self._over_shards(weighted)
+            self._update_b_dec(grad_b_dec, options)
+        implementation("adam_decoder_", W_dec)(rows, grads, *constants)
         self.side.meet()
         if self.ema_decay is not None:
             emas = [self.state[p]["ema"] for p in self._params]
             torch._foreach_lerp_(emas, [p.detach() for p in self._params], 1 - self.ema_decay)
+
+    def _over_shards(self, weighted: Tensor) -> Tensor:
+        """b_dec's gradient through the encoder, negated, from a shard's parts [any, D]."""
+        total = weighted.sum(dim=0)
+        all_reduce_(total, self._mesh.shard_group, self._mesh.num_shards)
+        return total
+
+    def _clip(
+        self, rows: LatentRows, grads: Gradients, options: AdamOptions, b_dec: Tensor
+    ) -> Tensor:
+        """Puts the factor that clipping scales all gradients by into the scalars; returns b_dec's
+        whole gradient [D], not scaled.
+        """
+        assert self.grad_clip is not None
+        squares = self._scalars.new_empty(2)
+        rows_bytes = grads.pairs.enc_rows.nbytes + grads.pairs.dec_rows.nbytes
+        # Two passes at once fill more of the memory's bandwidth, as long as the L2 cache holds the
+        # rows that both gather.
+        with self.side.beside() if rows_bytes < _CACHED_BYTES else nullcontext():
+            found = implementation("decoder_squares", rows.W_dec)(rows, grads, options)
+            torch.sum(found, 0, out=squares[1])
+        parts, weighted = implementation("encoder_squares", rows.W_enc)(rows, grads, options)
+        torch.sum(parts, 0, out=squares[0])
+        over_encoder = self._over_shards(weighted)
+        self.side.meet()  # b_dec's part is made there, too
+        all_reduce_(squares, self._mesh.shard_group, self._mesh.num_shards)
+        grad: Tensor = implementation("clip_", b_dec)(
+            b_dec, over_encoder, squares, self.grad_clip, self._scalars
+        )
+        return grad
+
+    def _update_b_dec(self, grad: Tensor, options: AdamOptions) -> None:
+        b_dec = self._params[3]
+        moments = (self.state[b_dec]["exp_avg"], self.state[b_dec]["exp_avg_sq"])
+        implementation("adam_vector_", b_dec)(
+            b_dec.detach(), *moments, grad, self._scalars, options
+        )
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

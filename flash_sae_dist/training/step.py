@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config.base import ConfigError
 from ..config.sae import SAEConfig
-from ..config.train import FusedTrainConfig, Precision, TrainConfig
+from ..config.train import Precision, TrainConfig
 from ..kernels import encode_choice
+from ..models import ARCHITECTURES
 from ..models.dead_latents import DeadLatents
-from ..models.losses import auxk_loss, fvu_loss, geometric_median, total_variance
-from ..models.topk import TopKConfig, TopKSAE
+from ..models.losses import geometric_median
 from ..parallel import collectives
 from ..parallel.mesh import Mesh
 from .checkpoint import TrainingState
-from .fused_step import FusedStep
-from .optim import (
-    clip_grads_,
-    lr_at,
-    make_optimizer,
-    project_decoder_grad_,
-    renormalise_decoder_,
-    sum_grads_over_replicas_,
-)
+from .engine import make_engine
+from .metrics import PhaseTimer, StepMetrics
+from .optim import lr_at
 from .resample import resample_
-from .sparse_adam import SparseAdam
-from .timing import PhaseTimer
 from .tuning import Choice, tune_encoder
-
-
-class StepMetrics(NamedTuple):
-    """What a step measured, left on the device."""
-
-    fvu: Tensor  # scalar, over all replicas
-    aux: Tensor  # scalar, AuxK or ghost loss over all replicas; 0 while no latent is dead
-    l0: Tensor  # scalar, mean active latents a token
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
@@ -66,32 +48,14 @@ class SAETraining:
         self.cfg, self.mesh, self.device = cfg, mesh, device
         self.compute_dtype = resolve_precision(cfg.precision, device)
         self.master_dtype = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
-        if not isinstance(sae_cfg, TopKConfig):
-            raise ConfigError(f"sae.architecture={sae_cfg.architecture!r} cannot be trained yet")
-        self.ema_decay = cfg.ema_decay if isinstance(cfg, FusedTrainConfig) else None
-        self.sae = TopKSAE(
-            d_in,
-            sae_cfg.width(d_in),
-            sae_cfg.k,
-            mesh=mesh,
-            dtype=self.master_dtype,
-            device=device,
+        self.sae = ARCHITECTURES[sae_cfg.architecture].from_config(
+            sae_cfg, d_in, mesh=mesh, dtype=self.master_dtype, device=device
         )
         self.sae.reset_parameters(cfg.seed)
-        self.optimizer = make_optimizer(self.sae, cfg, self.compute_dtype)
-        self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self.dead = DeadLatents(self.sae.d_sae_local, cfg.dead_after_tokens, mesh, device)
-        self.k_aux = min(cfg.k_aux or max(1, d_in // 2), self.sae.d_sae)
-        self.fused: FusedStep | None = None
-        if isinstance(self.optimizer, SparseAdam):
-            self.fused = FusedStep(
-                self.sae,
-                self.optimizer,
-                self.dead,
-                dead_latents="none" if cfg.dead_latents == "resample" else cfg.dead_latents,
-                aux_coef=cfg.aux_coef,
-                k_aux=self.k_aux,
-            )
+        self.engine = make_engine(self.sae, self.dead, cfg, self.compute_dtype)
+        self.optimizer = self.engine.optimizer
+        self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self.total_steps = -(-cfg.num_tokens // cfg.batch_tokens)
         self.step_index = 0
         self._tuned = False
@@ -119,11 +83,6 @@ class SAETraining:
         )
         return bool(finite)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.compute_dtype == self.master_dtype:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
-
     @torch.no_grad()
     def init_b_dec(self, x: Tensor) -> None:
         """Puts b_dec at the geometric median of the first batch x [N/R, d_in]. Collective over the
@@ -133,7 +92,7 @@ class SAETraining:
             x.to(self.master_dtype), self.mesh.replica_group, self.mesh.num_replicas
         )
         self.sae.b_dec.copy_(geometric_median(rows.flatten(0, 1)))
-        if self.ema_decay is not None:
+        if "ema" in self.engine.moments:
             self.optimizer.state[self.sae.b_dec]["ema"].copy_(self.sae.b_dec)
 
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
@@ -143,25 +102,24 @@ class SAETraining:
             self.init_b_dec(x)
         if not self._tuned:
             self._tune(x)
-        self.dead.refresh(self.step_index, self.step_index * self.cfg.batch_tokens)
         if self.cfg.dead_latents == "resample":
             self._resample(x)
+        elif self.cfg.dead_latents != "none":
+            self.dead.refresh(self.step_index, self.step_index * self.cfg.batch_tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        metrics = self._fused(x, timer) if self.fused else self._plain(x, timer)
+        metrics = self.engine.step(x, timer)
         self.step_index += 1
         return metrics
 
     def _tune(self, x: Tensor) -> None:
         """Chooses the encoder's design, at this process's first step of this SAE."""
         self._tuned = True
-        if isinstance(self.optimizer, SparseAdam):
-            W_enc = self.optimizer.compute_weights[0]
-        else:
-            x, W_enc = x.chunk(self.cfg.micro_batches)[0], self.sae.W_enc
-        k = min(self.sae.k, self.sae.d_sae_local)
+        if (k := self.sae.encoder_k) is None:
+            return
+        x, W_enc = x.chunk(self.cfg.micro_batches)[0], self.engine.encoder_weights
         self._choice = tune_encoder(
-            x, W_enc.detach(), self.sae.b_enc.detach(), k, self.compute_dtype, self.mesh
+            x, W_enc, self.sae.b_enc.detach(), k, self.compute_dtype, self.mesh
         )
 
     def _resample(self, x: Tensor) -> None:
@@ -171,81 +129,11 @@ class SAETraining:
         if seen // window == max(0, seen - batch) // window:
             return
         resample_(self.sae, self.optimizer, self.dead, x, self.cfg.seed + self.step_index)
-        if isinstance(self.optimizer, SparseAdam):
-            self.optimizer.refresh_copies_()
-
-    def _fused(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
-        assert self.fused is not None
-        # The kernels read any type; the reference computes in that of its input.
-        found = self.fused(x if x.is_cuda else x.to(self.master_dtype), timer)
-        return StepMetrics(found.fvu, found.aux, found.l0)
-
-    def _plain(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
-        x = x.to(self.master_dtype)
-        variance = total_variance(x, self.mesh)
-        self.optimizer.zero_grad(set_to_none=True)
-        shown = torch.zeros(3, dtype=x.dtype, device=x.device)
-        fired: list[tuple[Tensor, Tensor]] = []
-        for part in x.chunk(self.cfg.micro_batches):
-            with self._autocast():
-                loss, terms, active = self._losses(part, variance, part.shape[0] / x.shape[0])
-            timer.mark("forward")
-            loss.backward()  # type: ignore[no-untyped-call]
-            timer.mark("backward")
-            shown += terms
-            fired.append(active)
-        self._update()
-        values, indices = (torch.cat(parts) for parts in zip(*fired, strict=True))
-        self.dead.update_(values, indices, self.cfg.batch_tokens)
-        collectives.all_reduce_(shown, self.mesh.replica_group, self.mesh.num_replicas)
-        collectives.all_reduce_(shown[2], self.mesh.shard_group, self.mesh.num_shards)
-        timer.mark("optimizer")
-        return StepMetrics(*shown)
-
-    def _losses(
-        self, x: Tensor, variance: Tensor, share: float
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Loss of a micro-batch, its terms [fvu, aux, l0] as shares of the batch's, what fired.
-
-        AuxK is normalised by the micro-batch's own residual; FVU by the whole batch's variance.
-        """
-        sae, mesh = self.sae, self.mesh
-        use_aux = self.cfg.dead_latents == "auxk" and self.dead.any_dead
-        aux = torch.zeros((), dtype=x.dtype, device=x.device)
-        if use_aux:
-            both = sae.encode_with_aux(x, self.dead.mask(), self.k_aux)
-            values, indices = both.values, both.indices
-            recon = sae.decode(values, indices)
-            aux_recon = sae.combine(both.aux_values.relu(), both.aux_indices)
-            aux = auxk_loss((x - recon).detach(), aux_recon, mesh) * share
-        else:
-            values, indices = sae.encode(x)
-            recon = sae.decode(values, indices)
-        fvu = fvu_loss(x, recon, variance)
-        l0 = (values > 0).sum().to(x.dtype) * share / (x.shape[0] * mesh.num_replicas)
-        terms = torch.stack([fvu.detach(), aux.detach(), l0])
-        return fvu + self.cfg.aux_coef * aux, terms, (values, indices)
-
-    def _update(self) -> None:
-        sum_grads_over_replicas_(self.sae)
-        project_decoder_grad_(self.sae)
-        if self.cfg.grad_clip is not None:
-            clip_grads_(self.sae, self.cfg.grad_clip)
-        self.optimizer.step()
-        renormalise_decoder_(self.sae)
-
-    def _moments(self) -> tuple[str, ...]:
-        average = () if self.ema_decay is None else ("ema",)
-        return ("exp_avg", "exp_avg_sq", *average)
+        self.engine.refresh_()
 
     def final_weights(self) -> dict[str, Tensor]:
         """The weights to keep, this shard's rows: the parameters, or their running average."""
-        named = dict(self.sae.named_parameters())
-        if self.ema_decay is None:
-            return {name: p.detach() for name, p in named.items()}
-        weights: dict[str, Tensor] = {n: self.optimizer.state[p]["ema"] for n, p in named.items()}
-        weights["W_dec"] = torch.nn.functional.normalize(weights["W_dec"], dim=1)
-        return weights
+        return self.engine.weights()
 
     def state(self) -> TrainingState:
         """All that a resumed run needs, by reference: parameters, Adam's moments, counters,
@@ -253,15 +141,13 @@ class SAETraining:
         """
         rows: dict[str, Tensor] = {}
         whole: dict[str, Tensor] = {}
-        for name, param in self.sae.named_parameters():
-            target = whole if name == "b_dec" else rows
-            target[name] = param.detach()
-            for moment in self._moments():
-                target[f"{moment}.{name}"] = self.optimizer.state[param][moment]
+        for key, value in self.engine.state().items():
+            role = self.sae.roles[key.rpartition(".")[2]]
+            (rows if role == "rows" else whole)[key] = value
         rows["tokens_since_fired"] = self.dead.tokens_since_fired
+        rows["listed_dead"] = self.dead.listed()
         info: dict[str, Any] = {
             "step": self.step_index,
-            "any_dead": self.dead.any_dead,
             "d_sae": self.sae.d_sae,
         }
         if self._choice is not None:
@@ -272,21 +158,14 @@ class SAETraining:
     @torch.no_grad()
     def load_state(self, state: TrainingState) -> None:
         """Puts back what `state` gave, on any number of shards."""
-        for name, param in self.sae.named_parameters():
-            source = state.whole if name == "b_dec" else state.rows
-            param.copy_(source[name])
-            moments = {m: source[f"{m}.{name}"] for m in self._moments()}
-            step = torch.tensor(float(state.info["step"]))
-            if self.fused is None:
-                kept = {m: t.to(param) for m, t in moments.items()}
-                self.optimizer.state[param] = {"step": step.to(param.device), **kept}
-            else:
-                for key, value in {"step": step, **moments}.items():
-                    self.optimizer.state[param][key].copy_(value)
-        if isinstance(self.optimizer, SparseAdam):
-            self.optimizer.refresh_copies_()
+        self.engine.load_state(state.rows | state.whole, state.info["step"])
         self.dead.tokens_since_fired.copy_(state.rows["tokens_since_fired"])
-        self.dead.any_dead = state.info["any_dead"]
+        listed = state.rows.get("listed_dead")
+        if listed is None:
+            # Checkpoints of 0.1.0 have no list: the dead latents of the last look are near those of
+            # now.
+            listed = self.dead.mask() & bool(state.info.get("any_dead"))
+        self.dead.list_(listed.to(self.device))
         self.step_index = state.info["step"]
         if (encoder := state.info.get("encoder")) is not None:
             # A run goes on with the design that it began with.

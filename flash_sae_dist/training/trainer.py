@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,27 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activations.feed import BatchFeed
 from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
-from ..models.topk import TopKSAE
+from ..models.base import SparseCoder
 from ..parallel import collectives
 from ..parallel.mesh import Mesh
 from ..progress import progress_bar
 from . import checkpoint
+from .metrics import HostCopy, LoggedStep, LogMetrics, MetricsLog, Pace, PhaseTimer, StepMetrics
 from .records import (
     Job,
-    LogMetrics,
-    MetricsLog,
     State,
     Status,
     record_failure,
     write_job,
     write_status,
 )
-from .step import SAETraining, StepMetrics
-from .timing import PhaseTimer
+from .step import SAETraining
 
 logger = logging.getLogger(__name__)
+_Made = tuple["Member", StepMetrics, PhaseTimer]  # a step of one job
 
 
 class Member:
@@ -69,23 +68,24 @@ class Member:
         """True when every step has been made, or none will be."""
         return self.error is not None or self.training.step_index >= self.training.total_steps
 
-    def write_status(self) -> None:
+    def write_status(self, step: int | None = None) -> None:
         """Writes status.json on the lead: finished is what has its SAE written."""
         if self.mesh.is_lead:
             t, whole = self.training, is_finished(self.job)
             state: State = "failed" if self.error else "finished" if whole else "running"
-            write_status(self.job, Status(state, t.step_index, t.total_steps, self.error))
+            step = t.step_index if step is None else step
+            write_status(self.job, Status(state, step, t.total_steps, self.error))
 
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
         """One step on the replica's batch."""
         return self.training.step(x, timer)
 
-    def fail(self, reason: str) -> None:
-        """Ends this job and lets the others go on."""
+    def fail(self, reason: str, step: int) -> None:
+        """Ends this job, which failed at a step, and lets the others go on."""
         self.error = reason
         if self.mesh.is_lead:
             logger.error("%s failed: %s", self.job.name, reason)
-        self.write_status()
+        self.write_status(step)
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint of the state between two steps. Collective over the members."""
@@ -105,7 +105,7 @@ class Member:
             whole[name] = rows.to("cpu", torch.float32)
         if mesh.is_lead:
             with torch.device("meta"):
-                out = TopKSAE(sae.d_in, sae.d_sae, sae.k)
+                out = type(sae).from_config(sae.config, sae.d_in)
             out.load_state_dict(whole, assign=True)
             out.save(self.job.folder / "sae")
         self.write_status()
@@ -136,6 +136,7 @@ class Trainer:
         # Other ranks may wait inside a collective that an error has left.
         self.isolates = mesh.members == 1 and len(jobs) > 1
         self.members: list[Member] = []
+        self.unread: list[tuple[Member, LoggedStep]] = []
         for job in jobs:
             with self._fails_alone(job):
                 self.members.append(Member(job, store.config, d_in, mesh, device))
@@ -146,23 +147,27 @@ class Trainer:
             return
         self.total_steps = self.members[0].training.total_steps
         start = min(m.training.step_index for m in self.members)
+        num_steps = self.total_steps - start
         loader = ActivationLoader(
             self.store,
             self.hookpoint,
             batch_tokens=self.cfg.batch_tokens,
             seed=self.cfg.seed,
             start_step=start,
-            num_steps=self.total_steps - start,
+            num_steps=num_steps,
             rank=self.mesh.member,
             num_ranks=self.mesh.members,
             device=self.device,
         )
         title = f"train {self.hookpoint} ({len(self.members)} SAEs)"
-        total = (self.total_steps - start) * self.cfg.batch_tokens
-        mesh = self.mesh
+        total, mesh = num_steps * self.cfg.batch_tokens, self.mesh
+        feed = BatchFeed(loader, num_steps, mesh, self.device)
         bar_ = progress_bar(title, total, "tokens", mesh.is_lead, shared=mesh.num_groups > 1)
-        with loader, bar_ as bar:
-            self._loop(loader, start, bar.advance)
+        with loader, feed, bar_ as bar:
+            try:
+                self._loop(iter(feed), start, bar.advance)
+            finally:
+                self._read_logged()
         for member in self.members:
             if member.error is None:
                 with self._fails_alone(member.job, member):
@@ -176,24 +181,22 @@ class Trainer:
         except Exception as e:
             if not self.isolates or isinstance(e, torch.OutOfMemoryError):
                 raise
+            self._read_logged()
+            reason = record_failure(job, e)
             if member is not None:
-                member.error = record_failure(job, e)
-            else:
-                record_failure(job, e)
+                member.error = reason
 
-    def _loop(self, loader: ActivationLoader, start: int, advance: Callable[[int], None]) -> None:
-        batches = iter(loader)
-        since, tokens = time.perf_counter(), 0
+    def _loop(self, batches: Iterator[Tensor], start: int, advance: Callable[[int], None]) -> None:
+        pace = Pace(self.device)
         for step in range(start, self.total_steps):
             if all(member.error for member in self.members):
                 return
             logged = (step + 1) % self.cfg.log_every == 0 or step + 1 == self.total_steps
-            timer = PhaseTimer(self.device, enabled=logged)
-            x = collectives.gather_batch(next(batches), self.mesh)
-            timer.mark("data")
-            shared_ms = timer.milliseconds() if logged else {}
-            tokens += self.cfg.batch_tokens
-            results: list[tuple[Member, StepMetrics, PhaseTimer]] = []
+            data = PhaseTimer(self.device, enabled=logged)
+            x = next(batches)
+            data.mark("data")
+            pace.tokens += self.cfg.batch_tokens
+            results: list[_Made] = []
             for member in self.members:
                 if member.done or member.training.step_index > step:
                     continue
@@ -201,39 +204,42 @@ class Trainer:
                 with self._fails_alone(member.job, member):
                     results.append((member, member.step(x, timer), timer))
             if logged:
-                self._log(step + 1, results, shared_ms, tokens / (time.perf_counter() - since))
-                since, tokens = time.perf_counter(), 0
+                self._log(step + 1, results, data, pace)
+                pace = Pace(self.device)
             self._checkpoint(step + 1)
             advance(self.cfg.batch_tokens)
 
-    def _log(
-        self,
-        step: int,
-        results: list[tuple[Member, StepMetrics, PhaseTimer]],
-        shared_ms: dict[str, float],
-        tokens_per_s: float,
-    ) -> None:
+    def _log(self, step: int, results: list[_Made], data: PhaseTimer, pace: Pace) -> None:
+        """Writes what the step logged before measured; sends this step's metrics to the host."""
+        pace.stop()
+        self._read_logged()
         for member, metrics, timer in results:
-            training = member.training
-            dead = float(training.dead.count()) / training.sae.d_sae
-            values = {name: float(value) for name, value in metrics._asdict().items()}
-            values |= {"dead_fraction": dead, "lr": training.last_lr, "tokens_per_s": tokens_per_s}
-            phases = shared_ms | timer.milliseconds()
-            values |= {f"ms/{phase}": ms for phase, ms in phases.items()}
+            if member.error is None:
+                t = member.training
+                scalars, phases = HostCopy([*metrics, t.dead.count()]), (data, timer)
+                logged = LoggedStep(step, t.last_lr, t.sae.d_sae, scalars, phases, pace)
+                self.unread.append((member, logged))
+
+    def _read_logged(self) -> None:
+        """Writes the metrics that are on their way; by the next log they have long arrived."""
+        unread, self.unread = self.unread, []
+        for member, logged in unread:
+            step, values = logged.step, logged.values()
             member.log.append({"step": step, "tokens": step * self.cfg.batch_tokens, **values})
             self.log_metrics(member.job.name, values, step)
-            if not math.isfinite(values["fvu"]):
-                reason = f"fvu is {values['fvu']} at step {step}; lower train.lr, check the store"
-                member.fail(reason)
+            if not math.isfinite(fvu := values["fvu"]):
+                member.fail(f"fvu is {fvu} at step {step}; lower train.lr, check the store", step)
 
     def _checkpoint(self, step: int) -> None:
         if step % self.cfg.checkpoint_every and step != self.total_steps:
             return
+        # A resumed run keeps the lines up to its checkpoint: they are there before it is.
+        self._read_logged()
         for member in self.members:
             if member.error is None and member.training.step_index == step:
                 with self._fails_alone(member.job, member):
                     if not member.training.is_finite():
-                        member.fail(f"a weight is not finite at step {step}; lower train.lr")
+                        member.fail(f"a weight is not finite at step {step}; lower train.lr", step)
                         continue
                     member.save_checkpoint()
                     member.write_status()
@@ -241,4 +247,4 @@ class Trainer:
 
 def is_finished(job: Job) -> bool:
     """True when a job's SAE has been written, and is still whole."""
-    return TopKSAE.is_whole(job.folder / "sae")
+    return SparseCoder.is_whole(job.folder / "sae")

@@ -14,11 +14,11 @@ from tests.tiny_model import config_data, write_config
 WORKER = "tests.dist.train_worker"
 
 
-def equal_one(tmp_path: Path, replicas: str, kind: str) -> None:
+def equal_one(tmp_path: Path, replicas: str, kind: str, variant: str = "auxk") -> None:
     """Two ranks' losses are one's."""
-    one, two = f"float32-{kind}-1", f"float32-{kind}-{replicas}"
-    (want,) = run_ranks(WORKER, 1, tmp_path / "one", "60", one)
-    for got in run_ranks(WORKER, 2, tmp_path / "two", "60", two):
+    one, two = (f"float32-{kind}-{r}-{variant}" for r in ("1", replicas))
+    (want,) = run_ranks(WORKER, 1, tmp_path / "one", "160", one)
+    for got in run_ranks(WORKER, 2, tmp_path / "two", "160", two):
         torch.testing.assert_close(
             got[two]["losses"][:, 0], want[one]["losses"][:, 0], rtol=1e-3, atol=0
         )
@@ -39,14 +39,18 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 @pytest.mark.gpu
 @two_gpus
 @pytest.mark.parametrize(
-    ("replicas", "kind"), [("1", "fused"), ("1", "autograd"), ("2", "autograd")]
+    ("replicas", "kind", "variant"),
+    [
+        ("1", "autograd", "auxk"),
+        *((replicas, "fused", v) for replicas in "12" for v in ("auxk", "ghost", "clipped")),
+    ],
 )
 def test_two_gpus_equal_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replicas: str, kind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replicas: str, kind: str, variant: str
 ) -> None:
     monkeypatch.setenv("TRAIN_WORKER_DEVICE", "cuda")
     monkeypatch.setenv("WORKER_BACKEND", "nccl")
-    equal_one(tmp_path, replicas, kind)
+    equal_one(tmp_path, replicas, kind, variant)
 
 
 @pytest.mark.gpu

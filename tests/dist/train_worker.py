@@ -13,8 +13,8 @@ from flash_sae_dist.config.train import ENGINES
 from flash_sae_dist.models.topk import TopKConfig
 from flash_sae_dist.parallel import collectives
 from flash_sae_dist.parallel.mesh import Mesh, make_mesh
+from flash_sae_dist.training.metrics import PhaseTimer
 from flash_sae_dist.training.step import SAETraining
-from flash_sae_dist.training.timing import PhaseTimer
 from tests.dist.ranks import worker
 
 D_IN, D_SAE, K, BATCH = 16, 64, 6, 48
@@ -46,11 +46,18 @@ def global_selection(training: SAETraining, x: torch.Tensor, mesh: Mesh) -> torc
 
 
 def run(steps: str, *cases: str) -> dict[str, Any]:
-    """By case, which is its precision, engine and replicas, as `float64-autograd-1`."""
+    """By case, which is its precision, engine, replicas and variant, as `float64-fused-1-auxk`."""
     return {case: train(int(steps), *case.split("-")) for case in cases}
 
 
-def train(steps: int, precision: str, kind: str, replicas: str) -> dict[str, Any]:
+VARIANTS: dict[str, dict[str, Any]] = {
+    "auxk": {},
+    "ghost": {"dead_latents": "ghost", "k_aux": 2},
+    "clipped": {"grad_clip": 0.05, "micro_batches": 3, "k_aux": 2},
+}
+
+
+def train(steps: int, precision: str, kind: str, replicas: str, variant: str) -> dict[str, Any]:
     """One SAE whose latents are dead after two batches without firing."""
     mesh = make_mesh(None, int(replicas), device=DEVICE)
     cfg = ENGINES[kind](
@@ -63,6 +70,7 @@ def train(steps: int, precision: str, kind: str, replicas: str) -> dict[str, Any
         num_replicas=int(replicas),
         dead_after_tokens=2 * BATCH,
         seed=3,
+        **VARIANTS[variant],
     )
     training = SAETraining(TopKConfig(k=K, d_sae=D_SAE), cfg, D_IN, mesh, DEVICE)
     with torch.no_grad():
@@ -77,7 +85,7 @@ def train(steps: int, precision: str, kind: str, replicas: str) -> dict[str, Any
         start = training.sae.first_latent
         training.sae.W_enc.copy_(whole[start : start + training.sae.d_sae_local])
         training.sae.W_dec.copy_(training.sae.W_enc)
-    losses, selected, short = [], [], 0
+    losses, selected, short, listed = [], [], 0, 0
     per_replica = BATCH // mesh.num_replicas
     for step in range(steps):
         x = batch(step, training.master_dtype)
@@ -90,11 +98,12 @@ def train(steps: int, precision: str, kind: str, replicas: str) -> dict[str, Any
         short += int((active.sum(1) < K).sum())
         metrics = training.step(mine, PhaseTimer(DEVICE, enabled=False))
         losses.append([float(m) for m in metrics])
+        listed = max(listed, training.dead.num_listed)
     return {
         "losses": torch.tensor(losses, dtype=torch.float64),
         "selected": torch.stack(selected).cpu(),
         "short_rows": short,
-        "dead": int(training.dead.count()),
+        "listed": listed,
     }
 
 

@@ -19,9 +19,8 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flash_sae_dist.kernels import (
+    dead_products,
     dense_grad,
-    encode_aux,
-    encode_best,
     encode_first,
     encode_hopper,
     encode_pick,
@@ -170,55 +169,65 @@ def main() -> None:
         i32, i32, i32, i32, i32, 65536, 65536, BLOCK=128, WIDTH=128, grid=(1,)
     )
     report("rank", kernel)
-    kernel = encode_aux._multiply_kernel.warmup(
-        desc, bf16, f32, i32, i32, i32, 256, 768, 3072, 128, 128, 64, "tf32", True,
-        num_warps=4, num_stages=3, grid=(1,),
-    )  # fmt: skip
-    report("second-list-multiply", kernel)
-    for block, more, k, warps in ((2048, 1024, 512, 1), (8192, 0, 2048, 4), (16384, 0, 2048, 8)):
-        kernel = encode_aux._merge_kernel.warmup(
-            i32, i32, i32, f32, i32, block + more, 384, block, more, k, 512 * warps,
-            num_warps=warps, grid=(1,),
-        )  # fmt: skip
-        report(f"second-list-merge-{block + more}", kernel)
-    for chunk, warps, k in ((3072, 2, 384), (8192, 4, 2048), (16384, 8, 2048)):
-        kernel = encode_best.best_kernel.warmup(
-            i32, i32, i32, f32, i32, chunk, k, -(-chunk // (128 * warps)) * 4, k, warps,
-            num_warps=warps, maxnreg=80, grid=(1,),
-        )  # fmt: skip
-        report(f"second-list-best-{chunk}", kernel)
-    for block, more, k in ((2048, 1024, 512), (16384, 0, 2048)):
-        kernel = encode_aux._rest_kernel.warmup(
-            desc, bf16, f32, i32, i32, i32, f32, i32, i32, 256, 768, block + more, 384, 128, 128,
-            64, "tf32", block, more, k, 4096, 16, True, num_warps=8, num_stages=3, grid=(1,),
-        )  # fmt: skip
-        report(f"second-list-rest-{block + more}", kernel)
     for name, dots in (("decode-backward", True), ("scatter-rows", False)):
         kernel = dense_grad.latents_kernel.warmup(
             i64, i32, f32, bf16, bf16, f32, f32, bf16, 65536, 4096, 65536, 64, dots, 64,
             **dense_grad.latents_blocks(65536, 4096)[1], num_warps=1, grid=(1,),
         )  # fmt: skip
         report(name, kernel)
-    constants = (0.1, 0.999, 0.001, 6e-10, 0)
-    flags = {"LAZY": False, "COPIES": True, "HEAVY": 64}
+    constants = (0.1, 0.999, 0.001, 6e-10, 0, 0)
     step = torch.zeros(())
     for D in (768, 4096):
-        kernel = sparse_adam._adam_encoder_kernel.warmup(
-            i64, i32, f32, bf16, f32, f32, f32, f32, f32, bf16, f32, f32, f32, f32, f32, step,
-            24576, D, 131072, 131072, 32, 1, *constants, **flags,
-            **sparse_adam._encoder_blocks(24576, D), grid=(1, 1),
-        )  # fmt: skip
-        report(f"adam-encoder-{D}", kernel)
-        kernel = sparse_adam._adam_decoder_kernel.warmup(
-            i64, i32, f32, bf16, f32, f32, f32, f32, f32, bf16, f32, step, D, 4096, 131072, 32, 1,
-            *constants, UNIT_NORM=True, **flags, **sparse_adam._decoder_blocks(D), grid=(1,),
-        )  # fmt: skip
-        report(f"adam-decoder-{D}", kernel)
+        for what, scaled, dense, norm in (
+            ("", False, False, False), ("-dense-scaled", True, True, False),
+            ("-dense-norm", False, True, True),
+        ):  # fmt: skip
+            flags = {"LAZY": False, "SCALED": scaled, "DENSE": dense, "NORM": norm}
+            flags |= {"COPIES": True, "HEAVY": 64}
+            kernel = sparse_adam._encoder_kernel.warmup(
+                i32, i32, f32, bf16, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32, f32,
+                f32, f32, f32, step, 24576, D, 131072, 32, *constants, **flags,
+                **sparse_adam._encoder_blocks(24576, D), grid=(1, 1),
+            )  # fmt: skip
+            report(f"adam-encoder-{D}{what}", kernel)
+            kernel = sparse_adam._decoder_kernel.warmup(
+                i32, i32, f32, bf16, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32, step,
+                D, 32, *constants, UNIT_NORM=True, **flags, **sparse_adam._decoder_blocks(D),
+                grid=(1,),
+            )  # fmt: skip
+            report(f"adam-decoder-{D}{what}", kernel)
         kernel = sparse_decode._decode_coefs_kernel.warmup(
             f32, i32, bf16, f32, f32, bf16, f32, f32, D, 64,
             **sparse_decode._decode_coefs_blocks(D, 64), grid=(1, 1),
         )  # fmt: skip
         report(f"decode-coefs-{D}", kernel)
+    for M, k in ((832, 384), (13120, 2048), (43712, 2048)):
+        block = min(dead_products._MAX_BLOCK, dead_products.next_power_of_2(M))
+        for search in (True, False):
+            keys = f32 if search else i32
+            kernel = dead_products._select_kernel.warmup(
+                f32, f32, keys, keys, bf16, M, k, 1.0, 0.1,
+                SEARCH=search, GIVEN=not search, RELU=True, BLOCK=block,
+                CHUNKS=-(-M // block), num_warps=max(1, min(16, block // 1024)),
+                grid=(1,),
+            )  # fmt: skip
+            report(f"dead-select-{M}-{search}", kernel)
+    kernel = dead_products._digits_kernel.warmup(
+        f32, f32, i32, i32, 13120, SHIFT=16, BLOCK=2048, num_warps=4, grid=(1,)
+    )
+    report("dead-digits", kernel)
+    kernel = dead_products._pick_kernel.warmup(i32, i32, i32, num_warps=1, grid=(1,))
+    report("dead-pick", kernel)
+    for ghost in (False, True):
+        kernel = dead_products._rows_kernel.warmup(
+            bf16, f32, f32, bf16, f32, 4096, GHOST=ghost, BLOCK=4096, num_warps=8, grid=(1,)
+        )
+        report(f"dead-rows-{ghost}", kernel)
+        kernel = dead_products._mask_kernel.warmup(
+            bf16, bf16, f32, 8192, 13120, GHOST=ghost, TURNS=16, ROWS=4, BLOCK=256, num_warps=4,
+            grid=(1, 1),
+        )  # fmt: skip
+        report(f"dead-mask-{ghost}", kernel)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""All designs of the encoder, second list, decoder and gradients at a small, ragged size:
+"""All designs of the encoder, decoder, gradients, dead latents and Adam at a small, ragged size:
 
 compute-sanitizer --tool memcheck python tests/kernels/small_case.py
 """
@@ -8,15 +8,74 @@ from __future__ import annotations
 import torch
 
 from flash_sae_dist.kernels import (
+    dead_products,
     decode_backward,
     dense_grad,
-    encode_aux,
     encode_plan,
     encode_topk,
+    pair_order,
+    sparse_adam,
     sparse_decode,
+)
+from flash_sae_dist.kernels.reference import (
+    AdamOptions,
+    DenseRows,
+    Gradients,
+    LatentRows,
+    Limits,
+    Pairs,
 )
 
 N, D, F, K = 130, 72, 4104, 8
+
+
+def dead(M: int, k: int) -> None:
+    """Selection by a search and by given limits, and what follows it."""
+    pre, bias = torch.randn(N, M, device="cuda"), torch.randn(M, device="cuda")
+    prefix = torch.zeros(N, dtype=torch.int32, device="cuda")
+    left = torch.full((N,), k, dtype=torch.int32, device="cuda")
+    for shift in (24, 16, 8, 0):
+        dead_products.pick_digits_(
+            dead_products.digit_counts(pre, bias, prefix, shift), prefix, left
+        )
+    limits = Limits(prefix ^ -(2**31), left)
+    for ghost in (False, True):
+        args = (pre, bias, k, ghost, torch.bfloat16)
+        acts = dead_products.select_dead(*args)
+        assert torch.equal(acts, dead_products.select_dead(*args, limits))
+        dead_products.select_dead(pre, bias, None, ghost, torch.bfloat16)
+        W = torch.randn(M, D, device="cuda").bfloat16()
+        residual, scale = torch.randn(N, D, device="cuda"), torch.tensor(0.1, device="cuda")
+        recon = torch.mm(acts, W, out_dtype=torch.float32)
+        rows, _ = dead_products.aux_rows(residual, recon, scale, ghost, torch.bfloat16)
+        dead_products.mask_dead_grad_(rows @ W.T, acts, ghost)
+
+
+def adam(F: int, D: int, K: int, M: int) -> None:
+    """Both passes and the norm's, with heavy blocks, listed latents and bfloat16 moments."""
+    W, copies = (torch.randn(2, F, D, device="cuda", dtype=t) for t in (None, torch.bfloat16))
+    b, step = torch.randn(F, device="cuda"), torch.tensor(1.0, device="cuda")
+    idx = torch.randint(0, F, (N, K), device="cuda", dtype=torch.int32)
+    idx[:, 0] = F - 1
+    coef = torch.randn(2, N * K, device="cuda")
+    coef[:, ::3] = 0
+    rows = torch.randn(2, N, D, device="cuda").bfloat16()
+    order = pair_order.order_pairs(idx, F, coef[0])
+    slots = torch.full((F,), -1, device="cuda", dtype=torch.int32)
+    slots[torch.randperm(F, device="cuda")[:M]] = torch.arange(M, device="cuda").int()
+    dense = DenseRows(slots, *torch.randn(2, M, D, device="cuda"), torch.randn(M, device="cuda"))
+    pairs = Pairs(idx.flatten(), *coef, *rows, K)
+    for dtype in (torch.float32, torch.bfloat16):
+        moments = [(torch.zeros_like(W[0], dtype=dtype), b * 0, W[1].to(dtype) * 0) for _ in "mv"]
+        latents = LatentRows(W[0], b, W[1], *moments, (copies[0], copies[1]))
+        scalars = torch.tensor([1e-3, 1.0, 0.5], device="cuda")
+        for lazy in (False, True):
+            options = AdamOptions(lazy=lazy, scaled=lazy)
+            for grads in (Gradients(pairs, order), Gradients(pairs, order, dense)):
+                sparse_adam.encoder_squares(latents, grads, options)
+                sparse_adam.decoder_squares(latents, grads, options)
+                sparse_adam.adam_encoder_(latents, grads, scalars, step, options, 7)
+                sparse_adam.adam_decoder_(latents, grads, scalars, step, options, 7)
 
 
 def main() -> None:
@@ -26,9 +85,6 @@ def main() -> None:
     assert plan is not None
     hopper = torch.cuda.get_device_capability() == (9, 0)
     values, indices = encode_topk.fused_topk(x, W, b, K, plan)
-    for by_warps in {False, hopper}:
-        mask = torch.rand(F, device="cuda") < 0.9
-        encode_aux.masked_topk(x, W, b, mask, D // 2, by_warps=by_warps)
     for design in encode_topk.designs(x, W, b, K).values():
         design()
     if hopper:
@@ -51,6 +107,12 @@ def main() -> None:
     sparse_decode.decode_coefs(values, indices, W, b_dec, x.float(), scale)
     dense_grad.scatter_rows(values, indices, x, F)
     decode_backward.decode_backward(values, indices, W, x)
+    dead(72, 36)
+    dead(1001, 36)
+    # Several chunks, the last of them ragged.
+    dead(2 * dead_products._MAX_BLOCK + 72, 2000)
+    adam(517, D, K, 37)
+    adam(130, 300, K, 130)
     torch.cuda.synchronize()
     print("done")
 

@@ -32,10 +32,12 @@ def test_kernels_compile_for_hopper_without_a_gpu() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         assert sum(name.startswith("filter") and str(dtype) in name for name in hopper) == 6
         assert sum(name.startswith("tiles") and str(dtype) in name for name in hopper) == 3
-    assert len(lines) == 58
+    assert len(lines) == 69
     for name, stack, shared, _, code in lines:
         # Where a selection's row is done anew, registers do not suffice.
         most = 1024 if name.startswith("pick-") and "groups" not in name else 32
+        if name == "dead-select-43712-True":
+            most = 160  # a chunk of keys is held while others are counted
         assert int(stack) <= most, f"{name} spills {stack} bytes"
         assert int(shared) <= SHARED_BYTES, name
         if name.startswith("filter-hopper") and "-False-" in name and "-0-torch" in name:

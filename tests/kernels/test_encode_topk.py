@@ -14,7 +14,7 @@ from flash_sae_dist.kernels import encode_blocked, encode_choice, encode_plan, o
 from flash_sae_dist.kernels.encode_choice import Shape
 
 triton = pytest.importorskip("triton")
-from flash_sae_dist.kernels import encode_aux, encode_rows, encode_topk, encode_trial  # noqa: E402
+from flash_sae_dist.kernels import encode_rows, encode_topk, encode_trial  # noqa: E402
 
 KINDS = ["normal", "heavy", "ascending", "descending", "equal", "group", "few", "negative"]
 
@@ -148,7 +148,7 @@ def test_group_selection_in_the_interpreter(
      (190, 65536, True), (128, 65536, True), (270, 32768, True), (256, 32768, True)],
 )  # fmt: skip
 def test_where_writing_pre_activations_is_first(N: int, F: int, first: bool) -> None:
-    """As docs/performance.md has them measured."""
+    """As docs/notes/encoder.md has them measured."""
     assert encode_plan.tiles_are_first(N, F, 132) == first
 
 
@@ -267,82 +267,8 @@ def test_nan_and_inf_in_the_interpreter() -> None:
 def test_blocked_equals_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode_blocked, "_BLOCK_BYTES", 16 * 301 * 7)
     x, W, b = make(kind, 20, 24, 301, torch.float32, "cpu")
-    mask = torch.arange(301) % 37 == 0
-    for got, want in zip(
-        (*encode_blocked.topk_encode(x, W, b, 5), *encode_blocked.masked_topk(x, W, b, mask, 12)),
-        reference.topk_encode_aux(x, W, b, 5, mask, 12),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-
-
-def assert_same_lists(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
-    """The same latents with the same values, in whatever order."""
-    order, order_want = got[1].sort(stable=True).indices, want[1].sort(stable=True).indices
-    assert torch.equal(got[1].gather(1, order), want[1].gather(1, order_want))
-    torch.testing.assert_close(
-        got[0].gather(1, order), want[0].gather(1, order_want), rtol=1e-5, atol=1e-5
-    )
-
-
-@interpreted
-@pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "nan"])
-@pytest.mark.parametrize(
-    ("part", "k"),
-    [(0.0, 3), (0.05, 40), (0.1, 7), (0.5, 40), (1.0, 1), (1.0, 2), (1.0, 5), (1.0, 151)],
-)
-def test_second_list_in_the_interpreter(
-    kind: str, part: float, k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Several blocks of rows: a block is at least 128 rows. Up to three chunks of latents.
-    monkeypatch.setattr(encode_aux, "_MIN_ROWS", 16)
-    monkeypatch.setattr(encode_aux, "_SCRATCH_BYTES", 1)
-    x, W, b = make("normal", 18, 24, 151, torch.float32, "cpu")
-    if kind == "ties":
-        x, W, b = x.sign(), W.sign(), b * 0
-    elif kind == "zeros":
-        x, b = x * 0, b * 0
-    elif kind == "nan":
-        x[3], b[11] = torch.nan, -torch.inf
-    mask = torch.rand(151, generator=torch.Generator().manual_seed(1)) < part
-    got = encode_aux.masked_topk(x, W, b, mask, k, max_chunk=64, block=(16, 16, 16))
-    want = reference.topk_encode_aux(x, W, b, 5, mask, k)[2:]
-    if kind == "nan":
-        # All of its activations are NaN: any k of them will do.
-        rows = torch.arange(18) != 3
-        assert got[0][3, : int(mask.sum().clamp(max=k))].isnan().all()
-        got, want = (got[0][rows], got[1][rows]), (want[0][rows], want[1][rows])
-    assert_same_lists(got, want)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("N", "D", "F", "part", "k"),
-    [(300, 776, 20_000, 0.1, 388), (300, 776, 20_000, 0.9, 700), (130, 64, 2048, 0.01, 512),
-     (1, 4096, 65_536, 0.3, 2048), (77, 768, 5001, 1.0, 5001), (64, 64, 4096, 0.0, 32),
-     (64, 64, 4096, 0.9, 1)],
-)  # fmt: skip
-def test_second_list_on_the_gpu(
-    N: int, D: int, F: int, part: float, k: int, dtype: torch.dtype
-) -> None:
-    x, W, b = make("normal", N, D, F, dtype, "cuda")
-    mask = torch.rand(F, device="cuda") < part
-    values, indices = encode_aux.masked_topk(x, W, b, mask, k)
-    pre = (x.double() @ W.double().T + b.double()).masked_fill(~mask, -torch.inf)
-    count = min(k, int(mask.sum()))
-    want = pre.topk(k, dim=1).values
-    got = values.sort(descending=True).values
-    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
-    assert (indices[:, count:] == 0).all()
-    own = pre.gather(1, indices[:, :count].long())
-    torch.testing.assert_close(values[:, :count].double(), own, rtol=1e-4, atol=1e-4)
-    assert (indices[:, :count].diff(dim=1) > 0).all(), "a latent twice"
-    hopper = torch.cuda.get_device_capability() == (9, 0)
-    for by_warps in (False, hopper):
-        again = encode_aux.masked_topk(x, W, b, mask, k, by_warps=by_warps)
-        assert torch.equal(values, again[0])
-        assert torch.equal(indices, again[1])
+    got, want = encode_blocked.topk_encode(x, W, b, 5), reference.topk_encode(x, W, b, 5)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -424,18 +350,8 @@ def test_odd_shapes_on_the_gpu(
 
 
 @pytest.mark.gpu
-def test_aux_list_and_gradients_on_the_gpu() -> None:
+def test_gradients_on_the_gpu() -> None:
     x, W, b = make("normal", 200, 768, 8192, torch.bfloat16, "cuda")
-    mask = torch.arange(8192, device="cuda") % 10 == 0
-    got = ops.topk_encode_aux(x, W, b, 16, mask, 384)
-    pre = (x.double() @ W.double().T + b.double()).masked_fill(~mask, -torch.inf)
-    torch.testing.assert_close(
-        got.aux_values.sort(descending=True).values.double(),
-        pre.topk(384, dim=1).values,
-        rtol=1e-4,
-        atol=1e-4,
-    )
-    assert mask[got.aux_indices.long()].all()
     leaves = [t.float().requires_grad_() for t in (x, W, b)]
     weight = torch.randn(200, 16, device="cuda")
     grads = torch.autograd.grad((ops.topk_encode(*leaves, 16).values * weight).sum(), leaves)

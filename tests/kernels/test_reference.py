@@ -62,18 +62,6 @@ def test_encode_decode_equal_dense_arithmetic() -> None:
     torch.testing.assert_close(ops.sparse_decode(*top, W), dense @ W)
 
 
-def test_aux_list_runs_out_of_masked_latents() -> None:
-    x, W, b = torch.randn(4, 5), torch.randn(12, 5), torch.randn(12)
-    mask = torch.zeros(12, dtype=torch.bool)
-    mask[[3, 7]] = True
-    top = ops.topk_encode_aux(x, W, b, 2, mask, 5)
-    pre = x @ W.T + b
-    torch.testing.assert_close(top.aux_values[:, :2], pre[:, [3, 7]].sort(descending=True).values)
-    assert (top.aux_values[:, 2:] == -torch.inf).all()
-    assert (top.aux_indices[:, 2:] == 0).all()
-    assert torch.equal(top.indices, ops.topk_encode(x, W, b, 2).indices)
-
-
 def _parameters() -> tuple[torch.Tensor, ...]:
     shapes = [(7, 5), (11, 5), (11,), (5,)]
     return tuple(torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
@@ -82,13 +70,6 @@ def _parameters() -> tuple[torch.Tensor, ...]:
 def test_gradcheck_encode() -> None:
     assert torch.autograd.gradcheck(
         lambda x, W, b, d: ops.topk_encode(x, W, b, 3, b_dec=d).values, _parameters()
-    )
-
-
-def test_gradcheck_encode_aux() -> None:
-    mask = torch.arange(11) % 2 == 0
-    assert torch.autograd.gradcheck(
-        lambda x, W, b, d: ops.topk_encode_aux(x, W, b, 3, mask, 4, b_dec=d)[::2], _parameters()
     )
 
 
@@ -165,30 +146,6 @@ def test_strided_and_expanded_inputs_give_the_same() -> None:
     assert torch.equal(top.values, want.values)
     decoded = ops.sparse_decode(top.values.T.contiguous().T, top.indices, W)
     torch.testing.assert_close(decoded, ops.sparse_decode(*want, W.contiguous()))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"aux_mask": torch.ones(11, dtype=torch.bool)}, ["aux_mask", "[11]", "[12]"]),
-        ({"aux_mask": torch.ones(12)}, ["aux_mask", "float32"]),
-        ({"k_aux": 0}, ["k_aux=0"]),
-        ({"k_aux": 13}, ["k_aux=13"]),
-    ],
-)
-def test_bad_aux_input_is_named(change: dict[str, object], words: list[str]) -> None:
-    args: dict[str, object] = {
-        "x": torch.randn(4, 5),
-        "W_enc": torch.randn(12, 5),
-        "b_enc": torch.randn(12),
-        "k": 3,
-        "aux_mask": torch.ones(12, dtype=torch.bool),
-        "k_aux": 4,
-    }
-    with pytest.raises(ValueError, match=".") as e:
-        ops.topk_encode_aux(**(args | change))  # type: ignore[arg-type]
-    for word in words:
-        assert word in str(e.value)
 
 
 @pytest.mark.parametrize(

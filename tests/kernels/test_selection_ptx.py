@@ -13,7 +13,6 @@ from .ptx_machine import BASE, Array, Memory, Program, parse, run
 
 pytest.importorskip("triton")
 # ruff: noqa: E402
-from flash_sae_dist.kernels import encode_best_ptx as best_ptx
 from flash_sae_dist.kernels import encode_groups_ptx as groups_ptx
 from flash_sae_dist.kernels import encode_lists_ptx as lists_ptx
 from flash_sae_dist.kernels.encode_first_plan import OVERSHOOT, TILE_SHIFT
@@ -251,33 +250,3 @@ def test_lists_of_different_limits_are_said() -> None:
     assert select(lists, F, k, 384, capacity, 2, 0)[0] == 0
     lists.count[9, 2] += 1
     assert select(lists, F, k, 384, capacity, 2, 0)[0] == -1
-
-
-@pytest.mark.parametrize("warps", [2, 8])
-@pytest.mark.parametrize("kind", KINDS)
-def test_best(kind: str, warps: int) -> None:
-    rng = np.random.default_rng(5)
-    chunk = 1536
-    each = -(-chunk // (128 * warps)) * 4
-    for k, total in ((100, 1500), (384, chunk), (384, 390), (64, 0), (64, 1), (7, 801)):
-        x = activations(kind, chunk, rng)
-        bits = x.view(np.int32)
-        keys = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        keys[total:] = -(1 << 31)
-        latents = np.sort(rng.choice(1 << 20, chunk, replace=False))
-        space = Space(rng, keys=8 * chunk, list=4 * chunk, values=8 * k, indices=8 * k)
-        space.words("keys", chunk, chunk)[:] = keys
-        space.words("list", 0, chunk)[:] = latents
-        run(
-            program(best_ptx.best_ptx, each, -(-k // 64) * 64, warps), warps,
-            {"$1": 1, "$2": total, "$3": k, "$4": 4 * chunk, "$5": space.at["keys"],
-             "$6": space.at["list"], "$7": space.at["values"], "$8": space.at["indices"]},
-            space.memory, rng,
-        )  # fmt: skip
-        want = np.sort(best_of(keys[:total], k))
-        values = np.full(k, -np.inf, np.float32)
-        values[: len(want)] = x[want]
-        indices = np.zeros(k, np.int64)
-        indices[: len(want)] = latents[want]
-        assert (space.words("values", k, k, np.float32) == values).all()
-        assert (space.words("indices", k, k) == indices).all()

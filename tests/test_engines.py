@@ -1,23 +1,30 @@
-"""The fused step equals the plain one: autograd's gradients, torch.optim.Adam, the constraint."""
+"""The fused engine equals autograd's gradients, torch.optim.Adam and the constraint."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from flash_sae_dist.kernels import dispatch, ops
+from flash_sae_dist.kernels import dispatch
 from flash_sae_dist.models.dead_latents import DeadLatents
-from flash_sae_dist.models.losses import auxk_loss, fvu_loss, total_variance
+from flash_sae_dist.models.losses import (
+    auxk_loss,
+    fvu_loss,
+    inverse_variance,
+    residual_sums,
+    total_variance,
+)
 from flash_sae_dist.models.topk import TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh
-from flash_sae_dist.training.fused_step import FusedStep, ghost_rows
+from flash_sae_dist.training.engines.fused import FusedEngine
+from flash_sae_dist.training.metrics import PhaseTimer
 from flash_sae_dist.training.optim import project_decoder_grad_, renormalise_decoder_
 from flash_sae_dist.training.sparse_adam import SparseAdam
-from flash_sae_dist.training.timing import PhaseTimer
 
 Kind = Literal["auxk", "ghost", "none"]
 D, F, K, N, K_AUX, LR = 12, 40, 4, 24, 5, 1e-2
@@ -33,7 +40,7 @@ def make_sae(dtype: torch.dtype = torch.float64, device: str = "cpu") -> TopKSAE
 def make_dead(device: str = "cpu", num_dead: int = 12) -> DeadLatents:
     dead = DeadLatents(F, 1000, Mesh.single(), torch.device(device))
     dead.tokens_since_fired[:num_dead] = 100_000
-    dead.any_dead = num_dead > 0
+    dead.list_(dead.mask())
     return dead
 
 
@@ -44,10 +51,17 @@ def batches(steps: int, dtype: torch.dtype = torch.float64, device: str = "cpu")
     return [(c @ basis).to(device, dtype) for c in codes]
 
 
-def ghost_loss(sae: TopKSAE, x: Tensor, recon: Tensor, pre: Tensor, idx: Tensor) -> Tensor:
-    """Ghost gradients by autograd, as anchors and SAELens' old code write them."""
+def aux_loss(sae: TopKSAE, dead: DeadLatents, x: Tensor, recon: Tensor, kind: Kind) -> Tensor:
+    """AuxK, and ghost gradients as anchors and SAELens' old code write them, densely."""
+    mask = dead.mask()
+    pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    best = pre.detach().masked_fill(~mask, -torch.inf).topk(min(K_AUX, int(mask.sum())), dim=1)
+    chosen = torch.zeros_like(pre).scatter(1, best.indices, 1.0)
     residual = (x - recon).detach()
-    ghost = ops.sparse_decode(pre.exp(), idx, sae.W_dec)
+    if kind == "auxk":
+        inverse = inverse_variance(*residual_sums(residual, sae.mesh), len(x))
+        return auxk_loss(residual, (pre.relu() * chosen) @ sae.W_dec, inverse)
+    ghost = (pre.exp() * chosen) @ sae.W_dec
     norms = residual.norm(dim=1, keepdim=True) / (1e-6 + 2 * ghost.norm(dim=1, keepdim=True))
     loss = (ghost * norms.detach() - residual).square()
     main = residual.square()
@@ -56,28 +70,27 @@ def ghost_loss(sae: TopKSAE, x: Tensor, recon: Tensor, pre: Tensor, idx: Tensor)
 
 
 def plain_steps(
-    sae: TopKSAE, dead: DeadLatents, xs: list[Tensor], kind: Kind, coef: float
+    sae: TopKSAE,
+    dead: DeadLatents,
+    xs: list[Tensor],
+    kind: Kind,
+    coef: float,
+    clip: float | None = None,
 ) -> list[tuple[float, float]]:
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR, eps=6.25e-10)
     out = []
     for x in xs:
+        top = sae.encode(x)
+        recon = sae.decode(*top)
         aux = torch.zeros((), dtype=x.dtype)
-        if kind == "none":
-            top = sae.encode(x)
-            recon = sae.decode(*top)
-        else:
-            both = sae.encode_with_aux(x, dead.mask(), K_AUX)
-            top = ops.TopK(both.values, both.indices)
-            recon = sae.decode(*top)
-            if kind == "auxk":
-                aux_recon = sae.combine(both.aux_values.relu(), both.aux_indices)
-                aux = auxk_loss((x - recon).detach(), aux_recon, sae.mesh)
-            else:
-                aux = ghost_loss(sae, x, recon, both.aux_values, both.aux_indices)
+        if kind != "none":
+            aux = aux_loss(sae, dead, x, recon, kind)
         fvu = fvu_loss(x, recon, total_variance(x, sae.mesh))
         optimizer.zero_grad()
         (fvu + coef * aux).backward()
         project_decoder_grad_(sae)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
         optimizer.step()
         renormalise_decoder_(sae)
         dead.update_(*top, N)
@@ -86,18 +99,23 @@ def plain_steps(
 
 
 @pytest.mark.parametrize("kind", ["none", "auxk", "ghost"])
-def test_equals_autograd_and_torch_adam(kind: Kind) -> None:
+@pytest.mark.parametrize("clip", [None, 0.02])
+@pytest.mark.parametrize("k_aux", [5, 40])
+def test_equals_autograd_and_torch_adam(
+    kind: Kind, clip: float | None, k_aux: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "K_AUX", k_aux)
     plain, coef = make_sae(), 0.3
     fused = copy.deepcopy(plain)
     dead, dead_fused = make_dead(), make_dead()
     xs = batches(30)
-    want = plain_steps(plain, dead, xs, kind, coef)
-    optimizer = SparseAdam(fused, LR, compute_dtype=torch.float64)
-    step = FusedStep(
+    want = plain_steps(plain, dead, xs, kind, coef, clip)
+    optimizer = SparseAdam(fused, LR, compute_dtype=torch.float64, grad_clip=clip)
+    step = FusedEngine(
         fused, optimizer, dead_fused, dead_latents=kind, aux_coef=coef, k_aux=K_AUX, graph=False
     )
     for x, (fvu, aux) in zip(xs, want, strict=True):
-        got = step(x)
+        got = step.step(x)
         assert float(got.fvu) == pytest.approx(fvu, rel=1e-8)
         assert float(got.aux) == pytest.approx(aux, rel=1e-6)
     for a, b in zip(fused.parameters(), plain.parameters(), strict=True):
@@ -111,21 +129,12 @@ def test_dead_latents_get_encoder_gradients() -> None:
     before = sae.W_enc.detach().clone()
     optimizer = SparseAdam(sae, LR, lazy=True, compute_dtype=torch.float64)
     top = sae.encode(batches(1)[0])
-    step = FusedStep(sae, optimizer, dead, k_aux=K_AUX, graph=False)
-    step(batches(1)[0])
+    step = FusedEngine(sae, optimizer, dead, k_aux=K_AUX, graph=False)
+    step.step(batches(1)[0])
     silent = torch.ones(F, dtype=torch.bool)
     silent[top.indices[top.values > 0].long()] = False
     moved = (sae.W_enc != before).any(dim=1)
     assert (moved & silent)[:12].any()
-
-
-def test_ghost_rows_of_a_dead_list_that_ran_out_are_finite() -> None:
-    rows, scale, loss = ghost_rows(
-        torch.randn(3, 4), torch.zeros(3, 4), torch.tensor(2.0), coef=1.0
-    )
-    assert rows.isfinite().all()
-    assert scale.isfinite()
-    assert loss.isfinite()
 
 
 def test_schedule_resume_and_ema() -> None:
@@ -147,7 +156,7 @@ def test_schedule_resume_and_ema() -> None:
                 sae.load_state_dict(saved[0])
                 optimizer.load_state_dict(saved[1])
                 schedule.load_state_dict(old)
-            FusedStep(sae, optimizer, dead, graph=False)(x)
+            FusedEngine(sae, optimizer, dead, graph=False).step(x)
             schedule.step()
         return sae, optimizer
 
@@ -162,11 +171,11 @@ def test_schedule_resume_and_ema() -> None:
 
 def test_a_timer_splits_the_step() -> None:
     sae = make_sae()
-    step = FusedStep(sae, SparseAdam(sae, LR), make_dead())
+    step = FusedEngine(sae, SparseAdam(sae, LR), make_dead())
     timer = PhaseTimer(torch.device("cpu"), enabled=True)
-    step(batches(1)[0], timer)
+    step.step(batches(1)[0], timer)
     spent = timer.milliseconds()
-    assert list(spent) == ["encode", "decode", "optimizer"]
+    assert list(spent) == ["encode", "decode", "dead", "optimizer"]
     assert all(ms > 0 for ms in spent.values())
 
 
@@ -175,12 +184,12 @@ def test_a_schedule_that_moves_betas() -> None:
     xs, (fused, plain) = batches(6), (make_sae(), make_sae())
     optimizer = SparseAdam(fused, LR, compute_dtype=torch.float64)
     other = torch.optim.Adam(plain.parameters(), lr=LR, eps=6.25e-10)
-    step = FusedStep(fused, optimizer, make_dead(num_dead=0), dead_latents="none")
+    step = FusedEngine(fused, optimizer, make_dead(num_dead=0), dead_latents="none")
     schedules = [
         torch.optim.lr_scheduler.OneCycleLR(o, max_lr=LR, total_steps=7) for o in (optimizer, other)
     ]
     for x in xs:
-        step(x)
+        step.step(x)
         other.zero_grad()
         fvu_loss(x, plain(x).recon, total_variance(x, plain.mesh)).backward()
         project_decoder_grad_(plain)
@@ -196,7 +205,7 @@ def test_a_schedule_that_moves_betas() -> None:
 def test_misuse_is_named() -> None:
     sae = make_sae()
     optimizer = SparseAdam(sae, LR, compute_dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="FusedStep"):
+    with pytest.raises(RuntimeError, match="FusedEngine"):
         optimizer.step()
     with pytest.raises(ValueError, match="one param group"):
         optimizer.add_param_group({"params": [torch.zeros(1)]})
@@ -216,12 +225,11 @@ def test_kernels_in_the_interpreter(kind: Kind, monkeypatch: pytest.MonkeyPatch)
     results = []
     for kernels in (False, True):
         monkeypatch.setattr(dispatch, "use_kernels", lambda x, on=kernels: on)
-        for name in ("topk_encode", "topk_encode_aux"):
-            monkeypatch.delitem(dispatch.KERNEL_FILES, name, raising=False)
+        monkeypatch.delitem(dispatch.KERNEL_FILES, "topk_encode", raising=False)
         sae, dead = make_sae(torch.float32), make_dead()
         optimizer = SparseAdam(sae, LR, compute_dtype=torch.float32)
-        step = FusedStep(sae, optimizer, dead, dead_latents=kind, k_aux=K_AUX)
-        metrics = [torch.stack(step(x)) for x in batches(3, torch.float32)]
+        step = FusedEngine(sae, optimizer, dead, dead_latents=kind, k_aux=K_AUX)
+        metrics = [torch.stack(step.step(x)) for x in batches(3, torch.float32)]
         results.append([torch.stack(metrics), dead.tokens_since_fired, *sae.parameters()])
     for got, want in zip(*results[::-1], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
@@ -237,8 +245,8 @@ def test_kernels_equal_the_reference(kind: Kind, compute: torch.dtype) -> None:
         sae = make_sae(torch.float32, "cpu").to(device)
         optimizer = SparseAdam(sae, LR, compute_dtype=compute)
         dead = make_dead(device)
-        step = FusedStep(sae, optimizer, dead, dead_latents=kind, k_aux=K_AUX, graph=graph)
-        metrics = [torch.stack(step(x.to(device))).cpu() for x in xs]
+        step = FusedEngine(sae, optimizer, dead, dead_latents=kind, k_aux=K_AUX, graph=graph)
+        metrics = [torch.stack(step.step(x.to(device))).cpu() for x in xs]
         weights = [p.detach().cpu() for p in sae.parameters()]
         results.append([torch.stack(metrics), dead.tokens_since_fired.cpu(), *weights])
     for eager, graphed, again in zip(*results[1:], strict=True):
@@ -262,9 +270,9 @@ def test_a_graph_equals_launches_with_the_fused_encoder(kind: Kind) -> None:
         sae = TopKSAE(768, 8192, 16, device="cuda")
         dead = DeadLatents(8192, 10**9, Mesh.single(), torch.device("cuda"))
         dead.tokens_since_fired[:800] = 2 * 10**9
-        dead.any_dead = kind != "none"
-        step = FusedStep(sae, SparseAdam(sae, 1e-3), dead, dead_latents=kind, graph=graph)
-        metrics = [step(x.roll(i, 0)) for i in range(8)]
+        dead.list_(dead.mask())
+        step = FusedEngine(sae, SparseAdam(sae, 1e-3), dead, dead_latents=kind, graph=graph)
+        metrics = [step.step(x.roll(i, 0)) for i in range(8)]
         assert bool(step._captured) == graph
         saes.append(sae)
         losses.append(torch.stack([m.fvu for m in metrics]))
@@ -273,3 +281,24 @@ def test_a_graph_equals_launches_with_the_fused_encoder(kind: Kind) -> None:
     assert torch.equal(losses[0], losses[1])
     for name, param in saes[0].named_parameters():
         assert torch.equal(param, dict(saes[1].named_parameters())[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_residual_without_variance_revives_nothing(dtype: torch.dtype, tokens: int) -> None:
+    """One token, or equal ones: AuxK and its gradient are zero, not NaN."""
+    sae, dead = make_sae(dtype), make_dead()
+    before = sae.W_enc.detach()[:12].clone()
+    engine = FusedEngine(sae, SparseAdam(sae, LR, compute_dtype=dtype), dead, k_aux=K_AUX)
+    x = batches(1, dtype)[0][:1].expand(tokens, -1).contiguous()
+    metrics = engine.step(x)
+    assert metrics.aux == 0
+    silent = torch.ones(12, dtype=torch.bool)
+    silent[[i for i in sae.encode(x).indices.flatten().tolist() if i < 12]] = False
+    assert torch.equal(sae.W_enc[:12][silent], before[silent])
+    assert all(p.isfinite().all() for p in sae.parameters())
+    for kind in (torch.float32, torch.float64):
+        e = torch.randn(500, D, dtype=kind) + 3
+        sums, squares = e.sum(0), e.square().sum()
+        want = 1 / (e - e.mean(0)).square().sum()
+        torch.testing.assert_close(inverse_variance(sums, squares, 500), want, rtol=1e-4, atol=0)

@@ -1,0 +1,234 @@
+"""What all architectures share: parameters with roles, a batch's codes, decoder, save and load.
+
+Legend: N tokens, D d_in, F d_sae, K slots a token.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..config.sae import SAEConfig
+from ..files import replacing, write_text
+from ..kernels import ops
+from ..parallel.collectives import feed_shards, sum_over_shards
+from ..parallel.mesh import Mesh
+
+WEIGHTS_FILE = "sae.safetensors"
+CONFIG_FILE = "config.json"
+# rows: a row a latent, split over the shards; whole: the same on every shard.
+Role = Literal["rows", "whole"]
+
+
+class Codes(NamedTuple):
+    """The active latents of each token, as a rectangle of K slots."""
+
+    values: Tensor  # [N, K] float32/64 >= 0; 0 where a slot is unused or another shard's
+    indices: Tensor  # [N, K] int32, rows of this shard
+
+
+class SAEOutput(NamedTuple):
+    """What one forward pass of an SAE gives."""
+
+    recon: Tensor  # [N, d_in]
+    top_acts: (
+        Tensor  # [N, k] >= 0, descending over all latents; 0 where another shard holds the latent
+    )
+    top_idx: Tensor  # [N, k] int32, rows of this shard
+
+
+class SparseCoder(nn.Module):
+    """A sparse autoencoder `decode(encode(x))`, whole or one shard of it; an ordinary nn.Module.
+
+    W_enc and W_dec are [d_sae_local, d_in], b_enc is [d_sae_local], b_dec is [d_in]. On a mesh
+    with several shards a rank holds rows `mesh.shard * d_sae_local` onwards, and every method is
+    collective over the shard group. Under autocast the products take autocast's dtype; sums and
+    the selection stay float32.
+
+    An architecture says how latents are selected: `encode` for autograd, `select` for the fused
+    engine (the same selection without gradients, from weights in the compute dtype), and `slope`
+    where an activation is not its pre-activation.
+    """
+
+    Config: ClassVar[type[SAEConfig]]
+    roles: ClassVar[dict[str, Role]] = {
+        "W_enc": "rows",
+        "b_enc": "rows",
+        "W_dec": "rows",
+        "b_dec": "whole",
+    }
+
+    def __init__(
+        self,
+        config: SAEConfig,
+        d_in: int,
+        *,
+        mesh: Mesh | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Raises ValueError where config's d_sae is not divisible by the shards."""
+        super().__init__()
+        self.config, self.d_in, self.d_sae = config, d_in, config.width(d_in)
+        self.mesh = mesh if mesh is not None else Mesh.single()
+        if self.d_sae % self.mesh.num_shards:
+            raise ValueError(
+                f"d_sae={self.d_sae} is not divisible by the {self.mesh.num_shards} shards; "
+                f"use d_sae={-(-self.d_sae // self.mesh.num_shards) * self.mesh.num_shards}"
+            )
+        self.d_sae_local = self.d_sae // self.mesh.num_shards
+        shape = (self.d_sae_local, d_in)
+        self.W_enc = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae_local, dtype=dtype, device=device))
+        self.W_dec = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: SAEConfig, d_in: int, **place: Any) -> Self:
+        """An SAE of what a config's section `sae` says; place is mesh, dtype and device."""
+        return cls(config, d_in, **place)
+
+    @property
+    def first_latent(self) -> int:
+        """Index over all shards of this rank's first latent."""
+        return self.mesh.shard * self.d_sae_local
+
+    @property
+    def encoder_k(self) -> int | None:
+        """k of the top-k kernel that `select` calls, whose design is tuned; None without one."""
+        return None
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Unit-norm random decoder rows, the encoder equal to them, zero biases.
+
+        A row is drawn from (seed, its index over all shards): the weights do not depend on the
+        number of shards.
+        """
+        for start in range(0, self.d_sae_local, _ROWS_A_SEED):
+            stop = min(start + _ROWS_A_SEED, self.d_sae_local)
+            self.W_dec[start:stop] = _unit_rows(
+                seed, self.first_latent + start, stop - start, self.d_in
+            ).to(self.W_dec)
+        self.W_enc.copy_(self.W_dec)
+        self.b_enc.zero_()
+        self.b_dec.zero_()
+
+    def encode(self, x: Tensor) -> Codes:
+        """The active latents of tokens x [N, d_in], differentiable. Collective over the shards."""
+        raise NotImplementedError
+
+    def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Codes:
+        """`encode` of centred tokens xc [N, d_in] with weights in xc's dtype, without gradients.
+        Collective over the shards; no host sync.
+        """
+        raise NotImplementedError
+
+    def slope(self, codes: Codes) -> Tensor | None:
+        """Derivative [N, K] of each activation by its pre-activation; None stands for 1."""
+        del codes
+        return None
+
+    def compute(self, weight: Tensor) -> Tensor:
+        """A weight in the dtype of products: autocast's where it is on."""
+        device = weight.device.type
+        if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
+            return weight.to(torch.get_autocast_dtype(device))
+        return weight
+
+    def check_input(self, x: Tensor) -> None:
+        """Raises ValueError where x is not [N, d_in]."""
+        if x.ndim != 2 or x.shape[1] != self.d_in:
+            raise ValueError(
+                f"x must be [N, {self.d_in}], not {list(x.shape)}; flatten batch and sequence first"
+            )
+
+    def pre_activations(self, x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
+        """`(x - b_dec) @ W_enc[rows].T + bias` [N, M] for a few rows [M] of this shard."""
+        centred = feed_shards(x, self.mesh) - feed_shards(self.b_dec, self.mesh)
+        W = self.compute(self.W_enc[rows])
+        return (centred.to(W.dtype) @ W.T).to(bias.dtype) + bias
+
+    def combine_rows(self, acts: Tensor, rows: Tensor) -> Tensor:
+        """`acts @ W_dec[rows]` [N, d_in] of dense acts [N, M], summed over shards: no b_dec."""
+        W = self.compute(self.W_dec[rows])
+        return sum_over_shards((acts.to(W.dtype) @ W).to(self.b_dec.dtype), self.mesh)
+
+    def combine(self, values: Tensor, indices: Tensor) -> Tensor:
+        """`sum_j values[n, j] * W_dec[indices[n, j]]` [N, d_in], summed over shards: no b_dec."""
+        partial = ops.sparse_decode(values, indices, self.compute(self.W_dec))
+        return sum_over_shards(partial.to(self.b_dec.dtype), self.mesh)
+
+    def decode(self, values: Tensor, indices: Tensor) -> Tensor:
+        """`combine(values, indices) + b_dec`: the reconstruction [N, d_in]."""
+        return self.combine(values, indices) + self.b_dec
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        """Encodes and decodes x [N, d_in]; both parts are differentiable, the selection is not."""
+        codes = self.encode(x)
+        return SAEOutput(self.decode(*codes), *codes)
+
+    def spec(self) -> dict[str, Any]:
+        """What `save` writes beside the weights: the architecture, widths and its own keys."""
+        own = self.config.model_dump(mode="json", exclude={"d_sae", "expansion_factor"})
+        head = {"architecture": own.pop("architecture"), "d_in": self.d_in, "d_sae": self.d_sae}
+        return head | own
+
+    def save(self, folder: str | Path) -> None:
+        """Writes this (unsharded) SAE as safetensors and json, renamed into place."""
+        assert self.mesh.num_shards == 1, "gather the shards before saving"
+        path = Path(folder)
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+        with replacing(path / WEIGHTS_FILE) as partial:
+            save_file(weights, partial)
+        write_text(path / CONFIG_FILE, json.dumps(self.spec(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Self:
+        """Reads what `save` wrote. Raises ValueError where a file is missing, damaged, does not fit
+        or holds another architecture.
+        """
+        path = Path(folder)
+        try:
+            spec = json.loads((path / CONFIG_FILE).read_text())
+            weights = load_file(path / WEIGHTS_FILE)
+            d_in = spec.pop("d_in")
+            sae = cls.from_config(cls.Config(**spec), d_in, dtype=weights["W_enc"].dtype)
+            sae.load_state_dict(weights)
+        except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
+            raise ValueError(
+                f"{path} holds no whole {cls.__name__} ({e}); train or export it anew"
+            ) from e
+        return sae.to(device)
+
+    @staticmethod
+    def is_whole(folder: str | Path) -> bool:
+        """Whether a folder holds what `save` writes, none of it cut short. Reads no weights."""
+        path = Path(folder)
+        try:
+            json.loads((path / CONFIG_FILE).read_text())
+            with safe_open(path / WEIGHTS_FILE, framework="pt"):
+                return True
+        except (OSError, ValueError, SafetensorError):
+            return False
+
+
+_ROWS_A_SEED = 64
+
+
+def _unit_rows(seed: int, first: int, count: int, d_in: int) -> Tensor:
+    """Rows first .. first+count of the random decoder, unit norm, [count, d_in] float64."""
+    rows = []
+    for block in range(first // _ROWS_A_SEED, (first + count - 1) // _ROWS_A_SEED + 1):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
+        rows.append(torch.randn(_ROWS_A_SEED, d_in, generator=generator))
+    offset = first % _ROWS_A_SEED
+    drawn = torch.cat(rows)[offset : offset + count].double()
+    return nn.functional.normalize(drawn, dim=1)

@@ -1,0 +1,98 @@
+"""The one place where `train.engine` is decided and an engine is made."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal, NamedTuple
+
+import torch
+
+from ..config.base import ConfigError
+from ..config.train import FusedTrainConfig, TrainConfig
+from ..models.base import SparseCoder
+from ..models.dead_latents import DeadLatents
+from .engines.autograd import AutogradEngine
+from .engines.base import Engine
+from .engines.fused import FusedEngine
+from .optim import default_lr
+from .sparse_adam import SparseAdam
+
+logger = logging.getLogger(__name__)
+
+# Widest row of kernels/sparse_adam.py.
+_MAX_WIDTH = 16384
+
+
+class EngineChoice(NamedTuple):
+    """The engine of a training, and why it is not the fused one where auto had to leave it."""
+
+    engine: Literal["fused", "autograd"]
+    reason: str | None = None
+
+
+def choose_engine(cfg: TrainConfig, d_in: int) -> EngineChoice:
+    """auto is the fused engine unless something really needs autograd.
+
+    Raises ConfigError where a key that only the fused engine has meets something that needs
+    autograd.
+    """
+    if not isinstance(cfg, FusedTrainConfig):
+        return EngineChoice("autograd")
+    reason = None
+    if d_in > _MAX_WIDTH:
+        reason = f"its kernels take widths up to {_MAX_WIDTH}, not {d_in}"
+    if reason is None:
+        return EngineChoice("fused")
+    if key := _fused_only(cfg):
+        raise ConfigError(
+            f"train.{key}={getattr(cfg, key)!r} needs the fused engine, but {reason}; "
+            f"drop train.{key}"
+        )
+    return EngineChoice("autograd", reason)
+
+
+def _fused_only(cfg: FusedTrainConfig) -> str | None:
+    """A key that is set to what only the fused engine does."""
+    if cfg.dead_latents == "ghost":
+        return "dead_latents"
+    if cfg.engine == "fused":
+        return "engine"
+    own = FusedTrainConfig.model_fields.keys() - TrainConfig.model_fields.keys()
+    fields = FusedTrainConfig.model_fields
+    return next((key for key in sorted(own) if getattr(cfg, key) != fields[key].default), None)
+
+
+def make_engine(
+    sae: SparseCoder, dead: DeadLatents, cfg: TrainConfig, compute_dtype: torch.dtype
+) -> Engine:
+    """The engine that a config asks for; one log line where auto is not the fused one. Raises
+    ConfigError as `choose_engine`.
+    """
+    lr = cfg.lr if cfg.lr is not None else default_lr(sae.d_sae)
+    k_aux = min(cfg.k_aux or max(1, sae.d_in // 2), sae.d_sae)
+    engine, reason = choose_engine(cfg, sae.d_in)
+    if reason is not None and sae.mesh.is_lead:
+        logger.info("train.engine=auto is autograd, which is slower than fused: %s", reason)
+    if engine == "autograd" or not isinstance(cfg, FusedTrainConfig):
+        return AutogradEngine(sae, dead, cfg, lr=lr, k_aux=k_aux, compute_dtype=compute_dtype)
+    optimizer = SparseAdam(
+        sae,
+        lr,
+        betas=cfg.adam_betas,
+        eps=cfg.adam_eps,
+        lazy=cfg.adam_mode == "lazy",
+        moment_dtype=getattr(torch, cfg.moment_dtype),
+        compute_dtype=compute_dtype,
+        ema_decay=cfg.ema_decay,
+        grad_clip=cfg.grad_clip,
+        seed=cfg.seed,
+    )
+    return FusedEngine(
+        sae,
+        optimizer,
+        dead,
+        dead_latents="none" if cfg.dead_latents == "resample" else cfg.dead_latents,
+        aux_coef=cfg.aux_coef,
+        k_aux=k_aux,
+        micro_batches=cfg.micro_batches,
+    )

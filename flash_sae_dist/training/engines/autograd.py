@@ -1,0 +1,136 @@
+"""The autograd engine: PyTorch's autograd and torch.optim.Adam over dense gradients, the same
+arithmetic as the fused engine's.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config.train import TrainConfig
+from ...kernels.dispatch import implementation
+from ...models.base import Codes, SparseCoder
+from ...models.dead_latents import DeadLatents
+from ...models.losses import (
+    auxk_loss,
+    fvu_loss,
+    inverse_variance,
+    residual_sums,
+    total_variance,
+)
+from ...parallel.collectives import all_reduce_
+from ...parallel.selection import global_limits
+from ..metrics import PhaseTimer, StepMetrics
+from ..optim import (
+    clip_grads_,
+    project_decoder_grad_,
+    renormalise_decoder_,
+    sum_grads_over_replicas_,
+)
+from .base import Engine
+
+
+class AutogradEngine(Engine):
+    """Dense gradients; any optimizer that torch has would do."""
+
+    def __init__(
+        self,
+        sae: SparseCoder,
+        dead: DeadLatents,
+        cfg: TrainConfig,
+        *,
+        lr: float,
+        k_aux: int,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self.sae, self.dead, self.cfg, self.k_aux = sae, dead, cfg, k_aux
+        self.compute_dtype = compute_dtype
+        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
+            sae.parameters(), lr=lr, betas=cfg.adam_betas, eps=cfg.adam_eps, fused=True
+        )
+
+    def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
+        """See Engine."""
+        sae, mesh = self.sae, self.sae.mesh
+        x = x.to(sae.b_dec.dtype)
+        variance = total_variance(x, mesh)
+        inverse = self._inverse_residual(x) if self._revives() else None
+        self.optimizer.zero_grad(set_to_none=True)
+        shown = torch.zeros(3, dtype=x.dtype, device=x.device)
+        active: list[Codes] = []
+        for part in x.chunk(self.cfg.micro_batches):
+            with self._autocast():
+                loss, terms, codes = self._losses(part, variance, inverse, x.shape[0])
+            timer.mark("forward")
+            loss.backward()  # type: ignore[no-untyped-call]
+            timer.mark("backward")
+            shown += terms
+            active.append(codes)
+        self._update()
+        values, indices = (torch.cat(parts) for parts in zip(*active, strict=True))
+        self.dead.update_(values, indices, x.shape[0] * mesh.num_replicas)
+        all_reduce_(shown, mesh.replica_group, mesh.num_replicas)
+        all_reduce_(shown[2], mesh.shard_group, mesh.num_shards)
+        timer.mark("optimizer")
+        return StepMetrics(*shown)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.compute_dtype == self.sae.b_dec.dtype:
+            return nullcontext()
+        return torch.autocast(self.sae.b_dec.device.type, dtype=self.compute_dtype)
+
+    def _revives(self) -> bool:
+        return self.cfg.dead_latents == "auxk" and self.dead.any_listed
+
+    @torch.no_grad()
+    def _inverse_residual(self, x: Tensor) -> Tensor:
+        """AuxK's normaliser over the whole batch, whose residual takes a forward pass of its own:
+        the micro-batches' gradients then add up to the batch's.
+        """
+        sums, squares = torch.zeros_like(x[0]), torch.zeros((), dtype=x.dtype, device=x.device)
+        for part in x.chunk(self.cfg.micro_batches):
+            with self._autocast():
+                residual = part - self.sae.decode(*self.sae.encode(part))
+            found = residual_sums(residual, self.sae.mesh)
+            sums, squares = sums + found[0], squares + found[1]
+        return inverse_variance(sums, squares, x.shape[0] * self.sae.mesh.num_replicas)
+
+    def _losses(
+        self, x: Tensor, variance: Tensor, inverse: Tensor | None, batch: int
+    ) -> tuple[Tensor, Tensor, Codes]:
+        """Loss of a micro-batch, its terms [fvu, aux, l0] as shares of the batch's, its codes."""
+        sae, mesh = self.sae, self.sae.mesh
+        codes = sae.encode(x)
+        recon = sae.decode(*codes)
+        fvu = fvu_loss(x, recon, variance)
+        aux = torch.zeros((), dtype=x.dtype, device=x.device)
+        if inverse is not None:
+            aux = auxk_loss((x - recon).detach(), self._aux_recon(x), inverse)
+        l0 = (codes.values > 0).sum().to(x.dtype) / (batch * mesh.num_replicas)
+        terms = torch.stack([fvu.detach(), aux.detach(), l0])
+        return fvu + self.cfg.aux_coef * aux, terms, Codes(*(t.detach() for t in codes))
+
+    def _aux_recon(self, x: Tensor) -> Tensor:
+        """What each token's k_aux best listed latents make of the residual [N, d_in], no b_dec."""
+        sae, dead = self.sae, self.dead
+        pre = sae.pre_activations(x, dead.rows, dead.bias(sae.b_enc))
+        with torch.no_grad():
+            raw, none = pre.detach(), torch.zeros_like(pre[0])
+            k = self.k_aux if dead.num_listed > self.k_aux else None
+            limits = None
+            if k is not None and sae.mesh.num_shards > 1:
+                limits = global_limits(raw, none, k, sae.mesh)
+            select = implementation("select_dead", raw)
+            taken = select(raw, none, k, False, raw.dtype, limits) != 0
+        return sae.combine_rows(pre.relu() * taken, dead.rows)
+
+    def _update(self) -> None:
+        sum_grads_over_replicas_(self.sae)
+        project_decoder_grad_(self.sae)
+        if self.cfg.grad_clip is not None:
+            clip_grads_(self.sae, self.cfg.grad_clip)
+        self.optimizer.step()
+        renormalise_decoder_(self.sae)

@@ -1,0 +1,56 @@
+"""What makes a training step: the protocol of engines, and what they share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ...models.base import SparseCoder
+from ..metrics import PhaseTimer, StepMetrics
+
+
+class Engine(ABC):
+    """Trains an SAE a batch a call; its optimizer's state bears torch.optim.Adam's names."""
+
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    sae: SparseCoder
+    optimizer: torch.optim.Optimizer
+
+    @abstractmethod
+    def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
+        """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
+        no host sync.
+        """
+
+    @property
+    def encoder_weights(self) -> Tensor:
+        """W_enc [d_sae_local, d_in] as the encoder's kernels get it."""
+        return self.sae.W_enc.detach()
+
+    def refresh_(self) -> None:
+        """Takes in parameters that others have changed."""
+        return
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights to keep, by name, this shard's rows."""
+        return {name: p.detach() for name, p in self.sae.named_parameters()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters by name and their moments as `MOMENT.NAME`, by reference."""
+        out: dict[str, Tensor] = {}
+        for name, param in self.sae.named_parameters():
+            out[name] = param.detach()
+            for moment in self.moments:
+                out[f"{moment}.{name}"] = self.optimizer.state[param][moment]
+        return out
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor], step: int) -> None:
+        """Puts back what `state` gave after `step` steps."""
+        for name, param in self.sae.named_parameters():
+            param.copy_(state[name])
+            moments = {m: state[f"{m}.{name}"].to(param) for m in self.moments}
+            count = torch.tensor(float(step), device=param.device)
+            self.optimizer.state[param] = {"step": count, **moments}

@@ -1,0 +1,351 @@
+"""The fused engine: a whole training step without autograd and without a dense gradient.
+
+Legend: N tokens of this replica, R replicas, D d_in, F d_sae of this shard, K slots a token, M
+listed dead latents.
+
+Each replica encodes and decodes its tokens, in micro-batches; a batch's (token, latent) pairs, and
+what each adds to its latent's gradients, are gathered over the replicas; then every rank steps its
+shard's rows from all of them. Dead latents' gradients come from dense products over their compacted
+rows (`dead_step.py`). No host sync; on CUDA the step is captured in a graph, its collectives too.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...kernels.dispatch import implementation, on_device, use_kernels
+from ...kernels.reference import DenseRows, PairOrder, Pairs
+from ...models.base import Codes, SparseCoder
+from ...models.dead_latents import DeadLatents
+from ...models.losses import inverse_variance
+from ...parallel.collectives import all_gather, all_reduce_
+from ..metrics import PhaseTimer, StepMetrics
+from ..sparse_adam import LatentGradients, SparseAdam
+from .base import Engine
+from .dead_step import AuxLoss, DeadStep, Listed
+
+logger = logging.getLogger(__name__)
+# Calls of one kind made eagerly before its graph is captured: kernels compile, libraries warm up.
+_EAGER_CALLS = 2
+
+
+class _Forward(NamedTuple):
+    """A micro-batch's pairs and metrics."""
+
+    codes: Codes  # [n, K], which the side stream reads
+    dec_coef: Tensor  # [n, K]
+    enc_coef: Tensor  # [n, K]
+    residual: Tensor  # [n, D] recon - x, in the compute dtype
+    squares: Tensor  # [any], of the residual
+
+
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    x: Tensor
+    metrics: Tensor
+
+
+class _Batch(NamedTuple):
+    """What all micro-batches of a step share."""
+
+    xc: Tensor  # [N, D] centred, in the compute dtype
+    xc_all: Tensor  # [N * R, D], of all replicas, once the streams have met
+    inverse: Tensor  # scalar, 1 / variance of all replicas' tokens; 0 where these are all equal
+    scale: Tensor  # scalar, 2 * inverse
+    tokens: int  # N * R
+    kept: tuple[Tensor, ...]  # read by the side stream: not freed before the streams meet
+
+
+class FusedEngine(Engine):
+    """Trains on one replica's batch [N, D] a call; see the module."""
+
+    optimizer: SparseAdam
+
+    def __init__(
+        self,
+        sae: SparseCoder,
+        optimizer: SparseAdam,
+        dead: DeadLatents,
+        *,
+        dead_latents: Literal["auxk", "ghost", "none"] = "auxk",
+        aux_coef: float = 1 / 32,
+        k_aux: int | None = None,
+        micro_batches: int = 1,
+        graph: bool | None = None,
+    ) -> None:
+        self.sae, self.optimizer, self.dead = sae, optimizer, dead
+        self.kind, self.micro_batches = dead_latents, micro_batches
+        k_aux = min(k_aux or max(1, sae.d_in // 2), sae.d_sae)
+        self.dead_step = DeadStep(
+            sae, dead, ghost=dead_latents == "ghost", coef=aux_coef, k_aux=k_aux
+        )
+        obstacle = self._obstacle()
+        if graph and obstacle:
+            raise ValueError(f"graph=True cannot be: {obstacle}; leave graph out")
+        if obstacle and sae.W_dec.is_cuda and graph is None and sae.mesh.is_lead:
+            logger.warning(
+                "the fused step runs without a CUDA graph, which is slower: %s", obstacle
+            )
+        self.graph = obstacle is None and graph is not False
+        self.side = optimizer.side
+        self._calls: dict[tuple[object, ...], int] = {}
+        self._warm: set[tuple[object, ...]] = set()
+        self._captured: dict[tuple[object, ...], _Captured] = {}
+        if optimizer.ema_decay is not None:
+            self.moments = (*self.moments, "ema")
+
+    def _obstacle(self) -> str | None:
+        """Why a step cannot be captured in a CUDA graph; None where it can."""
+        W_dec, mesh = self.sae.W_dec, self.sae.mesh
+        if not W_dec.is_cuda:
+            return "it needs a CUDA device"
+        if not use_kernels(W_dec):
+            return f"the reference, which serves {W_dec.dtype}, reads the host"
+        if mesh.members > 1 and (backend := dist.get_backend(mesh.member_group)) != "nccl":
+            return f"collectives of {backend} cannot be captured, only NCCL's"
+        return None
+
+    @property
+    def encoder_weights(self) -> Tensor:
+        """See Engine."""
+        return self.optimizer.compute_weights[0]
+
+    def refresh_(self) -> None:
+        """See Engine."""
+        self.optimizer.refresh_copies_()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters, or their running average with decoder rows at unit norm."""
+        if self.optimizer.ema_decay is None:
+            return super().weights()
+        state = self.optimizer.state
+        weights: dict[str, Tensor] = {n: state[p]["ema"] for n, p in self.sae.named_parameters()}
+        weights["W_dec"] = torch.nn.functional.normalize(weights["W_dec"], dim=1)
+        return weights
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor], step: int) -> None:
+        """Copies in place, so that a captured graph stays valid."""
+        for name, param in self.sae.named_parameters():
+            param.copy_(state[name])
+            own = self.optimizer.state[param]
+            own["step"].fill_(float(step))
+            for moment in self.moments:
+                own[moment].copy_(state[f"{moment}.{name}"])
+        self.refresh_()
+
+    @torch.no_grad()
+    def step(self, x: Tensor, timer: PhaseTimer | None = None) -> StepMetrics:
+        """See Engine. The timer's phases are encode, decode and optimizer, or fused_step where a
+        graph is replayed, which is one piece to the host.
+        """
+        timer = timer or PhaseTimer(x.device, enabled=False)
+        # The kernels read any type; the reference computes in that of its input.
+        x = x if x.is_cuda else x.to(self.sae.b_dec.dtype)
+        with on_device(self.sae.W_dec):
+            return self._train(x, timer)
+
+    def _train(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
+        if self.optimizer.sync_group_():
+            self._captured.clear()
+        revives = self.kind != "none" and self.dead.any_listed
+        if not self.graph:
+            return StepMetrics(*self._step(x, revives, timer))
+        kind = (x.shape, x.dtype, revives)
+        key = (*kind, self.dead_step.shape() if revives else None)
+        if key not in self._captured:
+            # Another list of dead latents may need kernels of other sizes: one call warms them up.
+            self._calls[key] = self._calls.get(key, 0) + 1
+            eager = 1 if kind in self._warm else _EAGER_CALLS
+            if self._calls[key] <= eager or not self._capture(x, revives, key):
+                return StepMetrics(*self._step(x, revives, timer))
+            self._warm.add(kind)
+        captured = self._captured[key]
+        captured.x.copy_(x)
+        captured.graph.replay()
+        timer.mark("fused_step")
+        return StepMetrics(*captured.metrics.clone())
+
+    def _capture(self, x: Tensor, revives: bool, key: tuple[object, ...]) -> bool:
+        """Captures a step, or says why it cannot be and gives graphs up, on all members alike."""
+        # Only the newest list of dead latents is used again.
+        for old in [k for k in self._captured if k[:3] == key[:3]]:
+            del self._captured[old]
+        static, error = torch.empty_like(x), ""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # The loader's threads pin memory meanwhile, which a global capture takes for its own.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                metrics = self._step(static, revives, PhaseTimer(x.device, enabled=False))
+        except (RuntimeError, torch.OutOfMemoryError) as e:
+            error = " ".join(str(e).split())[:200]
+        failed = torch.tensor(float(bool(error)), device=x.device)
+        mesh = self.sae.mesh
+        all_reduce_(failed, mesh.member_group, mesh.members, dist.ReduceOp.MAX)
+        if bool(failed):
+            self.graph = False
+            if error or mesh.is_lead:
+                logger.warning(
+                    "the fused step runs without a CUDA graph, which is slower: %s",
+                    error or "another process could not capture it",
+                )
+            return False
+        self._captured[key] = _Captured(graph, static, metrics)
+        return True
+
+    def _step(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [3]
+        try:
+            return self._work(x, revives, timer)
+        finally:
+            # Even where memory ran out midway: what crosses streams is freed after this.
+            self.side.meet()
+
+    def _work(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [3]
+        batch, ready = self._begin(x)
+        listed: Listed | None = None
+        if revives:
+            with self.side.beside():
+                listed = self.dead_step.begin(self.optimizer.compute_weights)
+                ready = self.side.mark()
+        parts, order, ordered = self._forward(x, batch, ready, timer)
+        local = self._join(parts, batch.xc)
+        dense: DenseRows | None = None
+        aux: AuxLoss | None = None
+        if listed is not None:
+            dense, aux = self.dead_step(local, listed, batch.inverse, self.side)
+            # The side stream's memory: what it is given next waits for the products that read it.
+            del listed
+            timer.mark("dead")
+        pairs = self._gather(local, batch.xc_all)
+        if order is None:
+            order = self._order(pairs.indices, pairs.dec_coef)
+            self._count_fired(pairs.indices, pairs.dec_coef, batch.tokens)
+        with self.side.beside():
+            b_dec = pairs.dec_rows.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
+            metrics = self._metrics(parts, aux, batch)
+        self.side.wait(ordered)
+        self.optimizer.gradients = LatentGradients(pairs, order, b_dec, dense)
+        self.optimizer.step()
+        self.side.meet()
+        timer.mark("optimizer")
+        return metrics
+
+    def _forward(
+        self, x: Tensor, batch: _Batch, ready: torch.cuda.Event | None, timer: PhaseTimer
+    ) -> tuple[list[_Forward], PairOrder | None, torch.cuda.Event | None]:
+        """Encodes and decodes the micro-batches. The order of pairs is made beside the decoder
+        where these are all pairs of the step: one micro-batch, one replica.
+        """
+        sae, parts, order, ordered, at = self.sae, [], None, None, 0
+        for part in x.chunk(self.micro_batches):
+            xc = batch.xc[at : at + len(part)]
+            codes = sae.select(xc, self.encoder_weights, sae.b_enc.detach())
+            timer.mark("encode")
+            if self.micro_batches == 1 and sae.mesh.num_replicas == 1:
+                with self.side.beside():
+                    order = self._order(codes.indices, codes.values)
+                    ordered = self.side.mark()
+                    self._count_fired(codes.indices, codes.values, batch.tokens)
+            self.side.wait(ready)
+            parts.append(self._decode(part, codes, batch))
+            timer.mark("decode")
+            at += len(part)
+        return parts, order, ordered
+
+    def _begin(self, x: Tensor) -> tuple[_Batch, torch.cuda.Event | None]:
+        """Centres the batch; its variance and Adam's scalars are made on the side stream."""
+        sae, mesh = self.sae, self.sae.mesh
+        xc, sums, squares = implementation("centre", sae.W_dec)(
+            x, sae.b_dec.detach(), self.encoder_weights.dtype
+        )
+        tokens = len(x) * mesh.num_replicas
+        with self.side.beside():
+            xc_all = all_gather(xc, mesh.replica_group, mesh.num_replicas).flatten(0, 1)
+            both = torch.cat([sums.sum(dim=0), squares.sum().view(1)])
+            all_reduce_(both, mesh.replica_group, mesh.num_replicas)
+            # b_dec lies near the mean, so little cancels.
+            inverse = inverse_variance(both[:-1], both[-1], tokens)
+            scale = 2 * inverse
+            self.optimizer.advance_()
+        return _Batch(xc, xc_all, inverse, scale, tokens, (sums, squares)), self.side.mark()
+
+    def _order(self, indices: Tensor, coef: Tensor) -> PairOrder:
+        order: PairOrder = implementation("order_pairs", self.sae.W_dec)(
+            indices, self.sae.d_sae_local, coef
+        )
+        return order
+
+    def _count_fired(self, indices: Tensor, acts: Tensor, tokens: int) -> None:
+        implementation("count_fired_", self.sae.W_dec)(
+            self.dead.tokens_since_fired, acts, indices, tokens
+        )
+
+    def _decode(self, x: Tensor, codes: Codes, batch: _Batch) -> _Forward:
+        """`recon - x`, and what each pair adds to its latent's rows of W_dec and W_enc."""
+        sae, W_dec = self.sae, self.optimizer.compute_weights[1]
+        values, indices = codes
+        b_dec = sae.b_dec.detach()
+        if sae.mesh.num_shards == 1:
+            residual, squares, dec, enc = implementation("decode_coefs", W_dec)(
+                values, indices, W_dec, b_dec, x, batch.scale
+            )
+        else:
+            partial = implementation("sparse_decode", W_dec)(values, indices, W_dec)
+            partial = partial.to(b_dec.dtype)
+            all_reduce_(partial, sae.mesh.shard_group, sae.mesh.num_shards)
+            exact = partial + b_dec - x.to(b_dec.dtype)
+            residual, squares = exact.to(W_dec.dtype), exact.square().sum().view(1)
+            dec, enc = implementation("pair_coefs", W_dec)(
+                values, indices, W_dec, residual, batch.scale
+            )
+        if (slope := sae.slope(codes)) is not None:
+            enc = enc * slope
+        return _Forward(codes, dec, enc, residual, squares)
+
+    def _join(self, parts: list[_Forward], xc: Tensor) -> Pairs:
+        """The pairs of all micro-batches, tokens in the order of the batch."""
+        indices, dec, enc, residual = (
+            torch.cat(fields) if len(fields) > 1 else fields[0]
+            for fields in (
+                [part.codes.indices for part in parts],
+                [part.dec_coef for part in parts],
+                [part.enc_coef for part in parts],
+                [part.residual for part in parts],
+            )
+        )
+        k = indices.shape[1]
+        return Pairs(indices.flatten(), dec.flatten(), enc.flatten(), residual, xc, k)
+
+    def _gather(self, local: Pairs, xc_all: Tensor) -> Pairs:
+        """The pairs of all replicas, tokens in the order of the whole batch: a rank contributes
+        N * (12 K + 4 D) bytes where rows are bfloat16. Collective over the replicas.
+        """
+        mesh = self.sae.mesh
+        if mesh.num_replicas == 1:
+            return local
+        group, size = mesh.replica_group, mesh.num_replicas
+        # float64 pairs travel with their indices as int64.
+        bits = torch.int64 if local.dec_coef.dtype == torch.float64 else torch.int32
+        coefs = (local.dec_coef.view(bits), local.enc_coef.view(bits))
+        packed = torch.stack([local.indices.to(bits), *coefs])
+        gathered = all_gather(packed, group, size).transpose(0, 1).flatten(1).contiguous()
+        dec, enc = (row.view(local.dec_coef.dtype) for row in gathered[1:])
+        residual = all_gather(local.dec_rows, group, size).flatten(0, 1)
+        return Pairs(gathered[0].to(torch.int32), dec, enc, residual, xc_all, local.k)
+
+    def _metrics(self, parts: list[_Forward], aux: AuxLoss | None, batch: _Batch) -> Tensor:  # [3]
+        """FVU, the dead latents' loss and L0 of the whole batch. Collective over the members."""
+        mesh = self.sae.mesh
+        squares = torch.stack([part.squares.sum() for part in parts]).sum()
+        active = torch.stack([(part.codes.values > 0).sum() for part in parts]).sum()
+        active = active.to(squares.dtype)
+        all_reduce_(active, mesh.shard_group, mesh.num_shards)
+        loss = torch.zeros_like(squares) if aux is None else aux.total()
+        metrics = torch.stack([squares * batch.inverse, loss, active / batch.tokens])
+        all_reduce_(metrics, mesh.replica_group, mesh.num_replicas)
+        return metrics

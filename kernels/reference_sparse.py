@@ -1,0 +1,184 @@
+"""Decoder, its gradients and the order of pairs in plain PyTorch: the sparse part of reference.py.
+
+Legend: N tokens, D d_in, F d_sae (of this shard), K k.  W_dec is [F, D]: a latent is a row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference_encode import accumulate_dtype
+
+
+def sparse_decode(
+    top_acts: Tensor,  # [N, K]
+    top_idx: Tensor,  # [N, K] int32 or int64
+    W_dec: Tensor,  # [F, D]
+) -> Tensor:  # [N, D] in W_dec's dtype
+    """`recon[n] = sum_j top_acts[n, j] * W_dec[top_idx[n, j]]`, accumulated in float32 (float64
+    for float64).
+    """
+    dtype = accumulate_dtype(W_dec.dtype)
+    recon = F.embedding_bag(
+        top_idx, W_dec.to(dtype), mode="sum", per_sample_weights=top_acts.to(dtype)
+    )
+    return recon.to(W_dec.dtype)
+
+
+def gathered_dots(
+    grad: Tensor,  # [N, D]
+    top_idx: Tensor,  # [N, K]
+    W: Tensor,  # [F, D]
+) -> Tensor:  # [N, K] float32, or float64
+    """`dots[n, j] = grad[n] . W[top_idx[n, j]]`: the decoder's gradient with respect to its
+    activations.
+    """
+    dtype = accumulate_dtype(W.dtype)
+    out = []
+    for g, idx in zip(torch.split(grad, 256), torch.split(top_idx, 256), strict=True):
+        out.append(torch.einsum("nkd,nd->nk", W[idx.long()].to(dtype), g.to(dtype)))
+    return torch.cat(out)
+
+
+def scatter_rows(
+    coef: Tensor,  # [N, K]
+    top_idx: Tensor,  # [N, K]
+    rows: Tensor,  # [N, D]
+    num_latents: int,
+    dtype: torch.dtype | None = None,
+    order: PairOrder | None = None,
+) -> Tensor:  # [F, D] in dtype; left out, float32, or float64
+    """`out[f] = sum of coef[n, j] * rows[n] over the pairs with top_idx[n, j] == f`: both weight
+    gradients.
+
+    Deterministic: the pairs of a latent are added in token order. The kernel takes an order made
+    before for the same pairs; here it is not needed.
+    """
+    del order
+    wanted, dtype = dtype, accumulate_dtype(rows.dtype)
+    num_tokens, k = top_idx.shape
+    token = torch.arange(num_tokens, device=rows.device).repeat_interleave(k)
+    empty = token.new_empty(0)
+    # embedding_bag's own backward is this sum without an [N, K, D] tensor: 20x index_add_ at
+    # N=1024 K=32 D=576.
+    grad: Tensor = torch.ops.aten._embedding_bag_dense_backward(
+        rows.to(dtype),
+        top_idx.flatten().long(),
+        token,
+        empty,
+        empty,
+        num_latents,
+        False,
+        0,
+        coef.to(dtype).flatten(),
+    )
+    return grad if wanted is None else grad.to(wanted)
+
+
+def decode_backward(
+    top_acts: Tensor,  # [N, K]
+    top_idx: Tensor,  # [N, K]
+    W_dec: Tensor,  # [F, D]
+    grad: Tensor,  # [N, D]
+    order: PairOrder | None = None,
+) -> tuple[Tensor, Tensor]:  # [N, K] float32/64, [F, D] in W_dec's dtype
+    """`gathered_dots` and `scatter_rows`: the decoder's gradients. `order` as in `scatter_rows`."""
+    del order
+    grad_W = scatter_rows(top_acts, top_idx, grad, W_dec.shape[0], W_dec.dtype)
+    return gathered_dots(grad, top_idx, W_dec), grad_W
+
+
+def scatter_values(
+    coef: Tensor,  # [N, K]
+    top_idx: Tensor,  # [N, K]
+    num_latents: int,
+    order: PairOrder | None = None,
+) -> Tensor:  # [F] float32, or float64
+    """`out[f] = sum of coef[n, j] over the pairs with top_idx[n, j] == f`: the encoder bias's
+    gradient. `order` as in `scatter_rows`.
+    """
+    del order
+    coef = coef.to(accumulate_dtype(coef.dtype)).flatten()
+    return coef.new_zeros(num_latents).index_add_(0, top_idx.flatten().long(), coef)
+
+
+def pair_coefs(
+    top_acts: Tensor,  # [N, K]
+    top_idx: Tensor,  # [N, K]
+    W_dec: Tensor,  # [F, D]
+    residual: Tensor,  # [N, D]
+    scale: Tensor,  # scalar
+) -> tuple[Tensor, Tensor]:  # [N, K] float32/64 x 2
+    """What a pair adds to its latent's rows: `scale * act` times the token's residual to W_dec's
+    gradient, `scale * residual . W_dec[latent]` times the centred token to W_enc's; 0 where the
+    activation is 0.
+    """
+    dots = gathered_dots(residual, top_idx, W_dec)
+    return top_acts.to(dots.dtype) * scale, (dots * scale).masked_fill(top_acts == 0, 0)
+
+
+def decode_coefs(
+    top_acts: Tensor,  # [N, K]
+    top_idx: Tensor,  # [N, K]
+    W_dec: Tensor,  # [F, D]
+    b_dec: Tensor,  # [D]
+    x: Tensor,  # [N, D]
+    scale: Tensor,  # scalar
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N, D], [any] float32/64, [N, K] float32/64 x 2
+    """`recon - x`, its squares in parts that are to be added (taken before it is rounded), and its
+    `pair_coefs`.
+    """
+    dtype = accumulate_dtype(W_dec.dtype)
+    residual = sparse_decode(top_acts, top_idx, W_dec.to(dtype)) + b_dec.to(dtype) - x.to(dtype)
+    rounded, squares = residual.to(W_dec.dtype), residual.square().sum().view(1)
+    return rounded, squares, *pair_coefs(top_acts, top_idx, W_dec, rounded, scale)
+
+
+class PairOrder(NamedTuple):
+    """(token, latent) pairs ordered by latent, those of a latent in pair order."""
+
+    order: Tensor  # [P] int32 or int64, pairs; what stands beyond every latent's is not said
+    latents: Tensor  # [P] int16 or int32, the ordered pairs' latents; F where a pair was dropped
+    offsets: Tensor  # [F + 1] int32, where each latent's pairs begin
+
+
+def order_pairs(
+    top_idx: Tensor,  # any shape, P elements
+    num_latents: int,
+    coef: Tensor | None = None,  # as top_idx
+) -> PairOrder:
+    """The by-latent ordering that both weight gradients share; pairs whose coef is 0 go last,
+    beyond every latent's.
+    """
+    # A radix sort's passes are the key's bytes: two are enough for most dictionaries.
+    dtype = torch.int16 if num_latents < 2**15 else torch.int32
+    keys = top_idx.flatten().to(dtype)
+    if coef is not None:
+        keys = keys.masked_fill(coef.flatten() == 0, num_latents)
+    latents, order = keys.sort(stable=True)
+    bounds = torch.arange(num_latents + 1, dtype=dtype, device=keys.device)
+    return PairOrder(order, latents, torch.searchsorted(latents, bounds, out_int32=True))
+
+
+def centre(
+    x: Tensor,  # [N, D]
+    b_dec: Tensor,  # [D]
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] in dtype, [any, D] and [any] float32/64
+    """`x - b_dec` in the compute dtype, its sums over tokens, its sum of squares; both in parts
+    that are to be added.
+    """
+    centred = x.to(b_dec.dtype) - b_dec
+    return centred.to(dtype), centred.sum(dim=0, keepdim=True), centred.square().sum().view(1)
+
+
+def token_sums(
+    x: Tensor,  # [N, D]
+) -> tuple[Tensor, Tensor]:  # [any, D] and [any] float32/64
+    """Sums of tokens, and of all squares, in parts that are to be added."""
+    wide = x.to(accumulate_dtype(x.dtype))
+    return wide.sum(dim=0, keepdim=True), wide.square().sum().view(1)

@@ -1,0 +1,52 @@
+"""Worker: reads batches through a feed while the step's own collectives run, and leaves early."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from flash_sae_dist.activations.feed import BatchFeed
+from flash_sae_dist.parallel import collectives
+from flash_sae_dist.parallel.mesh import make_mesh
+from tests.dist.ranks import worker
+
+BATCH, WIDTH, COUNT = 48, 10, 50
+# "cuda" is each rank's own GPU.
+DEVICE = torch.device(os.environ.get("TRAIN_WORKER_DEVICE", "cpu"))
+if str(DEVICE) == "cuda":
+    DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def batch(step: int, dtype: torch.dtype) -> torch.Tensor:
+    g = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, WIDTH, generator=g).to(dtype)
+
+
+def run(replicas: str, left_after: str) -> dict[str, Any]:
+    """What a feed that is left after some batches gave, and one that is read to its end."""
+    mesh = make_mesh(None, int(replicas), device=DEVICE)
+    rows = [batch(i, torch.bfloat16).chunk(mesh.members)[mesh.member] for i in range(COUNT)]
+    if DEVICE.type == "cuda":
+        rows = [part.pin_memory() for part in rows]
+    work = torch.ones(1 if DEVICE.type == "cpu" else 2048, 2048, device=DEVICE)
+    seen = []
+    for count in (int(left_after), COUNT):
+        # Without a copy or a gather a batch is the source's own tensor.
+        source = rows if DEVICE.type == "cuda" else [part.clone() for part in rows]
+        with BatchFeed(source, COUNT, mesh, DEVICE) as feed:
+            for number, x in enumerate(feed):
+                if number == count:
+                    break
+                if mesh.shard == number % mesh.num_shards:
+                    for _ in range(8):
+                        work = (work @ work.T @ work).clamp(0, 1)
+                collectives.all_reduce_(work, mesh.shard_group, mesh.num_shards)
+                seen.append(x.clone())
+                x.fill_(torch.nan)
+    return {"seen": torch.stack(seen).cpu(), "replica": mesh.replica}
+
+
+if __name__ == "__main__":
+    worker(run)

@@ -1,0 +1,116 @@
+"""What the benchmarks set up: weights, dead latents, our rows, another checkout's process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from flash_sae_dist.launch.bench_against import compare
+from flash_sae_dist.launch.bench_step import EXACT, OURS
+from flash_sae_dist.launch.bench_training import (
+    SHAPES,
+    OurStep,
+    dead_latents,
+    make_training,
+    shape_of,
+    still_dead,
+)
+from flash_sae_dist.parallel.mesh import Mesh
+
+TINY = (64, 16, 960, 4)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_each_of_our_rows_trains(name: str) -> None:
+    step = OurStep(TINY, CPU, **OURS[name])
+    losses = [float(step().fvu) for _ in range(3)]
+    assert losses[-1] < losses[0]
+    assert step.about().keys() == {"step"}
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if "dead" in OURS[name]])
+@pytest.mark.parametrize("by_bias", [False, True])
+def test_dead_latents_are_dead_spread_and_stay_so(name: str, by_bias: bool) -> None:
+    options = OURS[name]
+    step = OurStep(TINY, CPU, by_bias=by_bias, **options)
+    mask = dead_latents(TINY[2], options["dead"])
+    assert step.dead == int(mask.sum()) == int(TINY[2] * options["dead"])
+    assert int(mask.int().diff().abs().sum()) > 5, "they are spread"
+    for _ in range(30):
+        metrics = step()
+        loss = float(metrics.aux)
+        # Ghost activations are an exponential; AuxK's are zero where the bias is -100.
+        assert loss > 0 if options["dead_latents"] == "auxk" or not by_bias else loss >= 0
+    assert step.training.dead.any_listed
+    silent = step.training.dead.tokens_since_fired > step.training.cfg.dead_after_tokens
+    assert torch.equal(silent, mask)
+    assert "remark" not in step.about()
+
+
+def test_half_of_the_dead_latents_activations_are_positive() -> None:
+    training = make_training(TINY, Mesh.single(), CPU, dead=1 / 3)
+    x = torch.randn(TINY[0], TINY[1])
+    pre = x @ training.sae.W_enc.T
+    dead = pre[:, dead_latents(TINY[2], 1 / 3)]
+    assert 0.4 < float((dead > 0).float().mean()) < 0.6
+
+
+@pytest.mark.parametrize("num_shards", [2, 4])
+def test_weights_are_the_same_on_any_number_of_shards(num_shards: int) -> None:
+    shape = (8, 3, 5000 * 4, 2)
+    whole = make_training(shape, Mesh.single(), CPU, dead=0.1)
+    parts = [
+        make_training(shape, Mesh(0, 1, 0, 1, shard, num_shards, None, None, None), CPU, dead=0.1)
+        for shard in range(num_shards)
+    ]
+    for name, want in whole.sae.named_parameters():
+        got = [dict(part.sae.named_parameters())[name] for part in parts]
+        assert torch.equal(got[0] if name == "b_dec" else torch.cat(got), want)
+    assert sum(still_dead(part) for part in parts) == still_dead(whole) == 2000
+    assert torch.allclose(whole.sae.W_dec.norm(dim=1), torch.ones(shape[2]))
+
+
+def test_shapes_have_names_or_sizes() -> None:
+    for name, shape in SHAPES.items():
+        assert shape_of(name) == shape
+        if name.startswith("n"):
+            n, d, f, k = shape
+            assert name == f"n{n}-d{d}-f{f}-k{k}"
+    assert shape_of("n8-d4-f16-k2") == (8, 4, 16, 2)
+    for name in ("n8-d4-f16-k17", "n0-d4-f16-k2", "foo"):
+        with pytest.raises(typer.BadParameter, match=f"--shape {name} is no shape"):
+            shape_of(name)
+
+
+def _checkout(root: Path, ms: str) -> Path:
+    """A package whose step takes `ms`, an expression of the shape."""
+    package = root / "flash_sae_dist/launch"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "bench_step.py").write_text("def _fused_step(shape):\n    return lambda: shape\n")
+    body = f"def median_ms(step, repeats, ahead):\n    N, D, F, k = step()\n    return {ms}\n"
+    (package / "bench_timing.py").write_text(body)
+    return root
+
+
+@pytest.mark.slow
+def test_checkouts_are_timed_in_turns(tmp_path: Path) -> None:
+    ours = _checkout(tmp_path / "a", "N * (repeats == 7 and ahead)")
+    other = _checkout(tmp_path / "b", "2 * N if N < 50 else 1 / 0")
+    shapes = {"fast": (10, 2, 3, 1), "fails": (64, 2, 3, 1), "after": (20, 2, 3, 1)}
+    rows: list[dict[str, Any]] = compare(shapes, other, 7, ours)
+    assert [row["shape"] for row in rows] == list(shapes)
+    for row, ms in ((rows[0], 10), (rows[2], 20)):
+        assert row["ours ms"] == ms
+        assert row["ours / other"] == 0.5
+        assert row["in turns"] == "  ".join(2 * [f"{ms:.3f} {2 * ms:.3f}"])
+    assert str(other) in rows[1]["remark"]
+
+
+def test_the_exact_row_is_first() -> None:
+    assert next(iter(OURS)) == EXACT
