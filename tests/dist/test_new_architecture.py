@@ -86,7 +86,6 @@ def test_it_goes_through_the_commands(tmp_path: Path) -> None:
     one, two = ([line["fvu"] for line in lines[n]] for n in (1, 2))
     assert len(one) == 30
     assert two == pytest.approx(one, rel=1e-4)
-    # Longer, from the checkpoint, on another number of processes.
     codes, said = run("export", 1, config, f"output={tmp_path / '2'}")
     assert codes == [2], said
     assert "whose architecture is 'groupmax'" in said
