@@ -39,7 +39,8 @@ class _Stop(Exception):  # noqa: N818 (no error: it ends a forward pass whose re
     """Raised by the last hook."""
 
 
-def _folder_or_name(name: str) -> str:
+def folder_or_name(name: str) -> str:
+    """The folder that a model.name means, or its name on the hub. Raises ConfigError."""
     if name.startswith(("/", "./", "../", "~")):
         folder = Path(name).expanduser()
         if not folder.is_dir():
@@ -74,7 +75,7 @@ def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel
     """
     import transformers
 
-    source = _folder_or_name(cfg.name)
+    source = folder_or_name(cfg.name)
     where: dict[str, Any] = {"revision": cfg.revision} if cfg.revision else {}
     if cfg.gguf_file:
         where["gguf_file"] = cfg.gguf_file
@@ -98,6 +99,22 @@ def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel
         ) from e
     new = frozenset(told["missing_keys"])
     return LanguageModel(model.to(device).eval(), tokenizer, task, device, new)
+
+
+def load_tokenizer(cfg: ModelConfig) -> Any:
+    """The tokenizer alone. Raises ConfigError where it does not exist."""
+    import transformers
+
+    where: dict[str, Any] = {"revision": cfg.revision} if cfg.revision else {}
+    if cfg.gguf_file:
+        where["gguf_file"] = cfg.gguf_file
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder_or_name(cfg.name), **where)
+    except (OSError, ValueError, ImportError) as e:
+        raise ConfigError(
+            f"model.name={cfg.name!r} has no tokenizer: {' '.join(str(e).split())}; check the "
+            "name, model.revision and model.gguf_file"
+        ) from e
 
 
 def model_commit(lm: LanguageModel) -> str | None:
