@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from transformers import FalconConfig, FalconForCausalLM
 
 from flash_sae_dist import files
+from flash_sae_dist.activations import records
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.language_model import (
     LanguageModel,
@@ -563,7 +564,7 @@ def test_hosts_with_other_files_write_no_store(made: Path, tmp_path: Path, other
         own = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TMPDIR": str(tmp_path / f"tmp{rank}")}
         env = rank_env(rank, 2, port) | own
         log = tmp_path / f"{rank}.log"
-        hosts.append(start_module("flash_sae_dist.launch.cache", [str(file)], env, log))
+        hosts.append(start_module("tests.fleeting", [str(file)], env, log))
     codes = wait(hosts, timeout=180)
     told = [host.err.read_text() for host in hosts]
     assert codes == [2, 2], told
@@ -593,8 +594,18 @@ def test_a_damaged_record_is_told(root: Path) -> None:
         ActivationStore.open(str(root / "store.zarr"))
 
 
+def test_a_store_that_cannot_last_is_refused(made: Path) -> None:
+    for url in ("memory://acts.zarr", "simplecache::memory://acts.zarr"):
+        with pytest.raises(ConfigError, match=r"cache\.store='.*lost when this process ends; name"):
+            run_cache(parse_config(config_data(made, store=url)), Accelerator(cpu=True))
+
+
 @pytest.mark.parametrize("kind", ["memory", "file"])
-def test_any_fsspec_url_works(made: Path, tmp_path: Path, kind: str) -> None:
+def test_any_fsspec_url_works(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    # It stands for an object store.
+    monkeypatch.setattr(records, "FLEETING", set())
     url = "memory://acts.zarr" if kind == "memory" else f"file://{tmp_path}/acts.zarr"
     data = config_data(made, store=url, num_tokens=300)
     data["text"]["paths"] = [f"file://{made}/*.jsonl"]

@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .. import __version__
 from ..config.base import ConfigError, UserError
 from ..config.data import CacheConfig
 from ..config.run import RunConfig
 from ..files import check_writable, locked
+from ..identity import FREE_KEYS, difference, tell_other_versions, versions
 from ..parallel import agree
 from ..progress import progress_bar
 from .language_model import (
@@ -31,18 +30,25 @@ from .language_model import (
     capture_activations,
     check_context_length,
     load_language_model,
+    load_tokenizer,
     model_commit,
     model_dtype,
     resolve_hookpoints,
     weights_checksum,
 )
+from .origin import (
+    content_stamp,
+    loaded_parts,
+    model_parts,
+    row_parts,
+    text_digest,
+    tokenizer_digest,
+)
+from .records import CONFIG, check_lasts
 from .store import Geometry, Origin, Shape, StoreWriter, make_geometry, storage_dtype
 from .text import TokenTable, begin_token, token_table
 
 logger = logging.getLogger(__name__)
-# What may differ when a cache is resumed: where it is. How many sequences a pass takes is part of
-# the content, since it may change a matmul's rounding.
-_FREE_KEYS = {"store"}
 
 
 def store_config(config: RunConfig) -> dict[str, Any]:
@@ -53,7 +59,7 @@ def store_config(config: RunConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for section in ("model", "text", "cache"):
         for key, value in getattr(config, section).model_dump(mode="json").items():
-            if key not in _FREE_KEYS:
+            if f"{section}.{key}" not in FREE_KEYS - {"text.streaming"}:
                 flat[f"{section}.{key}"] = value
     return flat
 
@@ -66,10 +72,12 @@ def run_cache(config: RunConfig, accelerator: Any) -> None:
     config.need("model", "text", "cache", verb="cache")
     assert config.model is not None
     assert config.cache is not None
+    check_lasts(config.cache.store)
     writer = StoreWriter(config.cache.store, store_config(config), create=True)
     if accelerator.is_main_process:
         writer.restore_config()
     if writer.is_complete():
+        agree.first_checks(lambda: _check_still_same(config, writer))
         if accelerator.is_main_process:
             print(f"{config.cache.store} is complete; nothing to do")
         return
@@ -93,21 +101,22 @@ def _fill(
 ) -> None:
     """Makes the shards that are not there yet."""
     assert config.cache is not None
-    table = _shared_table(config, lm, accelerator, writer)
+    # Before anything is read: what changes from here on has another stamp.
+    stamp = content_stamp(config)
+    table = _shared_table(config, lm, accelerator, writer, stamp)
     widths = _widths(lm, hookpoints, table)
-    rows = min(config.cache.num_tokens, int(table.keep.sum()))
-    if rows < config.cache.num_tokens and accelerator.is_main_process:
-        logger.warning(
-            "the text ends after %d stored tokens, before cache.num_tokens=%d",
-            rows,
-            config.cache.num_tokens,
-        )
-    itemsize = storage_dtype(config.cache.dtype).itemsize
-    geometry = make_geometry(rows, max(widths.values()), itemsize, config.cache.shard_mib)
+    geometry = _geometry(config.cache, table, widths, accelerator)
     origin = _shared_origin(lm, table)
     writer.check_origin(geometry, origin)
+    parts = _shared_parts(config, lm, table, accelerator)
+    parts |= {"hookpoints": widths, **geometry._asdict()}
+    writer.check_identity(parts)
     if accelerator.is_main_process:
-        writer.create(geometry, widths, config.cache.dtype, _provenance(config, lm), origin)
+        if (before := writer.identity()) is not None:
+            tell_other_versions(f"the first part of {config.cache.store}", before["versions"])
+        identity = {"parts": parts, "stamp": stamp, "versions": versions()}
+        about = _provenance(config, lm)
+        writer.create(geometry, widths, config.cache.dtype, about, origin, identity)
     accelerator.wait_for_everyone()
     todo = writer.missing(Shape(geometry, config.cache.dtype, widths))
     accelerator.wait_for_everyone()
@@ -119,6 +128,91 @@ def _fill(
     if accelerator.is_local_main_process:
         shutil.rmtree(_table_folder(config, writer), ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def _geometry(
+    cfg: CacheConfig, table: TokenTable, widths: dict[str, int], accelerator: Any
+) -> Geometry:
+    """How the rows that the text gives are cut."""
+    rows = min(cfg.num_tokens, int(table.keep.sum()))
+    if rows < cfg.num_tokens and accelerator.is_main_process:
+        logger.warning(
+            "the text ends after %d stored tokens, before cache.num_tokens=%d",
+            rows,
+            cfg.num_tokens,
+        )
+    itemsize = storage_dtype(cfg.dtype).itemsize
+    return make_geometry(rows, max(widths.values()), itemsize, cfg.shard_mib)
+
+
+def _shared_parts(
+    config: RunConfig, lm: LanguageModel, table: TokenTable, accelerator: Any
+) -> dict[str, Any]:
+    """What the rows are made of; one process a host reads its files. Collective.
+
+    Raises ConfigError where hosts have other files than one another.
+    """
+    assert config.model is not None
+    mine: dict[str, Any] | None = None
+    if accelerator.is_local_main_process:
+        mine = loaded_parts(config.model, lm) | {"text": text_digest(table)} | row_parts(config)
+    everyone = [parts for parts in agree.from_all(mine) if parts is not None]
+    for other in everyone[1:]:
+        if found := difference(everyone[0], other):
+            raise ConfigError(
+                f"{found} on another host, whose rows one store would mix; give all hosts the same"
+            )
+    first: dict[str, Any] = everyone[0]
+    return first
+
+
+def _check_still_same(config: RunConfig, writer: StoreWriter) -> None:
+    """Raises ConfigError where a finished store was made of another model or text than lie at the
+    config's paths now. Loads the tokenizer at most, and that only where a file has changed.
+    """
+    assert config.model is not None
+    assert config.cache is not None
+    if (before := writer.identity()) is None:
+        logger.info("%s is older than identities: its names alone are compared", writer.path)
+        return
+    stamp = content_stamp(config)
+    if stamp is not None and stamp == before["stamp"]:
+        return
+    named = writer.config == writer.records.read(CONFIG)
+    parts = model_parts(config.model)
+    if parts is None:
+        what = f"{writer.path}: model.name={config.model.name!r} is not found on this machine"
+        if not named:
+            raise ConfigError(f"{what}, and was not its name when that store was made; name it so")
+        logger.info("%s, so nothing compares it with the store's", what)
+        return
+    if config.model.dtype != "auto":
+        parts["model dtype"] = config.model.dtype
+    writer.check_identity(parts)
+    _check_still_same_text(config, writer, before["parts"])
+
+
+def _check_still_same_text(config: RunConfig, writer: StoreWriter, before: dict[str, Any]) -> None:
+    """The rest of `_check_still_same`: tokenises the text anew."""
+    assert config.model is not None
+    assert config.cache is not None
+    assert config.text is not None
+    tokenizer = load_tokenizer(config.model)
+    task = before["model task"] if config.model.task == "auto" else config.model.task
+    writer.check_identity({"tokenizer": tokenizer_digest(tokenizer), "model task": task})
+    if config.text.source == "hub" and not Path(str(config.text.name)).is_dir():
+        # Its name is all that there is to compare without the network.
+        return
+    logger.info("model or text lie in other files than when %s was made: comparing", writer.path)
+    table = token_table(
+        config.text,
+        tokenizer,
+        context_length=config.cache.context_length,
+        causal=task == "causal-lm",
+        drop_special_tokens=config.cache.drop_special_tokens,
+        num_rows=config.cache.num_tokens,
+    )
+    writer.check_identity({"text": text_digest(table)})
 
 
 def _write_shards(
@@ -161,7 +255,11 @@ def _digest(config: RunConfig) -> str:
 
 
 def _shared_table(
-    config: RunConfig, lm: LanguageModel, accelerator: Any, writer: StoreWriter
+    config: RunConfig,
+    lm: LanguageModel,
+    accelerator: Any,
+    writer: StoreWriter,
+    stamp: str | None,  # of the files that are read
 ) -> TokenTable:
     """Tokenises once a host, in its first process; the others map the files."""
     assert config.cache is not None
@@ -170,8 +268,9 @@ def _shared_table(
     first = accelerator.is_local_main_process
     if writer.records.local:
         first = accelerator.is_main_process
-    # The marker tells of which config the table is: one that was killed early leaves no other sign.
-    marker, digest = folder / "whole", _digest(config)
+    # The marker tells of which config and files the table is: one that was killed early leaves no
+    # other sign.
+    marker, digest = folder / "whole", f"{_digest(config)} {stamp}"
     error = None
     if first and not (marker.exists() and marker.read_text() == digest):
         shutil.rmtree(folder, ignore_errors=True)
@@ -235,14 +334,13 @@ def _widths(lm: LanguageModel, hookpoints: list[str], table: TokenTable) -> dict
 
 
 def _provenance(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
-    packages = ("torch", "transformers", "zarr", "numpy")
     return {
         "config": store_config(config),
         "model_commit": model_commit(lm),
         "tokenizer": type(lm.tokenizer).__name__,
         "begin_token": begin_token(lm.tokenizer, lm.causal) is not None,
         "task": lm.task,
-        "versions": {"flash_sae_dist": __version__, **{n: version(n) for n in packages}},
+        "versions": versions(),
     }
 
 

@@ -19,6 +19,20 @@ class DamagedStoreError(UserError):
     """A store whose data are missing, torn or changed."""
 
 
+# Protocols of fsspec whose content ends with the process.
+FLEETING = {"memory"}
+
+
+def check_lasts(path: str) -> None:
+    """Raises ConfigError for a store whose content would end with this process."""
+    fleeting = FLEETING & {part.partition(":")[0] for part in path.split("::")}
+    if fleeting and "://" in path:
+        raise ConfigError(
+            f"cache.store={path!r} is kept in {fleeting.pop()} and lost when this process ends; "
+            "name a folder or an object store"
+        )
+
+
 def shard_record(shard: int) -> str:
     """Name of a shard's record."""
     return f"shard-{shard:08d}.json"

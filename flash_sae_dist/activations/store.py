@@ -11,6 +11,8 @@ error, so what is complete is known from the records alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -20,6 +22,8 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from ..config.base import ConfigError, nearest_name
+from ..identity import NAMING_KEYS, digest
+from ..identity import difference as first_difference
 from .records import COMPLETE, CONFIG, GEOMETRY, Records, shard_record
 from .records import DamagedStoreError as DamagedStoreError
 
@@ -149,9 +153,11 @@ def array_names(widths: dict[str, int]) -> list[str]:
     return [f"activations/{h}" for h in widths] + [f"tokens/{n}" for n in TOKEN_ARRAYS]
 
 
-def difference(path: str, before: dict[str, Any], asked: dict[str, Any]) -> ConfigError | None:
-    """The first key in which a store's config differs from the one asked for."""
-    for key in sorted(before.keys() | asked.keys()):
+def difference(
+    path: str, before: dict[str, Any], asked: dict[str, Any], free: Collection[str] = ()
+) -> ConfigError | None:
+    """The first key in which a store's config differs from the one asked for, but those in free."""
+    for key in sorted((before.keys() | asked.keys()) - set(free)):
         if before.get(key) != asked.get(key):
             return ConfigError(
                 f"{key}={asked.get(key)!r} differs from {before.get(key)!r} in the store {path}; "
@@ -180,7 +186,9 @@ class StoreWriter:
             attributes: dict[str, Any] = zarr.open_group(self.records.zarr, mode="r").attrs.asdict()
             before = attributes.get("config")
         if before is not None:
-            error = difference(self.path, before, self.config)
+            # What lies there is compared in place of its name.
+            free = {*NAMING_KEYS, "text.streaming"} if self.identity() is not None else ()
+            error = difference(self.path, before, self.config, free)
             if error is not None:
                 raise error
 
@@ -197,6 +205,21 @@ class StoreWriter:
         if shape is None or self.records.read(COMPLETE) is None:
             return False
         return not self.missing(shape)
+
+    def identity(self) -> dict[str, Any] | None:
+        """What `create` recorded of what the rows are made of; None for a store that was not begun
+        or is older.
+        """
+        return (self.records.read(GEOMETRY) or {}).get("identity")
+
+    def check_identity(self, parts: dict[str, Any]) -> None:
+        """Raises ConfigError where a store's rows are made of other things than these."""
+        before = self.identity()
+        if before is not None and (other := first_difference(before["parts"], parts)):
+            raise ConfigError(
+                f"cache.store={self.path!r} is made of other things: {other}; name another store, "
+                "or remove that one"
+            )
 
     def check_origin(self, geometry: Geometry, origin: Origin) -> None:
         """Raises ConfigError where a store that was begun holds rows of another text or model,
@@ -228,6 +251,7 @@ class StoreWriter:
         dtype: str,
         attributes: dict[str, Any],
         origin: Origin | None = None,
+        identity: dict[str, Any] | None = None,
     ) -> None:
         """Makes the empty arrays, once; on a store that exists it changes nothing. One process
         calls it.
@@ -253,6 +277,8 @@ class StoreWriter:
             shape = {"format": FORMAT, "dtype": dtype, "widths": widths, **geometry._asdict()}
             if origin is not None:
                 shape |= origin._asdict()
+            if identity is not None:
+                shape["identity"] = identity
             self.records.write(GEOMETRY, shape)
 
     def _array(
@@ -316,10 +342,19 @@ class StoreWriter:
             group.create_array(f"{where}/mean", data=total[:-1], overwrite=True)
             norm = total[-1:].reshape(())
             group.create_array(f"{where}/mean_squared_norm", data=norm, overwrite=True)
-        record = {"rows": geometry.rows, "shards": geometry.num_shards}
+        record: dict[str, Any] = {"rows": geometry.rows, "shards": geometry.num_shards}
         if num_documents is not None:
             record["documents"] = num_documents
+        record["content"] = self._content(geometry)
         self.records.write(COMPLETE, record)
+
+    def _content(self, geometry: Geometry) -> dict[str, str]:
+        """A digest of each array's rows, from the checksums in the shards' records."""
+        sums: dict[str, list[int]] = {}
+        for shard in range(geometry.num_shards):
+            for name, value in (self.records.read(shard_record(shard)) or {})["crc32c"].items():
+                sums.setdefault(name, []).append(value)
+        return {name: digest(values) for name, values in sums.items()}
 
 
 class ActivationStore:
@@ -365,6 +400,25 @@ class ActivationStore:
                     f"{self.shard_file(name, min(lost))} is missing from the store or cut short; "
                     "run the same `flash-sae cache` again"
                 )
+
+    @cached_property
+    def _identity(self) -> tuple[dict[str, Any], dict[str, str]]:
+        geometry, complete = (self.records.read(name) or {} for name in (GEOMETRY, COMPLETE))
+        return geometry.get("identity") or {}, complete.get("content") or {}
+
+    def made_of(self, hookpoint: str | None = None) -> dict[str, Any]:
+        """What the rows of a hookpoint are: `parts` (empty for a store that is older than their
+        record, or was not made by `cache`), a checksum of the rows themselves, the versions of the
+        libraries; without a hookpoint, of all.
+        """
+        identity, content = self._identity
+        parts = identity.get("parts", {})
+        rows = digest(content) if content else None
+        if hookpoint is not None:
+            if parts:
+                parts = parts | {"hookpoints": {hookpoint: self.widths[hookpoint]}}
+            rows = content.get(f"activations/{hookpoint}")
+        return {"parts": parts, "rows": rows, "versions": identity.get("versions", {})}
 
     def begins_with_token(self) -> bool:
         """Whether every sequence of the text began with the tokenizer's begin token."""
