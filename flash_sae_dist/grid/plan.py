@@ -19,7 +19,8 @@ from ..parallel import agree
 from ..parallel.mesh import Mesh
 from ..training.engine import choose_engine
 from ..training.job import Config, with_values
-from ..training.records import Job, check_same_job
+from ..training.made_of import check_same_job
+from ..training.records import Job
 from ..training.trainer import is_finished
 
 # fp32 weights, gradients and two moments, and a 2-byte compute copy, of two [d_sae, d_in] matrices.
@@ -47,10 +48,12 @@ def agreed_plan(config: Config, mesh: Mesh, device: torch.device, *, grid: bool)
     """
     # The least over all ranks: a bundle has to fit any of them.
     memory = min(agree.from_all(usable_memory(device)))
-    return agree.from_first(lambda: make_plan(config, mesh, memory, grid=grid))
+    return agree.from_first(lambda: make_plan(config, mesh, memory, device, grid=grid))
 
 
-def make_plan(config: Config, mesh: Mesh, memory_bytes: int, *, grid: bool) -> Plan:
+def make_plan(
+    config: Config, mesh: Mesh, memory_bytes: int, device: torch.device, *, grid: bool
+) -> Plan:
     """The plan of `train` or `grid`. Raises ConfigError or another UserError before any work when
     something does not fit.
     """
@@ -61,7 +64,7 @@ def make_plan(config: Config, mesh: Mesh, memory_bytes: int, *, grid: bool) -> P
     check_fit(jobs, widths, mesh)
     check_writable("output", config.output)
     for job in jobs:
-        check_same_job(job, store.config)
+        check_same_job(job, store, device)
     unfinished = [job for job in jobs if not is_finished(job)]
     bundles = make_bundles(unfinished, widths, mesh.num_shards, memory_bytes)
     return Plan(jobs, {job.name for job in unfinished}, assign(bundles, mesh.num_groups))

@@ -148,6 +148,19 @@ def _verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def newest_info(folder: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint with a whole manifest says of itself; its tensors are not read."""
+    for path in reversed(_found(folder)):
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            if manifest["format"] == 1 or manifest["crc32c"] == _manifest_checksum(manifest):
+                info: dict[str, Any] = manifest["info"]
+                return info
+        except (OSError, KeyError, TypeError, ValueError):
+            continue
+    return None
+
+
 def newest_step(folder: Path, mesh: Mesh) -> int | None:
     """Step of the newest checkpoint whose checksums hold; damaged ones are passed over with a
     warning.

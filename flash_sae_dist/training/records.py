@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from ..config.base import ConfigError, UserError
+from ..config.base import UserError
 from ..files import write_text
+from ..models.base import CONFIG_FILE
 from .job import Config, parse_config
 
 logger = logging.getLogger(__name__)
@@ -45,36 +47,6 @@ def write_job(job: Job, store_config: dict[str, Any]) -> None:
     data = job.config.model_dump(mode="json", exclude_unset=True)
     write_text(job.folder / "store.json", json.dumps(store_config, indent=1) + "\n")
     write_text(job.folder / "job.yaml", yaml.safe_dump(data, sort_keys=False))
-
-
-# What may differ when a run is resumed: how it is logged, saved and spread, not what is learnt.
-_FREE_KEYS = {"num_shards", "num_replicas", "log_every", "checkpoint_every", "keep_checkpoints"}
-
-
-def check_same_job(job: Job, store_config: dict[str, Any]) -> None:
-    """Raises ConfigError where the folder holds a job of another config or of another store's
-    rows.
-    """
-    path, before = job.folder / "job.yaml", read_job(job.folder)
-    if before is None:
-        return
-    for section in ("sae", "train"):
-        old, new = getattr(before, section), getattr(job.config, section)
-        for key in type(new).model_fields:
-            was, asked = getattr(old, key, None), getattr(new, key)
-            if key not in _FREE_KEYS and was != asked:
-                raise ConfigError(
-                    f"{section}.{key}={asked!r} differs from {was!r} in {path}; "
-                    "name another output folder, or remove that job's"
-                )
-    trained = read_store_config(job.folder) or store_config
-    for key in sorted(trained.keys() | store_config.keys()):
-        was, asked = trained.get(key), store_config.get(key)
-        if was != asked:
-            raise ConfigError(
-                f"the store's {key}={asked!r} differs from {was!r}, on which {job.folder} was "
-                "trained; name another output folder, or remove that job's"
-            )
 
 
 def _damaged(path: Path, error: Exception) -> DamagedRecordError:
@@ -113,6 +85,36 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def read_store_config(folder: Path) -> dict[str, Any] | None:
     """What `write_job` wrote of the store, or None before. Raises DamagedRecordError."""
     return _read_json(folder / "store.json")
+
+
+def job_folders(output: Path) -> list[Path]:
+    """Every folder under output that is a job's or holds an SAE, sorted; links to folders are
+    followed, and a folder that is reached twice is found once.
+    """
+    found: list[Path] = []
+    seen: set[Path] = set()
+    # Folders first: a link to one of them is the same job under another name.
+    waiting: list[Path] = [output]
+    links: list[Path] = []
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.pop(0)
+        try:
+            real = folder.resolve(strict=True)
+            entries = sorted(os.scandir(folder), key=lambda e: e.name)
+        except (OSError, RuntimeError):
+            continue
+        if real in seen:
+            continue
+        seen.add(real)
+        names = {entry.name for entry in entries}
+        is_job = "job.yaml" in names or (folder / "sae" / CONFIG_FILE).is_file()
+        if is_job:
+            found.append(folder)
+        for entry in entries:
+            own = is_job and entry.name in ("checkpoints", "sae")
+            if not own and "zarr.json" not in names and entry.is_dir():
+                (links if entry.is_symlink() else waiting).append(folder / entry.name)
+    return sorted(found)
 
 
 def write_status(job: Job, status: Status) -> None:

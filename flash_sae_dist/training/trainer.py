@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from ..models.base import SparseCoder
 from ..parallel import collectives
 from ..parallel.mesh import Mesh
 from ..progress import progress_bar
-from . import checkpoint
+from . import checkpoint, made_of
 from .metrics import HostCopy, LoggedStep, LogMetrics, MetricsLog, Pace, PhaseTimer, StepMetrics
 from .records import (
     Job,
@@ -39,23 +38,31 @@ class Member:
     """One job in the loop: its training state, files and fate."""
 
     def __init__(
-        self, job: Job, store_config: dict[str, Any], d_in: int, mesh: Mesh, device: torch.device
+        self, job: Job, store: ActivationStore, d_in: int, mesh: Mesh, device: torch.device
     ) -> None:
         assert job.config.sae is not None
         assert job.config.train is not None
         self.job, self.mesh, self.cfg = job, mesh, job.config.train
         self.training = SAETraining(job.config.sae, self.cfg, d_in, mesh, device)
         self.error: str | None = None
+        self.made_of = made_of.made_of(job.config, store, device)
         step = checkpoint.newest_step(self.checkpoints, mesh)
         if step is not None:
             sae = self.training.sae
             state = checkpoint.load(self.checkpoints, step, sae.first_latent, sae.d_sae_local)
+            if (was := state.info.get("made_of")) is not None:
+                made_of.check_same(f"{job.folder}'s checkpoint of step {step}", was, self.made_of)
+                if mesh.is_lead:
+                    made_of.tell_longer(job, was, step, self.training.peak_lr)
+            elif mesh.is_lead:
+                logger.info("%s: its checkpoints are older than identities", job.name)
             self.training.load_state(state)
             if mesh.is_lead:
                 logger.info("%s: resumed at step %d", job.name, step)
         self.log = MetricsLog(job.folder / "metrics.jsonl", step or 0, enabled=mesh.is_lead)
         if mesh.is_lead:
-            write_job(job, store_config)
+            write_job(job, store.config)
+            made_of.write(job.folder, self.made_of)
         self.write_status()
 
     @property
@@ -89,9 +96,9 @@ class Member:
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint of the state between two steps. Collective over the members."""
-        checkpoint.save(
-            self.checkpoints, self.training.state(), self.mesh, self.cfg.keep_checkpoints
-        )
+        state = self.training.state()
+        state.info["made_of"] = self.made_of
+        checkpoint.save(self.checkpoints, state, self.mesh, self.cfg.keep_checkpoints)
 
     def save_final(self) -> None:
         """Gathers the shards on the lead and writes the SAE to `sae/`. Collective over the shard
@@ -107,7 +114,12 @@ class Member:
             with torch.device("meta"):
                 out = type(sae).from_config(sae.config, sae.d_in)
             out.load_state_dict(whole, assign=True)
-            out.save(self.job.folder / "sae")
+            folder = self.job.folder / "sae"
+            # Gone while the weights are replaced, last when they are: without it they are written
+            # again.
+            (folder / made_of.MADE_OF).unlink(missing_ok=True)
+            out.save(folder)
+            made_of.write(folder, self.made_of)
         self.write_status()
 
 
@@ -139,7 +151,7 @@ class Trainer:
         self.unread: list[tuple[Member, LoggedStep]] = []
         for job in jobs:
             with self._fails_alone(job):
-                self.members.append(Member(job, store.config, d_in, mesh, device))
+                self.members.append(Member(job, store, d_in, mesh, device))
 
     def run(self) -> None:
         """Steps every job to its end, then writes its SAE."""
@@ -246,5 +258,5 @@ class Trainer:
 
 
 def is_finished(job: Job) -> bool:
-    """True when a job's SAE has been written, and is still whole."""
-    return SparseCoder.is_whole(job.folder / "sae")
+    """True when a job's SAE has been written after all of its steps, and is still whole."""
+    return made_of.is_finished(job, whole=SparseCoder.is_whole(job.folder / "sae"))

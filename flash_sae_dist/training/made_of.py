@@ -1,0 +1,221 @@
+"""What an SAE is made of: the keys that change what a step computes, with the store's rows.
+
+It is kept thrice, in a job's folder, in each checkpoint and beside the finished weights, so that
+none of them is taken for another's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..activations.store import ActivationStore
+from ..config.base import ConfigError, section_models
+from ..files import write_text
+from ..identity import (
+    FREE_KEYS,
+    Difference,
+    difference,
+    digest,
+    plain,
+    tell_other_versions,
+    versions,
+)
+from . import checkpoint
+from .engine import choose_engine
+from .job import Config
+from .optim import default_lr, lr_at
+from .records import DamagedRecordError, Job, read_job, read_store_config
+from .step import resolve_precision
+
+logger = logging.getLogger(__name__)
+MADE_OF = "made_of.json"
+
+
+def step_values(config: Config, d_in: int, device: torch.device) -> dict[str, Any]:
+    """The value of each key that changes what a step computes, resolved: what is left out stands
+    for what it comes to here.
+    """
+    sae, train = config.sae, config.train
+    assert sae is not None
+    assert train is not None
+    d_sae = sae.width(d_in)
+    flat = {f"sae.{key}": value for key, value in sae.model_dump(mode="json").items()}
+    del flat["sae.expansion_factor"]
+    flat |= {f"train.{key}": value for key, value in train.model_dump(mode="json").items()}
+    flat |= {
+        "sae.d_sae": d_sae,
+        "train.lr": train.lr if train.lr is not None else default_lr(d_sae),
+        "train.k_aux": min(train.k_aux or max(1, d_in // 2), d_sae),
+        "train.engine": choose_engine(train, d_in).engine,
+        "train.precision": str(resolve_precision(train.precision, device)).removeprefix("torch."),
+    }
+    return {key: plain(value) for key, value in flat.items() if key not in FREE_KEYS}
+
+
+def _defaults() -> dict[str, Any]:
+    """What a key stands for in a record that is older than the key."""
+    found: dict[str, Any] = {}
+    for section in ("sae", "train"):
+        for model in section_models(Config, section):
+            for name, field in model.model_fields.items():
+                if not field.is_required():
+                    found[f"{section}.{name}"] = plain(field.default)
+    for resolved in ("sae.d_sae", "train.lr", "train.k_aux"):
+        found.pop(resolved, None)
+    return found
+
+
+def made_of(config: Config, store: ActivationStore, device: torch.device) -> dict[str, Any]:
+    """What an SAE of a config and a store is made of."""
+    assert config.train is not None
+    hookpoint = str(config.train.hookpoint)
+    train, rows = config.train, store.made_of(hookpoint)
+    step = step_values(config, store.width(hookpoint), device)
+    return {
+        "step": step,
+        "store": {"parts": rows["parts"], "rows": rows["rows"], "names": store.config},
+        "digest": digest([step, rows["parts"] or rows["rows"]]),
+        "num_tokens": train.num_tokens,
+        "total_steps": -(-train.num_tokens // train.batch_tokens),
+        "versions": versions(),
+    }
+
+
+def write(folder: Path, record: dict[str, Any]) -> None:
+    """Writes a record into the folder of a job or of an SAE."""
+    write_text(folder / MADE_OF, json.dumps(record, indent=1) + "\n")
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What `write` wrote, None where there is nothing. Raises DamagedRecordError."""
+    file = folder / MADE_OF
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data["digest"] != digest(
+            [data["step"], data["store"]["parts"] or data["store"]["rows"]]
+        ):
+            raise ValueError("its digest changed")
+        int(data["total_steps"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError) as e:
+        reason = " ".join(str(e).split())
+        raise DamagedRecordError(
+            f"{file} is damaged ({reason}); restore it, or remove that folder"
+        ) from e
+    found: dict[str, Any] = data
+    return found
+
+
+def records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, record) of what a job's folder holds. Raises DamagedRecordError."""
+    for place in (folder, folder / "sae"):
+        if (record := read(place)) is not None:
+            yield str(place / MADE_OF), record
+    if (info := checkpoint.newest_info(folder / "checkpoints")) is not None and "made_of" in info:
+        yield f"{folder}'s checkpoint of step {info['step']}", info["made_of"]
+
+
+def other_rows(was: dict[str, Any], now: dict[str, Any]) -> Difference | None:
+    """In what the rows of two stores differ, as far as both records tell.
+
+    Of stores with identities these decide: the same text and weights give other roundings on
+    another device. Others are compared by the rows themselves, and by the names in their configs
+    where one of them is older than a checksum.
+    """
+    if was["parts"] and now["parts"]:
+        if found := difference(was["parts"], now["parts"]):
+            return found
+        if was["rows"] != now["rows"]:
+            logger.info("the store was made anew: the same rows but for their rounding")
+        return None
+    if was["rows"] and now["rows"]:
+        # Rows that were copied, or of a store that was moved, are the same under any name.
+        return difference({"rows": was["rows"]}, {"rows": now["rows"]})
+    logger.info("the store is older than identities: its config alone is compared")
+    names = sorted(was["names"].keys() | now["names"].keys())
+    was_named, now_named = ({k: side["names"].get(k) for k in names} for side in (was, now))
+    return difference(was_named, now_named)
+
+
+def check_same(where: str, was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ConfigError where a record is of another job, or of more steps, than what is asked
+    for.
+    """
+    cure = "name another output folder, or remove that job's"
+    if found := difference(was["step"], now["step"], defaults=_defaults()):
+        raise ConfigError(f"{found} in {where}; {cure}")
+    if found := other_rows(was["store"], now["store"]):
+        raise ConfigError(f"the store's {found}, which {where} tells; {cure}")
+
+
+def check_same_job(job: Job, store: ActivationStore, device: torch.device) -> None:
+    """Raises ConfigError where the folder holds a job of another config or of another store's
+    rows, or one that was trained for longer; tells of other versions in a log line.
+    """
+    assert job.config.train is not None
+    # Read in any case: a damaged one is told.
+    before, names = read_job(job.folder), read_store_config(job.folder)
+    now, newest = made_of(job.config, store, device), None
+    for where, was in records(job.folder):
+        check_same(where, was, now)
+        newest = was
+    if newest is not None:
+        tell_other_versions(str(job.folder), newest["versions"])
+        _check_not_shorter(job, now["total_steps"])
+    elif before is not None and before.train is not None and before.sae is not None:
+        logger.info("%s is older than identities: its config alone is compared", job.folder)
+        hookpoint = before.train.hookpoint
+        if hookpoint != job.config.train.hookpoint:
+            raise ConfigError(
+                f"train.hookpoint={job.config.train.hookpoint!r} differs from {hookpoint!r} in "
+                f"{job.folder}/job.yaml; name another output folder, or remove that job's"
+            )
+        was = made_of(before, store, device)
+        was["store"] = {"parts": {}, "rows": None, "names": names or store.config}
+        check_same(f"{job.folder}/job.yaml", was, now)
+
+
+def _check_not_shorter(job: Job, total_steps: int) -> None:
+    sae, info = read(job.folder / "sae"), checkpoint.newest_info(job.folder / "checkpoints")
+    made = max(sae["total_steps"] if sae else 0, info["step"] if info else 0)
+    assert job.config.train is not None
+    if made > total_steps:
+        raise ConfigError(
+            f"train.num_tokens={job.config.train.num_tokens} is {total_steps} steps, but "
+            f"{job.folder} has been trained for {made}; raise it, or name another output folder"
+        )
+
+
+def tell_longer(job: Job, was: dict[str, Any], step: int, peak: float) -> None:
+    """One log line where a run goes on towards another number of tokens than it began with."""
+    cfg, before = job.config.train, int(was["total_steps"])
+    assert cfg is not None
+    total = -(-cfg.num_tokens // cfg.batch_tokens)
+    if total == before:
+        return
+    rates = [lr_at(step, steps, peak, cfg) for steps in (before, total)]
+    logger.info(
+        "%s: train.num_tokens was %d, is %d: step %d of now %d goes on at a learning rate of %.3g, "
+        "not %.3g, which falls to 0 over the last %d steps",
+        job.name, was["num_tokens"], cfg.num_tokens, step, total, rates[1], rates[0],
+        round(total * cfg.decay_fraction),
+    )  # fmt: skip
+
+
+def is_finished(job: Job, *, whole: bool) -> bool:
+    """Whether a job's SAE, which is whole or not, has been trained for as long as is asked for."""
+    if not whole:
+        return False
+    assert job.config.train is not None
+    cfg, record = job.config.train, read(job.folder / "sae")
+    if record is None:
+        # Older than these records, or cut off before it was written.
+        return read(job.folder) is None
+    return int(record["total_steps"]) >= -(-cfg.num_tokens // cfg.batch_tokens)
