@@ -152,7 +152,7 @@ def other_stores(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [("model", "model.name"), ("special", "cache.drop_special_tokens")]
+    ("name", "key"), [("model", "model weights"), ("special", "cache.drop_special_tokens")]
 )
 def test_a_store_of_other_rows_is_refused(
     trained: Path, other_stores: Path, tmp_path: Path, name: str, key: str

@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 import torch
 
 from ..activations.harvest import store_config
+from ..activations.language_model import LanguageModel
+from ..activations.origin import MODEL_PARTS, loaded_parts, model_parts, row_parts
 from ..activations.store import ActivationStore
 from ..config.base import ConfigError, UserError
+from ..identity import Difference, difference
 from ..models import load_sae
 from ..models.base import CONFIG_FILE, SparseCoder
+from ..training import made_of
 from ..training.job import Config
-from ..training.records import DamagedRecordError, read_job, read_store_config
+from ..training.records import DamagedRecordError, job_folders, read_job, read_store_config
 
 logger = logging.getLogger(__name__)
 # What an activation is, of whatever text: another model's are other numbers, and positions that
@@ -40,11 +44,17 @@ class FinishedSAE(NamedTuple):
         """Raises ConfigError where the store's rows are other than those it was trained on: of
         another model, of other positions, of another width. Rows of another text are allowed.
         """
-        trained_on = read_store_config(self.folder) or {}
-        for key, was, found in _differences(trained_on, store.config):
+        trained_on, record = read_store_config(self.folder) or {}, self.made_of()
+        before, now = record["store"]["parts"] if record else {}, store.made_of()["parts"]
+        if before and now:
+            other = difference(before, now, MODEL_PARTS)
+        else:
+            logger.info("%s or the store is older than identities: names are compared", self.name)
+            other = next(iter(_differences(trained_on, store.config)), None)
+        if other:
             raise ConfigError(
-                f"store={store.path!r} has {key}={found!r}, but {self.folder} was trained on "
-                f"{was!r}; name the store it was trained on"
+                f"store={store.path!r} has {other.part}={other.now!r}, but {self.folder} was "
+                f"trained on {other.was!r}; name the store it was trained on"
             )
         try:
             d_in = json.loads((self.folder / "sae" / CONFIG_FILE).read_text())["d_in"]
@@ -56,6 +66,10 @@ class FinishedSAE(NamedTuple):
                 f"{self.folder}: the SAE is of width {d_in}, but {self.hookpoint} in {store.path} "
                 f"of {width}; name the store it was trained on"
             )
+
+    def made_of(self) -> dict[str, Any] | None:
+        """What it was made of; None for an SAE that is older than such records."""
+        return made_of.read(self.folder / "sae") or made_of.read(self.folder)
 
     def architecture(self) -> str:
         """Its name in `sae.architecture`. Raises UserError where the files are damaged."""
@@ -72,11 +86,9 @@ class FinishedSAE(NamedTuple):
             raise UserError(str(e)) from e
 
 
-def _differences(
-    before: dict[str, Any], now: dict[str, Any]
-) -> list[tuple[str, Any, Any]]:  # key, value before, value now
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
     return [
-        (key, before[key], now[key])
+        Difference(key, before[key], now[key])
         for key in _ROW_KEYS
         if key in before and key in now and before[key] != now[key]
     ]
@@ -84,13 +96,33 @@ def _differences(
 
 def check_same_model(config: Config, store: ActivationStore) -> None:
     """Raises ConfigError where the sections model and cache would give other rows than the store's:
-    losses would be those of another model than the SAEs' own.
+    losses would be those of another model than the SAEs' own. Loads no model: its files are
+    compared where they are found.
     """
-    for key, was, asked in _differences(store.config, store_config(config)):
-        raise ConfigError(
-            f"{key}={asked!r} differs from {was!r} in the store {store.path}; set it to that, or "
-            "evaluate.loss_sequences=0 to measure no losses"
-        )
+    assert config.model is not None
+    parts = store.made_of()["parts"]
+    found = model_parts(config.model)
+    other = difference(parts, row_parts(config) | (found or {}), MODEL_PARTS)
+    if other is None and (found is None or not parts):
+        # Without the files, names are all there is: another one's would be downloaded first.
+        other = next(iter(_differences(store.config, store_config(config))), None)
+    if other is not None:
+        raise _of_another_model(other, store)
+
+
+def check_loaded_model(config: Config, lm: LanguageModel, store: ActivationStore) -> None:
+    """`check_same_model` of a loaded model and its tokenizer. Raises ConfigError."""
+    assert config.model is not None
+    now = loaded_parts(config.model, lm)
+    if other := difference(store.made_of()["parts"], now, MODEL_PARTS):
+        raise _of_another_model(other, store)
+
+
+def _of_another_model(other: Difference, store: ActivationStore) -> ConfigError:
+    return ConfigError(
+        f"{other} in the store {store.path}; set it to that, or evaluate.loss_sequences=0 to "
+        "measure no losses"
+    )
 
 
 def warn_of_other_text(config: Config, store: ActivationStore) -> None:
@@ -112,8 +144,9 @@ def finished_saes(output: Path) -> list[FinishedSAE]:
     where a job.yaml is damaged.
     """
     found = []
-    for file in sorted(output.glob(f"**/sae/{CONFIG_FILE}")):
-        folder = file.parents[1]
+    for folder in job_folders(output):
+        if not (folder / "sae" / CONFIG_FILE).is_file():
+            continue
         if not (folder / "job.yaml").is_file():
             raise ConfigError(
                 f"{folder} holds an SAE but no job.yaml, which tells its hookpoint; "

@@ -18,14 +18,22 @@ from ..activations.language_model import (
     load_language_model,
 )
 from ..activations.loader import ActivationLoader
+from ..activations.origin import text_digest
 from ..activations.store import ActivationStore
 from ..activations.text import TokenTable, held_out_table
 from ..config.run import EvaluateConfig
 from ..files import check_writable
+from ..identity import versions
 from ..parallel import agree
 from ..progress import progress_bar
 from ..training.job import Config
-from .finished import FinishedSAE, check_same_model, finished_saes, warn_of_other_text
+from .finished import (
+    FinishedSAE,
+    check_loaded_model,
+    check_same_model,
+    finished_saes,
+    warn_of_other_text,
+)
 from .loss_recovered import LossMeter
 from .metrics import measure
 from .plots import natural
@@ -46,7 +54,7 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     agree.first_checks(lambda: check_writable("output", output))
     if cfg.loss_sequences:
         config.need("model", "text", "cache", verb="evaluate")
-        check_same_model(config, store)
+        agree.first_checks(lambda: check_same_model(config, store))
         if accelerator.is_main_process:
             warn_of_other_text(config, store)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -85,6 +93,7 @@ def _language_model(
     assert config.text is not None
     assert config.cache is not None
     lm = load_language_model(config.model, device)
+    agree.together(lambda: check_loaded_model(config, lm, store))
     check_has_loss(lm)
     check_context_length(lm, config.cache.context_length)
     table = held_out_table(
@@ -97,6 +106,17 @@ def _language_model(
         num_sequences=config.evaluate.loss_sequences,
     )
     return lm, table
+
+
+def _made_of(found: FinishedSAE, store: ActivationStore, meter: LossMeter | None) -> dict[str, Any]:
+    """What an evaluation is of: the SAE, the store's rows, the text of the losses, versions."""
+    sae, rows = found.made_of(), store.made_of(found.hookpoint)
+    return {
+        "sae": sae["digest"] if sae else None,
+        "store": {"parts": rows["parts"], "rows": rows["rows"]},
+        "loss_text": text_digest(meter.table) if meter is not None else None,
+        "versions": versions(),
+    }
 
 
 def _evaluate(
@@ -135,5 +155,6 @@ def _evaluate(
     record = evaluation_record(
         found.name, found.hookpoint, getattr(sae.config, "k", None), sae.d_sae, metrics, loss
     )
+    record["made_of"] = _made_of(found, store, meter)
     write_evaluation(found.folder, record)
     return json.loads(json.dumps(record))  # type: ignore[no-any-return]
