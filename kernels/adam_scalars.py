@@ -16,7 +16,7 @@ from .sparse_adam import adam
 @triton.jit
 def _adam_vector_kernel(
     param_ptr, m_ptr, v_ptr, grad_ptr, scalars_ptr, D,
-    one_minus_beta1, beta2, one_minus_beta2, eps, BLOCK: tl.constexpr,
+    one_minus_beta1, beta2, one_minus_beta2, eps_of_unit, unit, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < D
@@ -24,7 +24,7 @@ def _adam_vector_kernel(
     w, m, v = adam(
         tl.load(param_ptr + at, mask=mask), tl.load(m_ptr + at, mask=mask),
         tl.load(v_ptr + at, mask=mask), grad, scalars_ptr, one_minus_beta1, beta2,
-        one_minus_beta2, eps,
+        one_minus_beta2, eps_of_unit, unit,
     )  # fmt: skip
     tl.store(param_ptr + at, w, mask=mask)
     tl.store(m_ptr + at, m, mask=mask)
@@ -33,7 +33,7 @@ def _adam_vector_kernel(
 
 @triton.jit
 def _clip_kernel(
-    b_dec_ptr, over_ptr, squares_ptr, grad_ptr, scalars_ptr, D, largest, BLOCK: tl.constexpr
+    b_dec_ptr, over_ptr, squares_ptr, grad_ptr, scalars_ptr, D, largest, unit, BLOCK: tl.constexpr
 ):
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, D, BLOCK):
@@ -41,6 +41,7 @@ def _clip_kernel(
         grad = tl.load(b_dec_ptr + at, mask=at < D, other=0.0)
         grad -= tl.load(over_ptr + at, mask=at < D, other=0.0)
         tl.store(grad_ptr + at, grad, mask=at < D)
+        grad *= unit
         total += grad * grad
     squares = tl.load(squares_ptr) + tl.load(squares_ptr + 1) + tl.sum(total, 0)
     tl.store(scalars_ptr + 2, tl.minimum(largest / (tl.sqrt(squares) + 1e-6), 1.0))
@@ -84,11 +85,12 @@ def clip_(
     squares: Tensor,  # [2] float32
     largest: float,
     scalars: Tensor,  # [3] float32
+    unit: float = 1.0,
 ) -> Tensor:  # [D] float32
     """`reference.clip_` in one launch."""
     grad = b_dec.new_empty(b_dec.shape)
     _clip_kernel[(1,)](
-        b_dec, over_encoder, squares, grad, scalars, b_dec.numel(), largest, BLOCK=1024
+        b_dec, over_encoder, squares, grad, scalars, b_dec.numel(), largest, unit, BLOCK=1024
     )
     return grad
 
@@ -113,8 +115,9 @@ def adam_vector_(
 ) -> None:
     """`reference.adam_vector_` in one launch."""
     D, (beta1, beta2) = param.numel(), options.betas
-    args = (param, exp_avg, exp_avg_sq, grad, scalars, D)
-    _adam_vector_kernel[(cdiv(D, 256),)](*args, 1 - beta1, beta2, 1 - beta2, options.eps, BLOCK=256)
+    args = (param, exp_avg, exp_avg_sq, grad, scalars, D, 1 - beta1, beta2, 1 - beta2)
+    unit = options.unit
+    _adam_vector_kernel[(cdiv(D, 256),)](*args, options.eps / unit, unit, BLOCK=256)
 
 
 def count_fired_(

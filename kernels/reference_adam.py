@@ -79,6 +79,7 @@ class AdamOptions(NamedTuple):
     unit_norm: bool = True  # W_dec rows: gradient along the row removed, row renormalised
     seed: int = 0  # of the stochastic rounding
     scaled: bool = False  # whether the last of the scalars, which scales gradients, is not 1
+    unit: float = 1.0  # of b_enc and b_dec, which are in the data's units: its root mean square
 
 
 def adam_scalars_(
@@ -164,12 +165,14 @@ def _adam_(
     options: AdamOptions,
     rows: Tensor,  # the latents that move
     bits: Tensor | None = None,  # for bfloat16 moments
+    unit: float = 1.0,  # of the parameter
 ) -> None:
     grad = grad[rows].to(param.dtype)
     m = exp_avg[rows].to(param.dtype).lerp(grad, 1 - options.betas[0])
     v = exp_avg_sq[rows].to(param.dtype) * options.betas[1]
     v = v.addcmul(grad, grad, value=1 - options.betas[1])
-    param[rows] -= scalars[0] * (m / (v.sqrt() / scalars[1] + options.eps))
+    step_size, eps = scalars[0] * unit, options.eps / unit
+    param[rows] -= step_size * (m / (v.sqrt() / scalars[1] + eps))
     if bits is None:
         exp_avg[rows], exp_avg_sq[rows] = m.to(exp_avg.dtype), v.to(exp_avg.dtype)
     else:
@@ -205,12 +208,11 @@ def _bits(
 def encoder_squares(
     rows: LatentRows, grads: Gradients, options: AdamOptions
 ) -> tuple[Tensor, Tensor]:  # [any] and [any, D] float32/64
-    """Squared norm of the gradients of W_enc and b_enc in parts that are to be added, and the sums
-    that `adam_encoder_` returns.
+    """Squared norm of the gradients of W_enc and b_enc (per unit) in parts that are to be added,
+    and the sums that `adam_encoder_` returns.
     """
-    del options
     enc, bias, _ = dense_gradients(grads, rows.W_dec.shape[0])
-    squares = torch.stack([enc.square().sum(), bias.square().sum()])
+    squares = torch.stack([enc.square().sum(), (bias * options.unit).square().sum()])
     return squares, bias[None] @ rows.W_enc.to(bias.dtype)
 
 
@@ -230,12 +232,13 @@ def clip_(
     squares: Tensor,  # [2], of the encoder's and the decoder's gradients over all shards
     largest: float,
     scalars: Tensor,  # [3] of adam_scalars_, the last is written
+    unit: float = 1.0,
 ) -> Tensor:  # [D]
     """Writes the factor by which torch.nn.utils.clip_grad_norm_ scales gradients whose norm is over
-    `largest`; returns b_dec's gradient, not scaled.
+    `largest`, those of the biases taken per unit; returns b_dec's gradient, not scaled.
     """
     grad = b_dec - over_encoder
-    norm = (squares.sum() + grad.square().sum()).sqrt()
+    norm = (squares.sum() + (grad * unit).square().sum()).sqrt()
     scalars[2] = (largest / (norm + 1e-6)).clamp_max(1.0)
     return grad
 
@@ -254,7 +257,9 @@ def adam_encoder_(
     Returns the unscaled b_enc gradients times the rows of W_enc before the step, in parts that are
     to be added: b_dec's gradient through the encoder is their negative. Exact Adam moves every
     row; lazy Adam only latents with pairs in order and listed ones, with the bias correction of
-    the global step count, as torch.optim.SparseAdam. first_latent is the index of the first row
+    the global step count, as torch.optim.SparseAdam. Under x -> s x the gradients of W_enc and
+    W_dec stay and b_enc's goes with 1/s: its step is lr * unit and its epsilon eps / unit, so that
+    b_enc / unit moves as at unit 1. first_latent is the index of the first row
     over all shards, by which bfloat16 moments are rounded alike on any number of shards.
     """
     enc, bias, _ = dense_gradients(grads, rows.W_dec.shape[0])
@@ -262,8 +267,8 @@ def adam_encoder_(
     moved = _moved(rows, grads, options)
     for i, (param, grad) in enumerate(((rows.W_enc, enc), (rows.b_enc, bias))):
         bits = _bits(rows, i, step, options, first_latent) if i == 0 else None
-        moments = (rows.exp_avg[i], rows.exp_avg_sq[i])
-        _adam_(param, *moments, grad * scalars[2], scalars, options, moved, bits)
+        moments, unit = (rows.exp_avg[i], rows.exp_avg_sq[i]), options.unit if i == 1 else 1.0
+        _adam_(param, *moments, grad * scalars[2], scalars, options, moved, bits, unit)
     if rows.copies is not None:
         rows.copies[0].copy_(rows.W_enc)
     return sums
@@ -299,9 +304,9 @@ def adam_vector_(
     scalars: Tensor,  # [3] of adam_scalars_
     options: AdamOptions,
 ) -> None:
-    """One Adam step of a parameter that has no latents, in place."""
-    every = torch.ones_like(param, dtype=torch.bool)
-    _adam_(param, exp_avg, exp_avg_sq, grad * scalars[2], scalars, options, every)
+    """One Adam step of a parameter that has no latents and is in the data's units, in place."""
+    every, scaled = torch.ones_like(param, dtype=torch.bool), grad * scalars[2]
+    _adam_(param, exp_avg, exp_avg_sq, scaled, scalars, options, every, unit=options.unit)
 
 
 def count_fired_(

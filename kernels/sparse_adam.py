@@ -52,12 +52,13 @@ def _round_stochastic(x, bits):
 
 
 @triton.jit
-def adam(w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps):
+def adam(w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps, unit=1.0):
+    """eps is already divided by the parameter's unit."""
     m += one_minus_beta1 * (grad - m)
     v = beta2 * v + one_minus_beta2 * grad * grad
     # step_size * m / (sqrt(v) / correction + eps), both sides times the correction: one division.
     correction = tl.load(scalars_ptr + 1)
-    step_size = tl.load(scalars_ptr) * correction
+    step_size = tl.load(scalars_ptr) * correction * unit
     return w - step_size * (m / (tl.sqrt(v) + eps * correction)), m, v
 
 
@@ -95,6 +96,7 @@ def _encoder_kernel(
     squares_ptr,  # [cdiv(F, LATENTS), blocks of columns], NORM only
     scalars_ptr,  # [3] of adam_scalars_
     step_ptr, F, D, P, K, one_minus_beta1, beta2, one_minus_beta2, eps, seed, first_latent,
+    unit, eps_of_unit,  # of b_enc
     LAZY: tl.constexpr, SCALED: tl.constexpr, DENSE: tl.constexpr, NORM: tl.constexpr,
     COPIES: tl.constexpr, HEAVY: tl.constexpr, LATENTS: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr, FULL: tl.constexpr,
@@ -136,7 +138,7 @@ def _encoder_kernel(
                 )
             weighted += value * w
             if NORM:
-                own = tl.where(cols == 0, value * value, 0.0)
+                own = tl.where(cols == 0, (value * unit) * (value * unit), 0.0)
                 squares += tl.where(inside, grad * grad, 0.0) + own
             else:
                 if SCALED:
@@ -154,7 +156,7 @@ def _encoder_kernel(
                     b, b_m, b_v = adam(
                         tl.load(b_ptr + latent), tl.load(b_m_ptr + latent),
                         tl.load(b_v_ptr + latent), value, scalars_ptr, one_minus_beta1, beta2,
-                        one_minus_beta2, eps,
+                        one_minus_beta2, eps_of_unit, unit,
                     )  # fmt: skip
                     tl.store(b_ptr + latent, b)
                     tl.store(b_m_ptr + latent, b_m)
@@ -298,6 +300,7 @@ def _encoder(
         rows.W_enc, rows.exp_avg[0], rows.exp_avg_sq[0], copy,
         rows.b_enc, rows.exp_avg[1], rows.exp_avg_sq[1], weighted, squares,
         scalars, step, F, D, order.order.numel(), pairs.k, *_constants(options, first_latent),
+        options.unit, options.eps / options.unit,
         NORM=norm, HEAVY=sums.heavy, **_flags(rows, grads, options), **blocks,
     )  # fmt: skip
     return weighted, squares.flatten()

@@ -47,7 +47,8 @@ def _batches(rows: Tensor, cfg: TrainConfig) -> Iterator[Tensor]:
 
 
 def _ours(sae_cfg: TopKConfig, cfg: TrainConfig, rows: Tensor) -> TopKSAE:
-    training = SAETraining(sae_cfg, cfg, rows.shape[1], Mesh.single(), DEVICE)
+    # The baselines' biases have the same learning rate as the weights.
+    training = SAETraining(sae_cfg, cfg, rows.shape[1], Mesh.single(), DEVICE, rms=1.0)
     for x in _batches(rows, cfg):
         training.step(x, PhaseTimer(DEVICE, enabled=False))
     assert isinstance(training.sae, TopKSAE)

@@ -258,9 +258,9 @@ FIELDS = {
     "sae": "architecture d_sae expansion_factor k",
     "train": (
         "hookpoint num_tokens batch_tokens lr warmup_steps decay_fraction adam_betas "
-        "adam_eps engine grad_clip micro_batches dead_latents aux_coef k_aux dead_after_tokens "
-        "precision num_shards num_replicas seed log_every checkpoint_every keep_checkpoints "
-        "adam_mode moment_dtype ema_decay"
+        "adam_eps normalize engine grad_clip micro_batches dead_latents aux_coef k_aux "
+        "dead_after_tokens precision num_shards num_replicas seed log_every checkpoint_every "
+        "keep_checkpoints adam_mode moment_dtype ema_decay"
     ),
     "grid": "hookpoints values",
     "evaluate": "num_tokens batch_tokens loss_sequences",

@@ -468,6 +468,16 @@ class ActivationStore:
         """Mean activation [D] float64."""
         return self.read(f"statistics/{hookpoint}/mean", 0, self.width(hookpoint))
 
+    def root_mean_square(self, hookpoint: str) -> float | None:
+        """Root mean square of a hookpoint's elements, by which training gets its units; None in a
+        store that has no such statistics.
+        """
+        group = zarr.open_group(self.records.zarr, mode="r")
+        array = group.get(f"statistics/{hookpoint}/mean_squared_norm")
+        if not isinstance(array, zarr.Array):
+            return None
+        return math.sqrt(max(0.0, float(np.asarray(array[...]))) / self.width(hookpoint))
+
     def verify(self) -> None:
         """Compares all data with the recorded checksums. Raises DamagedStoreError."""
         for shard in range(self.geometry.num_shards):

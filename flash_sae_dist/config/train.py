@@ -33,11 +33,19 @@ class TrainConfig(StrictModel):
     adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Adam's decay rates."""
     adam_eps: float = Field(default=6.25e-10, gt=0)
-    """Adam's epsilon; small because the normalised loss has small gradients (OpenAI's value)."""
+    """Adam's epsilon; small because the normalised loss has small gradients (OpenAI's value).
+    Biases are in the data's units: their learning rate is lr times the root mean square of the
+    hookpoint's activations and their epsilon is divided by it, so training does not depend on the
+    data's scale."""
+    normalize: Literal["none", "unit_mean_square"] = "none"
+    """unit_mean_square: rows are divided by the root mean square of the hookpoint's activations
+    while training, which the SAE that is written undoes: it reads rows as they are stored. Training
+    does not depend on the scale either way; this keeps its numbers near 1."""
     engine: Literal["auto", "fused", "autograd"]
     """What makes a step; it decides which other keys there are."""
     grad_clip: float | None = Field(default=None, gt=0)
-    """Largest norm of the gradient over all latents."""
+    """Largest norm of the gradient over all latents, the biases' times the root mean square of the
+    activations (see adam_eps)."""
     micro_batches: int = Field(default=1, gt=0)
     """Parts that a batch is run in, their gradients added up."""
     dead_latents: Literal["auxk", "ghost", "resample", "none"] = "auxk"

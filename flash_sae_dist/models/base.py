@@ -63,6 +63,8 @@ class SparseCoder(nn.Module):
         "W_dec": "rows",
         "b_dec": "whole",
     }
+    # Parameters that go with s where x -> s x, the matrices staying as they are.
+    in_data_units: ClassVar[frozenset[str]] = frozenset({"b_enc", "b_dec"})
 
     def __init__(
         self,

@@ -87,10 +87,13 @@ def auxk_loss(
 def geometric_median(
     x: Tensor,  # [N, d_in]
     iterations: int = 100,
+    unit: float = 1.0,
 ) -> Tensor:  # [d_in]
-    """The point of least summed distance to the rows, by Weiszfeld's iteration from their mean."""
+    """The point of least summed distance to the rows, by Weiszfeld's iteration from their mean;
+    distances below 1e-8 unit count as that.
+    """
     point = x.mean(dim=0)
     for _ in range(iterations):
-        weights = 1 / (x - point).norm(dim=1, keepdim=True).clamp_min(1e-8)
+        weights = 1 / (x - point).norm(dim=1, keepdim=True).clamp_min(1e-8 * unit)
         point = (x * weights).sum(dim=0) / weights.sum()
     return point

@@ -42,16 +42,19 @@ def renormalise_decoder_(sae: SparseCoder) -> None:
 
 
 @torch.no_grad()
-def clip_grads_(sae: SparseCoder, largest: float) -> None:
+def clip_grads_(sae: SparseCoder, largest: float, unit: float = 1.0) -> None:
     """Scales the gradients in place so that their norm over all shards is at most `largest`, as
-    torch.nn.utils.clip_grad_norm_ does on one.
+    torch.nn.utils.clip_grad_norm_ does on one; those of the biases count times unit.
     """
-    grads = [p.grad for p in (sae.W_enc, sae.b_enc, sae.W_dec) if p.grad is not None]
-    squares = torch.stack([g.square().sum() for g in grads]).sum()
+    rows = [(n, p.grad) for n, p in sae.named_parameters() if n != "b_dec" and p.grad is not None]
+    grads = [grad for _, grad in rows]
+    squares = torch.stack(
+        [(g * unit if n in sae.in_data_units else g).square().sum() for n, g in rows]
+    ).sum()
     collectives.all_reduce_(squares, sae.mesh.shard_group, sae.mesh.num_shards)
     assert sae.b_dec.grad is not None
     # b_dec's gradient is the same on every shard and counts once.
-    norm = (squares + sae.b_dec.grad.square().sum()).sqrt()
+    norm = (squares + (sae.b_dec.grad * unit).square().sum()).sqrt()
     factor = (largest / (norm + 1e-6)).clamp_max(1.0)
     for grad in (*grads, sae.b_dec.grad):
         grad.mul_(factor)

@@ -20,6 +20,7 @@ def resample_(
     dead: DeadLatents,
     x: Tensor,  # [N, d_in], the replica's batch
     seed: int,
+    unit: float = 1.0,
 ) -> int:
     """Gives every dead latent the direction of a badly reconstructed input; returns how many.
 
@@ -40,7 +41,8 @@ def resample_(
     x = x.to(sae.b_dec.dtype)
     # Replicas hold different batches: all take the first replica's, so that they stay equal.
     x = collectives.all_gather(x, mesh.replica_group, mesh.num_replicas)[0]
-    errors = (x - sae(x).recon).square().sum(dim=1).double().cpu()
+    # Per unit: the draw does not depend on the data's scale.
+    errors = ((x - sae(x).recon) / unit).square().sum(dim=1).double().cpu()
     if not bool(errors.isfinite().all()):
         # Training is past help and says so at the next logged step.
         return 0

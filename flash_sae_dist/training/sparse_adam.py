@@ -42,6 +42,10 @@ class SparseAdam(torch.optim.Optimizer):
     by a hash of (seed, step, latent over all shards, column): the same run gives the same bits, on
     any number of shards.
 
+    b_enc and b_dec are in the data's units and so is their step: lr * unit, their epsilon eps /
+    unit, and clipping counts their gradients times unit. With the data's root mean square as unit
+    training does not depend on the data's scale. A captured graph holds it as a constant.
+
     state_dict, param_groups and lr schedulers work as with torch.optim.Adam (the states bear its
     names); loading copies in place. All parameters share one group. The learning rate reaches the
     device by `sync_group_`, so that a captured graph follows a schedule.
@@ -60,6 +64,7 @@ class SparseAdam(torch.optim.Optimizer):
         ema_decay: float | None = None,
         grad_clip: float | None = None,
         seed: int = 0,
+        unit: float = 1.0,
     ) -> None:
         if moment_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
@@ -67,6 +72,7 @@ class SparseAdam(torch.optim.Optimizer):
             )
         self.lazy, self.seed, self.ema_decay, self.grad_clip = lazy, seed, ema_decay, grad_clip
         self.gradients: LatentGradients | None = None
+        self.unit = unit
         self.side = SideStream(sae.W_dec.device)
         self._mesh, self._first_latent = sae.mesh, sae.first_latent
         self._params = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
@@ -134,8 +140,9 @@ class SparseAdam(torch.optim.Optimizer):
     def options(self) -> AdamOptions:
         """The step's constants, from the param group."""
         group, scaled = self.param_groups[0], self.grad_clip is not None
+        seed, unit = self.seed % 2**31, self.unit
         return AdamOptions(
-            group["betas"], group["eps"], self.lazy, seed=self.seed % 2**31, scaled=scaled
+            group["betas"], group["eps"], self.lazy, seed=seed, scaled=scaled, unit=unit
         )
 
     def _latent_rows(self) -> LatentRows:
@@ -204,7 +211,7 @@ class SparseAdam(torch.optim.Optimizer):
         self.side.meet()  # b_dec's part is made there, too
         all_reduce_(squares, self._mesh.shard_group, self._mesh.num_shards)
         grad: Tensor = implementation("clip_", b_dec)(
-            b_dec, over_encoder, squares, self.grad_clip, self._scalars
+            b_dec, over_encoder, squares, self.grad_clip, self._scalars, self.unit
         )
         return grad
 

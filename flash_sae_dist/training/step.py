@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from .metrics import PhaseTimer, StepMetrics
 from .optim import lr_at
 from .resample import resample_
 from .tuning import Choice, tune_encoder
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
@@ -44,7 +48,10 @@ class SAETraining:
         d_in: int,
         mesh: Mesh,
         device: torch.device,
+        *,
+        rms: float | None = None,
     ) -> None:
+        """rms is the root mean square of the data's elements; left out, that of the first batch."""
         self.cfg, self.mesh, self.device = cfg, mesh, device
         self.compute_dtype = resolve_precision(cfg.precision, device)
         self.master_dtype = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
@@ -58,6 +65,9 @@ class SAETraining:
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self.total_steps = -(-cfg.num_tokens // cfg.batch_tokens)
         self.step_index = 0
+        self._rms: float | None = None
+        if rms is not None:
+            self._set_rms(rms)
         self._tuned = False
         self._choice: Choice | None = None
 
@@ -83,6 +93,35 @@ class SAETraining:
         )
         return bool(finite)
 
+    def _set_rms(self, rms: float) -> None:
+        """Makes the data's root mean square the unit of the biases' steps, or of the rows. Rows
+        that are all zero, or not finite, have none: 1.
+        """
+        self._rms = rms if 0 < rms < math.inf else 1.0
+        self.engine.set_unit(1.0 if self._divides else self._rms)
+
+    @property
+    def _divides(self) -> bool:
+        return self.cfg.normalize == "unit_mean_square"
+
+    @property
+    def _unit(self) -> float:
+        """Root mean square of the rows that the engine gets."""
+        return 1.0 if self._divides or self._rms is None else self._rms
+
+    def _measure_rms(self, x: Tensor) -> float:
+        """Root mean square of the first batch. A host sync; collective over the replicas."""
+        square = x.double().square().mean()
+        collectives.all_reduce_(square, self.mesh.replica_group, self.mesh.num_replicas)
+        rms = math.sqrt(float(square / self.mesh.num_replicas))
+        if self.mesh.is_lead:
+            logger.info(
+                "the root mean square of the activations, which scales the biases' learning rate, "
+                "is taken from the first batch: %.4g",
+                rms,
+            )
+        return rms
+
     @torch.no_grad()
     def init_b_dec(self, x: Tensor) -> None:
         """Puts b_dec at the geometric median of the first batch x [N/R, d_in]. Collective over the
@@ -91,13 +130,18 @@ class SAETraining:
         rows = collectives.all_gather(
             x.to(self.master_dtype), self.mesh.replica_group, self.mesh.num_replicas
         )
-        self.sae.b_dec.copy_(geometric_median(rows.flatten(0, 1)))
+        self.sae.b_dec.copy_(geometric_median(rows.flatten(0, 1), unit=self._unit))
         if "ema" in self.engine.moments:
             self.optimizer.state[self.sae.b_dec]["ema"].copy_(self.sae.b_dec)
 
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
         """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
         no host sync except in the first and where `DeadLatents.refresh` says so."""
+        if self._rms is None:
+            self._set_rms(self._measure_rms(x))
+        assert self._rms is not None
+        if self._divides:
+            x = x.to(self.master_dtype) / self._rms
         if self.step_index == 0:
             self.init_b_dec(x)
         if not self._tuned:
@@ -106,8 +150,7 @@ class SAETraining:
             self._resample(x)
         elif self.cfg.dead_latents != "none":
             self.dead.refresh(self.step_index, self.step_index * self.cfg.batch_tokens)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        self.engine.set_lr(self.lr)
         metrics = self.engine.step(x, timer)
         self.step_index += 1
         return metrics
@@ -128,12 +171,19 @@ class SAETraining:
         window = self.cfg.dead_after_tokens
         if seen // window == max(0, seen - batch) // window:
             return
-        resample_(self.sae, self.optimizer, self.dead, x, self.cfg.seed + self.step_index)
+        seed = self.cfg.seed + self.step_index
+        resample_(self.sae, self.optimizer, self.dead, x, seed, self._unit)
         self.engine.refresh_()
 
     def final_weights(self) -> dict[str, Tensor]:
-        """The weights to keep, this shard's rows: the parameters, or their running average."""
-        return self.engine.weights()
+        """The weights to keep, this shard's rows, for rows as they are stored: the parameters, or
+        their running average.
+        """
+        weights = self.engine.weights()
+        if self._divides and self._rms is not None:
+            for name in self.sae.in_data_units & weights.keys():
+                weights[name] = weights[name] * self._rms
+        return weights
 
     def state(self) -> TrainingState:
         """All that a resumed run needs, by reference: parameters, Adam's moments, counters,
@@ -150,6 +200,8 @@ class SAETraining:
             "step": self.step_index,
             "d_sae": self.sae.d_sae,
         }
+        if self._rms is not None:
+            info["rms"] = self._rms
         if self._choice is not None:
             shape, design = self._choice
             info["encoder"] = {"shape": list(shape), "design": design}
@@ -167,6 +219,8 @@ class SAETraining:
             listed = self.dead.mask() & bool(state.info.get("any_dead"))
         self.dead.list_(listed.to(self.device))
         self.step_index = state.info["step"]
+        # A run goes on in the unit that it began with; older checkpoints name none, it was 1.
+        self._set_rms(float(state.info.get("rms", 1.0)))
         if (encoder := state.info.get("encoder")) is not None:
             # A run goes on with the design that it began with.
             shape = encode_choice.Shape(*encoder["shape"])

@@ -37,13 +37,14 @@ _Made = tuple["Member", StepMetrics, PhaseTimer]  # a step of one job
 class Member:
     """One job in the loop: its training state, files and fate."""
 
-    def __init__(
-        self, job: Job, store: ActivationStore, d_in: int, mesh: Mesh, device: torch.device
-    ) -> None:
+    def __init__(self, job: Job, store: ActivationStore, mesh: Mesh, device: torch.device) -> None:
         assert job.config.sae is not None
         assert job.config.train is not None
         self.job, self.mesh, self.cfg = job, mesh, job.config.train
-        self.training = SAETraining(job.config.sae, self.cfg, d_in, mesh, device)
+        hookpoint = self.cfg.hookpoint
+        assert hookpoint is not None
+        d_in, rms = store.width(hookpoint), store.root_mean_square(hookpoint)
+        self.training = SAETraining(job.config.sae, self.cfg, d_in, mesh, device, rms=rms)
         self.error: str | None = None
         self.made_of = made_of.made_of(job.config, store, device)
         step = checkpoint.newest_step(self.checkpoints, mesh)
@@ -144,14 +145,13 @@ class Trainer:
         assert cfg.hookpoint is not None
         self.cfg, self.hookpoint, self.store = cfg, cfg.hookpoint, store
         self.mesh, self.device, self.log_metrics = mesh, device, log_metrics
-        d_in = store.width(self.hookpoint)
         # Other ranks may wait inside a collective that an error has left.
         self.isolates = mesh.members == 1 and len(jobs) > 1
         self.members: list[Member] = []
         self.unread: list[tuple[Member, LoggedStep]] = []
         for job in jobs:
             with self._fails_alone(job):
-                self.members.append(Member(job, store, d_in, mesh, device))
+                self.members.append(Member(job, store, mesh, device))
 
     def run(self) -> None:
         """Steps every job to its end, then writes its SAE."""

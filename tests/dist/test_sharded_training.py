@@ -1,5 +1,5 @@
 """Training on any P x R equals one-process training: selections, losses, ties, short rows, AuxK,
-ghost gradients, clipping, micro-batches.
+ghost gradients, clipping, micro-batches, normalized rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.dist.ranks import run_ranks
 WORKER = "tests.dist.train_worker"
 # Dead latents are looked for every 100 steps.
 STEPS = 200
-VARIANTS = ("auxk", "ghost", "clipped")
+VARIANTS = ("auxk", "ghost", "clipped", "normalized")
 # By number of processes what one launch trains: precision, engine, replicas and variant.
 CASES = {
     1: (

@@ -54,6 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "auxk": {},
     "ghost": {"dead_latents": "ghost", "k_aux": 2},
     "clipped": {"grad_clip": 0.05, "micro_batches": 3, "k_aux": 2},
+    "normalized": {"normalize": "unit_mean_square"},
 }
 
 

@@ -186,7 +186,7 @@ def main() -> None:
             flags |= {"COPIES": True, "HEAVY": 64}
             kernel = sparse_adam._encoder_kernel.warmup(
                 i32, i32, f32, bf16, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32, f32,
-                f32, f32, f32, step, 24576, D, 131072, 32, *constants, **flags,
+                f32, f32, f32, step, 24576, D, 131072, 32, *constants, 1.0, 1e-9, **flags,
                 **sparse_adam._encoder_blocks(24576, D), grid=(1, 1),
             )  # fmt: skip
             report(f"adam-encoder-{D}{what}", kernel)

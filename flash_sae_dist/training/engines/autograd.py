@@ -48,9 +48,27 @@ class AutogradEngine(Engine):
     ) -> None:
         self.sae, self.dead, self.cfg, self.k_aux = sae, dead, cfg, k_aux
         self.compute_dtype = compute_dtype
+        named, own = list(sae.named_parameters()), sae.in_data_units
+        groups = [[p for name, p in named if (name in own) == biases] for biases in (False, True)]
         self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
-            sae.parameters(), lr=lr, betas=cfg.adam_betas, eps=cfg.adam_eps, fused=True
+            [{"params": params} for params in groups],
+            lr=lr,
+            betas=cfg.adam_betas,
+            eps=cfg.adam_eps,
+            fused=True,
         )
+        self.unit = 1.0
+
+    def set_unit(self, unit: float) -> None:
+        """See Engine."""
+        self.unit = unit
+        self.optimizer.param_groups[1]["eps"] = self.cfg.adam_eps / unit
+        self.set_lr(self.optimizer.param_groups[0]["lr"])
+
+    def set_lr(self, lr: float) -> None:
+        """See Engine."""
+        weights, biases = self.optimizer.param_groups
+        weights["lr"], biases["lr"] = lr, lr * self.unit
 
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
         """See Engine."""
@@ -131,6 +149,6 @@ class AutogradEngine(Engine):
         sum_grads_over_replicas_(self.sae)
         project_decoder_grad_(self.sae)
         if self.cfg.grad_clip is not None:
-            clip_grads_(self.sae, self.cfg.grad_clip)
+            clip_grads_(self.sae, self.cfg.grad_clip, self.unit)
         self.optimizer.step()
         renormalise_decoder_(self.sae)

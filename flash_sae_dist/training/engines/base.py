@@ -29,6 +29,19 @@ class Engine(ABC):
         """W_enc [d_sae_local, d_in] as the encoder's kernels get it."""
         return self.sae.W_enc.detach()
 
+    @abstractmethod
+    def set_unit(self, unit: float) -> None:
+        """Gives the parameters that are in the data's units steps in this unit, the data's root
+        mean square: training then does not depend on the data's scale. Adam's step is lr whatever
+        the gradient's size, and under x -> s x the gradients of the matrices stay while those of
+        the biases go with 1/s: theirs is lr * unit, with eps / unit.
+        """
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the coming steps, for data of root mean square 1."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
     def refresh_(self) -> None:
         """Takes in parameters that others have changed."""
         return

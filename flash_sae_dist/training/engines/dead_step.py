@@ -64,6 +64,7 @@ class DeadStep:
         self, sae: SparseCoder, dead: DeadLatents, *, ghost: bool, coef: float, k_aux: int
     ) -> None:
         self.sae, self.dead, self.ghost, self.coef, self.k_aux = sae, dead, ghost, coef, k_aux
+        self.unit = 1.0  # ghost gradients take pre-activations and residuals in it
 
     def shape(self) -> tuple[int, bool]:
         """What a captured step depends on: where the list lies, and whether k_aux are selected."""
@@ -78,6 +79,8 @@ class DeadStep:
         """
         rows = self.dead.rows
         bias = self.dead.bias(self.sae.b_enc.detach())
+        if self.ghost and self.unit != 1:
+            bias = bias / self.unit
         return Listed(weights[0][rows], weights[1][rows], bias)
 
     def __call__(
@@ -123,6 +126,8 @@ class DeadStep:
         """Activations [n, M] of each token's k_aux best, and what they reconstruct [n, D]."""
         mesh = self.sae.mesh
         pre = _product(xc, listed.W_enc.T)
+        if self.ghost and self.unit != 1:
+            pre /= self.unit
         k = self.k_aux if self._selects() else None
         limits = None
         if k is not None and mesh.num_shards > 1:
@@ -144,7 +149,14 @@ class DeadStep:
         scale: Tensor,
     ) -> tuple[list[Tensor], Tensor]:
         """Gradients of W_enc, W_dec and b_enc, and each token's loss [n], not normalised."""
+        unit = self.unit if self.ghost else 1.0
+        if unit != 1:
+            # exp of a pre-activation depends on its unit, and so do the loss's guards.
+            residual, scale = residual.to(recon.dtype) / unit, scale * unit**2
         rows, losses = implementation("aux_rows", xc)(residual, recon, scale, self.ghost, xc.dtype)
         grad = rows @ listed.W_dec.T
         sums = implementation("mask_dead_grad_", xc)(grad, acts, self.ghost).sum(dim=0)
-        return [_product(grad.T, xc), _product(acts.T, rows), sums], losses
+        enc = _product(grad.T, xc)
+        if unit != 1:
+            enc, sums, losses = enc / unit, sums / unit, losses * unit**2
+        return [enc, _product(acts.T, rows), sums], losses

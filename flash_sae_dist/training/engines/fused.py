@@ -115,6 +115,11 @@ class FusedEngine(Engine):
         """See Engine."""
         return self.optimizer.compute_weights[0]
 
+    def set_unit(self, unit: float) -> None:
+        """See Engine."""
+        self.optimizer.unit = self.dead_step.unit = unit
+        self._captured.clear()
+
     def refresh_(self) -> None:
         """See Engine."""
         self.optimizer.refresh_copies_()
