@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -93,6 +94,31 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def private_folder() -> Path:
+    """This user's folder among the host's temporary files, made where it is missing.
+
+    Its name can be guessed: raises ConfigError where it is a link, or others own or may write it.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"flash_sae_dist-{user}"
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+    except OSError as e:
+        raise ConfigError(
+            f"{folder} cannot be made: {e.strerror}; point TMPDIR to a folder that can be written"
+        ) from e
+    if hasattr(os, "getuid") and (
+        not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o077
+    ):
+        raise ConfigError(
+            f"{folder} is no folder of yours alone, so what is read there may be another user's; "
+            "remove it, or point TMPDIR to a folder of your own"
+        )
+    return folder
 
 
 def check_writable(key: str, path: str | Path) -> None:

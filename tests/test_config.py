@@ -249,7 +249,7 @@ def test_every_field_is_documented_and_read() -> None:
 
 FIELDS = {
     "": "output store trackers",
-    "model": "name revision gguf_file task dtype",
+    "model": "name revision gguf_file task dtype trust_remote_code",
     "text": "source name subset split column paths streaming",
     "cache": (
         "store hookpoints num_tokens context_length batch_sequences drop_special_tokens "

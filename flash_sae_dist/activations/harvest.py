@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from ..config.base import ConfigError, UserError
 from ..config.data import CacheConfig
 from ..config.run import RunConfig
-from ..files import check_writable, locked
+from ..files import check_writable, locked, private_folder
 from ..identity import FREE_KEYS, difference, tell_other_versions, versions
 from ..parallel import agree
 from ..progress import progress_bar
@@ -247,7 +246,7 @@ def _table_folder(config: RunConfig, writer: StoreWriter) -> Path:
     """Beside the records of a store on disk, else among the host's temporary files."""
     if writer.records.local:
         return Path(writer.records.root) / "records" / "text"
-    return Path(tempfile.gettempdir()) / f"flash_sae_dist-{_digest(config)[:16]}"
+    return private_folder() / f"text-{_digest(config)[:16]}"
 
 
 def _digest(config: RunConfig) -> str:

@@ -76,7 +76,10 @@ def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel
     import transformers
 
     source = folder_or_name(cfg.name)
-    where: dict[str, Any] = {"revision": cfg.revision} if cfg.revision else {}
+    # Always said: left out, transformers asks on standard input and takes a `y` that stands there.
+    where: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
+    if cfg.revision:
+        where["revision"] = cfg.revision
     if cfg.gguf_file:
         where["gguf_file"] = cfg.gguf_file
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -93,6 +96,11 @@ def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
     except (OSError, ValueError, ImportError, SafetensorError) as e:
+        if not cfg.trust_remote_code and "trust_remote_code" in str(e):
+            raise ConfigError(
+                f"model.name={cfg.name!r} needs Python code of its own files, which is not run "
+                "unasked; read it, then set model.trust_remote_code=true"
+            ) from e
         raise ConfigError(
             f"model.name={cfg.name!r} cannot be loaded: {' '.join(str(e).split())}; check the "
             "name, model.revision and model.gguf_file, and that the hub can be reached"

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from ..config.base import ConfigError, nearest_name
+from ..config.base import ConfigError, UserError, check_hookpoint, nearest_name
 from ..identity import NAMING_KEYS, digest
 from ..identity import difference as first_difference
 from .records import COMPLETE, CONFIG, GEOMETRY, Records, shard_record
@@ -121,9 +121,16 @@ class Shape(NamedTuple):
                     "cache anew"
                 )
             geometry = Geometry(record["rows"], record["shard_rows"], record["chunk_rows"])
+            for hookpoint in record["widths"]:
+                # Folders are named after them.
+                check_hookpoint(hookpoint)
             return cls(geometry, record["dtype"], record["widths"])
         except KeyError as e:
             raise records.damaged(GEOMETRY, f"{e} is missing") from e
+        except UserError:
+            raise
+        except ValueError as e:
+            raise records.damaged(GEOMETRY, str(e)) from e
 
     def whole_shards(self, records: Records, names: list[str]) -> set[int]:
         """Shards that are recorded and whose files are there, none cut short, in every array."""

@@ -25,6 +25,7 @@ Text = Annotated[str, Field(min_length=1)]
 Folder = Annotated[Text, AfterValidator(expanduser)]
 # What numpy, torch and the kernels all take, with steps added to it.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Hookpoint = Annotated[str, AfterValidator(lambda name: check_hookpoint(name))]
 # Rows of the dictionary are numbered in 32 bits.
 Latents = Annotated[int, Field(gt=0, lt=2**31)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -40,6 +41,24 @@ class ConfigError(UserError):
     """A mistake in a config or on the command line, found before any work: the key, the value, the
     fix.
     """
+
+
+def check_hookpoint(name: str) -> str:
+    """A hookpoint's name, which is a folder's name too. Raises ValueError where it is none that a
+    module can have, such as `../x` or `/x`.
+    """
+    stem, colon, side = name.partition(":")
+    parts = stem.split(".")
+    wrong = not all(parts) or any(c in _NO_NAME or not c.isprintable() for c in stem)
+    if wrong or (colon and side not in ("input", "output")):
+        raise ValueError(
+            f"hookpoint {name!r} is no module's name; it has parts between dots, no slash, and "
+            "may end in :input"
+        )
+    return name
+
+
+_NO_NAME = frozenset("/\\")
 
 
 class StrictModel(BaseModel):

@@ -26,6 +26,10 @@ class ModelConfig(StrictModel):
     """Weights of the language model; auto is bfloat16 where the device computes in it, else
     float32. On GPUs its products are bfloat16 in any case (autocast).
     """
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model's files, with all your rights; set it only where
+    you have read that code.
+    """
 
 
 class TextConfig(StrictModel):

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .base import Beta, Latents, OneOf, Seed, StrictModel
+from .base import Beta, Hookpoint, Latents, OneOf, Seed, StrictModel
 
 Precision = Literal["auto", "float64", "float32", "bfloat16"]
 STEP_IS_GONE = (
@@ -18,7 +18,7 @@ STEP_IS_GONE = (
 class TrainConfig(StrictModel):
     """How an SAE is trained from a store: the keys that every engine has."""
 
-    hookpoint: str | None = None
+    hookpoint: Hookpoint | None = None
     """Hookpoint of the store to train on; needed by `train`, set by the grid for its jobs."""
     num_tokens: int = Field(gt=0)
     """Tokens to train on; more than the store holds means several epochs."""
