@@ -27,7 +27,6 @@ from ..progress import progress_bar
 from .language_model import (
     LanguageModel,
     capture_activations,
-    check_context_length,
     load_language_model,
     load_tokenizer,
     model_commit,
@@ -43,6 +42,7 @@ from .origin import (
     text_digest,
     tokenizer_digest,
 )
+from .probe import check_ids, probe
 from .records import CONFIG, check_lasts
 from .store import Geometry, Origin, Shape, StoreWriter, make_geometry, storage_dtype
 from .text import TokenTable, begin_token, token_table
@@ -83,12 +83,12 @@ def run_cache(config: RunConfig, accelerator: Any) -> None:
     _check_folder(writer)
     lm = load_language_model(config.model, accelerator.device)
     hookpoints = resolve_hookpoints(lm.model, config.cache.hookpoints)
-    check_context_length(lm, config.cache.context_length)
+    widths = probe(lm, hookpoints, config.cache.context_length)
     with ExitStack() as lock:
         if writer.records.local:
             folder = Path(writer.records.root)
             agree.first_checks(lambda: lock.enter_context(locked(folder)))
-        _fill(config, accelerator, writer, lm, hookpoints)
+        _fill(config, accelerator, writer, lm, widths)
 
 
 def _fill(
@@ -96,14 +96,15 @@ def _fill(
     accelerator: Any,
     writer: StoreWriter,
     lm: LanguageModel,
-    hookpoints: list[str],
+    widths: dict[str, int],  # by hookpoint
 ) -> None:
     """Makes the shards that are not there yet."""
     assert config.cache is not None
     # Before anything is read: what changes from here on has another stamp.
     stamp = content_stamp(config)
     table = _shared_table(config, lm, accelerator, writer, stamp)
-    widths = _widths(lm, hookpoints, table)
+    check_ids(lm, int(table.ids.max()))
+    hookpoints = list(widths)
     geometry = _geometry(config.cache, table, widths, accelerator)
     origin = _shared_origin(lm, table)
     writer.check_origin(geometry, origin)
@@ -315,21 +316,6 @@ def _shared_origin(lm: LanguageModel, table: TokenTable) -> Origin:
                 "give all hosts the same"
             )
     return origin
-
-
-def _widths(lm: LanguageModel, hookpoints: list[str], table: TokenTable) -> dict[str, int]:
-    # The same sequence twice: a tensor without a batch dimension would pass with one.
-    ids = torch.from_numpy(np.array(table.ids[[0, 0]], dtype=np.int64)).to(lm.device)
-    attention = torch.from_numpy(np.array(table.attention[[0, 0]])).to(lm.device)
-    seen = capture_activations(lm, hookpoints, ids, attention)
-    for name, value in seen.items():
-        if value.ndim != 3 or value.shape[:2] != ids.shape:
-            raise ConfigError(
-                f"cache.hookpoints: {name!r} gives a tensor of shape {list(value.shape)}, "
-                f"not [batch, tokens, width] = [{ids.shape[0]}, {ids.shape[1]}, width]; "
-                "name another module"
-            )
-    return {name: seen[name].shape[-1] for name in hookpoints}
 
 
 def _provenance(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:

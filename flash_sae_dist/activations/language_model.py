@@ -5,6 +5,7 @@ measure its loss.
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,9 @@ from typing import Any, NamedTuple
 import google_crc32c
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..config.base import ConfigError, match_names, nearest_name
+from ..config.base import ConfigError, check_hookpoint, match_names, nearest_name
 from ..config.data import ModelConfig
 
 
@@ -27,6 +27,7 @@ class LanguageModel(NamedTuple):
     tokenizer: Any
     task: str  # causal-lm, masked-lm or none (an encoder without a language-modelling head)
     device: torch.device
+    two_streams: bool = False  # an encoder and a decoder, which reads ids of its own
     new: frozenset[str] = frozenset()  # weights that the model's files lack: random at each load
 
     @property
@@ -76,6 +77,7 @@ def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel
     import transformers
 
     source = folder_or_name(cfg.name)
+    _check_no_adapter(cfg.name, Path(source))
     # Always said: left out, transformers asks on standard input and takes a `y` that stands there.
     where: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
     if cfg.revision:
@@ -86,16 +88,13 @@ def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel
     try:
         config = transformers.AutoConfig.from_pretrained(source, **where)
         task = cfg.task if cfg.task != "auto" else _task(config)
-        loaders = {
-            "causal-lm": transformers.AutoModelForCausalLM,
-            "masked-lm": transformers.AutoModelForMaskedLM,
-            "none": transformers.AutoModel,
-        }
-        model, told = loaders[task].from_pretrained(
+        model, told = _loader(task, config).from_pretrained(
             source, dtype=_dtype(cfg.dtype, device), output_loading_info=True, **where
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
-    except (OSError, ValueError, ImportError, SafetensorError) as e:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # files of each kind have errors of their own
         if not cfg.trust_remote_code and "trust_remote_code" in str(e):
             raise ConfigError(
                 f"model.name={cfg.name!r} needs Python code of its own files, which is not run "
@@ -106,14 +105,17 @@ def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel
             "name, model.revision and model.gguf_file, and that the hub can be reached"
         ) from e
     new = frozenset(told["missing_keys"])
-    return LanguageModel(model.to(device).eval(), tokenizer, task, device, new)
+    two_streams = bool(getattr(model.config, "is_encoder_decoder", False))
+    return LanguageModel(model.to(device).eval(), tokenizer, task, device, two_streams, new)
 
 
 def load_tokenizer(cfg: ModelConfig) -> Any:
     """The tokenizer alone. Raises ConfigError where it does not exist."""
     import transformers
 
-    where: dict[str, Any] = {"revision": cfg.revision} if cfg.revision else {}
+    where: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
+    if cfg.revision:
+        where["revision"] = cfg.revision
     if cfg.gguf_file:
         where["gguf_file"] = cfg.gguf_file
     try:
@@ -162,11 +164,52 @@ def weights_checksum(lm: LanguageModel) -> int:
     return int(crc)
 
 
+def _check_no_adapter(name: str, folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    if not file.is_file() or (folder / "config.json").is_file():
+        return
+    try:
+        base = json.loads(file.read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    raise ConfigError(
+        f"model.name={name!r} holds an adapter of {base or 'another model'}, no model; merge the "
+        "two (peft's merge_and_unload), save the result and name that folder"
+    )
+
+
+def _loader(task: str, config: Any) -> Any:
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if task == "masked-lm":
+        return transformers.AutoModelForMaskedLM
+    if task == "none":
+        return transformers.AutoModel
+    known, seeing = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, _seeing_models()
+    if type(config) not in known and type(config) in seeing:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
+def _seeing_models() -> Any:
+    """Configs of models that take images beside text."""
+    from transformers.models.auto import modeling_auto
+
+    return modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
 def _task(config: Any) -> str:
     kinds = config.architectures or []
+    if getattr(config, "is_encoder_decoder", False) and not any("ForCausalLM" in k for k in kinds):
+        return "none"
     if any(kind.endswith("ForMaskedLM") for kind in kinds):
         return "masked-lm"
     if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        return "causal-lm"
+    if any(k.endswith("ForConditionalGeneration") for k in kinds) and type(config) in (
+        _seeing_models()
+    ):
         return "causal-lm"
     # A GGUF file names no class; only decoders come in that form.
     return "none" if kinds else "causal-lm"
@@ -179,7 +222,10 @@ def check_context_length(lm: LanguageModel, length: int) -> None:
     config: Any = getattr(lm.model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     most = getattr(text, "max_position_embeddings", None)
-    if isinstance(most, int) and length > most:
+    # XLNet says -1 for no limit.
+    limits = [most] if isinstance(most, int) and most > 0 else []
+    most = min([*limits, *_positions(lm.model)], default=None)
+    if most is not None and length > most:
         raise ConfigError(
             f"cache.context_length={length} exceeds the model's {most} positions; lower it"
         )
@@ -188,6 +234,18 @@ def check_context_length(lm: LanguageModel, length: int) -> None:
         raise ConfigError(
             f"cache.context_length={length} leaves no token beside {special} special ones; raise it"
         )
+
+
+def _positions(model: nn.Module) -> list[int]:
+    """Positions that the model's own tables hold beside reserved ones: RoBERTa's begin after the
+    padding's, OPT's after two.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
+            found.append(module.num_embeddings - reserved)
+    return found
 
 
 def resolve_hookpoints(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
@@ -210,6 +268,11 @@ def resolve_hookpoints(model: nn.Module, patterns: tuple[str, ...]) -> list[str]
             raise ConfigError(f"cache.hookpoints: {stem!r} {what} of the model{near}")
         suffix = ":input" if side == "input" else ""
         found += [name + suffix for name in matched if name + suffix not in found]
+    for name in found:
+        try:
+            check_hookpoint(name)
+        except ValueError as e:
+            raise ConfigError(f"cache.hookpoints: {e}; name another module") from e
     return found
 
 
@@ -241,7 +304,7 @@ def _with_first(value: Any, new: Tensor) -> Any:
     return type(value)([_with_first(value[0], new), *value[1:]])
 
 
-def _hook(
+def hook(
     model: nn.Module, hookpoint: str, change: Callable[[Tensor], Tensor | None]
 ) -> torch.utils.hooks.RemovableHandle:
     """Calls change(activations [B, T, D]) at a hookpoint; what it returns, if anything, takes
@@ -273,14 +336,19 @@ def _hook(
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _run(lm: LanguageModel, ids: Tensor, attention: Tensor) -> Any:
+def run_model(lm: LanguageModel, ids: Tensor, attention: Tensor) -> Any:
+    """A forward pass; of a model with two streams of ids, its encoder's alone: the decoder's ids
+    are not the text's.
+    """
+    model: Any = lm.model.get_encoder() if lm.two_streams else lm.model  # type: ignore[operator]
     # KV caches are of no use to a single pass; encoders do not know the argument.
     extra = {"use_cache": False} if lm.causal else {}
     autocast = torch.autocast(
         lm.device.type, dtype=torch.bfloat16, enabled=lm.device.type == "cuda"
     )
     with autocast:
-        return lm.model(input_ids=ids, attention_mask=attention, **extra)
+        # XLNet subtracts the mask, which bool cannot be.
+        return model(input_ids=ids, attention_mask=attention.long(), **extra)
 
 
 @torch.no_grad()
@@ -304,9 +372,9 @@ def capture_activations(
 
         return store
 
-    handles = [_hook(lm.model, h, keep(h)) for h in hookpoints]
+    handles = [hook(lm.model, h, keep(h)) for h in hookpoints]
     try:
-        _run(lm, ids, attention)
+        run_model(lm, ids, attention)
     except _Stop:
         pass
     finally:
@@ -323,7 +391,7 @@ def replace_activations(
     lm: LanguageModel, hookpoint: str, change: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
     """While open, the model goes on with change(activations [B, T, D]) at a hookpoint."""
-    handle = _hook(lm.model, hookpoint, change)
+    handle = hook(lm.model, hookpoint, change)
     try:
         yield
     finally:
@@ -334,10 +402,10 @@ def check_has_loss(lm: LanguageModel) -> None:
     """Raises ConfigError for an encoder without a language-modelling head, or without a token to
     hide others behind.
     """
-    if lm.task == "none":
+    if lm.task == "none" or lm.two_streams:
         raise ConfigError(
-            "evaluate.loss_sequences: this model has no language-modelling head to measure "
-            "a loss with; set evaluate.loss_sequences=0"
+            "evaluate.loss_sequences: this model has no language-modelling head over the text's "
+            "own tokens to measure a loss with; set evaluate.loss_sequences=0"
         )
     if not lm.causal and lm.tokenizer.mask_token_id is None:
         raise ConfigError(
@@ -360,12 +428,12 @@ def language_model_loss(
     """
     check_has_loss(lm)
     if lm.causal:
-        logits = _run(lm, ids, attention).logits[:, :-1]
+        logits = run_model(lm, ids, attention).logits[:, :-1]
         target, used = ids[:, 1:], attention[:, 1:]
     else:
         assert masked is not None
         hidden = ids.masked_fill(masked, lm.tokenizer.mask_token_id)
-        logits = _run(lm, hidden, attention).logits
+        logits = run_model(lm, hidden, attention).logits
         target, used = ids, masked & attention
     losses = F.cross_entropy(logits[used].float(), target[used], reduction="sum")
     return losses.double(), int(used.sum())

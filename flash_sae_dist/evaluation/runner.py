@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..activations.language_model import (
     LanguageModel,
-    check_context_length,
     check_has_loss,
     load_language_model,
 )
 from ..activations.loader import ActivationLoader
 from ..activations.origin import text_digest
+from ..activations.probe import probe
 from ..activations.store import ActivationStore
 from ..activations.text import TokenTable, held_out_table
 from ..config.run import EvaluateConfig
@@ -63,7 +63,8 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     mine = saes[len(saes) * rank // world : len(saes) * (rank + 1) // world]
     lm, text = None, None
     if cfg.loss_sequences:
-        lm, text = _language_model(config, store, accelerator.device)
+        hookpoints = list(dict.fromkeys(found.hookpoint for found in mine))
+        lm, text = _language_model(config, store, accelerator.device, hookpoints)
     passes = len(mine) + 2 * len({s.hookpoint for s in mine})
     num_tokens = min(cfg.num_tokens, store.rows)
     work = num_tokens * len(mine) + (text.ids.size * passes if text is not None else 0)
@@ -87,7 +88,7 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
 
 
 def _language_model(
-    config: Config, store: ActivationStore, device: torch.device
+    config: Config, store: ActivationStore, device: torch.device, hookpoints: list[str]
 ) -> tuple[LanguageModel, TokenTable]:
     assert config.model is not None
     assert config.text is not None
@@ -95,7 +96,7 @@ def _language_model(
     lm = load_language_model(config.model, device)
     agree.together(lambda: check_loaded_model(config, lm, store))
     check_has_loss(lm)
-    check_context_length(lm, config.cache.context_length)
+    probe(lm, hookpoints, config.cache.context_length)
     table = held_out_table(
         config.text,
         lm.tokenizer,
