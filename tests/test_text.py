@@ -208,3 +208,44 @@ def test_text_shorter_than_a_sequence_is_told(tmp_path: Path, root: Path) -> Non
             drop_special_tokens=True,
             num_rows=100,
         )
+
+
+def test_half_an_emoji_is_replaced_and_told_once(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "cut.jsonl"
+    lines = [r'{"text": "word1 \ud83d word2"}', r'{"text": "\ud83d\ude00"}', r'{"text": "\ude00"}']
+    file.write_text("\n".join(lines) + "\n")
+    cfg = TextConfig(source="files", paths=(str(file),))
+    assert list(documents(cfg)) == ["word1 \ufffd word2", "\U0001f600", "\ufffd"]
+    assert caplog.text.count("lone surrogates") == 1
+    tokenizer = AutoTokenizer.from_pretrained(root / "llama")
+    options: dict[str, Any] = {"causal": True, "drop_special_tokens": True, "num_rows": 2}
+    assert token_table(cfg, tokenizer, context_length=4, **options).keep.any()
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.jsonl").write_bytes(mark + b'{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "b.txt").write_bytes(mark + b"three")
+    cfg = TextConfig(source="files", paths=(str(tmp_path / "*"),))
+    assert list(documents(cfg)) == ["one", "two", "three"]
+
+
+def test_what_a_tokenizer_raises_is_one_sentence(root: Path) -> None:
+    class Broken:
+        all_special_ids: tuple[int, ...] = ()
+        cls_token_id = bos_token_id = sep_token_id = eos_token_id = pad_token_id = None
+
+        def __call__(self, *_: Any, **__: Any) -> None:
+            raise TypeError("TextEncodeInput must be\na text")
+
+    with pytest.raises(ConfigError, match="tokenizer fails on a document .*TextEncodeInput must"):
+        token_table(
+            source(root),
+            Broken(),
+            context_length=4,
+            causal=False,
+            drop_special_tokens=True,
+            num_rows=2,
+        )

@@ -5,6 +5,8 @@ them.
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -20,7 +22,10 @@ import numpy.typing as npt
 from ..config.base import ConfigError
 from ..config.data import TextConfig
 
+logger = logging.getLogger(__name__)
 _DOCUMENTS_A_BATCH = 256
+# Half of a pair that stands for one character, such as an emoji cut in two: no UTF-8 has it.
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
@@ -58,9 +63,18 @@ class TokenTable:
 def documents(cfg: TextConfig) -> Iterator[str]:
     """The documents of a source, in a fixed order. Raises ConfigError where there are none."""
     sources = {"pydoc": _pydoc, "files": _files, "hub": _hub}
-    empty = True
+    empty, mended = True, False
     for text in sources[cfg.source](cfg):
         if text.strip():
+            if _HALF.search(text):
+                if not mended:
+                    logger.warning(
+                        "text.source=%r has halves of characters (lone surrogates, as of an emoji "
+                        "cut in two), in %r first; each is read as U+FFFD",
+                        cfg.source,
+                        _HALF.sub("\ufffd", text)[:40],
+                    )
+                text, mended = _HALF.sub("\ufffd", text), True
             empty = False
             yield text
     if empty:
@@ -95,10 +109,10 @@ def _files(cfg: TextConfig) -> Iterator[str]:
 
 def _file(fs: Any, path: str, column: str) -> Iterator[str]:
     if path.endswith(".txt"):
-        with fs.open(path, "r", encoding="utf-8") as file:
+        with fs.open(path, "r", encoding="utf-8-sig") as file:
             yield file.read()
     elif path.endswith(".jsonl"):
-        with fs.open(path, "r", encoding="utf-8") as file:
+        with fs.open(path, "r", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield from _text(json.loads(line), column, f"line {number} of {path}")
@@ -258,7 +272,15 @@ def _tokenised(cfg: TextConfig, tokenizer: Any, skip: int) -> Iterator[list[int]
     stream = islice(documents(cfg), skip, None)
     while batch := list(islice(stream, _DOCUMENTS_A_BATCH)):
         # Long documents pass model_max_length on purpose: they are cut into sequences afterwards.
-        yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as e:  # each tokenizer has errors of its own
+            told = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            raise ConfigError(
+                f"text.source={cfg.source!r}: the model's tokenizer fails on a document ({told}); "
+                "leave that document out, or name another model"
+            ) from e
+        yield from ids
 
 
 def begin_token(tokenizer: Any, causal: bool) -> int | None:
