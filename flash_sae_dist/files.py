@@ -1,21 +1,62 @@
-"""One atomic write, one lock, one check that a folder can be written."""
+"""One atomic write, one lock, one check that a folder can be written and has space."""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import re
+import shutil
+import socket
 import stat
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, Protocol
 from uuid import uuid4
 
-from .config.base import ConfigError
+from .config.base import ConfigError, UserError
+
+logger = logging.getLogger(__name__)
 
 # A killed launcher takes its processes along within a second; the same command started again at
 # once waits for that.
 _WAIT_S = 15.0
+_BEAT_S, _DEAD_S = 10.0, 60.0
+# Written by this process at this moment.
+_partials: set[Path] = set()
+
+
+class UnreadableError(UserError):
+    """A file that is there and cannot be read now: nothing tells whether it is damaged."""
+
+
+def is_absent(error: OSError) -> bool:
+    """Whether an error says that a file is not there; any other says nothing of what it holds."""
+    return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+
+
+def unreadable(path: Path | str, error: OSError) -> UnreadableError:
+    """The error of a file that cannot be read now."""
+    return UnreadableError(
+        f"{path} is there but cannot be read now: {error.strerror or error}; nothing was changed: "
+        "mend that (rights, disk, network, ulimit -n) and run the same command again"
+    )
+
+
+def check_readable(path: Path) -> bool:
+    """Whether a file is there. Raises UnreadableError where it is, and cannot be read now."""
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+        return True
+    except OSError as e:
+        if is_absent(e):
+            return False
+        raise unreadable(path, e) from e
 
 
 @contextmanager
@@ -29,14 +70,43 @@ def replacing(path: Path) -> Iterator[Path]:
     # A random name: ranks on several hosts may write the same file, and containers may number
     # their processes alike. Opened with the umask's mode, which mkstemp would narrow to 0600.
     partial = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    _partials.add(partial)
     try:
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         yield partial
         sync(partial)
         rename(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as e:
+        e.add_note(f"while writing {path}")
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise
+    finally:
+        _partials.discard(partial)
+
+
+def drop_partials() -> None:
+    """Removes what `replacing` has begun in this process, which is about to end."""
+    for partial in list(_partials):
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+_TEMPORARY = re.compile(r".*\.[0-9a-f]{32}\.(tmp|partial)|step-\d+\.partial")
+
+
+def sweep(folder: Path, *, below: Sequence[str] = (), deep: bool = False) -> None:
+    """Removes temporary files that killed runs left in a folder, those below it by name or (deep)
+    all of them. Whoever calls it holds the folder's lock.
+    """
+    folders = [folder, *(folder / name for name in below)]
+    found = folder.rglob("*") if deep else (p for f in folders if f.is_dir() for p in f.iterdir())
+    for path in [p for p in found if _TEMPORARY.fullmatch(p.name)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,35 +133,23 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder's lock, which ends with this process whatever happens; the folder is made.
+def locked(folder: Path, *, below: Sequence[str] = (), deep: bool = False) -> Iterator[None]:
+    """Holds a folder's lock, which ends with this process whatever happens; the folder is made,
+    and temporary files of killed runs are swept from it (see `sweep`).
 
-    Raises ConfigError where another process keeps holding it. Systems and file systems without
-    locks hold nothing.
+    Raises ConfigError where another process keeps holding it. Where the system or the file system
+    has no locks, a warning says so, and a file with this process's heartbeat stands for one.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        last = time.monotonic() + _WAIT_S
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > last:
-                    raise ConfigError(
-                        f"another process is at work in {folder}; wait for it, or name another "
-                        "folder"
-                    ) from None
-                time.sleep(0.1)
-            except OSError:
-                break
-        yield
+        if _flock(descriptor, folder):
+            sweep(folder, below=below, deep=deep)
+            yield
+        else:
+            with owned(_OwnerFile(folder / ".owner.json"), str(folder)):
+                sweep(folder, below=below, deep=deep)
+                yield
     finally:
         os.close(descriptor)
 
@@ -121,6 +179,107 @@ def private_folder() -> Path:
     return folder
 
 
+def _flock(descriptor: int, folder: Path) -> bool:
+    """Takes a lock; False where there are none."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    last = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > last:
+                raise _busy(str(folder)) from None
+            time.sleep(0.1)
+        except OSError:
+            return False
+
+
+def _busy(place: str, who: str = "another process") -> ConfigError:
+    return ConfigError(f"{who} is at work in {place}; wait for it, or name another folder")
+
+
+class OwnerRecord(Protocol):
+    """Where an owner's record is kept: a file, or an object of a remote store."""
+
+    def read(self) -> dict[str, Any] | None: ...
+    def write(self, record: dict[str, Any]) -> None: ...
+    def remove(self) -> None: ...
+
+
+class _OwnerFile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, Any] | None:
+        with suppress(FileNotFoundError, ValueError):
+            data = json.loads(self.path.read_text())
+            return data if isinstance(data, dict) else None
+        return None
+
+    def write(self, record: dict[str, Any]) -> None:
+        write_text(self.path, json.dumps(record))
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def owned(record: OwnerRecord, place: str) -> Iterator[None]:
+    """Keeps a record of this process, renewed every few seconds, where there are no locks. Raises
+    ConfigError where the record of another that lives does not end in time.
+    """
+    logger.warning(
+        "%s has no locks: a record there tells other launches of this one; start no two at once",
+        place,
+    )
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid4().hex}
+    last = time.monotonic() + _WAIT_S
+    while (other := record.read()) is not None and _lives(other):
+        if time.monotonic() > last:
+            raise _busy(place, f"process {other.get('pid')} of host {other.get('host')}")
+        time.sleep(0.2)
+    record.write({**me, "time": time.time()})
+    # Of two that saw none, the second writer is the owner.
+    time.sleep(0.2)
+    if (other := record.read()) is not None and other.get("id") != me["id"]:
+        raise _busy(place, f"process {other.get('pid')} of host {other.get('host')}")
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(_BEAT_S):
+            with suppress(OSError):
+                record.write({**me, "time": time.time()})
+
+    thread = threading.Thread(target=beat, name="owner", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
+        with suppress(OSError):
+            record.remove()
+
+
+def _lives(other: dict[str, Any]) -> bool:
+    """Whether the process of a record may still be at work."""
+    try:
+        if time.time() - float(other["time"]) > _DEAD_S:
+            return False
+        if other["host"] != socket.gethostname():
+            return True
+        os.kill(int(other["pid"]), 0)
+    except (KeyError, TypeError, ValueError, ProcessLookupError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def check_writable(key: str, path: str | Path) -> None:
     """Raises ConfigError naming a config's key where its folder can be neither made nor written.
 
@@ -139,3 +298,17 @@ def check_writable(key: str, path: str | Path) -> None:
         raise ConfigError(
             f"{key}={str(path)!r} cannot be written: {folder}: {e.strerror}; name another folder"
         ) from e
+
+
+def check_space(key: str, path: str | Path, needed: int, what: str) -> None:
+    """Raises ConfigError where the disk of a folder, which need not be there yet, has less space
+    than is needed."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"{key}={str(path)!r} has {free:,} bytes free, but {what} takes {needed:,}; free space "
+            "there, or name a folder on another disk"
+        )

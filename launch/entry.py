@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..config.base import ConfigError, UserError, nearest_name
+from .. import ending
+from ..config.base import ConfigError, nearest_name
 
 if TYPE_CHECKING:
     from ..training.job import Config
@@ -37,35 +38,23 @@ OverridesArgument = Annotated[
 Run = Callable[["Config"], None]
 
 
-def command(run: Run) -> Callable[[str, list[str] | None], None]:
-    """A verb's typer command: a mistake ends it in one sentence and exit code 2, a failure that
-    the user can set right in one sentence and exit code 1.
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure, too.")]
+_CODES = """Exit codes: 0 done, 1 a failure (what was kept is said), 2 a mistake found before any
+work, 143 or 130 stopped by SIGTERM or SIGINT (Ctrl-C)."""
+
+
+def command(run: Run) -> Callable[[str, list[str] | None, bool], None]:
+    """A verb's typer command: a mistake ends it in one sentence and exit code 2, a failure of
+    anything but this code in one sentence and exit code 1, a signal in one sentence and 128 + its
+    number. A fault of our own keeps its traceback.
     """
 
-    def verb(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-        # A crash below Python tells where every thread was, but in a notebook, which has no file.
-        with suppress(OSError, AttributeError):
-            faulthandler.enable()
-        # Other libraries' chatter comes once a process; ours is said by one of them.
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-        logging.getLogger("flash_sae_dist").setLevel(logging.INFO)
-        if os.environ.get("RANK", "0") != "0":
-            # Bars of downloads and of loading weights: one process's are enough.
-            os.environ.setdefault("TQDM_DISABLE", "1")
-        code = 0
-        try:
-            # Not at the top: `--help` need not wait for torch.
-            from ..training.job import load_config
-
-            run(load_config(config, overrides or []))
-        except UserError as e:
-            _tell(f"error: {e}")
-            code = 2 if isinstance(e, ConfigError) else 1
-        except Exception:
-            if not _nccl_is_up():
-                raise
-            traceback.print_exc()
-            code = 1
+    def verb(
+        config: ConfigArgument, overrides: OverridesArgument = None, debug: DebugOption = False
+    ) -> None:
+        with ending.listening(_tell):
+            _prepare_process()
+            code = _outcome(run, config, overrides or [], debug)
         # Not in the handler, where the error still keeps all that the verb had alive.
         if code and _nccl_is_up():
             # At once: the interpreter's end would wait for kernels that wait for other processes.
@@ -76,10 +65,48 @@ def command(run: Run) -> Callable[[str, list[str] | None], None]:
             sys.exit(code)
 
     # Paragraphs on one line: the terminal's width breaks them.
-    paragraphs = inspect.cleandoc(run.__doc__ or "").split("\n\n")
+    paragraphs = [*inspect.cleandoc(run.__doc__ or "").split("\n\n"), _CODES]
     # Rich takes what is in brackets for markup.
     verb.__doc__ = escape("\n\n".join(" ".join(p.split()) for p in paragraphs))
     return verb
+
+
+def _prepare_process() -> None:
+    """What concerns the process as a whole: crashes, logs, bars."""
+    # A crash below Python tells where every thread was, but in a notebook, which has no file.
+    with suppress(OSError, AttributeError):
+        faulthandler.enable()
+    # Other libraries' chatter comes once a process; ours is said by one of them.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("flash_sae_dist").setLevel(logging.INFO)
+    if os.environ.get("RANK", "0") != "0":
+        # Bars of downloads and of loading weights: one process's are enough.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def _outcome(run: Run, config: str, overrides: list[str], debug: bool) -> int:
+    """Runs a verb; its exit code. Raises what is a fault of our own, where nothing waits for it."""
+    try:
+        # Not at the top: `--help` need not wait for torch.
+        from ..training.job import load_config
+
+        run(load_config(config, overrides))
+    except ending.StopRequested as e:
+        _tell(e.sentence)
+        return e.code
+    except Exception as e:
+        sentence = ending.sentence_of(e)
+        if sentence is None and not _nccl_is_up():
+            raise
+        if sentence is None or debug:
+            traceback.print_exc()
+        if sentence is not None:
+            is_mistake = isinstance(e, ConfigError)
+            kept = "" if is_mistake else ending.kept()
+            _tell(f"error: {sentence}{kept and f'; {kept}'}")
+            return 2 if is_mistake else 1
+        return 1
+    return 0
 
 
 def _tell(sentence: str) -> None:
@@ -89,9 +116,11 @@ def _tell(sentence: str) -> None:
     if report:
         # The form that torch.distributed.elastic reads.
         told = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(report).write_text(json.dumps({"message": told}))
+        with suppress(OSError):
+            Path(report).write_text(json.dumps({"message": told}))
     if not report or os.environ.get("RANK", "0") == "0":
-        typer.echo(sentence, err=True)
+        # An argument that is no text comes as surrogates, which no terminal takes.
+        typer.echo(sentence.encode(errors="backslashreplace").decode(), err=True)
 
 
 def verb_main(run: Run) -> None:
@@ -148,6 +177,14 @@ def _check_devices() -> None:
         )
 
 
+def rendezvous_seconds(config: Config) -> float:
+    """train.rendezvous_timeout_s, or its default where a config has no section train."""
+    from ..config.train import TrainConfig
+
+    default: float = TrainConfig.model_fields["rendezvous_timeout_s"].default
+    return config.train.rendezvous_timeout_s if config.train is not None else default
+
+
 @contextmanager
 def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     """The accelerator of this launch, torn down whatever happens inside.
@@ -158,7 +195,8 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    from ..parallel.mesh import PATIENCE, end_groups
+    from ..parallel.mesh import end_groups
+    from ..parallel.rendezvous import come_together
 
     # Only the agent of accelerate and torchrun stays with its processes: another launcher, such as
     # a shell, may end before what it started.
@@ -167,13 +205,16 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     _check_devices()
     if trackers:
         _check_trackers(config.trackers)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        # A user's own accelerate config may say fp16; the precision is train.precision's.
-        mixed_precision="no",
-        log_with=(list(config.trackers) or None) if trackers else None,
-        project_dir=config.output,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    accelerator = come_together(
+        lambda timeout: Accelerator(
+            cpu=not torch.cuda.is_available(),
+            # A user's own accelerate config may say fp16; the precision is train.precision's.
+            mixed_precision="no",
+            log_with=(list(config.trackers) or None) if trackers else None,
+            project_dir=config.output,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        ),
+        rendezvous_seconds(config),
     )
     try:
         yield accelerator

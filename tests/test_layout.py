@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"kernels"},
-    {"config", "files", "identity", "parallel", "progress"},
+    {"config", "ending", "files", "identity", "parallel", "progress"},
     {"activations", "models"},
     {"training"},
     {"grid", "evaluation", "interop", "planner", "features", "compat", "api"},

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from ..config.base import ConfigError, UserError
+from ..ending import sentence_of
 from .mesh import Mesh
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ def _sentence(error: Exception | None) -> str | None:
         return None
     if isinstance(error, UserError):
         return str(error)
-    return f"another process failed: {type(error).__name__}: {error}"
+    return sentence_of(error) or f"another process failed: {type(error).__name__}: {error}"
 
 
 def from_all(found: Any) -> list[Any]:

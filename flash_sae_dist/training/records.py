@@ -11,12 +11,13 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from ..config.base import UserError
+from ..ending import sentence_of
 from ..files import write_text
 from ..models.base import CONFIG_FILE
 from .job import Config, parse_config
 
 logger = logging.getLogger(__name__)
-State = Literal["running", "finished", "failed"]
+State = Literal["running", "finished", "failed", "stopped"]
 
 
 class DamagedRecordError(UserError):
@@ -135,9 +136,10 @@ def forget_failure(job: Job) -> None:
 
 def record_failure(job: Job, error: Exception) -> str:
     """Writes an error into `status.json` and tells it; returns it in one line."""
-    reason = f"{type(error).__name__}: {error}"
+    sentence = sentence_of(error)
+    reason = f"{type(error).__name__}: {error}" if sentence is None else sentence
     # What the user can set right is a sentence, which a traceback would bury.
-    trace = None if isinstance(error, UserError) else error
+    trace = error if sentence is None else None
     logger.error("%s failed: %s", job.name, reason, exc_info=trace)
     status = read_status(job.folder) or Status("running", 0, 0)
     # The first reason stands: other ranks then fail for want of this one.
