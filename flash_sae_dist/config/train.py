@@ -72,14 +72,23 @@ class TrainConfig(StrictModel):
     """Steps between log lines; the device is read only then."""
     checkpoint_every: int = Field(default=1000, gt=0)
     """Steps between checkpoints."""
+    checkpoint_minutes: float | None = Field(default=None, gt=0)
+    """Minutes between checkpoints by the clock of the first process, beside those of
+    checkpoint_every; left out, none."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints kept."""
+    rendezvous_timeout_s: float = Field(default=600, ge=1, le=86_400)
+    """Seconds within which all processes of a launch (of any verb) have to come together."""
 
     @model_validator(mode="before")
     @classmethod
     def _no_step(cls, data: Any) -> Any:
         if isinstance(data, dict) and "step" in data:
             raise ValueError(STEP_IS_GONE)
+        if isinstance(data, dict) and data.get("k_aux") == 0 and data["k_aux"] is not False:
+            raise ValueError(
+                "train.k_aux=0 revives no latents; set train.dead_latents=none, or leave k_aux out"
+            )
         return data
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import ending
 from ..activations.store import ActivationStore
 from ..config.base import ConfigError, UserError
 from ..files import locked
@@ -50,7 +51,11 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     assert config.train is not None
     device: torch.device = accelerator.device
     mesh = make_mesh(
-        config.train.num_shards, config.train.num_replicas, device=device, several_groups=grid
+        config.train.num_shards,
+        config.train.num_replicas,
+        device=device,
+        several_groups=grid,
+        rendezvous_s=config.train.rendezvous_timeout_s,
     )
     plan = agreed_plan(config, mesh, device, grid=grid)
     # A host that does not see the store ends all of them with its sentence.
@@ -121,7 +126,7 @@ def _train_bundle(
     # has left: the launch must end, not hang. An only job's error is best told as it is.
     ends = mesh.members > 1 or only
     try:
-        with _held(jobs, mesh):
+        with ending.deferred(), _held(jobs, mesh):
             Trainer(jobs, store, mesh, device, trackers.log).run()
         return
     except BusyError:
@@ -153,7 +158,7 @@ def _held(jobs: list[Job], mesh: Mesh) -> Iterator[None]:
         try:
             if mesh.is_lead:
                 for job in jobs:
-                    locks.enter_context(locked(job.folder))
+                    locks.enter_context(locked(job.folder, below=("sae", "checkpoints")))
                 for job in jobs:
                     forget_failure(job)
         except ConfigError as e:

@@ -1,4 +1,4 @@
-"""The only file that makes and ends process groups: those of an SAE's members, of its replicas, of
+"""Makes and ends process groups: those of an SAE's members, of its replicas, of
 its shards, and of the batches that the shards gather.
 """
 
@@ -6,16 +6,12 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from ..config.base import ConfigError
-
-# How long a process waits for the others. NCCL's ten minutes would end a grid whose groups have
-# unequal work, or a cache whose first process tokenises long; the launcher sees to dead processes.
-PATIENCE = timedelta(days=7)
+from .rendezvous import make_group
 
 
 @dataclass(frozen=True)
@@ -67,12 +63,14 @@ def make_mesh(
     *,
     device: torch.device,
     several_groups: bool = False,
+    rendezvous_s: float = 600,
 ) -> Mesh:
     """Splits the running processes into groups of num_replicas x num_shards; None means all
     processes are shards.
 
     Collective. Raises ConfigError where the number of processes does not fit; several_groups
-    allows more processes than one SAE takes (a grid).
+    allows more processes than one SAE takes (a grid). A group that is not up within rendezvous_s
+    seconds, since a process died, raises.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     if num_shards is None:
@@ -97,17 +95,19 @@ def make_mesh(
     ranks = torch.arange(world).view(world // members, num_replicas, num_shards)
     group, replica, shard = (ranks == dist.get_rank()).nonzero()[0].tolist()
     shards, replicas = ranks.flatten(0, 1), ranks.movedim(1, 2).flatten(0, 1)
-    groups = [_my_group(rows) for rows in (shards, replicas, ranks.flatten(1), shards)]
+    groups = [
+        _my_group(rows, rendezvous_s) for rows in (shards, replicas, ranks.flatten(1), shards)
+    ]
     return Mesh(group, world // members, replica, num_replicas, shard, num_shards, *groups)
 
 
-def _my_group(ranks: torch.Tensor) -> dist.ProcessGroup | None:
+def _my_group(ranks: torch.Tensor, seconds: float) -> dist.ProcessGroup | None:
     """Makes a group of each row of ranks and returns this rank's; None where it would be alone.
     Collective over all processes."""
     if ranks.shape[1] == 1:
         return None
-    groups = [dist.new_group(row, timeout=PATIENCE) for row in ranks.tolist()]
-    return next(g for g in groups if isinstance(g, dist.ProcessGroup))
+    groups = [make_group(row, seconds) for row in ranks.tolist()]
+    return next(group for group in groups if group is not None)
 
 
 def end_groups() -> None:

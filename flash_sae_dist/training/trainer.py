@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import ending
 from ..activations.feed import BatchFeed
 from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
@@ -20,6 +21,7 @@ from ..parallel.mesh import Mesh
 from ..progress import progress_bar
 from . import checkpoint, made_of
 from .metrics import HostCopy, LoggedStep, LogMetrics, MetricsLog, Pace, PhaseTimer, StepMetrics
+from .pauses import Pauses
 from .records import (
     Job,
     State,
@@ -47,7 +49,7 @@ class Member:
         self.training = SAETraining(job.config.sae, self.cfg, d_in, mesh, device, rms=rms)
         self.error: str | None = None
         self.made_of = made_of.made_of(job.config, store, device)
-        step = checkpoint.newest_step(self.checkpoints, mesh)
+        step = self.saved = checkpoint.newest_step(self.checkpoints, mesh)
         if step is not None:
             sae = self.training.sae
             state = checkpoint.load(self.checkpoints, step, sae.first_latent, sae.d_sae_local)
@@ -60,6 +62,7 @@ class Member:
             self.training.load_state(state)
             if mesh.is_lead:
                 logger.info("%s: resumed at step %d", job.name, step)
+        ending.keeps(self.kept())
         self.log = MetricsLog(job.folder / "metrics.jsonl", step or 0, enabled=mesh.is_lead)
         if mesh.is_lead:
             write_job(job, store.config)
@@ -76,11 +79,11 @@ class Member:
         """True when every step has been made, or none will be."""
         return self.error is not None or self.training.step_index >= self.training.total_steps
 
-    def write_status(self, step: int | None = None) -> None:
+    def write_status(self, step: int | None = None, *, unfinished: State = "running") -> None:
         """Writes status.json on the lead: finished is what has its SAE written."""
         if self.mesh.is_lead:
             t, whole = self.training, is_finished(self.job)
-            state: State = "failed" if self.error else "finished" if whole else "running"
+            state: State = "failed" if self.error else "finished" if whole else unfinished
             step = t.step_index if step is None else step
             write_status(self.job, Status(state, step, t.total_steps, self.error))
 
@@ -100,6 +103,17 @@ class Member:
         state = self.training.state()
         state.info["made_of"] = self.made_of
         checkpoint.save(self.checkpoints, state, self.mesh, self.cfg.keep_checkpoints)
+        self.saved = self.training.step_index
+        ending.keeps(self.kept())
+
+    def kept(self) -> str:
+        """What of this job a launch that ends now leaves, and how it goes on."""
+        if not self.saved:
+            return f"{self.job.name} has no checkpoint yet: the same command begins it anew"
+        return (
+            f"{checkpoint.step_folder(self.checkpoints, self.saved)} is kept, and the same command "
+            "goes on from it"
+        )
 
     def save_final(self) -> None:
         """Gathers the shards on the lead and writes the SAE to `sae/`. Collective over the shard
@@ -200,9 +214,15 @@ class Trainer:
 
     def _loop(self, batches: Iterator[Tensor], start: int, advance: Callable[[int], None]) -> None:
         pace = Pace(self.device)
+        pauses = Pauses(self.mesh, self.device, self.cfg.checkpoint_minutes)
         for step in range(start, self.total_steps):
             if all(member.error for member in self.members):
                 return
+            pause = pauses.before(step)
+            if pause.signal:
+                self._stop(step, pause.signal)
+            if pause.checkpoint:
+                self._checkpoint(step, due=True)
             logged = (step + 1) % self.cfg.log_every == 0 or step + 1 == self.total_steps
             data = PhaseTimer(self.device, enabled=logged)
             x = next(batches)
@@ -242,15 +262,34 @@ class Trainer:
             if not math.isfinite(fvu := values["fvu"]):
                 member.fail(f"fvu is {fvu} at step {step}; lower train.lr, check the store", step)
 
-    def _checkpoint(self, step: int) -> None:
-        if step % self.cfg.checkpoint_every and step != self.total_steps:
+    def _stop(self, step: int, number: int) -> None:
+        """Raises StopRequested between two steps, with a checkpoint of the one before."""
+        self._checkpoint(step, due=True)
+        for member in self.members:
+            if member.error is None:
+                member.write_status(unfinished="stopped")
+        ready = [member for member in self.members if member.error is None]
+        name = ending.name_of(number)
+        others = f" and of {len(ready) - 1} SAEs beside it" if len(ready) > 1 else ""
+        at = f"step {step} of {self.total_steps} of {ready[0].job.name}{others}"
+        if step == 0:
+            at = f"the first step of {ready[0].job.name}{others}"
+        sentence = f"stopped by {name} before {at}; {ready[0].kept()}"
+        if self.mesh.is_lead and self.mesh.group:
+            # The first process tells of its own alone.
+            logger.warning(sentence)
+        raise ending.StopRequested(number, sentence)
+
+    def _checkpoint(self, step: int, *, due: bool = False) -> None:
+        if not due and step % self.cfg.checkpoint_every and step != self.total_steps:
             return
         # A resumed run keeps the lines up to its checkpoint: they are there before it is.
         self._read_logged()
         for member in self.members:
-            if member.error is None and member.training.step_index == step:
+            t = member.training
+            if member.error is None and t.step_index == step and (member.saved or 0) != step:
                 with self._fails_alone(member.job, member):
-                    if not member.training.is_finite():
+                    if not t.is_finite():
                         member.fail(f"a weight is not finite at step {step}; lower train.lr", step)
                         continue
                     member.save_checkpoint()
