@@ -14,6 +14,7 @@ from ..activations.language_model import LanguageModel
 from ..activations.origin import MODEL_PARTS, loaded_parts, model_parts, row_parts
 from ..activations.store import ActivationStore
 from ..config.base import ConfigError, UserError
+from ..files import check_readable
 from ..identity import Difference, difference
 from ..models import load_sae
 from ..models.base import CONFIG_FILE, SparseCoder
@@ -56,6 +57,7 @@ class FinishedSAE(NamedTuple):
                 f"store={store.path!r} has {other.part}={other.now!r}, but {self.folder} was "
                 f"trained on {other.was!r}; name the store it was trained on"
             )
+        check_readable(self.folder / "sae" / CONFIG_FILE)
         try:
             d_in = json.loads((self.folder / "sae" / CONFIG_FILE).read_text())["d_in"]
         except (OSError, KeyError, TypeError, ValueError) as e:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .base import CONFIG_FILE, SparseCoder
+from .base import CONFIG_FILE, SparseCoder, check_sae_folder
 from .topk import TopKSAE
 
 # The names that `sae.architecture` takes, in configs and beside saved weights.
@@ -19,6 +19,7 @@ def load_sae(folder: str | Path, *, device: torch.device | str = "cpu") -> Spars
     or the architecture is not registered.
     """
     path = Path(folder)
+    check_sae_folder(path)
     try:
         name = json.loads((path / CONFIG_FILE).read_text())["architecture"]
     except (OSError, KeyError, TypeError, ValueError) as e:

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..config.file import parse
 from ..config.sae import SAEConfig
-from ..files import replacing, write_text
+from ..files import check_readable, replacing, write_text
 from ..kernels import ops
 from ..parallel.collectives import feed_shards, sum_over_shards
 from ..parallel.mesh import Mesh
@@ -198,11 +199,13 @@ class SparseCoder(nn.Module):
         or holds another architecture.
         """
         path = Path(folder)
+        check_sae_folder(path)
         try:
             spec = json.loads((path / CONFIG_FILE).read_text())
             weights = load_file(path / WEIGHTS_FILE)
             d_in = spec.pop("d_in")
-            sae = cls.from_config(cls.Config(**spec), d_in, dtype=weights["W_enc"].dtype)
+            config = parse(cls.Config, spec, str(path / CONFIG_FILE))
+            sae = cls.from_config(config, d_in, dtype=weights["W_enc"].dtype)
             sae.load_state_dict(weights)
         except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
             raise ValueError(
@@ -212,14 +215,35 @@ class SparseCoder(nn.Module):
 
     @staticmethod
     def is_whole(folder: str | Path) -> bool:
-        """Whether a folder holds what `save` writes, none of it cut short. Reads no weights."""
+        """Whether a folder holds what `save` writes, none of it cut short. Reads no weights.
+
+        Raises UnreadableError where files are there and cannot be read now.
+        """
         path = Path(folder)
+        if not all([check_readable(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]):
+            return False
         try:
             json.loads((path / CONFIG_FILE).read_text())
             with safe_open(path / WEIGHTS_FILE, framework="pt"):
                 return True
         except (OSError, ValueError, SafetensorError):
             return False
+
+
+def check_sae_folder(path: Path) -> None:
+    """Raises ValueError, with what to name instead, where a folder is none of an SAE;
+    UnreadableError where its files cannot be read now."""
+    if check_readable(path / CONFIG_FILE):
+        check_readable(path / WEIGHTS_FILE)
+        return
+    if path.is_file():
+        raise ValueError(f"{path} is a file; name the folder that holds it, {path.parent}")
+    if (path / "sae" / CONFIG_FILE).is_file():
+        raise ValueError(f"{path} holds an SAE in its folder sae; name {path / 'sae'}")
+    what = f"has no {CONFIG_FILE}" if path.is_dir() else "does not exist"
+    raise ValueError(
+        f"{path} {what}: it holds no whole SAE; name a folder such as OUTPUT/HOOKPOINT/sae"
+    )
 
 
 _ROWS_A_SEED = 64

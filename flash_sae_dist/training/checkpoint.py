@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,8 +101,13 @@ def _write_shard(folder: Path, state: TrainingState, mesh: Mesh) -> dict[str, An
     tensors = {f"rows.{n}": t for n, t in state.rows.items()}
     if mesh.shard == 0:
         tensors |= {f"whole.{n}": t for n, t in state.whole.items()}
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / name)
-    files.sync(folder / name)
+    try:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / name)
+        files.sync(folder / name)
+    except Exception as e:
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        e.add_note(f"while writing {folder / name} ({size:,} bytes)")
+        raise
     rows = state.info["d_sae"] // mesh.num_shards
     return {
         "name": name,
@@ -124,7 +131,15 @@ def _gather(record: dict[str, Any], mesh: Mesh) -> list[dict[str, Any]]:
 
 
 def _found(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if p.suffix == "" and (p / MANIFEST).is_file())
+    """The checkpoints of a folder. Raises UnreadableError where it cannot be looked into now."""
+    try:
+        names = [name for name in os.listdir(folder) if re.fullmatch(r"step-\d+", name)]
+    except OSError as e:
+        if files.is_absent(e):
+            return []
+        raise files.unreadable(folder, e) from e
+    found = [folder / name for name in sorted(names)]
+    return [path for path in found if files.check_readable(path / MANIFEST)]
 
 
 def _verify(path: Path) -> dict[str, Any]:
@@ -143,7 +158,11 @@ def _verify(path: Path) -> dict[str, Any]:
                 )
     except DamagedCheckpointError:
         raise
-    except (OSError, KeyError, TypeError, ValueError) as e:
+    except OSError as e:
+        if not files.is_absent(e):
+            raise files.unreadable(e.filename or path, e) from e
+        raise DamagedCheckpointError(f"{path} is not a whole checkpoint: {e}") from e
+    except (KeyError, TypeError, ValueError) as e:
         raise DamagedCheckpointError(f"{path} is not a whole checkpoint: {e}") from e
     return manifest
 
@@ -163,21 +182,31 @@ def newest_info(folder: Path) -> dict[str, Any] | None:
 
 def newest_step(folder: Path, mesh: Mesh) -> int | None:
     """Step of the newest checkpoint whose checksums hold; damaged ones are passed over with a
-    warning.
+    warning. Raises UnreadableError where one is there and cannot be read now.
 
     The lead looks and tells the others. Collective over the members.
     """
     step: int | None = None
-    if mesh.is_lead:
-        for path in reversed(_found(folder)):
-            try:
-                step = int(_verify(path)["info"]["step"])
-                break
-            except DamagedCheckpointError as e:
-                logger.warning("%s; going back to the checkpoint before it", e)
-    steps = _gather({"step": step}, mesh)
-    found: int | None = steps[0]["step"]
+    error: files.UnreadableError | None = None
+    try:
+        if mesh.is_lead:
+            step = _newest_whole(folder)
+    except files.UnreadableError as e:
+        error = e
+    told = _gather({"step": step, "error": error and str(error)}, mesh)[0]
+    if told["error"] is not None:
+        raise error or files.UnreadableError(told["error"])
+    found: int | None = told["step"]
     return found
+
+
+def _newest_whole(folder: Path) -> int | None:
+    for path in reversed(_found(folder)):
+        try:
+            return int(_verify(path)["info"]["step"])
+        except DamagedCheckpointError as e:
+            logger.warning("%s; going back to the checkpoint before it", e)
+    return None
 
 
 def load(folder: Path, step: int, first_row: int, num_rows: int) -> TrainingState:
