@@ -15,7 +15,7 @@ class ReconstructionMetrics(NamedTuple):
     """Measured over `tokens` stored rows."""
 
     tokens: int
-    fvu: float  # sum (x - recon)^2 / sum (x - mean x)^2
+    fvu: float  # sum (x - recon)^2 / sum (x - mean x)^2; by sum x^2 where the rows are all alike
     cosine: float  # mean over tokens of cos(x, recon)
     l0: float  # mean active latents a token
     dead_fraction: float  # latents that never fired on these tokens, fewer than training counts
@@ -44,10 +44,13 @@ def measure(sae: SparseCoder, batches: Iterable[Tensor]) -> ReconstructionMetric
         fired.index_add_(0, out.top_idx.flatten().long(), (out.top_acts > 0).flatten().long())
     if tokens == 0:
         raise ValueError("there are no activations to measure on; raise evaluate.num_tokens")
-    variance = squares - total.square().sum() / tokens
+    of_mean = total.square().sum() / tokens
+    # Rows are float32 at most: what is left of equal ones is float64's rounding of the sums.
+    variance = squares - of_mean
+    variance = torch.where(variance > 1e-12 * of_mean, variance, squares)
     return ReconstructionMetrics(
         tokens,
-        float(error / variance),
+        float(error / variance.clamp_min(torch.finfo(variance.dtype).tiny)),
         float(cosine / tokens),
         float(fired.sum() / tokens),
         float((fired == 0).double().mean()),

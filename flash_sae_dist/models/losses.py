@@ -17,14 +17,16 @@ def total_variance(
 ) -> Tensor:  # scalar
     """`sum of (x - mean)^2` over tokens and dimensions, the mean taken over all replicas' tokens.
 
-    Collective over the replicas.
+    0 where the tokens do not vary beyond rounding: all alike, or one. Collective over the replicas.
     """
     sums = x.sum(dim=0)
     collectives.all_reduce_(sums, mesh.replica_group, mesh.num_replicas)
-    mean = sums / (x.shape[0] * mesh.num_replicas)
+    num_tokens = x.shape[0] * mesh.num_replicas
+    mean = sums / num_tokens
     variance = (x - mean).square().sum()
     collectives.all_reduce_(variance, mesh.replica_group, mesh.num_replicas)
-    return variance
+    rounding = (16 * torch.finfo(variance.dtype).eps) ** 2
+    return variance * (variance > rounding * num_tokens * mean.square().sum())
 
 
 def fvu_loss(
