@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .. import ending
 from ..config.base import ConfigError, UserError
 from ..config.data import CacheConfig
 from ..config.run import RunConfig
-from ..files import check_writable, locked, private_folder
+from ..files import check_space, check_writable, locked, private_folder
 from ..identity import FREE_KEYS, difference, tell_other_versions, versions
 from ..parallel import agree
 from ..progress import progress_bar
@@ -44,7 +45,15 @@ from .origin import (
 )
 from .probe import check_ids, probe
 from .records import CONFIG, check_lasts
-from .store import Geometry, Origin, Shape, StoreWriter, make_geometry, storage_dtype
+from .store import (
+    Geometry,
+    Origin,
+    Shape,
+    StoreWriter,
+    array_names,
+    make_geometry,
+    storage_dtype,
+)
 from .text import TokenTable, begin_token, token_table
 
 logger = logging.getLogger(__name__)
@@ -87,7 +96,7 @@ def run_cache(config: RunConfig, accelerator: Any) -> None:
     with ExitStack() as lock:
         if writer.records.local:
             folder = Path(writer.records.root)
-            agree.first_checks(lambda: lock.enter_context(locked(folder)))
+            agree.first_checks(lambda: lock.enter_context(locked(folder, deep=True)))
         _fill(config, accelerator, writer, lm, widths)
 
 
@@ -108,6 +117,8 @@ def _fill(
     geometry = _geometry(config.cache, table, widths, accelerator)
     origin = _shared_origin(lm, table)
     writer.check_origin(geometry, origin)
+    shape = Shape(geometry, config.cache.dtype, widths)
+    agree.first_checks(lambda: _check_space(writer, shape))
     parts = _shared_parts(config, lm, table, accelerator)
     parts |= {"hookpoints": widths, **geometry._asdict()}
     writer.check_identity(parts)
@@ -118,7 +129,7 @@ def _fill(
         about = _provenance(config, lm)
         writer.create(geometry, widths, config.cache.dtype, about, origin, identity)
     accelerator.wait_for_everyone()
-    todo = writer.missing(Shape(geometry, config.cache.dtype, widths))
+    todo = writer.missing(shape)
     accelerator.wait_for_everyone()
     harvester = _Harvester(lm, hookpoints, table, geometry, config.cache)
     _write_shards(accelerator, writer, harvester, todo)
@@ -224,10 +235,26 @@ def _write_shards(
     title = f"cache {len(harvester.hookpoints)} hookpoints"
     # The processes' parts are alike: the bar shows the first's progress as everyone's.
     total = world * sum(stop - start for start, stop in map(geometry.shard_range, mine))
-    with progress_bar(title, total, "tokens", accelerator.is_main_process) as bar:
-        for shard in mine:
-            arrays = harvester.shard(shard, lambda rows: bar.advance(world * rows))
-            writer.write_shard(geometry, shard, arrays)
+    bar_ = progress_bar(title, total, "tokens", accelerator.is_main_process)
+    done = geometry.num_shards - len(todo)
+
+    def note(made: int) -> None:
+        told = f"{done + made} of {geometry.num_shards} shards are kept in {writer.path}"
+        told += " with what the other processes made" if world > 1 else ""
+        ending.keeps(f"{told}, and the same command makes the others")
+
+    with ending.deferred(), bar_ as bar:
+
+        def advance(rows: int) -> None:
+            bar.advance(world * rows)
+            if number := ending.requested():
+                name = ending.name_of(number)
+                raise ending.StopRequested(number, f"stopped by {name}; {ending.kept()}")
+
+        for made, shard in enumerate(mine):
+            note(made)
+            writer.write_shard(geometry, shard, harvester.shard(shard, advance))
+        note(len(mine))
 
 
 def _check_folder(writer: StoreWriter) -> None:
@@ -241,6 +268,16 @@ def _check_folder(writer: StoreWriter) -> None:
         except ConfigError as e:
             error = e
     agree.raise_together(error)
+
+
+def _check_space(writer: StoreWriter, shape: Shape) -> None:
+    """Raises ConfigError where the disk cannot take the shards that are missing."""
+    if writer.records.local:
+        todo, needed = writer.missing(shape), 0
+        for name in array_names(shape.widths):
+            row_bytes = shape.row_bytes(name)
+            needed += sum(shape.geometry.file_bytes(shard, row_bytes) for shard in todo)
+        check_space("cache.store", writer.records.root, needed, "what is left of the store")
 
 
 def _table_folder(config: RunConfig, writer: StoreWriter) -> Path:
@@ -271,7 +308,7 @@ def _shared_table(
     # The marker tells of which config and files the table is: one that was killed early leaves no
     # other sign.
     marker, digest = folder / "whole", f"{_digest(config)} {stamp}"
-    error = None
+    error: Exception | None = None
     if first and not (marker.exists() and marker.read_text() == digest):
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -291,7 +328,8 @@ def _shared_table(
                     bar.show(bar.total, f"all {bar.done} tokens of the text")
             table.save(folder)
             marker.write_text(digest)
-        except ConfigError as e:
+        # The others wait: they are told of whatever a tokenizer raises, too.
+        except Exception as e:
             error = e
     agree.raise_together(error)
     return TokenTable.load(folder)

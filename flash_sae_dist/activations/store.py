@@ -132,15 +132,18 @@ class Shape(NamedTuple):
         except ValueError as e:
             raise records.damaged(GEOMETRY, str(e)) from e
 
+    def row_bytes(self, name: str) -> int:
+        """Bytes of a row of an array."""
+        kind, _, hookpoint = name.partition("/")
+        if kind != "activations":
+            return np.dtype("int32").itemsize
+        return storage_dtype(self.dtype).itemsize * self.widths[hookpoint]
+
     def whole_shards(self, records: Records, names: list[str]) -> set[int]:
         """Shards that are recorded and whose files are there, none cut short, in every array."""
         whole = {s for s in records.shards() if s < self.geometry.num_shards}
         for name in names:
-            sizes = records.file_sizes(f"{name}/c")
-            kind, _, hookpoint = name.partition("/")
-            row_bytes = np.dtype("int32").itemsize
-            if kind == "activations":
-                row_bytes = storage_dtype(self.dtype).itemsize * self.widths[hookpoint]
+            sizes, row_bytes = records.file_sizes(f"{name}/c"), self.row_bytes(name)
             whole = {
                 s
                 for s in whole

@@ -95,7 +95,8 @@ def _files(cfg: TextConfig) -> Iterator[str]:
             fs, path = fsspec.core.url_to_fs(pattern)
         except (ImportError, ValueError) as e:
             raise ConfigError(f"text.paths: {pattern!r} cannot be reached: {e}") from e
-        found = sorted(f for f in fs.glob(path) if fs.isfile(f))
+        # A file whose own name has brackets is no pattern.
+        found = [path] if fs.isfile(path) else sorted(f for f in fs.glob(path) if fs.isfile(f))
         if not found:
             raise ConfigError(f"text.paths: {pattern!r} names no file; check the path")
         for name in found:

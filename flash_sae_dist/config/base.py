@@ -75,6 +75,8 @@ class StrictModel(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _yaml_types(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str) and "\0" in value:
+            raise PydanticCustomError("nul", "text cannot hold a NUL character")
         if isinstance(value, int) and abs(value) >= 2**63:
             raise PydanticCustomError("too_large", "a whole number has to fit 64 bits")
         return from_yaml(value, cls.model_fields[str(info.field_name)].annotation)
@@ -123,8 +125,9 @@ def one_of(model: type[BaseModel], name: str) -> OneOf | None:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML has it: lists are lists."""
-    return repr(list(value) if isinstance(value, tuple) else value)
+    """A value as YAML has it: lists are lists; the beginning of a long one."""
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def section_models(model: type[BaseModel], name: str) -> list[type[BaseModel]]:
@@ -163,18 +166,27 @@ def match_names(pattern: str, names: list[str]) -> list[str]:
     `*` is (part of) one part of a dotted name, so `layers.*` are the blocks and not all that is
     inside them; `**` is any number of parts; `?` and `[...]` are as in a shell.
     """
-    return [name for name in names if _matches(pattern.split("."), name.split("."))]
+    parts = pattern.split(".")
+    # Any number of any number is any number.
+    parts = [part for at, part in enumerate(parts) if part != "**" or parts[at - 1 : at] != ["**"]]
+    return [name for name in names if _matches(parts, name.split("."))]
 
 
 def _matches(pattern: list[str], name: list[str]) -> bool:
-    if not pattern:
-        return not name
-    if pattern[0] == "**":
-        return any(_matches(pattern[1:], name[n:]) for n in range(len(name) + 1))
-    return bool(name) and fnmatchcase(name[0], pattern[0]) and _matches(pattern[1:], name[1:])
+    """Reads the pattern once, with the numbers of the name's parts that it may have used up."""
+    used = {0}
+    for part in pattern:
+        if part == "**":
+            used = set(range(min(used), len(name) + 1))
+        else:
+            used = {n + 1 for n in used if n < len(name) and fnmatchcase(name[n], part)}
+        if not used:
+            return False
+    return len(name) in used
 
 
 def nearest_name(word: str, known: list[str]) -> str:
     """The end of an error sentence: the nearest known name, or all of them when none is near."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    # difflib takes the square of the length.
+    close = difflib.get_close_matches(word[:200], known[:2000], n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"

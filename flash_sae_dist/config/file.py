@@ -89,6 +89,10 @@ def parse(model: type[M], data: dict[str, Any], source: str) -> M:
         raise ConfigError(f"{source}: {_sentence(first, model, data)}") from None
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML's own rule, which PyYAML does not check: it keeps the last of two equal keys."""
 
@@ -105,12 +109,54 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# What no config comes near: aliases of aliases stand for more values than any memory holds.
+_MAX_DEPTH, _MAX_VALUES, _MAX_BYTES = 50, 100_000, 4 << 20
+
+
 def _read_yaml(text: str) -> Any:
-    loader = _UniqueKeys(text)
+    """Plain data of YAML. Raises YAMLError for whatever PyYAML fails at, and for text that is too
+    deep, too large with its aliases, or holds what no path and no terminal takes.
+    """
     try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
+        loader = _UniqueKeys(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _count_values(node, {}, _MAX_DEPTH)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError:
+        raise
+    except RecursionError:
+        raise yaml.YAMLError(f"it is nested more than {_MAX_DEPTH} deep") from None
+    # PyYAML's constructors raise what int(), datetime() and the like do: 2024-13-45.
+    except Exception as e:
+        raise yaml.YAMLError(f"{type(e).__name__}: {e}") from None
+
+
+def _count_values(node: yaml.Node, counted: dict[int, int], depth: int) -> int:
+    """Values below a node, an alias counted as what it stands for."""
+    if depth == 0:
+        raise RecursionError
+    if id(node) in counted:
+        if counted[id(node)] < 0:
+            raise yaml.YAMLError("an alias (*) stands inside what it stands for")
+        return counted[id(node)]
+    counted[id(node)] = -1
+    number = 1
+    if isinstance(node, yaml.ScalarNode):
+        if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in node.value):
+            raise yaml.YAMLError(f"{node.value!r} holds a NUL or half a character; drop it")
+    elif isinstance(node, yaml.CollectionNode):
+        for part in node.value:
+            for value in part if isinstance(part, tuple) else (part,):
+                number += _count_values(value, counted, depth - 1)
+    if number > _MAX_VALUES:
+        raise yaml.YAMLError(f"it holds more than {_MAX_VALUES:,} values, aliases (*) followed")
+    counted[id(node)] = number
+    return number
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
@@ -124,8 +170,11 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         )
     try:
         value = _read_yaml(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
+    except yaml.YAMLError as e:
+        raise ConfigError(
+            f"override {_cut(repr(override))}: the value is not YAML "
+            f"({_cut(' '.join(str(e).split()))}); quote it"
+        ) from None
     *path, last = key.split(".")
     if path[:2] == ["grid", "values"]:
         path, last = path[:2], key.removeprefix("grid.values.")
@@ -143,16 +192,22 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 def read_file(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """Reads a YAML config and applies `key=value` overrides. Raises ConfigError."""
     file = Path(path)
-    if not file.is_file():
+    try:
+        is_file = file.is_file()
+    except OSError as e:
+        raise ConfigError(f"config {_cut(repr(str(path)))}: {e.strerror}; check the path") from None
+    if not is_file:
         folder = file if file.is_dir() else file.parent
         near = sorted(map(str, folder.glob("*.yaml"))) if folder.is_dir() else []
         hint = nearest_name(str(path), near) if near else "; check the path"
         what = "is a folder, not a file" if file.is_dir() else "does not exist"
         raise ConfigError(f"config {str(path)!r} {what}{hint}")
     try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{path}: {file.stat().st_size:,} bytes are no config; is it one?")
         data = _read_yaml(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+        raise ConfigError(f"{path}: not valid YAML: {_cut(' '.join(str(e).split()))}") from None
     except (UnicodeDecodeError, OSError) as e:
         raise ConfigError(f"{path}: cannot be read as text: {e}; is it the config?") from None
     if not isinstance(data, dict):

@@ -14,7 +14,8 @@ import torch
 
 from ..activations.store import ActivationStore
 from ..config.base import ConfigError, match_names, nearest_name
-from ..files import check_writable
+from ..config.train import TrainConfig
+from ..files import check_space, check_writable
 from ..parallel import agree
 from ..parallel.mesh import Mesh
 from ..training.engine import choose_engine
@@ -66,6 +67,13 @@ def make_plan(
     for job in jobs:
         check_same_job(job, store, device)
     unfinished = [job for job in jobs if not is_finished(job)]
+    for job in unfinished:
+        check_memory(job, widths[str(_train(job).hookpoint)], mesh, memory_bytes)
+        if not (job.folder / "job.yaml").exists():
+            check_schedule(job)
+    needed = sum(disk_bytes(job, widths[str(_train(job).hookpoint)]) for job in unfinished)
+    what = "what is written for checkpoints (train.keep_checkpoints) and SAEs"
+    check_space("output", config.output, needed, what)
     bundles = make_bundles(unfinished, widths, mesh.num_shards, memory_bytes)
     return Plan(jobs, {job.name for job in unfinished}, assign(bundles, mesh.num_groups))
 
@@ -73,6 +81,7 @@ def make_plan(
 def train_job(config: Config, hookpoints: list[str]) -> Job:
     """The one job of `train`. Raises ConfigError where its hookpoint is not in the store."""
     config.need("sae", "train", verb="train")
+    config.check_complete("train")
     assert config.train is not None
     name = config.train.hookpoint
     if name is None:
@@ -124,9 +133,21 @@ def expand(config: Config, hookpoints: list[str]) -> list[Job]:
             values = dict(zip(keys, choice, strict=True))
             label = ",".join(f"{key.partition('.')[2]}={value}" for key, value in values.items())
             name = f"{hookpoint}/{label}" if label else hookpoint
+            _check_name(name, list(values))
             resolved = with_values(config, {"train.hookpoint": hookpoint, **values})
             jobs.append(Job(name, Path(config.output) / name, resolved))
     return jobs
+
+
+def _check_name(name: str, keys: list[str]) -> None:
+    """Raises ConfigError for a job whose folder no file system takes."""
+    for part in name.split("/"):
+        if (size := len(os.fsencode(part))) > 255:
+            raise ConfigError(
+                f"grid.values gives a folder name of {size} bytes ({part[:60]!r}...), and file "
+                f"systems take 255; move keys with one value ({', '.join(keys)[:200]}) to their "
+                "sections, or split the grid"
+            )
 
 
 def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:
@@ -149,6 +170,63 @@ def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:
                 f"train.batch_tokens={batch} is not divisible by the {mesh.members} processes of "
                 f"one SAE; use {-(-batch // mesh.members) * mesh.members}"
             )
+
+        rows = batch // mesh.num_replicas
+        if job.config.train.micro_batches > rows:
+            raise ConfigError(
+                f"train.micro_batches={job.config.train.micro_batches} exceeds the {rows} tokens "
+                f"of train.batch_tokens={batch} that a replica has; lower it"
+            )
+
+
+def _train(job: Job) -> TrainConfig:
+    assert job.config.train is not None
+    return job.config.train
+
+
+def check_schedule(job: Job) -> None:
+    """Raises ConfigError where a new job would end before its learning rate is up."""
+    cfg = _train(job)
+    steps = -(-cfg.num_tokens // cfg.batch_tokens)
+    if cfg.warmup_steps > steps:
+        raise ConfigError(
+            f"train.warmup_steps={cfg.warmup_steps} exceeds the {steps} steps of "
+            f"train.num_tokens={cfg.num_tokens} at train.batch_tokens={cfg.batch_tokens}, so the "
+            f"learning rate never gets to train.lr; set train.warmup_steps={steps // 10} or so"
+        )
+
+
+def check_memory(job: Job, d_in: int, mesh: Mesh, memory_bytes: int) -> None:
+    """Raises ConfigError for what no memory of this kind can hold: twice what a bundle may take."""
+    cfg, sae = _train(job), job.config.sae
+    assert sae is not None
+    batch = cfg.batch_tokens // mesh.num_replicas * d_in * 2
+    # Weights, and moments of two bytes: the least of any engine.
+    weights = 2 * sae.width(d_in) * d_in * (4 + 2 * 2) // mesh.num_shards
+    for key, value, needed in (
+        ("train.batch_tokens", cfg.batch_tokens, batch),
+        ("sae.d_sae", sae.width(d_in), weights),
+    ):
+        if needed > 2 * memory_bytes:
+            raise ConfigError(
+                f"{key}={value} takes {needed:,} bytes a process at width {d_in}, but its memory "
+                f"has about {2 * memory_bytes:,}; lower it, or use more processes"
+            )
+
+
+def disk_bytes(job: Job, d_in: int) -> int:
+    """Bytes that training a job to its end adds to the disk: its checkpoints, one more while it is
+    renamed, and its SAE, less what is there already."""
+    cfg, sae = _train(job), job.config.sae
+    assert sae is not None
+    weights = 2 * sae.width(d_in) * d_in
+    moment = 2 if getattr(cfg, "moment_dtype", None) == "bfloat16" else 4
+    average = 4 if getattr(cfg, "ema_decay", None) else 0
+    steps = -(-cfg.num_tokens // cfg.batch_tokens)
+    kept = min(cfg.keep_checkpoints, -(-steps // cfg.checkpoint_every))
+    whole = (kept + 1) * weights * (4 + 2 * moment + average) + 4 * weights
+    found = job.folder.rglob("*.safetensors") if job.folder.is_dir() else iter(())
+    return max(0, whole - sum(file.stat().st_size for file in found))
 
 
 def usable_memory(device: torch.device) -> int:
@@ -184,7 +262,8 @@ def make_bundles(
     for job in jobs:
         t = job.config.train
         assert t is not None
-        key = (t.hookpoint, t.batch_tokens, t.num_tokens, t.seed, t.log_every, t.checkpoint_every)
+        often = (t.log_every, t.checkpoint_every, t.checkpoint_minutes)
+        key = (t.hookpoint, t.batch_tokens, t.num_tokens, t.seed, *often)
         streams.setdefault(key, []).append(job)
     bundles = []
     for stream in streams.values():

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Self, Union
 
-from pydantic import SerializeAsAny, field_validator
+from pydantic import (
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SerializeAsAny,
+    field_validator,
+    model_validator,
+)
 
-from ..config.base import OneOf, section_models
+from ..config.base import ConfigError, OneOf, section_models
 from ..config.file import parse, read_file
 from ..config.run import GridConfig, RunConfig
 from ..config.sae import SAEConfig
@@ -16,6 +22,7 @@ from ..config.train import ENGINE_CHOICE, TrainConfig
 from ..models import ARCHITECTURES
 
 # One launch has one mesh, and the hookpoints have a key of their own.
+_WIDTHS = ("d_sae", "expansion_factor")
 _SHARED_BY_A_GRID = {"train.hookpoint", "train.num_shards", "train.num_replicas"}
 
 
@@ -32,11 +39,54 @@ class Config(RunConfig):
     sae: Annotated[SerializeAsAny[SAEConfig] | None, ARCHITECTURE_CHOICE] = None
     train: Annotated[SerializeAsAny[TrainConfig] | None, ENGINE_CHOICE] = None
     grid: GridConfig | None = None
+    _from_grid: tuple[str, ...] = PrivateAttr(default=())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _needed_keys_of_the_grid(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """A key that a section needs may stand in grid.values alone; its first value is the
+        section's, which only `grid` accepts."""
+        filled, taken = _filled_from_grid(data)
+        config = handler(filled)
+        config._from_grid = taken
+        return config
+
+    def check_complete(self, verb: str) -> None:
+        """Raises ConfigError where a needed key has values for `grid` alone."""
+        if self._from_grid:
+            key = self._from_grid[0]
+            raise ConfigError(
+                f"key {key!r} is missing: grid.values has it for `grid` alone; add it for `{verb}`"
+            )
 
     @field_validator("grid")
     @classmethod
     def _grid_values_fit(cls, grid: GridConfig | None) -> GridConfig | None:
         return grid and grid.typed(_grid_kinds(cls))
+
+
+def _filled_from_grid(data: Any) -> tuple[Any, tuple[str, ...]]:
+    """Plain data with the keys that sections need and only grid.values has; which those are."""
+    values = isinstance(data, dict) and isinstance(data.get("grid"), dict) and data["grid"]
+    values = values and values.get("values")
+    if not isinstance(values, dict):
+        return data, ()
+    taken = []
+    for section, choice in (("sae", ARCHITECTURE_CHOICE), ("train", ENGINE_CHOICE)):
+        given = data.get(section) or {}
+        try:
+            fields = choice.model_of(given).model_fields
+        except (AttributeError, ValueError):
+            continue  # told when the section is read
+        needed = {name for name, field in fields.items() if field.is_required()}
+        if not any(given.get(width) for width in _WIDTHS):
+            needed |= fields.keys() & set(_WIDTHS)
+        for name in sorted(needed - given.keys()):
+            choices = values.get(f"{section}.{name}")
+            if isinstance(choices, list | tuple) and choices:
+                data = {**data, section: {**(data.get(section) or {}), name: choices[0]}}
+                taken.append(f"{section}.{name}")
+    return data, tuple(taken)
 
 
 def _grid_kinds(config: type[Config]) -> dict[str, Any]:
