@@ -21,7 +21,7 @@ from .. import ending
 from ..config.base import ConfigError, UserError
 from ..config.data import CacheConfig
 from ..config.run import RunConfig
-from ..files import check_space, check_writable, locked, private_folder
+from ..files import check_space, check_writable, locked, owned, private_folder
 from ..identity import FREE_KEYS, difference, tell_other_versions, versions
 from ..parallel import agree
 from ..progress import progress_bar
@@ -44,7 +44,7 @@ from .origin import (
     tokenizer_digest,
 )
 from .probe import check_ids, probe
-from .records import CONFIG, check_lasts
+from .records import CONFIG, StoreOwner, check_lasts
 from .store import (
     Geometry,
     Origin,
@@ -94,9 +94,10 @@ def run_cache(config: RunConfig, accelerator: Any) -> None:
     hookpoints = resolve_hookpoints(lm.model, config.cache.hookpoints)
     widths = probe(lm, hookpoints, config.cache.context_length)
     with ExitStack() as lock:
+        held = owned(StoreOwner(writer.records), config.cache.store)
         if writer.records.local:
-            folder = Path(writer.records.root)
-            agree.first_checks(lambda: lock.enter_context(locked(folder, deep=True)))
+            held = locked(Path(writer.records.root), deep=True)
+        agree.first_checks(lambda: lock.enter_context(held))
         _fill(config, accelerator, writer, lm, widths)
 
 

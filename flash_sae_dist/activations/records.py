@@ -12,6 +12,7 @@ import fsspec
 from ..config.base import ConfigError, UserError
 from ..files import write_text
 
+_OWNER = "owner.json"
 GEOMETRY, CONFIG, COMPLETE = "geometry.json", "config.json", "complete.json"
 
 
@@ -105,3 +106,22 @@ class Records:
             return set()
         names = [n.rsplit("/", 1)[-1] for n in self.fs.ls(f"{self.root}/records", detail=False)]
         return {int(n[6:14]) for n in names if n.startswith("shard-") and n.endswith(".json")}
+
+
+class StoreOwner:
+    """The record of the process that writes a store where there are no locks: an object store."""
+
+    def __init__(self, records: Records) -> None:
+        self.records = records
+
+    def read(self) -> dict[str, Any] | None:
+        """See files.OwnerRecord."""
+        return self.records.read(_OWNER)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """See files.OwnerRecord."""
+        self.records.write(_OWNER, record)
+
+    def remove(self) -> None:
+        """See files.OwnerRecord."""
+        self.records.remove(f"records/{_OWNER}")
