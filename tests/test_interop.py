@@ -33,10 +33,13 @@ def x() -> torch.Tensor:
     return 2 * torch.randn(30, 12)
 
 
+MODEL = "EleutherAI/pythia-70m"
+
+
 @pytest.mark.slow
 def test_sae_lens_reconstructs_the_same(sae: TopKSAE, x: torch.Tensor, tmp_path: Path) -> None:
     library = pytest.importorskip("sae_lens")
-    sae_lens.export(sae, tmp_path, hookpoint=HOOKPOINT, model_name="toy", context_length=64)
+    sae_lens.export(sae, tmp_path, hookpoint=HOOKPOINT, model_name=MODEL, context_length=64)
     theirs = library.SAE.load_from_disk(str(tmp_path), device="cpu")
     out = sae(x)
     acts = theirs.encode(x)
@@ -45,7 +48,7 @@ def test_sae_lens_reconstructs_the_same(sae: TopKSAE, x: torch.Tensor, tmp_path:
     torch.testing.assert_close(theirs(x), out.recon, rtol=1e-5, atol=1e-5)
     assert theirs.cfg.architecture() == "topk"
     assert theirs.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
-    assert theirs.cfg.metadata.model_name == "toy"
+    assert theirs.cfg.metadata.model_name == MODEL
     assert theirs.cfg.metadata.model_class_name == "HookedTransformer"
     assert theirs.cfg.metadata.model_from_pretrained_kwargs == {"center_writing_weights": False}
     # ActivationsStore.from_sae refuses an SAE without these two.
@@ -177,6 +180,10 @@ def test_damaged_and_missing_files_are_told(sae: TopKSAE, tmp_path: Path) -> Non
         ("gpt_neox.layers.2.attention", "blocks.2.hook_attn_out"),
         ("model.layers.5:input", "blocks.5.hook_resid_pre"),
         ("model.norm", "model.norm"),
+        ("gpt_neox.layers.3.attention.dense:input", "blocks.3.attn.hook_z"),
+        ("model.layers.0.self_attn.o_proj:input", "blocks.0.attn.hook_z"),
+        ("transformer.h.1.mlp.c_proj:input", "blocks.1.mlp.hook_post"),
+        ("model.layers.0.mlp:input", "model.layers.0.mlp:input"),
         # Here TransformerLens's hook of the same place sees another tensor, or may.
         ("model.layers.6.mlp", "model.layers.6.mlp"),
         ("model.layers.6.self_attn", "model.layers.6.self_attn"),
@@ -187,3 +194,48 @@ def test_damaged_and_missing_files_are_told(sae: TopKSAE, tmp_path: Path) -> Non
 )
 def test_hook_names(hookpoint: str, name: str) -> None:
     assert sae_lens.hook_name(hookpoint) == name
+
+
+KNOWN = frozenset({MODEL.lower()})
+
+
+@pytest.mark.parametrize(
+    ("model", "hookpoint", "hook", "words"),
+    [
+        (MODEL, "gpt_neox.layers.3", "blocks.3.hook_resid_post", ""),
+        (None, "gpt_neox.layers.3", "blocks.3.hook_resid_post", ""),
+        (MODEL, "gpt_neox.layers.3.mlp:input", "gpt_neox.layers.3.mlp:input", "no hook"),
+        ("answerdotai/ModernBERT-base", "model.layers.3", "model.layers.3", "does not know"),
+        ("mine", "model.layers.3:input", "model.layers.3:input", "no hook"),
+    ],
+)
+def test_hooks_that_do_not_exist_are_told(
+    sae: TopKSAE,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    model: str | None,
+    hookpoint: str,
+    hook: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr(sae_lens, "_known_models", lambda: KNOWN)
+    sae_lens.export(sae, tmp_path, hookpoint=hookpoint, model_name=model)
+    told = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
+    assert (told["hook_name"], told["hf_hook_name"]) == (hook, hookpoint)
+    assert told["model_class_name"] == (
+        "AutoModelForCausalLM" if hook == hookpoint else "HookedTransformer"
+    )
+    assert words in caplog.text
+    assert bool(words) == bool(caplog.text)
+
+
+def test_what_the_attention_hands_on_is_flattened(sae: TopKSAE, tmp_path: Path) -> None:
+    sae_lens.export(sae, tmp_path, hookpoint="gpt_neox.layers.3.attention.dense:input")
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert config["reshape_activations"] == "hook_z"
+    assert config["metadata"]["model_from_pretrained_kwargs"] == {
+        "center_writing_weights": False,
+        "fold_value_biases": False,
+    }
+    assert torch.equal(sae_lens.load(tmp_path).W_enc, sae.W_enc)

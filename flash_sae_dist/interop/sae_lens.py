@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..models.topk import TopKSAE
 from . import files
 
+logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "sae_weights.safetensors"
 # A file without a version is taken for one from before 6.0 and rewritten on load.
 _VERSION = "6.54.12"
@@ -23,17 +26,54 @@ _SAME = (
     (r"gpt_neox\.layers\.(\d+)\.mlp", "blocks.{}.hook_mlp_out"),
     (r"gpt_neox\.layers\.(\d+)\.attention", "blocks.{}.hook_attn_out"),
     (r"transformer\.h\.(\d+)\.attn", "blocks.{}.hook_attn_out"),
+    # What the MLP's last product reads.
+    (rf"{_BLOCK}\.mlp\.(?:down_proj|dense_4h_to_h|c_proj):input", "blocks.{}.mlp.hook_post"),
 )
+# What the attention's last product reads: TransformerLens has it by head, which SAELens flattens.
+_BY_HEAD = rf"{_BLOCK}\.(?:self_attn\.o_proj|attention\.dense|attn\.c_proj):input"
+_HOOK_Z = "blocks.{}.attn.hook_z"
 
 
 def hook_name(hookpoint: str) -> str:
     """TransformerLens's name of a Hugging Face module where it sees the same tensor, else the
     module's own, as SAELens names hooks of its model class AutoModelForCausalLM.
     """
-    for pattern, name in _SAME:
+    for pattern, name in (*_SAME, (_BY_HEAD, _HOOK_Z)):
         if found := re.fullmatch(pattern, hookpoint):
             return name.format(found[1])
     return hookpoint
+
+
+@cache
+def _known_models() -> frozenset[str] | None:
+    """Models that TransformerLens loads, in lower case; None where it is not installed."""
+    try:
+        from transformer_lens import loading_from_pretrained as lens
+    except ImportError:
+        return None
+    aliases = [alias for names in lens.MODEL_ALIASES.values() for alias in names]
+    return frozenset(name.lower() for name in [*lens.OFFICIAL_MODEL_NAMES, *aliases])
+
+
+def _hook_in(model_name: str | None, hookpoint: str) -> str:
+    """The hook that SAELens is to read; a warning where its libraries have none."""
+    name = hook_name(hookpoint)
+    known = _known_models() if name != hookpoint and model_name is not None else None
+    if known is not None and str(model_name).lower() not in known:
+        logger.warning(
+            "TransformerLens does not know %r: the export names the module %s itself, which "
+            "SAELens reads from Hugging Face's model",
+            model_name,
+            hookpoint,
+        )
+        name = hookpoint
+    if name == hookpoint and hookpoint.endswith(":input"):
+        logger.warning(
+            "SAELens has no hook for %s: it reads outputs of modules alone; give it these "
+            "activations yourself",
+            hookpoint,
+        )
+    return name
 
 
 def export(
@@ -50,19 +90,24 @@ def export(
     The metadata says how SAELens is to load the language model, and whether sequences began with
     the begin token.
     """
-    lens = hook_name(hookpoint) != hookpoint
+    hook = _hook_in(model_name, hookpoint)
+    lens, by_head = hook != hookpoint, hook.endswith(".hook_z")
+    # Centred weights would take the mean out of the residual stream, which SAEs have seen; folded
+    # biases of the values would be missing from hook_z.
+    kwargs = {"center_writing_weights": False} if lens else {}
+    if by_head:
+        kwargs["fold_value_biases"] = False
     metadata: dict[str, Any] = {
         "sae_lens_version": _VERSION,
         "sae_lens_training_version": None,
         "model_name": model_name,
-        "hook_name": hook_name(hookpoint),
+        "hook_name": hook,
         "hf_hook_name": hookpoint,
         "hook_head_index": None,
         "context_size": context_length,
         "prepend_bos": prepend_bos,
         "model_class_name": "HookedTransformer" if lens else "AutoModelForCausalLM",
-        # Centred weights would take the mean out of the residual stream, which SAEs have seen.
-        "model_from_pretrained_kwargs": {"center_writing_weights": False} if lens else {},
+        "model_from_pretrained_kwargs": kwargs,
         "trained_with": "flash_sae_dist",
     }
     config = {
@@ -75,7 +120,7 @@ def export(
         "apply_b_dec_to_input": True,
         "rescale_acts_by_decoder_norm": False,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if by_head else "none",
         "metadata": metadata,
     }
     weights = {
@@ -98,8 +143,9 @@ def load(folder: str | Path) -> TopKSAE:
         "apply_b_dec_to_input": True,
         "rescale_acts_by_decoder_norm": False,
         "normalize_activations": "none",
-        "reshape_activations": "none",
     }
+    if config.get("reshape_activations", "none") not in ("none", "hook_z"):
+        needed["reshape_activations"] = "none"
     for key, value in needed.items():
         if config.get(key, value) != value:
             raise ValueError(
