@@ -1,4 +1,9 @@
-"""One atomic write, one lock, one check that a folder can be written and has space."""
+"""One atomic write, one checksum, one lock, one check that a folder can be written and has space.
+
+What is read back is compared with a crc32c first: small texts carry their own in their first line
+(`seal`), binary files and those of other libraries' formats have theirs in a sealed file beside
+them (`CHECKSUMS`, or a record of the same folder).
+"""
 
 from __future__ import annotations
 
@@ -18,10 +23,19 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
+import google_crc32c
+
 from .config.base import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
 
+
+# Beside files of other libraries' formats; those libraries open files by name and pass over it.
+CHECKSUMS = "checksums.json"
+_BLANK = "crc32c:00000000"
+_SEALED = re.compile(rb'(?:\{\s*"checksum": "|# checksum )crc32c:([0-9a-f]{8})["\n]')
+# Either is enough to know a sealed text: no single flipped bit makes it one of before seals.
+_LOOKS_SEALED = re.compile(rb'\{\s*"checksum"|# checksum|.{0,24}crc32c:', re.DOTALL)
 # A killed launcher takes its processes along within a second; the same command started again at
 # once waits for that.
 _WAIT_S = 15.0
@@ -113,6 +127,108 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a file's text, whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def seal(text: str) -> str:
+    """Puts into a text the crc32c of all of it but line ends behind it, in place of its first
+    `crc32c:00000000`.
+    """
+    assert _BLANK in text[:40]
+    return text.replace(_BLANK, f"crc32c:{_text_crc(text.encode())}", 1)
+
+
+def _text_crc(text: bytes) -> str:
+    crc = google_crc32c.value(text.rstrip(b"\n"))
+    return f"{crc:08x}"
+
+
+def json_text(values: dict[str, Any], indent: int | None = None) -> str:
+    """A sealed JSON object, whose first key is `checksum`."""
+    rest = {key: value for key, value in values.items() if key != "checksum"}
+    return seal(json.dumps({"checksum": _BLANK} | rest, indent=indent))
+
+
+def yaml_text(text: str) -> str:
+    """A sealed YAML text, whose first line is a comment."""
+    return seal(f"# checksum {_BLANK}\n{text}")
+
+
+def check_seal(data: bytes) -> bool:
+    """Whether a text is sealed; those of before seals are not. Raises ValueError where it does not
+    hold what was written.
+    """
+    found = _SEALED.match(data)
+    if found is None:
+        if _LOOKS_SEALED.match(data):
+            raise ValueError("its checksum cannot be read")
+        return False
+    start, stop = found.span(1)
+    blank = data[:start] + b"00000000" + data[stop:]
+    if _text_crc(blank) != found[1].decode():
+        raise ValueError("its crc32c changed")
+    return True
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """The values of a JSON object without the checksum, which is compared where there is one.
+    Raises ValueError where it is damaged or no object.
+    """
+    check_seal(data)
+    try:
+        values = json.loads(data.decode())
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds a {type(values).__name__}, no JSON object")
+    values.pop("checksum", None)
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any], indent: int | None = None) -> None:
+    """Replaces a file by a sealed JSON object."""
+    write_text(path, json_text(values, indent) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote. Raises OSError, or ValueError where it is damaged."""
+    return parse_json(path.read_bytes())
+
+
+def checksum(path: Path) -> str:
+    """crc32c of a file, in hex."""
+    crc = 0
+    with path.open("rb") as f:
+        while block := f.read(1 << 24):
+            crc = google_crc32c.extend(crc, block)
+    return f"{crc:08x}"
+
+
+def write_checksums(folder: Path, names: list[str]) -> None:
+    """Writes `checksums.json` of files of a folder, after them."""
+    write_json(folder / CHECKSUMS, {"crc32c": {n: checksum(folder / n) for n in names}}, indent=1)
+
+
+def check_checksums(folder: Path) -> bool:
+    """Whether a folder has a `checksums.json`. Raises ValueError where it is damaged, or a file
+    that it names is gone or does not hold what was written.
+    """
+    try:
+        recorded = read_json(folder / CHECKSUMS)
+    except FileNotFoundError:
+        return False
+    except ValueError as e:
+        raise ValueError(f"{CHECKSUMS} is damaged: {e}") from e
+    sums = recorded.get("crc32c")
+    if not isinstance(sums, dict):
+        raise ValueError(f"{CHECKSUMS} names no files")
+    for name, expected in sums.items():
+        try:
+            found = checksum(folder / Path(name).name)
+        except FileNotFoundError as e:
+            raise ValueError(f"{name} is missing") from e
+        if found != expected:
+            raise ValueError(f"{name} does not hold what was written: its crc32c changed")
+    return True
 
 
 def rename(partial: Path, final: Path) -> None:

@@ -33,7 +33,7 @@ from flash_sae_dist.config.base import ConfigError, UserError, match_names
 from flash_sae_dist.config.data import ModelConfig
 from flash_sae_dist.training.job import parse_config
 from tests.dist.ranks import free_port, rank_env, start_module, wait
-from tests.tiny_model import config_data, save_bert, save_text, write_config
+from tests.tiny_model import amend, config_data, save_bert, save_text, write_config
 
 CPU = torch.device("cpu")
 ACTS = "activations/model.layers.0"
@@ -387,9 +387,13 @@ def interrupted(made: Path, root: Path) -> dict[str, Any]:
     """The config of a copy of store, model and text, whose store lacks one shard."""
     shutil.copytree(made, root)
     (root / "store.zarr/records/shard-00000001.json").unlink()
-    for file in ("records/config.json", "zarr.json"):
-        text = (root / "store.zarr" / file).read_text()
-        (root / "store.zarr" / file).write_text(text.replace(str(made), str(root)))
+    store = root / "store.zarr"
+    amend(store / "records/config.json", lambda text: text.replace(str(made), str(root)))
+    before = files.checksum(store / "zarr.json")
+    text = (store / "zarr.json").read_text()
+    (store / "zarr.json").write_text(text.replace(str(made), str(root)))
+    after = files.checksum(store / "zarr.json")
+    amend(store / "records/geometry.json", lambda text: text.replace(before, after))
     return config_data(root, shard_mib=0.002)
 
 
@@ -514,7 +518,7 @@ def test_a_store_is_not_gone_on_with_by_another_model(
         word = "was begun with other weights of the model"
     else:
         file = root / "store.zarr/records/geometry.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_dtype": "half"}))
+        amend(file, lambda text: json.dumps(json.loads(text) | {"model_dtype": "half"}))
         word = "a model in half, which is float32 here"
     with pytest.raises(ConfigError, match=word):
         run_cache(parse_config(data), Accelerator(cpu=True))
@@ -526,8 +530,10 @@ def test_a_store_is_gone_on_with_by_the_same_model(made: Path, tmp_path: Path, o
     data = interrupted(made, root)
     if old:
         file = root / "store.zarr/records/geometry.json"
-        shape = json.loads(file.read_text())
-        file.write_text(json.dumps({k: v for k, v in shape.items() if "model" not in k}))
+        # As 0.1.0 wrote it.
+        shape = files.read_json(file)
+        old = {k: v for k, v in shape.items() if "model" not in k and k != "metadata"}
+        file.write_text(json.dumps(old))
     run_cache(parse_config(data), Accelerator(cpu=True))
     ActivationStore.open(data["cache"]["store"]).verify()
 
@@ -630,7 +636,7 @@ def test_any_fsspec_url_works(
 
 def test_records_are_plain_json(made: Path) -> None:
     record = json.loads((made / "store.zarr/records/shard-00000000.json").read_text())
-    assert set(record) == {"rows", "crc32c"}
+    assert set(record) == {"checksum", "rows", "crc32c"}
 
 
 def test_records_of_hosts_with_equal_process_numbers_meet_no_other(

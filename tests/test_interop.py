@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flash_sae_dist.files import CHECKSUMS
 from flash_sae_dist.interop import sae_lens, sparsify
 from flash_sae_dist.models.topk import TopKSAE
 
@@ -116,6 +117,7 @@ def test_other_sae_lens_architectures_are_refused(
     sae: TopKSAE, tmp_path: Path, key: str, value: object, word: str
 ) -> None:
     sae_lens.export(sae, tmp_path, hookpoint=HOOKPOINT)
+    (tmp_path / CHECKSUMS).unlink()  # as another's files
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match=word):
@@ -124,6 +126,7 @@ def test_other_sae_lens_architectures_are_refused(
 
 def test_transcoders_and_foreign_tensors_are_refused(sae: TopKSAE, tmp_path: Path) -> None:
     sparsify.export(sae, tmp_path)
+    (tmp_path / CHECKSUMS).unlink()  # as another's files
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(config | {"transcode": True}))
     with pytest.raises(ValueError, match="transcode"):
@@ -136,6 +139,7 @@ def test_transcoders_and_foreign_tensors_are_refused(sae: TopKSAE, tmp_path: Pat
 
 def test_files_of_two_saes_are_refused(sae: TopKSAE, tmp_path: Path) -> None:
     sparsify.export(sae, tmp_path)
+    (tmp_path / CHECKSUMS).unlink()  # as another's files
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(config | {"num_latents": 0}))
     assert sparsify.load(tmp_path).d_sae == sae.d_sae, "0 leaves the width open"
@@ -149,6 +153,7 @@ def test_files_of_two_saes_are_refused(sae: TopKSAE, tmp_path: Path) -> None:
 
 def test_a_flat_decoder_is_told(sae: TopKSAE, tmp_path: Path) -> None:
     sae_lens.export(sae, tmp_path, hookpoint=HOOKPOINT)
+    (tmp_path / CHECKSUMS).unlink()  # as another's files
     file = tmp_path / "sae_weights.safetensors"
     weights = load_file(file)
     save_file(weights | {"W_dec": weights["W_dec"].flatten()}, file)

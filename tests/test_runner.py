@@ -287,8 +287,9 @@ def test_a_damaged_status_is_made_anew(root: Path, tmp_path: Path) -> None:
 def test_another_versions_job_is_not_called_damaged(root: Path, tmp_path: Path) -> None:
     cfg = config(root, tmp_path)
     (job,) = runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
-    with (job.folder / "job.yaml").open("a") as f:
-        f.write("new_section: {}\n")
+    # As 0.1.0 or a hand wrote it.
+    lines = (job.folder / "job.yaml").read_text().splitlines()
+    (job.folder / "job.yaml").write_text("\n".join([*lines[1:], "new_section: {}"]))
     with pytest.raises(ConfigError, match=r"new_section") as raised:
         runner.run_jobs(cfg, Accelerator(cpu=True), grid=False)
     assert "damaged" not in str(raised.value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from flash_sae_dist.files import read_json, write_json
 
 WORDS = [f"word{i}" for i in range(50)]
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -112,6 +116,11 @@ def config_data(root: Path, **cache: Any) -> dict[str, Any]:
         "evaluate": {"num_tokens": 512, "batch_tokens": 128, "loss_sequences": 4},
         "trackers": [],
     }
+
+
+def amend(file: Path, change: Callable[[str], str]) -> None:
+    """Changes a sealed JSON file's text, which then holds its new checksum."""
+    write_json(file, json.loads(change(json.dumps(read_json(file)))))
 
 
 def write_config(file: Path, data: dict[str, Any]) -> Path:

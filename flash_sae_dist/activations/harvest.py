@@ -21,7 +21,16 @@ from .. import ending
 from ..config.base import ConfigError, UserError
 from ..config.data import CacheConfig
 from ..config.run import RunConfig
-from ..files import check_space, check_writable, locked, owned, private_folder
+from ..files import (
+    check_space,
+    check_writable,
+    checksum,
+    locked,
+    owned,
+    private_folder,
+    read_json,
+    write_json,
+)
 from ..identity import FREE_KEYS, difference, tell_other_versions, versions
 from ..parallel import agree
 from ..progress import progress_bar
@@ -292,6 +301,28 @@ def _digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(store_config(config), sort_keys=True).encode()).hexdigest()
 
 
+# Tells of which config the token table is, and what is in its files: one that was killed early
+# leaves no other sign.
+_MARKER = "whole.json"
+
+
+def _table_is_whole(folder: Path, digest: str) -> bool:
+    """Whether an interrupted cache of this config left its token table, with every bit of it."""
+    try:
+        told = read_json(folder / _MARKER)
+        if told.get("config") != digest:
+            return False
+        for name, crc in told["crc32c"].items():
+            if checksum(folder / name) != crc:
+                raise ValueError(f"{name} does not hold what was written: its crc32c changed")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (ValueError, KeyError, AttributeError) as e:
+        logger.warning("%s is damaged: %s; the text is tokenised again", folder, e)
+        return False
+    return True
+
+
 def _shared_table(
     config: RunConfig,
     lm: LanguageModel,
@@ -306,11 +337,10 @@ def _shared_table(
     first = accelerator.is_local_main_process
     if writer.records.local:
         first = accelerator.is_main_process
-    # The marker tells of which config and files the table is: one that was killed early leaves no
-    # other sign.
-    marker, digest = folder / "whole", f"{_digest(config)} {stamp}"
+    # The marker tells of which config and files the table is.
+    marker, digest = folder / _MARKER, f"{_digest(config)} {stamp}"
     error: Exception | None = None
-    if first and not (marker.exists() and marker.read_text() == digest):
+    if first and not _table_is_whole(folder, digest):
         shutil.rmtree(folder, ignore_errors=True)
         try:
             with progress_bar(
@@ -328,7 +358,8 @@ def _shared_table(
                 if bar.done < bar.total:
                     bar.show(bar.total, f"all {bar.done} tokens of the text")
             table.save(folder)
-            marker.write_text(digest)
+            sums = {file.name: checksum(file) for file in sorted(folder.iterdir())}
+            write_json(marker, {"config": digest, "crc32c": sums})
         # The others wait: they are told of whatever a tokenizer raises, too.
         except Exception as e:
             error = e

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import fsspec
 
 from ..config.base import ConfigError, UserError
-from ..files import write_text
+from ..files import json_text, parse_json, write_text
 
 _OWNER = "owner.json"
 GEOMETRY, CONFIG, COMPLETE = "geometry.json", "config.json", "complete.json"
@@ -58,7 +57,7 @@ class Records:
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Writes one record whole or not at all (as a put to an object store is by itself)."""
         self.fs.makedirs(f"{self.root}/records", exist_ok=True)
-        text = json.dumps(record)
+        text = json_text(record)
         if not self.local:
             self.fs.pipe_file(self.where(name), text.encode())
             return
@@ -67,7 +66,7 @@ class Records:
     def read(self, name: str) -> dict[str, Any] | None:
         """A record, or None where there is none."""
         try:
-            data = json.loads(self.fs.cat_file(self.where(name)))
+            return parse_json(self.fs.cat_file(self.where(name)))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as e:
@@ -76,9 +75,10 @@ class Records:
             ) from e
         except ValueError as e:
             raise self.damaged(name, str(e)) from e
-        if not isinstance(data, dict):
-            raise self.damaged(name, f"it holds a {type(data).__name__}")
-        return data
+
+    def read_bytes(self, file: str) -> bytes:
+        """A small file of the store. Raises OSError."""
+        return bytes(self.fs.cat_file(f"{self.root}/{file}"))
 
     def damaged(self, name: str, why: str) -> DamagedStoreError:
         """The error of a record that cannot be used, with what to do about it."""

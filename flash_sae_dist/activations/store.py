@@ -24,6 +24,7 @@ from zarr.codecs import Crc32cCodec
 from ..config.base import ConfigError, UserError, check_hookpoint, nearest_name
 from ..identity import NAMING_KEYS, digest
 from ..identity import difference as first_difference
+from .metadata import Sums, attributes, file_sums, metadata_sums, open_array
 from .records import COMPLETE, CONFIG, GEOMETRY, Records, shard_record
 from .records import DamagedStoreError as DamagedStoreError
 
@@ -105,6 +106,7 @@ class Shape(NamedTuple):
     geometry: Geometry
     dtype: str
     widths: dict[str, int]
+    metadata: Sums = {}  # of each zarr.json that `create` wrote; stores of 0.1.0 recorded none
 
     @classmethod
     def read(cls, records: Records) -> Shape | None:
@@ -124,7 +126,8 @@ class Shape(NamedTuple):
             for hookpoint in record["widths"]:
                 # Folders are named after them.
                 check_hookpoint(hookpoint)
-            return cls(geometry, record["dtype"], record["widths"])
+            sums = record.get("metadata", {})
+            return cls(geometry, record["dtype"], record["widths"], sums)
         except KeyError as e:
             raise records.damaged(GEOMETRY, f"{e} is missing") from e
         except UserError:
@@ -184,6 +187,7 @@ class StoreWriter:
     def __init__(self, path: str, config: dict[str, Any], create: bool) -> None:
         self.path, self.config = path, config
         self.records = Records(path)
+        self._sums: Sums | None = None
         if create:
             self._check()
 
@@ -193,8 +197,7 @@ class StoreWriter:
             # Making the arrays anew would remove what is in them.
             raise self.records.damaged(GEOMETRY, "it is gone, though shards are recorded")
         if before is None and shape is not None:
-            attributes: dict[str, Any] = zarr.open_group(self.records.zarr, mode="r").attrs.asdict()
-            before = attributes.get("config")
+            before = attributes(self.records, shape.metadata).get("config")
         if before is not None:
             # What lies there is compared in place of its name.
             free = {*NAMING_KEYS, "text.streaming"} if self.identity() is not None else ()
@@ -259,7 +262,7 @@ class StoreWriter:
         geometry: Geometry,
         widths: dict[str, int],
         dtype: str,
-        attributes: dict[str, Any],
+        about: dict[str, Any],
         origin: Origin | None = None,
         identity: dict[str, Any] | None = None,
     ) -> None:
@@ -268,7 +271,7 @@ class StoreWriter:
         """
         if self.records.read(GEOMETRY) is None:
             group = zarr.open_group(self.records.zarr, mode="a", zarr_format=3)
-            group.attrs.update(attributes)
+            group.attrs.update(about)
             for hookpoint, width in widths.items():
                 self._array(group, f"activations/{hookpoint}", geometry, dtype, width)
                 # A row a shard, so that processes write their own and nobody reads all again:
@@ -285,6 +288,7 @@ class StoreWriter:
                 self._array(group, f"tokens/{name}", geometry, "int32", None)
             self.records.write(CONFIG, self.config)
             shape = {"format": FORMAT, "dtype": dtype, "widths": widths, **geometry._asdict()}
+            shape["metadata"] = metadata_sums(self.records)
             if origin is not None:
                 shape |= origin._asdict()
             if identity is not None:
@@ -311,6 +315,13 @@ class StoreWriter:
         done = shape.whole_shards(self.records, array_names(shape.widths))
         return [s for s in range(shape.geometry.num_shards) if s not in done]
 
+    def _writable(self, name: str) -> zarr.Array[Any]:
+        """An array of the store to write rows of, whose metadata hold."""
+        if self._sums is None:
+            shape = Shape.read(self.records)
+            self._sums = shape.metadata if shape is not None else {}
+        return open_array(self.records, name, self._sums, mode="r+")
+
     def write_shard(self, geometry: Geometry, shard: int, arrays: dict[str, Array]) -> None:
         """Writes a shard of every array whole, and its sums, then records it with checksums.
 
@@ -321,18 +332,16 @@ class StoreWriter:
         # Zarr leaves out chunks and files of nothing but zeros, such as the number of the first
         # document: to us they would be lost.
         with zarr.config.set({"array.write_empty_chunks": True}):
-            group = zarr.open_group(self.records.zarr, mode="r+")
             for name, rows in arrays.items():
                 assert len(rows) == stop - start
-                target = group[name]
-                assert isinstance(target, zarr.Array)
+                target = self._writable(name)
                 # Zarr reads what it finds before it writes, which a torn file would fail.
                 self.records.remove(shard_path(name, shard))
                 target[start:stop] = rows
                 record["crc32c"][name] = google_crc32c.value(np.ascontiguousarray(rows).tobytes())
                 if name.startswith("activations/"):
-                    sums = group[f"{name.replace('activations', 'statistics', 1)}/shard_sums"]
-                    assert isinstance(sums, zarr.Array)
+                    hookpoint = name.removeprefix("activations/")
+                    sums = self._writable(f"statistics/{hookpoint}/shard_sums")
                     wide = as_float64(rows, str(target.attrs["dtype"]))
                     sums[shard] = np.append(wide.sum(axis=0), np.square(wide).sum())
         self.records.write(shard_record(shard), record)
@@ -343,16 +352,22 @@ class StoreWriter:
         """Writes mean and mean squared norm of each hookpoint from the shards' sums, and then the
         record that the store is complete, with the number of documents that its text came from.
         One process calls it."""
-        group = zarr.open_group(self.records.zarr, mode="r+")
+        group = zarr.open_group(self.records.zarr, mode="r+", zarr_format=3)
+        written: Sums = {}
         for hookpoint in hookpoints:
-            sums = group[f"statistics/{hookpoint}/shard_sums"]
-            assert isinstance(sums, zarr.Array)
-            total = np.asarray(sums[:]).sum(axis=0) / geometry.rows
             where = f"statistics/{hookpoint}"
-            group.create_array(f"{where}/mean", data=total[:-1], overwrite=True)
-            norm = total[-1:].reshape(())
-            group.create_array(f"{where}/mean_squared_norm", data=norm, overwrite=True)
+            sums = self._writable(f"{where}/shard_sums")
+            total = np.asarray(_readable(sums, slice(None), self.path)).sum(axis=0) / geometry.rows
+            for name, value in (("mean", total[:-1]), ("mean_squared_norm", total[-1])):
+                group.create_array(
+                    f"{where}/{name}",
+                    data=np.asarray(value),
+                    compressors=[Crc32cCodec()],
+                    overwrite=True,
+                )
+                written |= file_sums(self.records, f"{where}/{name}")
         record: dict[str, Any] = {"rows": geometry.rows, "shards": geometry.num_shards}
+        record["files"] = written
         if num_documents is not None:
             record["documents"] = num_documents
         record["content"] = self._content(geometry)
@@ -367,13 +382,24 @@ class StoreWriter:
         return {name: digest(values) for name, values in sums.items()}
 
 
+def _readable(array: zarr.Array[Any], rows: slice, path: str) -> Any:
+    """Rows of an array, checksums verified. Raises DamagedStoreError."""
+    try:
+        return array[rows] if array.ndim else array[()]
+    except (ValueError, RuntimeError, FileNotFoundError) as e:
+        raise DamagedStoreError(
+            f"{array.path} of {path} is damaged in rows {rows.start}..{rows.stop}: "
+            f"{' '.join(str(e).split())}; run `flash-sae verify {path}`, which names the file"
+        ) from e
+
+
 class ActivationStore:
     """A complete store, open for reading."""
 
     def __init__(self, path: str, shape: Shape, config: dict[str, Any]) -> None:
         self.path, self.config = path, config
         self.records, self.shape = Records(path), shape
-        self.geometry, self.dtype, self.widths = shape
+        self.geometry, self.dtype, self.widths, self.sums = shape
 
     @classmethod
     def open(cls, path: str) -> ActivationStore:
@@ -398,6 +424,7 @@ class ActivationStore:
                 f"store={path!r} is unfinished: {len(absent)} of {store.geometry.num_shards} "
                 "shards are missing; run the same `flash-sae cache` again"
             )
+        store.sums = store.sums | (records.read(COMPLETE) or {}).get("files", {})
         store._check_files()
         return store
 
@@ -432,7 +459,7 @@ class ActivationStore:
 
     def begins_with_token(self) -> bool:
         """Whether every sequence of the text began with the tokenizer's begin token."""
-        return bool(zarr.open_group(self.records.zarr, mode="r").attrs.get("begin_token", True))
+        return bool(attributes(self.records, self.sums).get("begin_token", True))
 
     def num_documents(self) -> int:
         """How many documents of the text the rows came from: 0 .. num_documents - 1."""
@@ -463,16 +490,23 @@ class ActivationStore:
         return self.widths[hookpoint]
 
     def array(self, name: str) -> zarr.Array[Any]:
-        """An array through Zarr; opening it reads its metadata once."""
-        array = zarr.open_group(self.records.zarr, mode="r")[name]
-        assert isinstance(array, zarr.Array)
+        """An array through Zarr; opening it reads its metadata once. Raises DamagedStoreError where
+        they do not hold.
+        """
+        array = open_array(self.records, name, self.sums)
+        kind, _, hookpoint = name.partition("/")
+        if kind in ("activations", "tokens"):
+            tail = (self.width(hookpoint),) if kind == "activations" else ()
+            shapes = (self.rows, *tail), (self.geometry.shard_rows, *tail)
+            if (array.shape, array.shards) != shapes:
+                raise self.records.damaged(GEOMETRY, f"{name}/zarr.json has {array.shape}")
         return array
 
     def read(self, name: str, start: int, stop: int) -> Array:
         """Rows of an array through Zarr, checksums verified: [stop - start, ...], bfloat16 as
         uint16 bits.
         """
-        return np.asarray(self.array(name)[start:stop])
+        return np.asarray(_readable(self.array(name), slice(start, stop), self.path))
 
     def mean(self, hookpoint: str) -> Array:
         """Mean activation [D] float64."""
@@ -489,21 +523,8 @@ class ActivationStore:
         return math.sqrt(max(0.0, float(np.asarray(array[...]))) / self.width(hookpoint))
 
     def verify(self) -> None:
-        """Compares all data with the recorded checksums. Raises DamagedStoreError."""
-        for shard in range(self.geometry.num_shards):
-            record = self.records.read(shard_record(shard))
-            assert record is not None
-            start, stop = self.geometry.shard_range(shard)
-            for name, expected in record["crc32c"].items():
-                try:
-                    found = google_crc32c.value(self.read(name, start, stop).tobytes())
-                except ValueError as e:
-                    raise DamagedStoreError(
-                        f"{self.shard_file(name, shard)} is damaged: {e}; delete that file and "
-                        "run the same `flash-sae cache` again"
-                    ) from e
-                if found != expected:
-                    raise DamagedStoreError(
-                        f"{self.shard_file(name, shard)} does not hold what was written; "
-                        "delete that file and run the same `flash-sae cache` again"
-                    )
+        """Compares all data with the recorded checksums. Raises the first DamagedStoreError."""
+        from .damage import damages
+
+        for damage in damages(self):
+            raise damage

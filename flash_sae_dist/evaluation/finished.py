@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from ..config.base import ConfigError, UserError
 from ..files import check_readable
 from ..identity import Difference, difference
 from ..models import load_sae
-from ..models.base import CONFIG_FILE, SparseCoder
+from ..models.base import CONFIG_FILE, SparseCoder, read_spec
 from ..training import made_of
 from ..training.job import Config
 from ..training.records import DamagedRecordError, job_folders, read_job, read_store_config
@@ -59,7 +58,7 @@ class FinishedSAE(NamedTuple):
             )
         check_readable(self.folder / "sae" / CONFIG_FILE)
         try:
-            d_in = json.loads((self.folder / "sae" / CONFIG_FILE).read_text())["d_in"]
+            d_in = read_spec(self.folder / "sae")["d_in"]
         except (OSError, KeyError, TypeError, ValueError) as e:
             raise ConfigError(f"{self.folder}/sae is damaged ({e}); train it anew") from e
         width = store.width(self.hookpoint)
@@ -76,7 +75,7 @@ class FinishedSAE(NamedTuple):
     def architecture(self) -> str:
         """Its name in `sae.architecture`. Raises UserError where the files are damaged."""
         try:
-            return str(json.loads((self.folder / "sae" / CONFIG_FILE).read_text())["architecture"])
+            return str(read_spec(self.folder / "sae")["architecture"])
         except (OSError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"{self.folder}/sae is damaged ({e}); train it anew") from e
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..files import write_text
+from ..files import write_checksums, write_json, write_text
 from .loss_recovered import LossRecovered
 from .metrics import ReconstructionMetrics, density_histogram
 from .plots import plot_density, plot_frontiers
@@ -50,7 +50,7 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 
 def write_evaluation(folder: Path, record: dict[str, Any]) -> None:
     """Writes one SAE's evaluation.json and its density plot."""
-    write_text(folder / "evaluation.json", json.dumps(record, indent=1) + "\n")
+    write_json(folder / "evaluation.json", record, indent=1)
     plot_density(record, folder / "density.png")
 
 
@@ -60,6 +60,8 @@ def write_report(output: Path, records: list[dict[str, Any]]) -> None:
     """
     write_text(output / "evaluation.json", json.dumps(records, indent=1) + "\n")
     write_text(output / "report.md", _markdown(records, plot_frontiers(records, output)))
+    # A list has no place for a checksum of its own.
+    write_checksums(output, ["evaluation.json", "report.md"])
 
 
 _COLUMNS = (

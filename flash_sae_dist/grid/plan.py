@@ -6,6 +6,7 @@ The first process makes it and broadcasts it, so that ranks never disagree on wh
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from ..activations.store import ActivationStore
 from ..config.base import ConfigError, match_names, nearest_name
 from ..config.train import TrainConfig
 from ..files import check_space, check_writable
+from ..models.base import CONFIG_FILE, check_weights, read_spec
 from ..parallel import agree
 from ..parallel.mesh import Mesh
 from ..training.engine import choose_engine
@@ -24,6 +26,7 @@ from ..training.made_of import check_same_job
 from ..training.records import Job
 from ..training.trainer import is_finished
 
+logger = logging.getLogger(__name__)
 # fp32 weights, gradients and two moments, and a 2-byte compute copy, of two [d_sae, d_in] matrices.
 _BYTES_A_WEIGHT = 4 * 4 + 2
 
@@ -66,7 +69,7 @@ def make_plan(
     check_writable("output", config.output)
     for job in jobs:
         check_same_job(job, store, device)
-    unfinished = [job for job in jobs if not is_finished(job)]
+    unfinished = [job for job in jobs if not _is_intact(job)]
     for job in unfinished:
         check_memory(job, widths[str(_train(job).hookpoint)], mesh, memory_bytes)
         if not (job.folder / "job.yaml").exists():
@@ -76,6 +79,22 @@ def make_plan(
     check_space("output", config.output, needed, what)
     bundles = make_bundles(unfinished, widths, mesh.num_shards, memory_bytes)
     return Plan(jobs, {job.name for job in unfinished}, assign(bundles, mesh.num_groups))
+
+
+def _is_intact(job: Job) -> bool:
+    """Whether a job's SAE was written and still is what was written: its weights are read. One that
+    is not is written anew from the last checkpoint.
+    """
+    folder = job.folder / "sae"
+    if not is_finished(job):
+        return False
+    try:
+        check_weights(folder, read_spec(folder).get("weights_crc32c"))
+    except ValueError as e:
+        logger.warning("%s is damaged: %s; it is written anew from the last checkpoint", folder, e)
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        return False
+    return True
 
 
 def train_job(config: Config, hookpoints: list[str]) -> Job:

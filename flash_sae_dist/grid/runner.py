@@ -18,6 +18,7 @@ from ..parallel.mesh import Mesh, make_mesh
 from ..training.job import Config
 from ..training.metrics import read_metrics
 from ..training.records import (
+    DamagedRecordError,
     Job,
     forget_failure,
     read_status,
@@ -107,8 +108,16 @@ def _why_not(job: Job) -> str:
 def _summary(job: Job, *, new: bool) -> str:
     """A line that tells what became of a job, and where it is."""
     lines = read_metrics(job.folder / "metrics.jsonl")
+    try:
+        status = read_status(job.folder)
+    except DamagedRecordError as e:
+        logger.warning("%s; it only informs, and the SAE is whole", e)
+        status = None
     names = ("fvu", "l0", "dead_fraction")
     shown = [f"{name} {lines[-1][name]:.4g}" for name in names if lines and name in lines[-1]]
+    if status is not None and (not lines or lines[-1]["step"] != status.total_steps):
+        # The last step is always logged: an earlier one's figures are not the SAE's.
+        shown = ["its metrics.jsonl is cut short or damaged"]
     state = "trained" if new else "was trained before, nothing to do"
     return f"{job.name}: {state}; {', '.join([*shown, str(job.folder / 'sae')])}"
 

@@ -1,4 +1,7 @@
-"""What the formats share: weights and json written under temporary names, read with every check."""
+"""What the formats share: weights and json written under temporary names, read with every check.
+
+Their checksums are in a file of their own, which the other libraries pass over.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import replacing, write_text
+from ..files import check_checksums, replacing, write_checksums, write_text
+from ..models.base import unshared
 from ..models.topk import TopKSAE
 
 
 def write(
     folder: Path, weights: dict[str, Tensor], weights_file: str, config: dict[str, Any]
 ) -> None:
-    """Writes weights and cfg.json, each renamed into place."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
+    """Writes weights and cfg.json, each renamed into place, and their checksums."""
     with replacing(folder / weights_file) as partial:
-        save_file(tensors, partial)
+        save_file(unshared(weights), partial)
     write_text(folder / "cfg.json", json.dumps(config, indent=2) + "\n")
+    write_checksums(folder, ["cfg.json", weights_file])
 
 
 def read(
     folder: Path, weights_file: str, keys: set[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads weights and cfg.json. Raises ValueError where a file is damaged, or the tensors are
-    others than keys, or cfg.json has no whole k.
+    """Reads weights and cfg.json, checksums compared where there are some. Raises ValueError where
+    a file is damaged, or the tensors are others than keys, or cfg.json has no whole k.
     """
     try:
+        check_checksums(folder)
         config: dict[str, Any] = json.loads((folder / "cfg.json").read_text())
         weights = load_file(folder / weights_file)
     except (OSError, ValueError, SafetensorError) as e:

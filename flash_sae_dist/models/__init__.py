@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
-from .base import CONFIG_FILE, SparseCoder, check_sae_folder
+from .base import SparseCoder, check_sae_folder, read_spec
 from .topk import TopKSAE
 
 # The names that `sae.architecture` takes, in configs and beside saved weights.
@@ -21,7 +20,7 @@ def load_sae(folder: str | Path, *, device: torch.device | str = "cpu") -> Spars
     path = Path(folder)
     check_sae_folder(path)
     try:
-        name = json.loads((path / CONFIG_FILE).read_text())["architecture"]
+        name = read_spec(path)["architecture"]
     except (OSError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} holds no whole SAE ({e}); train or export it anew") from e
     if name not in ARCHITECTURES:

@@ -5,7 +5,7 @@ Legend: N tokens, D d_in, F d_sae, K slots a token.
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ..config.file import parse
 from ..config.sae import SAEConfig
-from ..files import check_readable, replacing, write_text
+from ..files import check_readable, checksum, read_json, replacing, write_json
 from ..kernels import ops
 from ..parallel.collectives import feed_shards, sum_over_shards
 from ..parallel.mesh import Mesh
 
+logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "sae.safetensors"
 CONFIG_FILE = "config.json"
 # rows: a row a latent, split over the shards; whole: the same on every shard.
@@ -185,13 +186,18 @@ class SparseCoder(nn.Module):
         return head | own
 
     def save(self, folder: str | Path) -> None:
-        """Writes this (unsharded) SAE as safetensors and json, renamed into place."""
+        """Writes this (unsharded) SAE as safetensors and json, renamed into place. Tensors that
+        share memory (tied weights) are written one by one.
+
+        config.json is written last and holds the weights' crc32c: without it there is no SAE.
+        """
         assert self.mesh.num_shards == 1, "gather the shards before saving"
-        path = Path(folder)
-        weights = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+        path, weights = Path(folder), unshared(self.state_dict())
+        (path / CONFIG_FILE).unlink(missing_ok=True)
         with replacing(path / WEIGHTS_FILE) as partial:
             save_file(weights, partial)
-        write_text(path / CONFIG_FILE, json.dumps(self.spec(), indent=2) + "\n")
+        crc = checksum(path / WEIGHTS_FILE)
+        write_json(path / CONFIG_FILE, self.spec() | {"weights_crc32c": crc}, indent=2)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Self:
@@ -201,7 +207,8 @@ class SparseCoder(nn.Module):
         path = Path(folder)
         check_sae_folder(path)
         try:
-            spec = json.loads((path / CONFIG_FILE).read_text())
+            spec = read_spec(path)
+            check_weights(path, spec.pop("weights_crc32c", None))
             weights = load_file(path / WEIGHTS_FILE)
             d_in = spec.pop("d_in")
             config = parse(cls.Config, spec, str(path / CONFIG_FILE))
@@ -215,7 +222,8 @@ class SparseCoder(nn.Module):
 
     @staticmethod
     def is_whole(folder: str | Path) -> bool:
-        """Whether a folder holds what `save` writes, none of it cut short. Reads no weights.
+        """Whether a folder holds what `save` writes, none of it cut short. Reads no weights: `load`
+        compares them with their checksum.
 
         Raises UnreadableError where files are there and cannot be read now.
         """
@@ -223,7 +231,7 @@ class SparseCoder(nn.Module):
         if not all([check_readable(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]):
             return False
         try:
-            json.loads((path / CONFIG_FILE).read_text())
+            read_spec(path)
             with safe_open(path / WEIGHTS_FILE, framework="pt"):
                 return True
         except (OSError, ValueError, SafetensorError):
@@ -244,6 +252,33 @@ def check_sae_folder(path: Path) -> None:
     raise ValueError(
         f"{path} {what}: it holds no whole SAE; name a folder such as OUTPUT/HOOKPOINT/sae"
     )
+
+
+def read_spec(folder: Path) -> dict[str, Any]:
+    """The config.json of a saved SAE. Raises OSError, or ValueError where it is damaged."""
+    return read_json(folder / CONFIG_FILE)
+
+
+def check_weights(folder: Path, expected: str | None) -> None:
+    """Compares a saved SAE's weights with the crc32c of its config.json; SAEs of 0.1.0 have none.
+    Raises ValueError where they differ.
+    """
+    if expected is None:
+        logger.info("%s has no checksum, its weights are not compared", folder)
+    elif checksum(folder / WEIGHTS_FILE) != expected:
+        raise ValueError(f"{WEIGHTS_FILE} does not hold what was written: its crc32c changed")
+
+
+def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the host, no two of which share memory: safetensors would keep one of them."""
+    seen: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return own
 
 
 _ROWS_A_SEED = 64

@@ -45,15 +45,6 @@ class DamagedCheckpointError(UserError):
     """A checkpoint whose files are missing, torn or changed."""
 
 
-def checksum(path: Path) -> str:
-    """crc32c of a file, in hex."""
-    crc = 0
-    with path.open("rb") as f:
-        while block := f.read(1 << 24):
-            crc = google_crc32c.extend(crc, block)
-    return f"{crc:08x}"
-
-
 def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step lives."""
     return folder / f"step-{step:08d}"
@@ -111,7 +102,7 @@ def _write_shard(folder: Path, state: TrainingState, mesh: Mesh) -> dict[str, An
     rows = state.info["d_sae"] // mesh.num_shards
     return {
         "name": name,
-        "crc32c": checksum(folder / name),
+        "crc32c": files.checksum(folder / name),
         "first_row": mesh.shard * rows,
         "num_rows": rows,
     }
@@ -152,7 +143,7 @@ def _verify(path: Path) -> dict[str, Any]:
         if step_folder(path.parent, int(manifest["info"]["step"])) != path:
             raise DamagedCheckpointError(f"{path} is of step {manifest['info']['step']}")
         for file in manifest["files"]:
-            if checksum(path / file["name"]) != file["crc32c"]:
+            if files.checksum(path / file["name"]) != file["crc32c"]:
                 raise DamagedCheckpointError(
                     f"{path / file['name']} is damaged: its crc32c changed"
                 )

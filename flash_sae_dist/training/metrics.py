@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..files import write_text
+from ..files import json_text, parse_json, write_text
 
+logger = logging.getLogger(__name__)
 LogMetrics = Callable[[str, dict[str, float], int], None]  # job, values, step
 
 
@@ -124,33 +125,71 @@ class LoggedStep(NamedTuple):
 
 
 class MetricsLog:
-    """Appends one JSON object a line to `metrics.jsonl`; a resumed run drops the lines after its
-    checkpoint first.
+    """Appends one sealed JSON object a line to `metrics.jsonl`; a resumed run drops the lines after
+    its checkpoint first.
     """
 
     def __init__(self, path: Path, resume_step: int, enabled: bool) -> None:
         self.path, self.enabled = path, enabled
         if enabled:
             kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            if (lost := _lost_after(kept, resume_step)) is not None:
+                logger.warning(
+                    "%s was cut short: it has no step of %d to %d, which stay out of the curve",
+                    path,
+                    lost,
+                    resume_step,
+                )
+            write_text(path, "".join(json_text(line) + "\n" for line in kept))
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line and hands it to the operating system, so that a killed run keeps it."""
         if self.enabled:
             with self.path.open("a") as f:
-                f.write(json.dumps(line) + "\n")
+                f.write(json_text(line) + "\n")
+
+
+def _lost_after(lines: list[dict[str, Any]], step: int) -> int | None:
+    """The first step that was logged and is not in the lines, by the distance of the last two; None
+    where none is missing up to a step.
+    """
+    steps = [line["step"] for line in lines[-2:]]
+    if len(steps) < 2:
+        return None if steps or not step else 1
+    following = int(2 * steps[1] - steps[0])
+    return following if steps[0] < steps[1] and following <= step else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a line cut short by a kill is left out."""
+    """The whole lines of a metrics file. A last line cut short by a kill is left out; other damaged
+    ones too, with a warning.
+    """
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text(errors="replace").splitlines():
+    whole, bad = split_metrics(path.read_bytes())
+    if bad:
+        logger.warning(
+            "%s is damaged in line %s; left out of the curve", path, ", ".join(map(str, bad))
+        )
+    return whole
+
+
+def split_metrics(data: bytes) -> tuple[list[dict[str, Any]], list[int]]:
+    """The values of the whole lines of a metrics file, and the numbers of those that do not hold
+    what was written.
+    """
+    *texts, torn = data.split(b"\n")
+    lines: list[dict[str, Any]] = []
+    bad: list[int] = []
+    # A line without its end is one that a kill cut short, however much of it is there.
+    del torn
+    for number, text in enumerate(texts, start=1):
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+            line = parse_json(text)
+            if type(line.get("step")) is not int:
+                raise ValueError("it has no step")
+        except ValueError:
+            bad.append(number)
             continue
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines
+        lines.append(line)
+    return lines, bad

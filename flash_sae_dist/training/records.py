@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 
 from ..config.base import UserError
 from ..ending import sentence_of
-from ..files import write_text
+from ..files import check_seal, read_json, write_json, write_text, yaml_text
 from ..models.base import CONFIG_FILE
 from .job import Config, parse_config
 
@@ -46,8 +45,8 @@ def write_job(job: Job, store_config: dict[str, Any]) -> None:
     the store's rows are.
     """
     data = job.config.model_dump(mode="json", exclude_unset=True)
-    write_text(job.folder / "store.json", json.dumps(store_config, indent=1) + "\n")
-    write_text(job.folder / "job.yaml", yaml.safe_dump(data, sort_keys=False))
+    write_json(job.folder / "store.json", store_config, indent=1)
+    write_text(job.folder / "job.yaml", yaml_text(yaml.safe_dump(data, sort_keys=False)))
 
 
 def _damaged(path: Path, error: Exception) -> DamagedRecordError:
@@ -61,7 +60,9 @@ def read_job(folder: Path) -> Config | None:
     """
     path = folder / "job.yaml"
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+        check_seal(text)
+        data = yaml.safe_load(text.decode())
         if not isinstance(data, dict):
             raise ValueError("it holds no keys")
     except FileNotFoundError:
@@ -73,14 +74,11 @@ def read_job(folder: Path) -> Config | None:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        data = json.loads(path.read_text())
-        if not isinstance(data, dict):
-            raise ValueError("it is no JSON object")
+        return read_json(path)
     except FileNotFoundError:
         return None
     except ValueError as e:
         raise _damaged(path, e) from e
-    return data
 
 
 def read_store_config(folder: Path) -> dict[str, Any] | None:
@@ -120,7 +118,7 @@ def job_folders(output: Path) -> list[Path]:
 
 def write_status(job: Job, status: Status) -> None:
     """Writes `status.json`."""
-    write_text(job.folder / "status.json", json.dumps(status._asdict()) + "\n")
+    write_json(job.folder / "status.json", status._asdict())
 
 
 def forget_failure(job: Job) -> None:

@@ -48,7 +48,7 @@ class Engine(ABC):
 
     def weights(self) -> dict[str, Tensor]:
         """The weights to keep, by name, this shard's rows."""
-        return {name: p.detach() for name, p in self.sae.named_parameters()}
+        return {name: p.detach() for name, p in self.sae.named_parameters(remove_duplicate=False)}
 
     def state(self) -> dict[str, Tensor]:
         """Parameters by name and their moments as `MOMENT.NAME`, by reference."""

@@ -1,0 +1,74 @@
+"""Every byte of a store, read and compared with what was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import google_crc32c
+import numpy as np
+
+from .metadata import damaged_files, open_array
+from .records import DamagedStoreError, shard_record
+from .store import TOKEN_ARRAYS, ActivationStore, shard_path, storage_dtype
+
+
+def row_bytes(store: ActivationStore) -> dict[str, int]:
+    """Bytes of a row of each array."""
+    itemsize = storage_dtype(store.dtype).itemsize
+    sizes = {f"activations/{name}": itemsize * width for name, width in store.widths.items()}
+    return sizes | {f"tokens/{name}": np.dtype("int32").itemsize for name in TOKEN_ARRAYS}
+
+
+def damages(
+    store: ActivationStore, advance: Callable[[int], None] = lambda n: None
+) -> Iterator[DamagedStoreError]:
+    """What of a store does not hold, file by file. advance is told the bytes of rows that were
+    read.
+    """
+    yield from damaged_files(store.records, store.sums)
+    for hookpoint in store.hookpoints:
+        for name in ("shard_sums", "mean", "mean_squared_norm"):
+            yield from _read(store, f"statistics/{hookpoint}/{name}", None, None)
+    sizes = row_bytes(store)
+    for shard in range(store.geometry.num_shards):
+        start, stop = store.geometry.shard_range(shard)
+        try:
+            sums = _recorded_sums(store, shard)
+        except DamagedStoreError as e:
+            yield e
+            sums = {}
+        for name, size in sizes.items():
+            yield from _read(store, name, shard, sums.get(name))
+            advance((stop - start) * size)
+
+
+def _recorded_sums(store: ActivationStore, shard: int) -> dict[str, int]:
+    record = store.records.read(shard_record(shard)) or {}
+    sums = record.get("crc32c")
+    if not isinstance(sums, dict) or sums.keys() != row_bytes(store).keys():
+        raise store.records.damaged(shard_record(shard), "it has not the arrays' checksums")
+    return sums
+
+
+def _read(
+    store: ActivationStore, name: str, shard: int | None, expected: int | None
+) -> Iterator[DamagedStoreError]:
+    """Reads a shard of an array, or all of an array of statistics, where each chunk has a checksum
+    of its own.
+    """
+    file = name if shard is None else shard_path(name, shard)
+    rows = slice(*store.geometry.shard_range(shard)) if shard is not None else slice(None)
+    try:
+        # What its metadata do not hold has been told.
+        array = open_array(store.records, name, {})
+        data = np.ascontiguousarray(array[rows] if array.ndim else array[()])
+    except (ValueError, RuntimeError, FileNotFoundError) as e:
+        why = " ".join(str(e).split())
+    else:
+        if expected is None or google_crc32c.value(data.tobytes()) == expected:
+            return
+        why = "it does not hold what was written"
+    yield DamagedStoreError(
+        f"{store.records.root}/{file} is damaged: {why}; delete that file and run the same "
+        "`flash-sae cache` again"
+    )
