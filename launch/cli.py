@@ -24,7 +24,9 @@ BENCHES = {
     "parity": "bench_parity",
     "shards": "bench_shards",
 }
-VERBS = ("cache", "train", "grid", "evaluate", "export")
+VERBS = ("cache", "train", "grid", "evaluate", "export", "verify")
+# Those that take a folder in place of a config.
+PATH_VERBS = ("verify",)
 
 app = typer.Typer(
     name="flash-sae",
@@ -137,7 +139,8 @@ def bench(
 def build() -> typer.Typer:
     """The application with every verb; each verb's own imports wait until it runs."""
     for name in VERBS:
-        app.command(name)(command(importlib.import_module(f"{__package__}.{name}").run))
+        run = importlib.import_module(f"{__package__}.{name}").run
+        app.command(name)(run if name in PATH_VERBS else command(run))
     app.command()(keys)
     extra = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command(context_settings=extra, add_help_option=False)(bench)

@@ -14,7 +14,7 @@ FLOORS = [
     {"config", "ending", "files", "identity", "parallel", "progress"},
     {"activations", "models"},
     {"training"},
-    {"grid", "evaluation", "interop", "planner", "features", "compat", "api"},
+    {"grid", "evaluation", "interop", "planner", "features", "compat", "api", "verify"},
     {"launch", "__main__"},
 ]
 MAX_FILE_LINES = 500
