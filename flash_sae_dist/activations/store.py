@@ -516,11 +516,11 @@ class ActivationStore:
         """Root mean square of a hookpoint's elements, by which training gets its units; None in a
         store that has no such statistics.
         """
-        group = zarr.open_group(self.records.zarr, mode="r")
-        array = group.get(f"statistics/{hookpoint}/mean_squared_norm")
-        if not isinstance(array, zarr.Array):
+        name = f"statistics/{hookpoint}/mean_squared_norm"
+        if not self.records.file_sizes(name):
             return None
-        return math.sqrt(max(0.0, float(np.asarray(array[...]))) / self.width(hookpoint))
+        found = np.asarray(_readable(self.array(name), slice(None), self.path))
+        return math.sqrt(max(0.0, float(found)) / self.width(hookpoint))
 
     def verify(self) -> None:
         """Compares all data with the recorded checksums. Raises the first DamagedStoreError."""

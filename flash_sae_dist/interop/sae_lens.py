@@ -51,8 +51,11 @@ def _known_models() -> frozenset[str] | None:
         from transformer_lens import loading_from_pretrained as lens
     except ImportError:
         return None
-    aliases = [alias for names in lens.MODEL_ALIASES.values() for alias in names]
-    return frozenset(name.lower() for name in [*lens.OFFICIAL_MODEL_NAMES, *aliases])
+    # Imported names, which a type checker takes for that module's own.
+    official, aliases = (getattr(lens, kind) for kind in ("OFFICIAL_MODEL_NAMES", "MODEL_ALIASES"))
+    return frozenset(
+        name.lower() for name in [*official, *(a for of in aliases.values() for a in of)]
+    )
 
 
 def _hook_in(model_name: str | None, hookpoint: str) -> str:
