@@ -72,7 +72,8 @@ class FakeAccelerator:
     def __init__(self, *names: str, error: Exception | None = None) -> None:
         self.log_with, self.trackers, self.error = list(names), [], error
 
-    def init_trackers(self, project: str) -> None:
+    def init_trackers(self, project: str, config: dict[str, Any]) -> None:
+        self.project, self.config = project, config
         self.trackers = [FakeTracker(name) for name in self.log_with]
         if self.error is not None:
             raise self.error

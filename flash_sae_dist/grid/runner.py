@@ -61,7 +61,8 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     plan = agreed_plan(config, mesh, device, grid=grid)
     # A host that does not see the store ends all of them with its sentence.
     store = agree.together(lambda: ActivationStore.open(config.store_path()))
-    trackers = Trackers(accelerator, [job.name for job in plan.jobs if job.name in plan.unfinished])
+    names = [job.name for job in plan.jobs if job.name in plan.unfinished]
+    trackers = Trackers(accelerator, names, config.model_dump(mode="json"))
     failed = _train(plan, store, mesh, device, trackers)
     if accelerator.is_main_process:
         _replay_other_groups(plan.groups[1:], trackers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 from functools import cache
@@ -48,7 +49,7 @@ def hook_name(hookpoint: str) -> str:
 def _known_models() -> frozenset[str] | None:
     """Models that TransformerLens loads, in lower case; None where it is not installed."""
     try:
-        from transformer_lens import loading_from_pretrained as lens
+        lens: Any = importlib.import_module("transformer_lens.loading_from_pretrained")
     except ImportError:
         return None
     # Imported names, which a type checker takes for that module's own.

@@ -1,0 +1,99 @@
+"""What trackers stored is read back: each SAE's curves under its name, the config beside them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from flash_sae_dist.grid.trackers import Trackers, safe_names
+
+JOBS = ["model.layers.0:input/k=2,lr=0.001", "model.layers.0_input/k=2,lr=0.001", "h.*"]
+CONFIG: dict[str, Any] = {"train": {"lr": 1e-3, "adam_betas": [0.9, 0.999]}, "store": None}
+
+
+def logged(folder: Path, name: str) -> dict[str, str]:
+    """Two metrics of two steps of each job; the jobs' safe names."""
+    trackers = Trackers(Accelerator(cpu=True, log_with=name, project_dir=folder), JOBS, CONFIG)
+    for number, job in enumerate(JOBS):
+        for step in (10, 20):
+            trackers.log(job, {"fvu": number + 1 / step, "l0": 4.0}, step)
+    trackers.finish()
+    return safe_names(JOBS)
+
+
+def test_names_are_safe_and_no_two_alike() -> None:
+    names = safe_names(JOBS)
+    assert list(names.values()) == [
+        "model_layers_0_input/k_2_lr_0_001",
+        "model_layers_0_input/k_2_lr_0_001_2",
+        "h__",
+    ]
+
+
+def test_tensorboard_gives_back_what_was_logged(tmp_path: Path) -> None:
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    names = logged(tmp_path, "tensorboard")
+    events = reading.EventAccumulator(str(tmp_path / "flash_sae_dist"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == sorted(
+        f"{name}/{metric}" for name in names.values() for metric in ("fvu", "l0")
+    )
+    for number, job in enumerate(JOBS):
+        events_ = events.Scalars(f"{names[job]}/fvu")
+        assert [e.step for e in events_] == [10, 20]
+        assert [e.value for e in events_] == pytest.approx([number + 0.1, number + 0.05])
+    (told,) = tmp_path.rglob("hparams.yml")
+    assert "train.lr: 0.001" in told.read_text()
+
+
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """Records of a .wandb file: LevelDB's log format behind a header of 7 bytes, in blocks of
+    32 KiB; a record is cut where a block ends (kinds: 1 whole, 2 first, 3 middle, 4 last).
+    """
+    at, part = 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        part += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield part
+            part = b""
+
+
+def test_offline_wandb_gives_back_what_was_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.chdir(tmp_path)
+    for key, value in (("MODE", "offline"), ("PROJECT", "theirs"), ("SILENT", "true")):
+        monkeypatch.setenv(f"WANDB_{key}", value)
+    names = logged(tmp_path, "wandb")
+    (file,) = tmp_path.rglob("*.wandb")
+    curves: dict[str, list[Any]] = {}
+    config, project = {}, ""
+    for data in wandb_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        project = record.run.project or project
+        for item in [*record.run.config.update, *record.config.update]:
+            config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        row = {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
+        for name in names.values():
+            if f"{name}/fvu" in row:
+                values = (json.loads(row[f"{name}/{m}"]) for m in ("step", "fvu"))
+                curves.setdefault(name, []).append(tuple(values))
+    assert project == "theirs"
+    assert config["train.lr"] == 0.001
+    for number, job in enumerate(JOBS):
+        assert curves[names[job]] == [(10, number + 0.1), (20, number + 0.05)]
