@@ -57,7 +57,7 @@ class Records:
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Writes one record whole or not at all (as a put to an object store is by itself)."""
         self.fs.makedirs(f"{self.root}/records", exist_ok=True)
-        text = json_text(record)
+        text = json_text(record) + "\n"
         if not self.local:
             self.fs.pipe_file(self.where(name), text.encode())
             return
