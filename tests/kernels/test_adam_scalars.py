@@ -33,12 +33,13 @@ def test_vector_adam_in_a_unit(unit: float) -> None:
 
 
 def test_clipping_counts_biases_per_unit() -> None:
-    grad, squares = torch.randn(300, device=DEVICE), torch.tensor(2.0, device=DEVICE)
-    want, got = scalars_of(4), scalars_of(4)
-    reference.clip_(grad, squares, 0.5, want, 0.3)
-    adam_scalars.clip_(grad, squares, 0.5, got, 0.3)
+    b_dec, over_encoder = torch.randn(2, 300, device=DEVICE)
+    squares, want, got = torch.tensor([0.5, 1.5], device=DEVICE), scalars_of(4), scalars_of(4)
+    expected = reference.clip_(b_dec, over_encoder, squares, 0.5, want, 0.3)
+    grad = adam_scalars.clip_(b_dec, over_encoder, squares, 0.5, got, 0.3)
     torch.testing.assert_close(got, want)
-    norm = (squares + (0.3 * grad).square().sum()).sqrt()
+    torch.testing.assert_close(grad, expected)
+    norm = (2.0 + (0.3 * grad).square().sum()).sqrt()
     torch.testing.assert_close(got[2], 0.5 / (norm + 1e-6))
 
 
