@@ -222,3 +222,12 @@ def test_no_pickles_and_no_unsafe_yaml() -> None:
         assert "torch.load(" not in text, file
         assert "import pickle" not in text, file
         assert "yaml.load(" not in text, file
+
+
+def test_every_open_of_a_store_is_of_zarr_v3() -> None:
+    """Metadata of Zarr v2 may ask for a codec that unpickles."""
+    for file in sources():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("zarr.open"):
+                formats = [ast.unparse(k.value) for k in node.keywords if k.arg == "zarr_format"]
+                assert formats == ["3"], f"{file}: {ast.unparse(node)}"
