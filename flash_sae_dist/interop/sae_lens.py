@@ -80,6 +80,14 @@ def _hook_in(model_name: str | None, hookpoint: str) -> str:
     return name
 
 
+def _model_kwargs(hook: str) -> dict[str, Any]:
+    """How SAELens is to load the model: centred weights would take the mean out of the residual
+    stream, which SAEs have seen; folded biases of the values would be missing from hook_z.
+    """
+    kwargs = {"center_writing_weights": False}
+    return kwargs | ({"fold_value_biases": False} if hook.endswith(".hook_z") else {})
+
+
 def export(
     sae: TopKSAE,
     folder: str | Path,
@@ -95,12 +103,7 @@ def export(
     the begin token.
     """
     hook = _hook_in(model_name, hookpoint)
-    lens, by_head = hook != hookpoint, hook.endswith(".hook_z")
-    # Centred weights would take the mean out of the residual stream, which SAEs have seen; folded
-    # biases of the values would be missing from hook_z.
-    kwargs = {"center_writing_weights": False} if lens else {}
-    if by_head:
-        kwargs["fold_value_biases"] = False
+    lens = hook != hookpoint
     metadata: dict[str, Any] = {
         "sae_lens_version": _VERSION,
         "sae_lens_training_version": None,
@@ -111,7 +114,7 @@ def export(
         "context_size": context_length,
         "prepend_bos": prepend_bos,
         "model_class_name": "HookedTransformer" if lens else "AutoModelForCausalLM",
-        "model_from_pretrained_kwargs": kwargs,
+        "model_from_pretrained_kwargs": _model_kwargs(hook) if lens else {},
         "trained_with": "flash_sae_dist",
     }
     config = {
@@ -124,7 +127,7 @@ def export(
         "apply_b_dec_to_input": True,
         "rescale_acts_by_decoder_norm": False,
         "normalize_activations": "none",
-        "reshape_activations": "hook_z" if by_head else "none",
+        "reshape_activations": "hook_z" if hook.endswith(".hook_z") else "none",
         "metadata": metadata,
     }
     weights = {
