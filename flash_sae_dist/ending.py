@@ -201,7 +201,7 @@ def sentence_of(error: BaseException) -> str | None:
     if (package := _package_of(error)) is not None:
         return f"{package} failed: {type(error).__name__}: {_shortened(told)}"
     if isinstance(error, OSError):
-        return f"{type(error).__name__}: {_shortened(told)}"
+        return _shortened(told) or type(error).__name__
     return None
 
 

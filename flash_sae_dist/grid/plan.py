@@ -226,10 +226,10 @@ def check_memory(job: Job, d_in: int, mesh: Mesh, memory_bytes: int) -> None:
         ("train.batch_tokens", cfg.batch_tokens, batch),
         ("sae.d_sae", sae.width(d_in), weights),
     ):
-        if needed > 2 * memory_bytes:
+        if needed > (limit := max(2 * memory_bytes, 1 << 30)):
             raise ConfigError(
                 f"{key}={value} takes {needed:,} bytes a process at width {d_in}, but its memory "
-                f"has about {2 * memory_bytes:,}; lower it, or use more processes"
+                f"has about {limit:,}; lower it, or use more processes"
             )
 
 

@@ -135,7 +135,7 @@ def forget_failure(job: Job) -> None:
 def record_failure(job: Job, error: Exception) -> str:
     """Writes an error into `status.json` and tells it; returns it in one line."""
     sentence = sentence_of(error)
-    reason = f"{type(error).__name__}: {error}" if sentence is None else sentence
+    reason = f"{type(error).__name__}: {sentence or error}"
     # What the user can set right is a sentence, which a traceback would bury.
     trace = error if sentence is None else None
     logger.error("%s failed: %s", job.name, reason, exc_info=trace)
