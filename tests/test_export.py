@@ -15,7 +15,8 @@ import yaml
 
 from flash_sae_dist import TopKSAE
 from flash_sae_dist.activations.loader import ActivationLoader
-from flash_sae_dist.activations.store import ActivationStore, Geometry, StoreWriter
+from flash_sae_dist.activations.store import ActivationStore, Geometry
+from flash_sae_dist.activations.writer import StoreWriter
 from flash_sae_dist.interop import sae_lens, sparsify
 from flash_sae_dist.launch import export
 from flash_sae_dist.training.job import parse_config

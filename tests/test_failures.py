@@ -31,7 +31,7 @@ from flash_sae_dist.models.losses import total_variance
 from flash_sae_dist.models.topk import TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training import checkpoint
-from tests.tiny_model import config_data, write_config
+from tests.tiny_model import amend, config_data, write_config
 
 RUNNER = CliRunner()
 ROOT = Path(__file__).parents[1]
@@ -277,8 +277,7 @@ def test_loading_names_what_to_name(tmp_path: Path) -> None:
         TopKSAE.load(tmp_path / "job")
     with pytest.raises(ValueError, match=r"is a file; name the folder"):
         TopKSAE.load(tmp_path / "job/sae/sae.safetensors")
-    spec = json.loads((tmp_path / "job/sae/config.json").read_text())
-    (tmp_path / "job/sae/config.json").write_text(json.dumps({**spec, "k": 4.0}))
+    amend(tmp_path / "job/sae/config.json", lambda text: text.replace('"k": 2', '"k": 4.0'))
     with pytest.raises(ValueError, match=r"k=4\.0 is of the wrong type; write a whole number"):
         TopKSAE.load(tmp_path / "job/sae")
 

@@ -19,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from flash_sae_dist import identity
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.origin import model_parts
-from flash_sae_dist.activations.store import ActivationStore, StoreWriter, make_geometry
+from flash_sae_dist.activations.store import ActivationStore, make_geometry
+from flash_sae_dist.activations.writer import StoreWriter
 from flash_sae_dist.config.base import ConfigError, section_models
 from flash_sae_dist.config.data import ModelConfig
 from flash_sae_dist.evaluation.finished import finished_saes
 from flash_sae_dist.evaluation.runner import run_evaluation
+from flash_sae_dist.files import read_json, write_json
 from flash_sae_dist.grid.runner import run_jobs
 from flash_sae_dist.training import made_of
 from flash_sae_dist.training.job import Config, parse_config, with_values
@@ -175,7 +177,7 @@ def test_a_token_table_of_another_text_is_not_taken(
         patch.setattr(StoreWriter, "check_origin", lambda *_: exec("raise KeyboardInterrupt"))
         with pytest.raises(KeyboardInterrupt):
             cache(data)
-    assert (tmp_path / "store.zarr/records/text/whole").exists()
+    assert (tmp_path / "store.zarr/records/text/whole.json").exists()
     save_text(tmp_path / "text.jsonl", seed=7)
     cache(data)
     other = data_in(tmp_path / "other")
@@ -272,9 +274,9 @@ def test_what_is_older_than_identities_goes_on(
     shutil.copytree(base / "store.zarr", tmp_path / "store.zarr")
     for name, key in (("geometry", "identity"), ("complete", "content")):
         file = tmp_path / f"store.zarr/records/{name}.json"
-        record = json.loads(file.read_text())
+        record = read_json(file)
         del record[key]
-        file.write_text(json.dumps(record))
+        write_json(file, record)
     whole = data | {"output": str(tmp_path / "whole")}
     train(whole)
     monkeypatch.setattr(made_of, "read", lambda folder: None)
@@ -418,7 +420,8 @@ OTHER: dict[str, Any] = {
     "train.dead_after_tokens": 641, "train.precision": "bfloat16", "train.num_shards": 1,
     "train.num_replicas": 2, "train.seed": 5, "train.log_every": 2, "train.checkpoint_every": 11,
     "train.keep_checkpoints": 3, "train.adam_mode": "lazy", "train.moment_dtype": "bfloat16",
-    "train.ema_decay": 0.9,
+    "train.ema_decay": 0.9, "train.normalize": "unit_mean_square",
+    "train.checkpoint_minutes": 5.0, "train.rendezvous_timeout_s": 30,
 }  # fmt: skip
 
 

@@ -16,12 +16,8 @@ from hypothesis import strategies as st
 
 from flash_sae_dist.activations import loader as loading
 from flash_sae_dist.activations.loader import ActivationLoader, BlockOrder
-from flash_sae_dist.activations.store import (
-    ActivationStore,
-    DamagedStoreError,
-    Geometry,
-    StoreWriter,
-)
+from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError, Geometry
+from flash_sae_dist.activations.writer import StoreWriter
 
 ROWS, WIDTH = 331, 6
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_sae_dist.activations.store import ActivationStore, StoreWriter, make_geometry
+from flash_sae_dist.activations.store import ActivationStore, make_geometry
+from flash_sae_dist.activations.writer import StoreWriter
 from flash_sae_dist.config.train import ENGINES
 from flash_sae_dist.models.topk import TopKConfig, TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh

@@ -54,16 +54,9 @@ from .origin import (
 )
 from .probe import check_ids, probe
 from .records import CONFIG, StoreOwner, check_lasts
-from .store import (
-    Geometry,
-    Origin,
-    Shape,
-    StoreWriter,
-    array_names,
-    make_geometry,
-    storage_dtype,
-)
+from .store import Geometry, Origin, Shape, array_names, make_geometry, storage_dtype
 from .text import TokenTable, begin_token, token_table
+from .writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 
@@ -323,6 +316,24 @@ def _table_is_whole(folder: Path, digest: str) -> bool:
     return True
 
 
+def _tokenise(config: RunConfig, lm: LanguageModel, *, shown: bool) -> TokenTable:
+    assert config.cache is not None
+    assert config.text is not None
+    with progress_bar("tokenise", config.cache.num_tokens, "tokens", shown) as bar:
+        table = token_table(
+            config.text,
+            lm.tokenizer,
+            context_length=config.cache.context_length,
+            causal=lm.causal,
+            drop_special_tokens=config.cache.drop_special_tokens,
+            num_rows=config.cache.num_tokens,
+            advance=bar.advance,
+        )
+        if bar.done < bar.total:
+            bar.show(bar.total, f"all {bar.done} tokens of the text")
+    return table
+
+
 def _shared_table(
     config: RunConfig,
     lm: LanguageModel,
@@ -343,21 +354,7 @@ def _shared_table(
     if first and not _table_is_whole(folder, digest):
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            with progress_bar(
-                "tokenise", config.cache.num_tokens, "tokens", accelerator.is_main_process
-            ) as bar:
-                table = token_table(
-                    config.text,
-                    lm.tokenizer,
-                    context_length=config.cache.context_length,
-                    causal=lm.causal,
-                    drop_special_tokens=config.cache.drop_special_tokens,
-                    num_rows=config.cache.num_tokens,
-                    advance=bar.advance,
-                )
-                if bar.done < bar.total:
-                    bar.show(bar.total, f"all {bar.done} tokens of the text")
-            table.save(folder)
+            _tokenise(config, lm, shown=accelerator.is_main_process).save(folder)
             sums = {file.name: checksum(file) for file in sorted(folder.iterdir())}
             write_json(marker, {"config": digest, "crc32c": sums})
         # The others wait: they are told of whatever a tokenizer raises, too.

@@ -1,0 +1,248 @@
+"""Writing an activation store: empty arrays once, whole shards by one process each, and the records
+of what is whole; store.py says what a store is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from ..config.base import ConfigError
+from ..identity import NAMING_KEYS, digest
+from ..identity import difference as first_difference
+from .metadata import Sums, attributes, file_sums, metadata_sums, open_array
+from .records import COMPLETE, CONFIG, GEOMETRY, Records, shard_record
+from .store import (
+    FORMAT,
+    TOKEN_ARRAYS,
+    Array,
+    Geometry,
+    Origin,
+    Shape,
+    array_names,
+    as_float64,
+    readable,
+    shard_path,
+    storage_dtype,
+)
+
+
+def difference(
+    path: str, before: dict[str, Any], asked: dict[str, Any], free: Collection[str] = ()
+) -> ConfigError | None:
+    """The first key in which a store's config differs from the one asked for, but those in free."""
+    for key in sorted((before.keys() | asked.keys()) - set(free)):
+        if before.get(key) != asked.get(key):
+            return ConfigError(
+                f"{key}={asked.get(key)!r} differs from {before.get(key)!r} in the store {path}; "
+                "name another cache.store, or remove that one"
+            )
+    return None
+
+
+class StoreWriter:
+    """Creates a store or goes on with one; `write_shard` may be called for any shard by any one
+    process.
+    """
+
+    def __init__(self, path: str, config: dict[str, Any], create: bool) -> None:
+        self.path, self.config = path, config
+        self.records = Records(path)
+        self._sums: Sums | None = None
+        if create:
+            self._check()
+
+    def _check(self) -> None:
+        before, shape = self.records.read(CONFIG), Shape.read(self.records)
+        if shape is None and self.records.shards():
+            # Making the arrays anew would remove what is in them.
+            raise self.records.damaged(GEOMETRY, "it is gone, though shards are recorded")
+        if before is None and shape is not None:
+            before = attributes(self.records, shape.metadata).get("config")
+        if before is not None:
+            # What lies there is compared in place of its name.
+            free = {*NAMING_KEYS, "text.streaming"} if self.identity() is not None else ()
+            error = difference(self.path, before, self.config, free)
+            if error is not None:
+                raise error
+
+    def restore_config(self) -> None:
+        """Writes the record of the config where a store has lost it. One process calls it."""
+        if self.records.read(CONFIG) is None and self.records.read(GEOMETRY) is not None:
+            self.records.write(CONFIG, self.config)
+
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do: all was recorded, and no file has been lost or cut short
+        since. What the files hold is not read: ActivationStore.verify does that.
+        """
+        shape = Shape.read(self.records)
+        if shape is None or self.records.read(COMPLETE) is None:
+            return False
+        return not self.missing(shape)
+
+    def identity(self) -> dict[str, Any] | None:
+        """What `create` recorded of what the rows are made of; None for a store that was not begun
+        or is older.
+        """
+        return (self.records.read(GEOMETRY) or {}).get("identity")
+
+    def check_identity(self, parts: dict[str, Any]) -> None:
+        """Raises ConfigError where a store's rows are made of other things than these."""
+        before = self.identity()
+        if before is not None and (other := first_difference(before["parts"], parts)):
+            raise ConfigError(
+                f"cache.store={self.path!r} is made of other things: {other}; name another store, "
+                "or remove that one"
+            )
+
+    def check_origin(self, geometry: Geometry, origin: Origin) -> None:
+        """Raises ConfigError where a store that was begun holds rows of another text or model,
+        though the config is the same. Stores made before one of these was recorded pass.
+        """
+        before = self.records.read(GEOMETRY)
+        if before is None:
+            return
+        end = "though under the same config; name another store, or remove that one"
+        begun = f"cache.store={self.path!r} was begun with"
+        asked = {**geometry._asdict(), **origin._asdict()}
+        other = [key for key, value in asked.items() if before.get(key, value) != value]
+        if "model_dtype" in other:
+            raise ConfigError(
+                f"{begun} a model in {before['model_dtype']}, which is {origin.model_dtype} here, "
+                f"{end}"
+            )
+        if "model_crc32c" in other:
+            commits = (before.get("model_commit"), origin.model_commit)
+            told = f" (commit {commits[0]}, now {commits[1]})" if commits[0] != commits[1] else ""
+            raise ConfigError(f"{begun} other weights of the model than these{told}, {end}")
+        if set(other) - {"model_commit"}:
+            raise ConfigError(f"{begun} another text than this one, {end}")
+
+    def create(
+        self,
+        geometry: Geometry,
+        widths: dict[str, int],
+        dtype: str,
+        about: dict[str, Any],
+        origin: Origin | None = None,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        """Makes the empty arrays, once; on a store that exists it changes nothing. One process
+        calls it.
+        """
+        if self.records.read(GEOMETRY) is None:
+            group = zarr.open_group(self.records.zarr, mode="a", zarr_format=3)
+            group.attrs.update(about)
+            for hookpoint, width in widths.items():
+                self._array(group, f"activations/{hookpoint}", geometry, dtype, width)
+                # A row a shard, so that processes write their own and nobody reads all again:
+                # the sum of its activations, then the sum of their squares.
+                group.create_array(
+                    f"statistics/{hookpoint}/shard_sums",
+                    shape=(geometry.num_shards, width + 1),
+                    chunks=(1, width + 1),
+                    dtype="float64",
+                    compressors=[Crc32cCodec()],
+                    overwrite=True,
+                )
+            for name in TOKEN_ARRAYS:
+                self._array(group, f"tokens/{name}", geometry, "int32", None)
+            self.records.write(CONFIG, self.config)
+            shape = {"format": FORMAT, "dtype": dtype, "widths": widths, **geometry._asdict()}
+            shape["metadata"] = metadata_sums(self.records)
+            if origin is not None:
+                shape |= origin._asdict()
+            if identity is not None:
+                shape["identity"] = identity
+            self.records.write(GEOMETRY, shape)
+
+    def _array(
+        self, group: zarr.Group, name: str, geometry: Geometry, dtype: str, width: int | None
+    ) -> None:
+        tail = () if width is None else (width,)
+        array = group.create_array(
+            name,
+            shape=(geometry.rows, *tail),
+            chunks=(geometry.chunk_rows, *tail),
+            shards=(geometry.shard_rows, *tail),
+            dtype=storage_dtype(dtype),
+            compressors=[Crc32cCodec()],
+            overwrite=True,
+        )
+        array.attrs["dtype"] = dtype
+
+    def missing(self, shape: Shape) -> list[int]:
+        """Shards that are not recorded yet or have a file lost or cut short, ascending."""
+        done = shape.whole_shards(self.records, array_names(shape.widths))
+        return [s for s in range(shape.geometry.num_shards) if s not in done]
+
+    def _writable(self, name: str) -> zarr.Array[Any]:
+        """An array of the store to write rows of, whose metadata hold."""
+        if self._sums is None:
+            shape = Shape.read(self.records)
+            self._sums = shape.metadata if shape is not None else {}
+        return open_array(self.records, name, self._sums, mode="r+")
+
+    def write_shard(self, geometry: Geometry, shard: int, arrays: dict[str, Array]) -> None:
+        """Writes a shard of every array whole, and its sums, then records it with checksums.
+
+        arrays: name (`activations/...`, `tokens/...`) -> the shard's rows.
+        """
+        start, stop = geometry.shard_range(shard)
+        record: dict[str, Any] = {"rows": stop - start, "crc32c": {}}
+        # Zarr leaves out chunks and files of nothing but zeros, such as the number of the first
+        # document: to us they would be lost.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            for name, rows in arrays.items():
+                assert len(rows) == stop - start
+                target = self._writable(name)
+                # Zarr reads what it finds before it writes, which a torn file would fail.
+                self.records.remove(shard_path(name, shard))
+                target[start:stop] = rows
+                record["crc32c"][name] = google_crc32c.value(np.ascontiguousarray(rows).tobytes())
+                if name.startswith("activations/"):
+                    hookpoint = name.removeprefix("activations/")
+                    sums = self._writable(f"statistics/{hookpoint}/shard_sums")
+                    wide = as_float64(rows, str(target.attrs["dtype"]))
+                    sums[shard] = np.append(wide.sum(axis=0), np.square(wide).sum())
+        self.records.write(shard_record(shard), record)
+
+    def finish(
+        self, geometry: Geometry, hookpoints: list[str], num_documents: int | None = None
+    ) -> None:
+        """Writes mean and mean squared norm of each hookpoint from the shards' sums, and then the
+        record that the store is complete, with the number of documents that its text came from.
+        One process calls it."""
+        group = zarr.open_group(self.records.zarr, mode="r+", zarr_format=3)
+        written: Sums = {}
+        for hookpoint in hookpoints:
+            where = f"statistics/{hookpoint}"
+            sums = self._writable(f"{where}/shard_sums")
+            total = np.asarray(readable(sums, slice(None), self.path)).sum(axis=0) / geometry.rows
+            for name, value in (("mean", total[:-1]), ("mean_squared_norm", total[-1])):
+                group.create_array(
+                    f"{where}/{name}",
+                    data=np.asarray(value),
+                    compressors=[Crc32cCodec()],
+                    overwrite=True,
+                )
+                written |= file_sums(self.records, f"{where}/{name}")
+        record: dict[str, Any] = {"rows": geometry.rows, "shards": geometry.num_shards}
+        record["files"] = written
+        if num_documents is not None:
+            record["documents"] = num_documents
+        record["content"] = self._content(geometry)
+        self.records.write(COMPLETE, record)
+
+    def _content(self, geometry: Geometry) -> dict[str, str]:
+        """A digest of each array's rows, from the checksums in the shards' records."""
+        sums: dict[str, list[int]] = {}
+        for shard in range(geometry.num_shards):
+            for name, value in (self.records.read(shard_record(shard)) or {})["crc32c"].items():
+                sums.setdefault(name, []).append(value)
+        return {name: digest(values) for name, values in sums.items()}
