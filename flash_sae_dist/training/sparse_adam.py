@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +13,6 @@ from ..kernels.reference import AdamOptions, DenseRows, Gradients, LatentRows, P
 from ..models.base import SparseCoder
 from ..parallel.collectives import all_reduce_
 from .side_stream import SideStream
-
-# Of an H100's 50 MB of L2 cache or an H200's 60.
-_CACHED_BYTES = 32 << 20
 
 
 class LatentGradients(NamedTuple):
@@ -199,10 +195,8 @@ class SparseAdam(torch.optim.Optimizer):
         """
         assert self.grad_clip is not None
         squares = self._scalars.new_empty(2)
-        rows_bytes = grads.pairs.enc_rows.nbytes + grads.pairs.dec_rows.nbytes
-        # Two passes at once fill more of the memory's bandwidth, as long as the L2 cache holds the
-        # rows that both gather.
-        with self.side.beside() if rows_bytes < _CACHED_BYTES else nullcontext():
+        with self.side.beside():
+            # Beside the encoder's: neither pass alone fills the memory's bandwidth.
             found = implementation("decoder_squares", rows.W_dec)(rows, grads, options)
             torch.sum(found, 0, out=squares[1])
         parts, weighted = implementation("encoder_squares", rows.W_enc)(rows, grads, options)
