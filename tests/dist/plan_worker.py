@@ -14,7 +14,12 @@ from flash_sae_dist.training.job import load_config
 from flash_sae_dist.training.records import Job
 from tests.dist.ranks import worker
 
-ERRORS = {"ConfigError": ConfigError("a mistake"), "UserError": UserError("it is damaged")}
+ERRORS = {
+    "ConfigError": ConfigError("a mistake"),
+    "UserError": UserError("it is damaged"),
+    "OSError": OSError("disk lost"),
+    "RuntimeError": RuntimeError("a bug"),
+}
 
 
 def run(config: str, case: str) -> Any:
@@ -23,7 +28,7 @@ def run(config: str, case: str) -> Any:
 
     def is_finished(job: Job) -> bool:
         if case != "finished":
-            raise ERRORS.get(case, OSError("disk lost"))
+            raise ERRORS[case]
         return rank == 1
 
     plan.is_finished = is_finished

@@ -34,10 +34,11 @@ def test_all_ranks_have_the_first_ones_plan(config: Path, tmp_path: Path) -> Non
     [
         ("ConfigError", ["ConfigError", "a mistake"], ["ConfigError", "a mistake"]),
         ("UserError", ["UserError", "it is damaged"], ["UserError", "it is damaged"]),
+        ("OSError", ["OSError", "disk lost"], ["UserError", "disk lost"]),
         (
-            "OSError",
-            ["OSError", "disk lost"],
-            ["UserError", "another process failed: OSError: disk lost"],
+            "RuntimeError",
+            ["RuntimeError", "a bug"],
+            ["UserError", "another process failed: RuntimeError: a bug"],
         ),
     ],
 )
