@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from flash_sae_dist.grid.trackers import safe_names
 from tests.dist.jobs import finish, start
 from tests.dist.ranks import free_port, start_module, wait
 from tests.tiny_model import config_data, write_config
@@ -72,9 +73,10 @@ def test_the_whole_job(config: Path) -> None:
     assert all(f.is_relative_to(folder) for f in folders)
     events = EventAccumulator(str(folder)).Reload()
     for job in ("model.layers.0/k=2", "model.layers.1.mlp/k=4"):
-        tags = {t.removeprefix(f"{job}/") for t in events.Tags()["scalars"] if t.startswith(job)}
+        name = safe_names([job])[job]
+        tags = {t.removeprefix(f"{name}/") for t in events.Tags()["scalars"] if t.startswith(name)}
         assert {"fvu", "l0", "dead_fraction", "lr", "tokens_per_s", "ms/data"} <= tags
-        curve = [(e.step, e.value) for e in events.Scalars(f"{job}/fvu")]
+        curve = [(e.step, e.value) for e in events.Scalars(f"{name}/fvu")]
         lines = [json.loads(x) for x in (out / job / "metrics.jsonl").read_text().splitlines()]
         assert curve == [(x["step"], pytest.approx(x["fvu"], rel=1e-6)) for x in lines]
 
