@@ -15,7 +15,7 @@ from .files import CHECKSUMS, check_checksums, read_json
 from .interop import sae_lens, sparsify
 from .models import load_sae
 from .models.base import CONFIG_FILE, WEIGHTS_FILE
-from .training import checkpoint
+from .training import checkpoint, made_of
 from .training.metrics import split_metrics
 from .training.records import Status, read_job, read_status, read_store_config
 
@@ -125,6 +125,14 @@ def _sae(path: str, advance: Advance) -> Iterator[str]:
         load_sae(path)
     except ValueError as e:
         yield f"{e}; the same `train` or `grid` again writes it anew from its last checkpoint"
+    yield from _made_of(Path(path))
+
+
+def _made_of(folder: Path) -> Iterator[str]:
+    try:
+        made_of.read(folder)
+    except UserError as e:
+        yield str(e)
 
 
 def _export(path: str, advance: Advance) -> Iterator[str]:
@@ -138,6 +146,7 @@ def _export(path: str, advance: Advance) -> Iterator[str]:
 def _job(path: str, advance: Advance) -> Iterator[str]:
     del advance
     folder = Path(path)
+    yield from _made_of(folder)
     for read in (read_job, read_store_config, read_status):
         try:
             read(folder)

@@ -347,7 +347,7 @@ def test_a_flipped_record_is_told(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base / "run", tmp_path / "run")
     file = tmp_path / "run" / JOB / "sae/made_of.json"
     file.write_text(file.read_text().replace('"sae.k": 4', '"sae.k": 5'))
-    with pytest.raises(DamagedRecordError, match=r"made_of\.json is damaged \(its digest changed"):
+    with pytest.raises(DamagedRecordError, match=r"made_of\.json is damaged \(its crc32c changed"):
         train(data_in(base) | {"output": str(tmp_path / "run")})
 
 

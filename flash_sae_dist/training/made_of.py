@@ -6,7 +6,6 @@ none of them is taken for another's.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from ..activations.store import ActivationStore
 from ..config.base import ConfigError, section_models
-from ..files import write_text
+from ..files import read_json, write_json
 from ..identity import (
     FREE_KEYS,
     Difference,
@@ -89,14 +88,14 @@ def made_of(config: Config, store: ActivationStore, device: torch.device) -> dic
 
 def write(folder: Path, record: dict[str, Any]) -> None:
     """Writes a record into the folder of a job or of an SAE."""
-    write_text(folder / MADE_OF, json.dumps(record, indent=1) + "\n")
+    write_json(folder / MADE_OF, record, indent=1)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
     """What `write` wrote, None where there is nothing. Raises DamagedRecordError."""
     file = folder / MADE_OF
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file)
         if data["digest"] != digest(
             [data["step"], data["store"]["parts"] or data["store"]["rows"]]
         ):
