@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import google_crc32c
 
+from .config.base import UserError
 from .files import write_text
 from .kernels.encode_choice import cache_folder
 
@@ -206,13 +207,21 @@ def _crc32c(path: Path, start: int = 0, size: int | None = None) -> str:
 
 def _tensors(path: Path) -> list[list[str]]:
     """A safetensors file: the length of its header in 8 bytes, the header in JSON, the tensors."""
-    with path.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(length))
-    header.pop("__metadata__", None)
     found = []
-    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        first, last = about["data_offsets"]
-        crc = _crc32c(path, 8 + length + first, last - first)
-        found.append([name, f"{about['dtype']} {about['shape']} {crc}"])
+    try:
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if length > path.stat().st_size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(f.read(length))
+        header.pop("__metadata__", None)
+        for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = about["data_offsets"]
+            crc = _crc32c(path, 8 + length + first, last - first)
+            found.append([name, f"{about['dtype']} {about['shape']} {crc}"])
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"{path} is no whole safetensors file ({' '.join(str(e).split())}); fetch it again "
+            "(a pointer of Git LFS looks like this)"
+        ) from e
     return found

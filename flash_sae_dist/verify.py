@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .activations.damage import damages
-from .activations.records import GEOMETRY
-from .activations.store import ActivationStore
+from .activations.records import GEOMETRY, Records
+from .activations.store import ActivationStore, Shape
 from .config.base import ConfigError, UserError
 from .files import CHECKSUMS, check_checksums, read_json
 from .interop import sae_lens, sparsify
@@ -33,6 +33,8 @@ class Thing(NamedTuple):
 def found_in(path: str) -> list[Thing]:
     """What is to be checked at a folder and below it. Raises ConfigError where that is nothing."""
     if "://" in path:
+        if Shape.read(Records(path)) is None:
+            raise ConfigError(f"{path!r} holds no activation store; check the address")
         return [Thing("store", path)]
     root = Path(path).expanduser()
     if not root.is_dir():
@@ -73,7 +75,8 @@ def _kind(folder: Path) -> str | None:
         return "export" if CHECKSUMS in names else "sae"
     if folder.name == "sae" and CONFIG_FILE in names:
         return "sae"
-    if {"job.yaml", "status.json"} & names or {"sae", "checkpoints"} & names:
+    ours = (folder / "sae" / CONFIG_FILE).is_file() or any(folder.glob("checkpoints/step-*[0-9]"))
+    if {"job.yaml", "status.json"} & names or ours:
         return "job"
     return "report" if CHECKSUMS in names else None
 

@@ -213,7 +213,10 @@ def _select_kernel(
             keep = keep & ((keys > limit) | (rank <= take))
         seen += here
         value = _value_of(keys)
-        act = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL) if RELU else tl.exp(value)
+        if RELU:
+            act = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            act = tl.exp(tl.minimum(value, 30.0, propagate_nan=tl.PropagateNan.ALL))
         act = tl.where(keep, act, 0.0)
         tl.store(out_ptr + row * M + cols, act.to(out_ptr.dtype.element_ty), mask=cols < M)
 

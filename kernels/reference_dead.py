@@ -41,12 +41,13 @@ def select_dead(
     limits: Limits | None = None,
 ) -> Tensor:  # [N, M] in dtype
     """Activations of the k largest pre-activations `pre + bias` a token, zero elsewhere: `relu` for
-    AuxK, `exp` for ghost gradients.
+    AuxK, `exp` for ghost gradients, of at most 30: their loss takes the sum of a token at another
+    norm, and exp(89) is inf.
 
     Ties go to the lowest column. k=None takes all; limits, found over all shards, take k's place.
     """
     pre = pre + bias
-    acts = pre.exp() if ghost else pre.relu()
+    acts = pre.clamp(max=30).exp() if ghost else pre.relu()
     if limits is None:
         if k is None or k >= pre.shape[1]:
             return acts.to(dtype)

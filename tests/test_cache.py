@@ -672,6 +672,25 @@ def test_the_same_cache_twice_at_once_is_refused(
     assert ActivationStore.open(str(tmp_path / "store.zarr")).rows > 0
 
 
+@pytest.mark.parametrize("name", ["mean", "mean_squared_norm"])
+def test_a_statistic_of_other_rows_is_noticed_and_made_again(
+    made: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(made, tmp_path / "root")
+    data = config_data(tmp_path / "root", shard_mib=0.002)
+    data["model"]["name"], data["text"]["paths"] = str(made / "model"), [str(made / "text.jsonl")]
+    store = str(tmp_path / "root/store.zarr")
+    where = f"{store}/statistics/{ActivationStore.open(store).hookpoints[0]}/{name}"
+    before = zarr.open_array(where, mode="r")[...]
+    # Whole to Zarr, whose chunks then hold a checksum of these values.
+    zarr.open_array(where, mode="r+")[...] = np.asarray(before) * 3 + 1
+    with pytest.raises(DamagedStoreError, match="cache` again, which makes it anew"):
+        ActivationStore.open(store).verify()
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    ActivationStore.open(store).verify()
+    assert np.array_equal(zarr.open_array(where, mode="r")[...], before)
+
+
 def test_what_is_no_weight_has_no_part_in_the_checksum() -> None:
     class Odd(torch.nn.Linear):
         def get_extra_state(self) -> dict[str, int]:

@@ -21,7 +21,7 @@ from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.origin import model_parts
 from flash_sae_dist.activations.store import ActivationStore, make_geometry
 from flash_sae_dist.activations.writer import StoreWriter
-from flash_sae_dist.config.base import ConfigError, section_models
+from flash_sae_dist.config.base import ConfigError, UserError, section_models
 from flash_sae_dist.config.data import ModelConfig
 from flash_sae_dist.evaluation.finished import finished_saes
 from flash_sae_dist.evaluation.runner import run_evaluation
@@ -229,6 +229,26 @@ def test_without_its_job_yaml_another_job_is_still_refused(
         (folder / lost).unlink()
     with pytest.raises(ConfigError, match=rf"{key}=.* differs from .*sae/made_of\.json"):
         train(changed)
+
+
+def test_a_longer_run_of_a_job_without_identities_is_not_finished(
+    base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base / "run", tmp_path / "run")
+    folder = tmp_path / "run" / JOB
+    for lost in ("made_of.json", "sae/made_of.json"):
+        (folder / lost).unlink()
+    out = {"output": str(tmp_path / "run")}
+    train(data_in(base) | out)
+    assert not (folder / "made_of.json").exists(), "it was finished"
+    train(data_in(base, num_tokens=64 * STEPS * 2) | out)
+    assert json.loads((folder / "sae/made_of.json").read_text())["total_steps"] == 2 * STEPS
+
+
+def test_a_pointer_in_place_of_weights_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"model\.safetensors is no whole safetensors file"):
+        identity.checksums(tmp_path / "model.safetensors")
 
 
 def test_a_longer_run_goes_on_and_says_how(

@@ -81,8 +81,9 @@ def test_resampling_revives_dead_latents(engine: str) -> None:
     with torch.no_grad():
         t.sae.b_enc[:10] = -1e3
     t.step(batch(0), PhaseTimer(CPU, enabled=False))
-    for i in range(1, 11):
+    for i in range(1, 9):
         t.step(batch(i), PhaseTimer(CPU, enabled=False))
+    t.dead.tokens_since_fired.add_(2 * BATCH)
     assert int(t.dead.mask().sum()) >= 10
     moments = t.optimizer.state[t.sae.W_enc]["exp_avg"]
     t.step_index = 20  # the next multiple of the window
@@ -99,6 +100,17 @@ def test_resampling_revives_dead_latents(engine: str) -> None:
         torch.cosine_similarity(t.sae.W_enc[:10], t.sae.W_dec[:10], dim=1),
         torch.ones(10, dtype=torch.float64),
     )
+
+
+def test_the_first_window_resamples_what_never_fired_in_it() -> None:
+    t = training(dead_latents="resample", dead_after_tokens=5 * BATCH)
+    with torch.no_grad():
+        t.sae.b_enc[:10] = -1e3
+    for i in range(5):
+        t.step(batch(i), PhaseTimer(CPU, enabled=False))
+    assert (t.sae.b_enc[:10] < -900).all()
+    t.step(batch(5), PhaseTimer(CPU, enabled=False))
+    assert (t.sae.b_enc[:10] > -1).all()
 
 
 def test_resampling_leaves_a_run_that_is_not_finite_to_say_so() -> None:

@@ -133,6 +133,8 @@ def _fill(
         writer.create(geometry, widths, config.cache.dtype, about, origin, identity)
     accelerator.wait_for_everyone()
     todo = writer.missing(shape)
+    if todo and accelerator.is_main_process:
+        writer.reopen()
     accelerator.wait_for_everyone()
     harvester = _Harvester(lm, hookpoints, table, geometry, config.cache)
     _write_shards(accelerator, writer, harvester, todo)

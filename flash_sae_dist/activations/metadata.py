@@ -16,23 +16,28 @@ from .records import DamagedStoreError, Records
 # zstd is of 0.1.0's statistics. Others may run code: numcodecs has one that unpickles.
 _CODECS = {"bytes", "crc32c", "sharding_indexed", "zstd"}
 _TYPES = {"float16", "float32", "float64", "uint16", "int32"}
-Sums = dict[str, str]  # path in the store -> crc32c in hex
+Sums = dict[str, str]  # path in the store -> checksum in hex
 
 
 def file_sums(records: Records, folder: str) -> Sums:
-    """crc32c of every file below a folder of the store, by its path in the store."""
+    """The checksum of every file below a folder of the store, by its path in the store."""
     names = sorted(records.file_sizes(folder))
-    return {name: _crc(records.read_bytes(name)) for name in names}
+    return {name: _sum(name, records.read_bytes(name)) for name in names}
 
 
 def metadata_sums(records: Records) -> Sums:
     """crc32c of every zarr.json of the store."""
     names = sorted(n for n in records.file_sizes("") if n.rpartition("/")[2] == "zarr.json")
-    return {name: _crc(records.read_bytes(name)) for name in names}
+    return {name: _sum(name, records.read_bytes(name)) for name in names}
 
 
-def _crc(data: bytes) -> str:
-    return f"{google_crc32c.value(data):08x}"
+def _sum(name: str, data: bytes) -> str:
+    """The crc32c of a file. Chunks end in one of their own, and the crc32c of data with theirs
+    behind it is the same whatever the data are: it stands beside that of the data alone.
+    """
+    if name.endswith("zarr.json"):
+        return f"{google_crc32c.value(data):08x}"
+    return f"{google_crc32c.value(data[:-4]):08x}{data[-4:].hex()}"
 
 
 def check_file(records: Records, name: str, sums: Sums) -> bytes:
@@ -41,7 +46,7 @@ def check_file(records: Records, name: str, sums: Sums) -> bytes:
         data = records.read_bytes(name)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise _damaged(records, name, "it is missing") from e
-    if name in sums and _crc(data) != sums[name]:
+    if name in sums and _sum(name, data) != sums[name]:
         raise _damaged(records, name, "its crc32c changed")
     return data
 
@@ -109,5 +114,12 @@ def _codec_names(codecs: Any) -> list[str]:
 
 
 def _damaged(records: Records, name: str, why: str) -> DamagedStoreError:
-    cure = "restore it from a copy, or remove the whole store and cache it anew"
-    return DamagedStoreError(f"{records.root}/{name} is damaged: {why}; {cure}")
+    return DamagedStoreError(f"{records.root}/{name} is damaged: {why}; {cure(name)}")
+
+
+def cure(name: str) -> str:
+    """What mends a damaged file of a store that is no shard of rows."""
+    # Both are made again from the shards' sums.
+    if name.startswith("statistics/") and {"mean", "mean_squared_norm"} & set(name.split("/")[2:]):
+        return "run the same `flash-sae cache` again, which makes it anew"
+    return "restore it from a copy, or remove the whole store and cache it anew"

@@ -15,7 +15,14 @@ from zarr.codecs import Crc32cCodec
 from ..config.base import ConfigError
 from ..identity import NAMING_KEYS, digest
 from ..identity import difference as first_difference
-from .metadata import Sums, attributes, file_sums, metadata_sums, open_array
+from .metadata import (
+    Sums,
+    attributes,
+    damaged_files,
+    file_sums,
+    metadata_sums,
+    open_array,
+)
 from .records import COMPLETE, CONFIG, GEOMETRY, Records, shard_record
 from .store import (
     FORMAT,
@@ -81,9 +88,20 @@ class StoreWriter:
         since. What the files hold is not read: ActivationStore.verify does that.
         """
         shape = Shape.read(self.records)
-        if shape is None or self.records.read(COMPLETE) is None:
+        complete = self.records.read(COMPLETE)
+        if (
+            shape is None
+            or complete is None
+            or any(damaged_files(self.records, complete.get("files", {})))
+        ):
             return False
         return not self.missing(shape)
+
+    def reopen(self) -> None:
+        """Takes back that a store is complete, before rows are written into it again: until
+        `finish`, its statistics and its content may be those of other rows. One process calls it.
+        """
+        self.records.remove(f"records/{COMPLETE}")
 
     def identity(self) -> dict[str, Any] | None:
         """What `create` recorded of what the rows are made of; None for a store that was not begun
@@ -223,6 +241,10 @@ class StoreWriter:
         for hookpoint in hookpoints:
             where = f"statistics/{hookpoint}"
             sums = self._writable(f"{where}/shard_sums")
+            chunks = self.records.file_sizes(f"{where}/shard_sums")
+            if sum(not name.endswith("zarr.json") for name in chunks) < geometry.num_shards:
+                # Zarr reads a lost chunk as zeros.
+                raise self.records.damaged(f"{where}/shard_sums", "a file of it is missing")
             total = np.asarray(readable(sums, slice(None), self.path)).sum(axis=0) / geometry.rows
             for name, value in (("mean", total[:-1]), ("mean_squared_norm", total[-1])):
                 group.create_array(

@@ -56,9 +56,9 @@ class DeadLatents:
         all_reduce_(fired, self.mesh.replica_group, self.mesh.num_replicas, dist.ReduceOp.MAX)
         self.tokens_since_fired.add_(batch_tokens).masked_fill_(fired.bool(), 0)
 
-    def mask(self) -> Tensor:
-        """[d_sae_local] bool: latents silent for more than dead_after_tokens."""
-        return self.tokens_since_fired > self.dead_after_tokens
+    def mask(self, early: int = 0) -> Tensor:
+        """[d_sae_local] bool: latents silent for more than dead_after_tokens, less early."""
+        return self.tokens_since_fired > self.dead_after_tokens - early
 
     def count(self) -> Tensor:
         """Dead latents over all shards, a scalar on the device. Collective over the shard group."""

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed import TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
-from ..config.base import UserError
+from ..config.base import ConfigError, UserError
 from ..ending import end_now
 
 T = TypeVar("T")
@@ -33,6 +33,12 @@ def come_together(make: Callable[[timedelta], T], seconds: float) -> T:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return make(PATIENCE)
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if name not in os.environ]:
+        raise ConfigError(
+            f"WORLD_SIZE={world} is set without {' and '.join(missing)}; start several processes "
+            "by `accelerate launch`, or unset it to run one"
+        )
     call = _RollCall(world, seconds)
     timer = threading.Timer(seconds, lambda: end_now(f"error: {call.sentence()}", 1))
     timer.daemon = True
@@ -44,7 +50,8 @@ def come_together(make: Callable[[timedelta], T], seconds: float) -> T:
             # A first exchange: connections are made by now, and nobody has left since.
             dist.all_gather_object([None] * world, os.getpid())
     except (RuntimeError, ValueError) as e:
-        raise UserError(call.sentence()) from e
+        told = f" ({' '.join(str(e).split())})" if call.came == world else ""
+        raise UserError(f"{call.sentence()}{told}") from e
     finally:
         timer.cancel()
     be_patient(None)

@@ -15,6 +15,7 @@ import torch
 
 from ..activations.store import ActivationStore
 from ..config.base import ConfigError, section_models
+from ..config.train import TrainConfig
 from ..files import read_json, write_json
 from ..identity import (
     FREE_KEYS,
@@ -179,6 +180,7 @@ def check_same_job(job: Job, store: ActivationStore, device: torch.device) -> No
         was = made_of(before, store, device)
         was["store"] = {"parts": {}, "rows": None, "names": names or store.config}
         check_same(f"{job.folder}/job.yaml", was, now)
+        _check_not_shorter(job, now["total_steps"])
 
 
 def _check_not_shorter(job: Job, total_steps: int) -> None:
@@ -196,7 +198,7 @@ def tell_longer(job: Job, was: dict[str, Any], step: int, peak: float) -> None:
     """One log line where a run goes on towards another number of tokens than it began with."""
     cfg, before = job.config.train, int(was["total_steps"])
     assert cfg is not None
-    total = -(-cfg.num_tokens // cfg.batch_tokens)
+    total = _steps(cfg)
     if total == before:
         return
     rates = [lr_at(step, steps, peak, cfg) for steps in (before, total)]
@@ -216,5 +218,12 @@ def is_finished(job: Job, *, whole: bool) -> bool:
     cfg, record = job.config.train, read(job.folder / "sae")
     if record is None:
         # Older than these records, or cut off before it was written.
-        return read(job.folder) is None
-    return int(record["total_steps"]) >= -(-cfg.num_tokens // cfg.batch_tokens)
+        before = read_job(job.folder)
+        if read(job.folder) is not None:
+            return False
+        return before is None or before.train is None or _steps(before.train) >= _steps(cfg)
+    return int(record["total_steps"]) >= _steps(cfg)
+
+
+def _steps(cfg: TrainConfig) -> int:
+    return -(-cfg.num_tokens // cfg.batch_tokens)

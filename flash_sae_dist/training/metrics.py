@@ -129,35 +129,24 @@ class MetricsLog:
     its checkpoint first.
     """
 
-    def __init__(self, path: Path, resume_step: int, enabled: bool) -> None:
-        self.path, self.enabled = path, enabled
+    def __init__(self, path: Path, resume_step: int, logged: int, *, enabled: bool) -> None:
+        """logged: the last step that had a line when the checkpoint was written."""
+        self.path, self.enabled, self.last = path, enabled, logged
         if enabled:
             kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-            if (lost := _lost_after(kept, resume_step)) is not None:
+            if (last := kept[-1]["step"] if kept else 0) < logged:
                 logger.warning(
-                    "%s was cut short: it has no step of %d to %d, which stay out of the curve",
-                    path,
-                    lost,
-                    resume_step,
-                )
+                    "%s was cut short: its lines of steps %d to %d stay out of the curve",
+                    path, last + 1, logged,
+                )  # fmt: skip
             write_text(path, "".join(json_text(line) + "\n" for line in kept))
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line and hands it to the operating system, so that a killed run keeps it."""
+        self.last = line["step"]
         if self.enabled:
             with self.path.open("a") as f:
                 f.write(json_text(line) + "\n")
-
-
-def _lost_after(lines: list[dict[str, Any]], step: int) -> int | None:
-    """The first step that was logged and is not in the lines, by the distance of the last two; None
-    where none is missing up to a step.
-    """
-    steps = [line["step"] for line in lines[-2:]]
-    if len(steps) < 2:
-        return None if steps or not step else 1
-    following = int(2 * steps[1] - steps[0])
-    return following if steps[0] < steps[1] and following <= step else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

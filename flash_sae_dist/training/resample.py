@@ -31,10 +31,10 @@ def resample_(
     function of (seed, batch): the same on every shard count. Collective over the members.
     """
     mesh = sae.mesh
-    mask = dead.mask()
-    counts = collectives.all_gather(
-        mask.sum().reshape(1), mesh.shard_group, mesh.num_shards
-    ).flatten()
+    # Calls are a window apart, to a batch: what has not fired since the last one is dead.
+    mask = dead.mask(early=len(x) * mesh.num_replicas)
+    own = mask.sum().reshape(1)
+    counts = collectives.all_gather(own, mesh.shard_group, mesh.num_shards).flatten()
     total = int(counts.sum())
     if total == 0:
         return 0

@@ -49,6 +49,7 @@ class Member:
         self.training = SAETraining(job.config.sae, self.cfg, d_in, mesh, device, rms=rms)
         self.error: str | None = None
         self.made_of = made_of.made_of(job.config, store, device)
+        logged = 0
         step = self.saved = checkpoint.newest_step(self.checkpoints, mesh)
         if step is not None:
             sae = self.training.sae
@@ -59,11 +60,13 @@ class Member:
                     made_of.tell_longer(job, was, step, self.training.peak_lr)
             elif mesh.is_lead:
                 logger.info("%s: its checkpoints are older than identities", job.name)
+            logged = state.info.get("logged", 0)
             self.training.load_state(state)
             if mesh.is_lead:
                 logger.info("%s: resumed at step %d", job.name, step)
         ending.keeps(self.kept())
-        self.log = MetricsLog(job.folder / "metrics.jsonl", step or 0, enabled=mesh.is_lead)
+        curve = job.folder / "metrics.jsonl"
+        self.log = MetricsLog(curve, step or 0, logged, enabled=mesh.is_lead)
         if mesh.is_lead:
             write_job(job, store.config)
             made_of.write(job.folder, self.made_of)
@@ -102,6 +105,7 @@ class Member:
         """Writes a checkpoint of the state between two steps. Collective over the members."""
         state = self.training.state()
         state.info["made_of"] = self.made_of
+        state.info["logged"] = self.log.last
         checkpoint.save(self.checkpoints, state, self.mesh, self.cfg.keep_checkpoints)
         self.saved = self.training.step_index
         ending.keeps(self.kept())
@@ -270,6 +274,9 @@ class Trainer:
                 member.write_status(unfinished="stopped")
         ready = [member for member in self.members if member.error is None]
         name = ending.name_of(number)
+        if not ready:
+            failed = "; ".join(f"{m.job.name} failed: {m.error}" for m in self.members)
+            raise ending.StopRequested(number, f"stopped by {name} at step {step}; {failed}")
         others = f" and of {len(ready) - 1} SAEs beside it" if len(ready) > 1 else ""
         at = f"step {step} of {self.total_steps} of {ready[0].job.name}{others}"
         if step == 0:
