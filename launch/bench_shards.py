@@ -9,8 +9,8 @@ the same weights and batches. `ms`: wall time of a step in a synchronised loop, 
 median of blocks. `eager`: a step without a CUDA graph in which each collective is waited for;
 `wire`: what it spends in collectives, the wait for slower ranks included; `compute`: the rest.
 `sent`: bytes that a rank contributes to collectives in a step, counted around torch.distributed,
-beside design.md's formula. `losses`: largest relative difference from one process's over the first
-20 steps.
+beside the formula of docs/notes/several-gpus.md. `losses`: largest relative difference from one
+process's over the first 20 steps.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _measured(run: _Run, place: _Place) -> tuple[list[_Found], str]:
 
 
 def formula_bytes(shape: Shape, place: _Place, dead: float, double: bool) -> float:
-    """Bytes that the first rank contributes a step by design.md, "The step".
+    """Bytes that the first rank contributes a step by docs/notes/several-gpus.md.
 
     Shards: packed candidates and partial reconstructions. Replicas: pairs with two coefficients,
     rows of x and of the residual; with dead latents a sum of their gradients. Compute is in bf16

@@ -119,9 +119,9 @@ def _sparsify_step(shape: Shape) -> Step:
     return step
 
 
-def _fused_step(shape: Shape, *, graph: bool = True) -> OurStep:
+def _fused_step(shape: Shape) -> OurStep:
     """The exact step; bench_against.py times what bears this name in other checkouts."""
-    return OurStep(shape, graph=graph)
+    return OurStep(shape)
 
 
 PEERS: dict[str, Callable[[Shape], Step]] = {
@@ -185,7 +185,7 @@ def _measure(make: Callable[[], Step], repeats: int) -> dict[str, Any]:
         return {"ms": float("nan"), "remark": f"{type(e).__name__}: {e}"[:80]}
 
 
-def _rows(shape: Shape, word: str, repeats: int, by_bias: bool) -> list[dict[str, Any]]:
+def _rows(shape: Shape, word: str, repeats: int) -> list[dict[str, Any]]:
     """Rows whose name contains the word, ours beside the exact one, which is always among them."""
     rows: list[dict[str, Any]] = []
     for name, make in PEERS.items():
@@ -195,8 +195,6 @@ def _rows(shape: Shape, word: str, repeats: int, by_bias: bool) -> list[dict[str
     for name, options in OURS.items():
         if word not in name and name != EXACT:
             continue
-        if "dead" in options:
-            options = options | {"by_bias": by_bias}
         found = _alone(lambda o=options: OurStep(shape, **o), repeats)  # type: ignore[misc]
         exact = exact or found
         row: dict[str, Any] = {"implementation": name, "ms": found["ms"]}
@@ -220,10 +218,8 @@ def _alone(make: Callable[[], Step], repeats: int) -> dict[str, Any]:
 def step(
     shape: ShapeOption = None,
     peers: PeersOption = "",
-    kernels: Annotated[bool, typer.Option(help="List the fused step's kernels, too.")] = False,
-    by_bias: Annotated[
-        bool,
-        typer.Option(help="Dead by a bias of -100: AuxK's activations are all 0, not half of them"),
+    kernels: Annotated[
+        bool, typer.Option(help="List the kernels of each row of ours, too, without a graph.")
     ] = False,
     against: Annotated[
         Path | None, typer.Option(help="Another checkout, whose fused step is timed in turns.")
@@ -235,9 +231,10 @@ def step(
     rows: list[dict[str, Any]] = []
     shapes = {name: shape_of(name) for name in shape or list(SHAPES)}
     for name, sizes in shapes.items():
-        if kernels:
-            _show_kernels(f"Fused step, {name}", _fused_step(sizes, graph=False))
-        found = _rows(sizes, peers, repeats, by_bias)
+        for row, options in OURS.items() if kernels else ():
+            if peers in row:
+                _show_kernels(f"{row}, {name}", OurStep(sizes, **options | {"graph": False}))
+        found = _rows(sizes, peers, repeats)
         print_table(f"Training step, {name}", found, width=140)
         rows += [{"shape": name, **row} for row in found]
         if json is not None:

@@ -44,7 +44,6 @@ START_DEAD = 10_000
 # of a standard deviation of 0.2, half of them positive: AuxK has work, and none reaches the k-th
 # largest of the living (1.4 at the least, at F=16384 k=100 with nine tenths dead).
 _DEAD_SCALE = 0.2
-_DEAD_BIAS = -100.0
 _BLOCK = 4096
 
 
@@ -134,14 +133,12 @@ def make_training(
     device: torch.device,
     *,
     dead: float = 0.0,
-    by_bias: bool = False,
     **options: Any,
 ) -> SAETraining:
     """A training at a constant learning rate with TrainConfig's options, `dead` the share of its
     latents that are dead from its first step on.
 
-    Their encoder rows are short, which leaves half of their pre-activations positive, or, by_bias,
-    their bias is -100, which leaves AuxK's activations all zero.
+    Their encoder rows are short, which leaves half of their pre-activations positive.
     """
     n, d, f, k = shape
     mask = dead_latents(f, dead) if dead else None
@@ -156,14 +153,12 @@ def make_training(
         num_replicas=mesh.num_replicas,
         **({} if dead else {"dead_latents": "none"}) | options,
     )
-    with _drawn_on_the_device(1.0 if by_bias else _DEAD_SCALE, mask):
+    with _drawn_on_the_device(_DEAD_SCALE, mask):
         training = SAETraining(TopKConfig(k=k, d_sae=f), cfg, d, mesh, device)
     if mask is not None:
         silent = _local(mask, training.sae)
         training.dead.tokens_since_fired.masked_fill_(silent, 2 * START_DEAD * n)
         training.step_index = START_DEAD
-        if by_bias:
-            training.sae.b_enc.data.masked_fill_(silent, _DEAD_BIAS)
     return training
 
 

@@ -34,18 +34,14 @@ def test_each_of_our_rows_trains(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in OURS if "dead" in OURS[name]])
-@pytest.mark.parametrize("by_bias", [False, True])
-def test_dead_latents_are_dead_spread_and_stay_so(name: str, by_bias: bool) -> None:
+def test_dead_latents_are_dead_spread_and_stay_so(name: str) -> None:
     options = OURS[name]
-    step = OurStep(TINY, CPU, by_bias=by_bias, **options)
+    step = OurStep(TINY, CPU, **options)
     mask = dead_latents(TINY[2], options["dead"])
     assert step.dead == int(mask.sum()) == int(TINY[2] * options["dead"])
     assert int(mask.int().diff().abs().sum()) > 5, "they are spread"
     for _ in range(30):
-        metrics = step()
-        loss = float(metrics.aux)
-        # Ghost activations are an exponential; AuxK's are zero where the bias is -100.
-        assert loss > 0 if options["dead_latents"] == "auxk" or not by_bias else loss >= 0
+        assert float(step().aux) > 0
     assert step.training.dead.any_listed
     silent = step.training.dead.tokens_since_fired > step.training.cfg.dead_after_tokens
     assert torch.equal(silent, mask)

@@ -56,7 +56,7 @@ class TrainConfig(StrictModel):
     k_aux: Latents | None = None
     """Dead latents that AuxK or ghost gradients use a token; left out, half the width."""
     dead_after_tokens: int = Field(default=10_000_000, gt=0)
-    """Tokens without firing, counted over all processes, after which a latent is dead. Dead ones
+    """A latent that has not fired for more tokens than this, over all processes, is dead. Dead ones
     are looked for every 100 steps."""
     precision: Precision = "auto"
     """Arithmetic of matmuls and gathers; master weights are float32 (float64 for float64). auto:
@@ -69,7 +69,7 @@ class TrainConfig(StrictModel):
     seed: Seed = 0
     """Seed of the order of the data."""
     log_every: int = Field(default=10, gt=0)
-    """Steps between log lines; the device is read only then."""
+    """Steps between log lines, whose values are read a log later: no step waits for them."""
     checkpoint_every: int = Field(default=1000, gt=0)
     """Steps between checkpoints."""
     checkpoint_minutes: float | None = Field(default=None, gt=0)

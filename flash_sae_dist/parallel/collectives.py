@@ -1,6 +1,4 @@
-"""Collectives with gradients; each is the identity on one rank and returns what it made, waited
-for.
-"""
+"""Collectives, which do nothing on one rank; those that autograd passes through have gradients."""
 
 from __future__ import annotations
 

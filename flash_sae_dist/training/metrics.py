@@ -21,7 +21,7 @@ class StepMetrics(NamedTuple):
     """What a step measured, left on the device."""
 
     fvu: Tensor  # scalar, over all replicas
-    aux: Tensor  # scalar, AuxK or ghost loss over all replicas; 0 while no latent is dead
+    aux: Tensor  # scalar, AuxK or ghost loss over all replicas; 0 while none is listed as dead
     l0: Tensor  # scalar, mean active latents a token
 
 

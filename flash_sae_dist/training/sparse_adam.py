@@ -28,11 +28,11 @@ class SparseAdam(torch.optim.Optimizer):
     """Adam over an SAE's W_enc, b_enc, W_dec and b_dec that never sees a dense `[F, D]` gradient.
 
     `FusedEngine` puts a batch's pairs into `gradients`; `step` forms a latent's gradient, removes
-    its part along the decoder row, applies Adam to the master weights, renormalises the decoder
-    row and writes the compute copies, all in one pass. With grad_clip a pass before it sums the
-    squares of all gradients, which are then scaled as torch.nn.utils.clip_grad_norm_ does, the
-    norm taken over all shards. Exact mode is dense Adam's arithmetic;
-    lazy mode moves only latents that fired, with the bias correction of the global step count, as
+    its part along the decoder row, applies Adam to the master weights, renormalises the decoder row
+    and writes the compute copies, in one pass over each matrix. With grad_clip another pass over
+    each sums the squares of all gradients, which are then scaled as torch.nn.utils.clip_grad_norm_
+    does, the norm taken over all shards. Exact mode is dense Adam's arithmetic; lazy mode moves
+    only latents that fired, with the bias correction of the global step count, as
     torch.optim.SparseAdam: their moments do not decay in between, and a rarely firing latent's
     first steps are up to sqrt(10) times dense Adam's. bfloat16 moments are rounded stochastically
     by a hash of (seed, step, latent over all shards, column): the same run gives the same bits, on

@@ -136,7 +136,9 @@ class SAETraining:
 
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
         """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
-        no host sync except in the first and where `DeadLatents.refresh` says so."""
+        no host sync but in the first (the encoder's choice, the capture of a graph), every 100
+        steps for the list of dead latents, and where latents are resampled.
+        """
         if self._rms is None:
             self._set_rms(self._measure_rms(x))
         assert self._rms is not None

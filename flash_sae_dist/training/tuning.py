@@ -28,8 +28,8 @@ def tune_encoder(
     """The lead looks the fastest design up, or times each and keeps the answer in the user's cache
     folder; all members use it.
 
-    x [N, d_in] is a batch as the encoder will get it, W_enc [d_sae_local, d_in], both cast to the
-    compute dtype. Collective over the members; waits for the device. None where no kernels serve.
+    x [N, d_in] is a batch (not centred), W_enc [d_sae_local, d_in], both cast to the compute
+    dtype. Collective over the members; waits for the device. None where no kernels serve.
     """
     if not use_kernels(W_enc.new_empty(0, dtype=dtype)):
         return None

@@ -77,7 +77,7 @@ def test_dead_latents_on_other_numbers_of_processes(
 
 
 def test_formula() -> None:
-    # wide, from design.md: candidates and sums of two shards, pairs of two replicas.
+    # wide: candidates and sums of two shards, pairs of two replicas.
     wide = (8192, 4096, 131072, 64)
     assert formula_bytes(wide, _Place(1, 1), 0, False) == 0
     assert formula_bytes(wide, _Place(1, 2), 0, False) == 8192 * 64 * 8 + 8192 * 4096 * 4

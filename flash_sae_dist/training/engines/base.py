@@ -21,7 +21,7 @@ class Engine(ABC):
     @abstractmethod
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
         """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
-        no host sync.
+        no host sync but where a graph is captured.
         """
 
     @property

@@ -6,7 +6,8 @@ listed dead latents.
 Each replica encodes and decodes its tokens, in micro-batches; a batch's (token, latent) pairs, and
 what each adds to its latent's gradients, are gathered over the replicas; then every rank steps its
 shard's rows from all of them. Dead latents' gradients come from dense products over their compacted
-rows (`dead_step.py`). No host sync; on CUDA the step is captured in a graph, its collectives too.
+rows (`dead_step.py`). On CUDA the step is captured in a graph, its collectives too. No host sync
+but after a capture, to hear whether all ranks made one.
 """
 
 from __future__ import annotations
