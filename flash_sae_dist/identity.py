@@ -54,7 +54,15 @@ FREE_KEYS = frozenset(
     [f"train.{key}" for key in ("num_tokens", "num_shards", "num_replicas", "micro_batches")]
     + [f"train.{key}" for key in ("log_every", "checkpoint_every", "keep_checkpoints")]
     + [f"train.{key}" for key in ("checkpoint_minutes", "rendezvous_timeout_s")]
-    + ["text.streaming", "cache.store", "store", "output", "trackers", "model.trust_remote_code"]
+    + [
+        "text.streaming",
+        "cache.store",
+        "cache.memory_gib",
+        "store",
+        "output",
+        "trackers",
+        "model.trust_remote_code",
+    ]
     + [f"evaluate.{key}" for key in ("num_tokens", "batch_tokens", "loss_sequences")]
     + ["export.formats", "export.directory", "grid.hookpoints", "grid.values"]
 )

@@ -88,6 +88,9 @@ class CacheConfig(StrictModel):
     """Size of one file of the store, written whole by one process; 64-256 suits disks and object
     stores.
     """
+    memory_gib: float = Field(default=8, gt=0)
+    """Host memory of a process, in GiB, for rows on their way to the store. With so many hookpoints
+    that three shards of all of them would not fit, shards are smaller."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the stored activations."""
     seed: Seed = 0
