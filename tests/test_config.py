@@ -253,7 +253,7 @@ FIELDS = {
     "text": "source name subset split column paths streaming",
     "cache": (
         "store hookpoints num_tokens context_length batch_sequences drop_special_tokens "
-        "shard_mib dtype seed"
+        "shard_mib memory_gib dtype seed"
     ),
     "sae": "architecture d_sae expansion_factor k",
     "train": (
