@@ -51,16 +51,18 @@ def _several() -> None:
 def make_model(folder: Path, shape: ModelShape, device: torch.device) -> None:
     """Writes a Llama of random weights in bfloat16 with a tokenizer."""
     from pydoc_data.topics import topics
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    hf: Any = transformers
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[*_SPECIAL.values()])
     tokenizer.train_from_iterator(topics.values(), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL).save_pretrained(folder)
-    config = LlamaConfig(
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL).save_pretrained(folder)
+    config = hf.LlamaConfig(
         vocab_size=max(VOCABULARY, 128_256 * (shape.width >= 2048)),
         hidden_size=shape.width,
         intermediate_size=4 * shape.width,
@@ -74,7 +76,7 @@ def make_model(folder: Path, shape: ModelShape, device: torch.device) -> None:
     )
     with device:
         torch.manual_seed(0)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        hf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def make_text(file: Path, tokens: int) -> None:
@@ -94,9 +96,10 @@ def make_text(file: Path, tokens: int) -> None:
 
 def bare_rate(folder: Path, shape: ModelShape, device: torch.device, passes: int) -> float:
     """Tokens a second of the model alone, up to the last hookpoint."""
-    from transformers import LlamaModel
+    import transformers
 
-    model = LlamaModel.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    hf: Any = transformers
+    model = hf.LlamaModel.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
     last = int(shape.hookpoints[-1].rpartition(".")[2])
     model.layers = model.layers[: last + 1]
     ids = torch.randint(4, VOCABULARY, (SEQUENCES, CONTEXT), device=device)
