@@ -153,7 +153,8 @@ def test_hub_source_reads_a_local_dataset(tmp_path: Path) -> None:
         ({"paths": ("{tmp}/list.jsonl",)}, "it has no columns"),
         ({"paths": ("{tmp}/empty.txt",)}, "gave no text"),
         ({"paths": ("nosuch://a.txt",)}, "'nosuch://a.txt' cannot be reached: .*nosuch"),
-        ({"paths": ("{tmp}/x.csv",)}, "x.csv is no .txt"),
+        ({"paths": ("{tmp}/x.csv",), "column": "body"}, "body' is not in the first row of .*x.csv"),
+        ({"paths": ("{tmp}/x.json",)}, "x.json is no .txt"),
         ({"source": "hub", "name": "{tmp}/no-dataset"}, "no-dataset' cannot be loaded"),
         ({"source": "hub", "name": "no/such-dataset"}, "text.name='no/such-dataset' cannot be"),
         ({"source": "hub", "name": "{tmp}", "split": "tset"}, "text.split"),
@@ -169,6 +170,7 @@ def test_bad_sources_are_told(
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "x.csv").write_text("text\none\n")
+    (tmp_path / "x.json").write_text("[]")
 
     def placed(value: Any) -> Any:
         if isinstance(value, tuple):

@@ -1,24 +1,24 @@
-"""The documents of a text source, in a fixed order, long ones in pieces."""
+"""The documents of a text source, in a fixed order, long ones in pieces; mixtures of sources."""
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
-
-import fsspec
 
 from ..config.base import ConfigError
 from ..config.data import TextConfig
+from .sources import Record, Source, check_template, hub, pydoc, unbroken
+from .text_files import files
 
 logger = logging.getLogger(__name__)
 # Half of a pair that stands for one character, such as an emoji cut in two: no UTF-8 has it.
 _HALF = re.compile("[\ud800-\udfff]")
-# Characters of a piece of a long document: a tokenizer takes a hundred bytes for each.
-PIECE = 1 << 16
+_READERS = {"pydoc": pydoc, "files": files, "hub": hub}
+# What the tokens a character of a part of a mixture are measured on.
+_SAMPLE_RECORDS, _SAMPLE_CHARACTERS = 64, 1 << 17
 
 
 class Document(NamedTuple):
@@ -33,18 +33,26 @@ class Document(NamedTuple):
 def documents(cfg: TextConfig, tokenizer: Any, skip: int = 0) -> Iterator[Document]:
     """The documents of a source behind its first `skip` records, in a fixed order.
 
-    Records count what is no document, too: blank text, nulls. Raises ConfigError where the source
-    has no document.
+    Records count what is no document, too: blank text, nulls, empty lines. Those that are passed
+    over are not parsed; a mixture's are, since lengths decide what follows what. Special tokens
+    are in a text where a chat's template puts them. Raises ConfigError where the source has no
+    document, UserError where its connection breaks again and again.
     """
-    del tokenizer
-    sources = {"pydoc": _pydoc, "files": _files, "hub": _hub}
+    source = Source(cfg, tokenizer, "text")
+    parts = [Source(p, tokenizer, f"text.mixture.{i}") for i, p in enumerate(cfg.mixture or ())]
+    for checked in parts or [source]:
+        check_template(checked)
+    records: Iterator[Record]
+    if cfg.mixture:
+        records = islice(_mixture(parts, [part.weight for part in cfg.mixture]), skip, None)
+    else:
+        records = _records(source, skip)
     empty, mended = skip == 0, False
-    for records, (text, continues) in enumerate(
-        islice(sources[cfg.source](cfg), skip, None), start=skip + 1
-    ):
-        if not continues and not text.strip():
+    for number, record in enumerate(records, start=skip + 1):
+        if not (_is_document(record) or record.continues):
             continue
-        if _HALF.search(text):
+        text = record.text
+        if text is not None and _HALF.search(text):
             if not mended:
                 logger.warning(
                     "text.source=%r has halves of characters (lone surrogates, as of an emoji "
@@ -54,133 +62,83 @@ def documents(cfg: TextConfig, tokenizer: Any, skip: int = 0) -> Iterator[Docume
                 )
             text, mended = _HALF.sub("\ufffd", text), True
         empty = False
-        yield Document(text, None, continues, records)
+        yield Document(text, record.ids, record.continues, number)
     if empty:
-        raise ConfigError(
-            f"text.source={cfg.source!r} gave no text; check text.column and the source"
-        )
+        raise _no_text(source)
 
 
-class _Record(NamedTuple):
-    """What a source gives; no text where it holds a null."""
-
-    text: str
-    continues: bool = False
+def _is_document(record: Record) -> bool:
+    """Whether a record holds anything: text that is not blank, or token ids."""
+    return bool(record.ids or (record.text and record.text.strip()))
 
 
-def _pydoc(cfg: TextConfig) -> Iterator[_Record]:
-    from pydoc_data.topics import topics
-
-    yield from (_Record(topics[name]) for name in sorted(topics))
-
-
-def _files(cfg: TextConfig) -> Iterator[_Record]:
-    for pattern in cfg.paths:
-        try:
-            fs, path = fsspec.core.url_to_fs(pattern)
-        except (ImportError, ValueError) as e:
-            raise ConfigError(f"text.paths: {pattern!r} cannot be reached: {e}") from e
-        # A file whose own name has brackets is no pattern.
-        found = [path] if fs.isfile(path) else sorted(f for f in fs.glob(path) if fs.isfile(f))
-        if not found:
-            raise ConfigError(f"text.paths: {pattern!r} names no file; check the path")
-        for name in found:
-            try:
-                yield from _file(fs, name, cfg.column)
-            except (UnicodeDecodeError, json.JSONDecodeError, OSError) as e:
-                raise ConfigError(
-                    f"text.paths: {name} cannot be read: {e}; mend it or leave it out"
-                ) from e
+def _no_text(source: Source) -> ConfigError:
+    key, column = source.column
+    return ConfigError(
+        f"{source.at}.source={source.cfg.source!r} gave no text; check {key}={column!r} and the "
+        "source"
+    )
 
 
-def _file(fs: Any, path: str, column: str) -> Iterator[_Record]:
-    if path.endswith(".txt"):
-        with fs.open(path, "r", encoding="utf-8-sig") as file:
-            yield from _pieces(file)
-    elif path.endswith(".jsonl"):
-        with fs.open(path, "r", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _text(json.loads(line), column, f"line {number} of {path}")
-    elif path.endswith(".parquet"):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        with fs.open(path, "rb") as file:
-            try:
-                table = pq.ParquetFile(file)
-            except pa.ArrowInvalid as e:
-                raise OSError(str(e)) from e
-            if column not in table.schema_arrow.names:
-                names = ", ".join(table.schema_arrow.names)
-                raise ConfigError(f"text.column={column!r} is not in {path}; it has {names}")
-            for batch in table.iter_batches(columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    yield _text({column: value}, column, path)
-    else:
-        raise ConfigError(
-            f"text.paths: {path} is no .txt, .jsonl or .parquet file; name files of these kinds"
-        )
+def _records(source: Source, skip: int = 0) -> Iterator[Record]:
+    return unbroken(_READERS[source.cfg.source], source, skip)
 
 
-# Byte-level BPE and WordPiece cut ahead of white space behind a letter or a digit in any case,
-# so a piece's ids are those of the whole; behind a mark they may join the two, and SentencePiece
-# adds a token at most.
-_BREAKS = (re.compile(r"(?<=[^\W_])\s"), re.compile(r"(?<=\S)\s"))
+class _Part:
+    """A source of a mixture, and how much of it has been drawn."""
+
+    def __init__(self, source: Source, weight: float) -> None:
+        self.source, self.weight = source, weight
+        self.records, self.drawn, self.documents = _records(source), 0.0, 0
+        head, size = [], 0
+        for record in islice(self.records, _SAMPLE_RECORDS):
+            head.append(record)
+            size += len(record.text or "")
+            if size >= _SAMPLE_CHARACTERS:
+                break
+        self.rate = _tokens_a_character(head, source.tokenizer)
+        self.records = chain(head, self.records)
+        self.next: Record | None = next(self.records, None)
+
+    def draw(self) -> Record:
+        """The next record, and the one after it made ready."""
+        assert self.next is not None
+        # The pieces of a long file are documents of their own: else all of it came at once.
+        record = self.next._replace(continues=False)
+        characters = len(record.text or "")
+        self.drawn += characters * self.rate if record.ids is None else len(record.ids)
+        self.documents += _is_document(record)
+        self.next = next(self.records, None)
+        return record
 
 
-def _pieces(file: Any) -> Iterator[_Record]:
-    """A file's text in pieces, cut ahead of white space where there is some."""
-    held, continues = "", False
-    while True:
-        text = file.read(PIECE)
-        held += text
-        at = _cut(held) if text else len(held)
-        piece, held = held[:at], held[at:]
-        if piece:
-            yield _Record(piece, continues)
-            continues = continues or not piece.isspace()
-        if not text:
-            return
+def _mixture(sources: list[Source], weights: list[float]) -> Iterator[Record]:
+    """Records of several sources, the next one always of the source that has given the fewest
+    tokens for its weight: no chance, and the shares hold at each point to within a document.
 
-
-def _cut(text: str) -> int:
-    """Where to cut a text that goes on: in its second half, or at its end without white space."""
-    for pattern in _BREAKS:
-        found = [m.start() for m in pattern.finditer(text, len(text) // 2)]
-        if found:
-            return found[-1]
-    return len(text)
-
-
-def _text(record: Any, column: str, where: str) -> _Record:
-    """The text of a record; none where it is null. Raises ConfigError where there is no such
-    column or no text in it.
+    Tokens are counted as characters times those a character in a part's first records.
     """
-    if not isinstance(record, dict) or column not in record:
-        known = ", ".join(sorted(record)) if isinstance(record, dict) else "no columns"
-        raise ConfigError(f"text.column={column!r} is not in {where}; it has {known}")
-    value = record[column]
-    if value is not None and not isinstance(value, str):
-        raise ConfigError(
-            f"text.column={column!r} holds a {type(value).__name__} in {where}, not text; "
-            "name another column"
-        )
-    return _Record(value or "")
+    parts = [_Part(source, weight) for source, weight in zip(sources, weights, strict=True)]
+    while parts:
+        part = min(parts, key=lambda p: p.drawn / p.weight)
+        if part.next is not None:
+            yield part.draw()
+            continue
+        parts.remove(part)
+        if not part.documents:
+            raise _no_text(part.source)
+        if parts:
+            logger.info("%s ends after %d documents; the other parts share its weight",
+                        part.source.at, part.documents)  # fmt: skip
 
 
-def _hub(cfg: TextConfig) -> Iterator[_Record]:
-    from datasets import load_dataset
-
+def _tokens_a_character(records: list[Record], tokenizer: Any) -> float:
+    """1 where there is no text. What a tokenizer raises is told where the text is tokenised."""
+    texts = [_HALF.sub("\ufffd", r.text) for r in records if r.text and _is_document(r)]
     try:
-        # A stream is asked for its data only as it is read.
-        data = load_dataset(cfg.name, cfg.subset, split=cfg.split, streaming=cfg.streaming)
-        for record in data:
-            yield _text(record, cfg.column, f"text.name={cfg.name!r}")
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError) as e:
-        raise ConfigError(
-            f"text.name={cfg.name!r} cannot be loaded: {' '.join(str(e).split())}; check the "
-            "name, text.subset and text.split, and that the hub can be reached"
-        ) from e
+        ids = (
+            tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        )
+    except Exception:
+        return 1.0
+    return sum(map(len, ids)) / sum(map(len, texts)) if ids and any(ids) else 1.0
