@@ -249,8 +249,12 @@ def test_every_field_is_documented_and_read() -> None:
 
 FIELDS = {
     "": "output store trackers",
-    "model": "name revision gguf_file task dtype trust_remote_code",
-    "text": "source name subset split column paths streaming",
+    "model": (
+        "name revision gguf_file task dtype adapter quantization device_map trust_remote_code"
+    ),
+    "text": (
+        "source name subset split column tokens_column messages_column paths streaming mixture"
+    ),
     "cache": (
         "store hookpoints num_tokens context_length batch_sequences drop_special_tokens "
         "shard_mib memory_gib dtype seed"

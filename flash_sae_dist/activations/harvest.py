@@ -45,6 +45,7 @@ from .origin import (
     model_parts,
     row_parts,
     text_digest,
+    text_is_here,
     tokenizer_digest,
 )
 from .pipeline import Pipeline, Rate, most_shard_bytes
@@ -236,7 +237,7 @@ def _check_still_same_text(config: RunConfig, writer: StoreWriter, before: dict[
     tokenizer = load_tokenizer(config.model)
     task = before["model task"] if config.model.task == "auto" else config.model.task
     writer.check_identity({"tokenizer": tokenizer_digest(tokenizer), "model task": task})
-    if config.text.source == "hub" and not Path(str(config.text.name)).is_dir():
+    if not text_is_here(config.text):
         # Its name is all that there is to compare without the network.
         return
     logger.info("model or text lie in other files than when %s was made: comparing", writer.path)
