@@ -122,12 +122,6 @@ def test_adapters_that_do_not_fit_are_told(root: Path, tmp_path: Path) -> None:
         load_language_model(config(root, adapter=str(folder)), CPU)
 
 
-def test_an_adapter_in_place_of_a_model_is_told(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "meta/base"}')
-    with pytest.raises(ConfigError, match=r"set model\.adapter to it and model\.name to meta/base"):
-        load_language_model(ModelConfig(name=str(tmp_path)), CPU)
-
-
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Hides a package."""
