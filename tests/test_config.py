@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from flash_sae_dist.config.base import ConfigError, section_models
+from flash_sae_dist.config.base import ConfigError, element_models, section_models
 from flash_sae_dist.config.sae import SAEConfig
 from flash_sae_dist.config.train import ENGINES, AutogradTrainConfig, FusedTrainConfig
 from flash_sae_dist.launch.cli import _keys
@@ -27,6 +27,7 @@ GOOD: dict[str, Any] = {
     "grid": {"values": {"sae.k": [16, 32], "train.lr": ["1e-4", 3e-4]}},
 }
 CACHE: dict[str, Any] = {"store": "x.zarr", "hookpoints": ["layers.3"], "num_tokens": 100}
+MIXTURE: dict[str, Any] = {"source": "mixture", "mixture": [{"source": "pydoc"}]}
 INF, NAN = float("inf"), float("nan")
 
 
@@ -123,6 +124,36 @@ def test_good_config() -> None:
         ("text", {"source": "hub"}, ["text.name", "'hub'"]),
         ("text", {"source": "files"}, ["text.paths", "'files'"]),
         ("text", {"source": "web"}, ["text.source", "'web'"]),
+        ("text", {"source": "pydoc", "tokens_column": "x"}, ["text.tokens_column", "drop it"]),
+        (
+            "text",
+            {"source": "hub", "name": "x", "tokens_column": "x", "messages_column": "y"},
+            ["text.tokens_column and text.messages_column both name what is read"],
+        ),
+        ("text", {"source": "mixture"}, ["text.mixture is empty", "{source: pydoc}"]),
+        ("text", {"source": "pydoc", "mixture": [{"source": "pydoc"}]}, ["source=mixture"]),
+        ("text", MIXTURE | {"column": "x"}, ["text.column says nothing of a mixture"]),
+        ("text", MIXTURE | {"mixture": [{"source": "hub"}]}, ["text.mixture: name is missing"]),
+        ("text", MIXTURE | {"mixture": [MIXTURE]}, ["unknown key 'text.mixture.0.mixture'"]),
+        ("text", MIXTURE | {"mixture": [{"source": "mixture"}]}, ["cannot be a mixture itself"]),
+        ("text", MIXTURE | {"mixture": [3]}, ["text.mixture.0=3", "section"]),
+        ("text", MIXTURE | {"mixture": {"source": "pydoc"}}, ["text.mixture=", "list"]),
+        ("text", MIXTURE | {"mixture": [{}]}, ["'text.mixture.0.source' is missing"]),
+        (
+            "text",
+            MIXTURE | {"mixture": [{"source": "pydoc", "wieght": 2}]},
+            ["'text.mixture.0.wieght'", "'text.mixture.0.weight'"],
+        ),
+        (
+            "text",
+            MIXTURE | {"mixture": [{"source": "pydoc", "weight": 0}]},
+            ["text.mixture.0.weight=0", "greater than 0"],
+        ),
+        ("model", {"name": "x", "quantization": "4"}, ["model.quantization='4'", "4bit"]),
+        ("model", {"name": "x", "adapter": ""}, ["model.adapter='' is empty"]),
+        ("model", {"name": "x", "device_map": "atuo"}, ["model.device_map='atuo'", "balanced"]),
+        ("model", {"name": "x", "device_map": {}}, ["model.device_map={} is no placement"]),
+        ("model", {"name": "x", "device_map": {"a": 1.5}}, ["model.device_map={'a': 1.5}"]),
     ],
 )
 def test_bad_value(key: str, value: Any, words: list[str]) -> None:
@@ -236,10 +267,12 @@ def test_every_field_is_documented_and_read() -> None:
 
     def walk(model: type[BaseModel]) -> None:
         for name, field in model.model_fields.items():
-            if sections := section_models(model, name):
-                for section in sections:
-                    walk(section)
+            for section in (sections := section_models(model, name)):
+                walk(section)
+            if sections:
                 continue
+            for section in element_models(model, name):
+                walk(section)
             assert field.description, f"{model.__name__}.{name} has no docstring"
             readers = sum(f".{name}" in text for text in sources.values())
             assert readers, f"nothing reads {model.__name__}.{name}"

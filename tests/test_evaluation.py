@@ -18,7 +18,6 @@ from rich.console import Console
 from flash_sae_dist import TopKSAE
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.language_model import load_language_model
-from flash_sae_dist.activations.text import held_out_table
 from flash_sae_dist.config.base import ConfigError, UserError
 from flash_sae_dist.evaluation.finished import finished_saes
 from flash_sae_dist.evaluation.loss_recovered import LossMeter, LossRecovered
@@ -32,7 +31,7 @@ from flash_sae_dist.evaluation.report import (
 from flash_sae_dist.evaluation.runner import run_evaluation
 from flash_sae_dist.grid.runner import run_jobs
 from flash_sae_dist.training.job import parse_config
-from tests.tiny_model import config_data, save_bert, save_llama, save_text
+from tests.tiny_model import config_data, held_out_table, save_bert, save_llama, save_text
 
 CPU = torch.device("cpu")
 

@@ -21,10 +21,9 @@ import torch
 from accelerate import Accelerator
 
 from flash_sae_dist import files
-from flash_sae_dist.activations.harvest import _MARKER, _table_is_whole, run_cache
+from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.loader import ActivationLoader
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError
-from flash_sae_dist.activations.text import TokenTable
 from flash_sae_dist.config.base import UserError
 from flash_sae_dist.evaluation import report
 from flash_sae_dist.evaluation.runner import run_evaluation
@@ -284,22 +283,29 @@ def test_no_bit_of_a_sealed_text_turns_its_check_off(sealed: str) -> None:
             files.check_seal(bytes(torn))
 
 
-def test_a_flipped_token_table_is_made_anew(
+def test_a_flipped_part_of_the_text_is_made_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ids = np.arange(12, dtype=np.int32).reshape(3, 4)
-    TokenTable(ids, ids, ids, ids > 0, ids > 0).save(tmp_path)
-    sums = {file.name: files.checksum(file) for file in tmp_path.iterdir()}
-    files.write_json(tmp_path / _MARKER, {"config": "digest", "crc32c": sums})
-    assert _table_is_whole(tmp_path, "digest")
-    assert not _table_is_whole(tmp_path, "another")
-    for file in sorted(tmp_path.iterdir()):
+    """And all behind it; what it holds is never taken."""
+    data = config_data(tmp_path)
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    store = ActivationStore.open(data["cache"]["store"])
+    before = store.read("tokens/ids", 0, store.rows)
+    for file in sorted((tmp_path / "store.zarr/text").rglob("c/*/0")):
+        if "row" in file.parts:
+            continue
         whole = file.read_bytes()
-        file.write_bytes(bytes([*whole[:-2], whole[-2] ^ 4, whole[-1]]))
+        file.write_bytes(bytes([*whole[:-9], whole[-9] ^ 4, *whole[-8:]]))
+        with pytest.raises(DamagedStoreError, match="text/"):
+            store.verify()
+        (tmp_path / "store.zarr/records/shard-00000000.json").unlink()
         caplog.clear()
-        assert not _table_is_whole(tmp_path, "digest"), file
-        assert "tokenised again" in caplog.text
-        file.write_bytes(whole)
+        run_cache(parse_config(data), Accelerator(cpu=True))
+        assert "is made anew" in caplog.text
+        assert file.read_bytes() == whole
+    store = ActivationStore.open(data["cache"]["store"])
+    store.verify()
+    assert np.array_equal(store.read("tokens/ids", 0, store.rows), before)
 
 
 class Tied(TopKSAE):

@@ -174,10 +174,10 @@ def test_a_token_table_of_another_text_is_not_taken(
     """A cache killed between tokenising and its first shard, then the text is edited."""
     data = data_in(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(StoreWriter, "check_origin", lambda *_: exec("raise KeyboardInterrupt"))
+        patch.setattr(StoreWriter, "create", lambda *_: exec("raise KeyboardInterrupt"))
         with pytest.raises(KeyboardInterrupt):
             cache(data)
-    assert (tmp_path / "store.zarr/records/text/whole.json").exists()
+    assert (tmp_path / "store.zarr/records/text-00000000.json").exists()
     save_text(tmp_path / "text.jsonl", seed=7)
     cache(data)
     other = data_in(tmp_path / "other")

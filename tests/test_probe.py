@@ -154,7 +154,7 @@ def test_a_model_that_sees_images_is_a_causal_model(tmp_path: Path) -> None:
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     told = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": 4}
     (tmp_path / "adapter_config.json").write_text(json.dumps(told))
-    with pytest.raises(ConfigError, match=r"adapter of some/base, no model; merge"):
+    with pytest.raises(ConfigError, match=r"adapter of some/base, no model; set model.adapter"):
         loaded(tmp_path)
 
 

@@ -28,10 +28,9 @@ from transformers import AutoTokenizer
 from flash_sae_dist.activations import sources, text_files
 from flash_sae_dist.activations.documents import Document, documents
 from flash_sae_dist.activations.origin import _text_stamp, text_is_here
-from flash_sae_dist.activations.text import token_table
 from flash_sae_dist.config.base import ConfigError, UserError
 from flash_sae_dist.config.data import TextConfig, TextPart
-from tests.tiny_model import WORDS, save_bert, save_llama
+from tests.tiny_model import WORDS, save_bert, save_llama, token_table
 
 PACKINGS: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,

@@ -13,10 +13,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from flash_sae_dist.activations.documents import documents
-from flash_sae_dist.activations.text import held_out_table, token_table
 from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.config.data import TextConfig
-from tests.tiny_model import save_bert, save_llama, save_text
+from tests.tiny_model import held_out_table, save_bert, save_llama, save_text, token_table
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,29 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from flash_sae_dist.activations import text
+from flash_sae_dist.config.data import TextConfig
 from flash_sae_dist.files import read_json, write_json
+
+
+def token_table(
+    cfg: TextConfig, tokenizer: Any, *, num_rows: int, skip_first_tokens: int = 0, **how: Any
+) -> text.TokenTable:
+    """All of a text's sequences in one table."""
+    making = text.Making(cfg, tokenizer, skip_first_tokens=skip_first_tokens, **how)
+    return text.token_table(making, num_rows=num_rows)
+
+
+def held_out_table(
+    cfg: TextConfig, tokenizer: Any, *, after_documents: int, num_sequences: int, **how: Any
+) -> text.TokenTable:
+    """Sequences behind the documents that a store holds."""
+    return text.held_out_table(
+        text.Making(cfg, tokenizer, **how),
+        after_documents=after_documents,
+        num_sequences=num_sequences,
+    )
+
 
 WORDS = [f"word{i}" for i in range(50)]
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

@@ -10,6 +10,7 @@ import numpy as np
 from .metadata import cure, damaged_files, open_array
 from .records import DamagedStoreError, shard_record
 from .store import TOKEN_ARRAYS, ActivationStore, shard_path, storage_dtype
+from .text_parts import TextParts, digest_of
 
 
 def row_bytes(store: ActivationStore) -> dict[str, int]:
@@ -29,6 +30,7 @@ def damages(
     for hookpoint in store.hookpoints:
         for name in ("shard_sums", "mean", "mean_squared_norm"):
             yield from _read(store, f"statistics/{hookpoint}/{name}", None, None)
+    yield from _damages_of_text(store)
     sizes = row_bytes(store)
     for shard in range(store.geometry.num_shards):
         start, stop = store.geometry.shard_range(shard)
@@ -42,6 +44,25 @@ def damages(
             advance((stop - start) * size)
 
 
+def _damages_of_text(store: ActivationStore) -> Iterator[DamagedStoreError]:
+    """What of the token table does not hold; imported stores and those of 0.1.0 have none."""
+    if (shape := store.text_shape()) is None:
+        return
+    parts = TextParts(store.records, shape.context_length, shape.part_sequences)
+    sequences = 0
+    for number, part in enumerate(parts.known()):
+        try:
+            parts.load(number)
+        except DamagedStoreError as e:
+            yield e
+        rows = slice(sequences, sequences + part.sequences)
+        yield from _read(store, "text/row", None, None, rows)
+        sequences = rows.stop
+    told = store.made_of()["parts"].get("text")
+    if told is not None and told != digest_of(parts.known()):
+        yield store.records.damaged("text-00000000.json", "it and those after it are of other text")
+
+
 def _recorded_sums(store: ActivationStore, shard: int) -> dict[str, int]:
     record = store.records.read(shard_record(shard)) or {}
     sums = record.get("crc32c")
@@ -51,13 +72,17 @@ def _recorded_sums(store: ActivationStore, shard: int) -> dict[str, int]:
 
 
 def _read(
-    store: ActivationStore, name: str, shard: int | None, expected: int | None
+    store: ActivationStore,
+    name: str,
+    shard: int | None,
+    expected: int | None,
+    some: slice = slice(None),  # of an array that has no shards
 ) -> Iterator[DamagedStoreError]:
     """Reads a shard of an array, or all of an array of statistics, where each chunk has a checksum
     of its own.
     """
     file = name if shard is None else shard_path(name, shard)
-    rows = slice(*store.geometry.shard_range(shard)) if shard is not None else slice(None)
+    rows = slice(*store.geometry.shard_range(shard)) if shard is not None else some
     try:
         # What its metadata do not hold has been told.
         array = open_array(store.records, name, {})

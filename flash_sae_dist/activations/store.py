@@ -287,6 +287,11 @@ class ActivationStore:
             rows = content.get(f"activations/{hookpoint}")
         return {"parts": parts, "rows": rows, "versions": identity.get("versions", {})}
 
+    def text_shape(self) -> TextShape | None:
+        """How the store's token table is cut; None in one that has none."""
+        found = (self.records.read(GEOMETRY) or {}).get("text")
+        return None if found is None else TextShape(**found)
+
     def begins_with_token(self) -> bool:
         """Whether every sequence of the text began with the tokenizer's begin token."""
         return bool(attributes(self.records, self.sums).get("begin_token", True))

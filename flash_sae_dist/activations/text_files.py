@@ -143,10 +143,12 @@ def _txt(file: Any, source: Source, path: str) -> Iterator[Row]:
 
 def _cut(text: str) -> int:
     """Where to cut a text that goes on: in its second half, or at its end without white space."""
+    half = len(text) // 2
     for pattern in _BREAKS:
-        found = [m.start() for m in pattern.finditer(text, len(text) // 2)]
-        if found:
-            return found[-1]
+        for start in (max(half, len(text) - 512), half):
+            found = [m.start() for m in pattern.finditer(text, start)]
+            if found:
+                return found[-1]
     return len(text)
 
 

@@ -134,16 +134,19 @@ class TextParts:
         return TokenTable(**arrays, keep=keep)
 
     def _damaged(self, number: int, why: str) -> DamagedStoreError:
+        record = self.records.where(_record_name(number))
         return DamagedStoreError(
-            f"{self.records.root}: part {number} of the text is damaged: {why}; "
+            f"part {number} of the text is damaged: {self.records.root}/{why}; delete {record} and "
             "run the same `flash-sae cache` again"
         )
 
     def drop_damaged(self) -> DamagedStoreError | None:
-        """Takes back the first part that does not hold what was written, and all behind it, which
-        are to be made again; what was wrong. One process calls it, before any work.
+        """Takes back the first part that is missing or does not hold what was written, and all
+        behind it, which are to be made again; what was wrong. One process calls it, before any
+        work.
         """
         found, number = None, 0
+        self.drop(len(self.known()))
         try:
             for number in range(len(self.known())):
                 self._load(number)

@@ -132,6 +132,7 @@ class StoreWriter:
             shape is None
             or complete is None
             or any(damaged_files(self.records, complete.get("files", {})))
+            or len(self.records.names("text-")) < complete.get("text_parts", 0)
         ):
             return False
         return not self.missing(shape)
@@ -276,6 +277,7 @@ class StoreWriter:
         whole["files"] = written
         if num_documents is not None:
             whole["documents"] = num_documents
+        whole["text_parts"] = len(self.records.names("text-"))
         whole["content"] = self._content(geometry)
         self.records.write(COMPLETE, whole)
 
@@ -288,7 +290,7 @@ class StoreWriter:
             raise damaged_metadata[0]
         if "metadata" in record:
             return record
-        about = record.pop("about")
+        about = record.pop("about", {})
         # Those of a launch that ended in here.
         for file in self.records.file_sizes(""):
             if file.endswith("zarr.json"):

@@ -48,8 +48,8 @@ class ModelConfig(StrictModel):
     quantised (GPTQ, AWQ, bitsandbytes) loads as its own config says.
     """
     device_map: Placement | None = None
-    """Spread the model over the GPUs of this process, by accelerate: filling one after the other
-    (auto), evenly (balanced), or by module name. Left out, it is on one device.
+    """Spread the model over the GPUs of this process: evenly, by accelerate's own placement (auto,
+    balanced), or by module name, such as {model.layers.0: 0}. Left out, it is on one device.
     """
     trust_remote_code: bool = False
     """Run Python code that comes with the model's files, with all your rights; set it only where
