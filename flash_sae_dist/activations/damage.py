@@ -8,7 +8,7 @@ import google_crc32c
 import numpy as np
 
 from .metadata import cure, damaged_files, open_array
-from .records import DamagedStoreError, shard_record
+from .records import AGAIN, DamagedStoreError, shard_record
 from .store import TOKEN_ARRAYS, ActivationStore, shard_path, storage_dtype
 
 
@@ -68,7 +68,7 @@ def _read(
         if expected is None or google_crc32c.value(data.tobytes()) == expected:
             return
         why = "it does not hold what was written"
-    mend = "delete that file and run the same `flash-sae cache` again"
+    mend = f"delete that file and {AGAIN}"
     yield DamagedStoreError(
         f"{store.records.root}/{file} is damaged: {why}; {cure(name) if shard is None else mend}"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import google_crc32c
 import zarr
 
-from .records import DamagedStoreError, Records
+from .records import AGAIN, DamagedStoreError, Records
 
 # zstd is of 0.1.0's statistics. Others may run code: numcodecs has one that unpickles.
 _CODECS = {"bytes", "crc32c", "sharding_indexed", "zstd"}
@@ -121,5 +121,5 @@ def cure(name: str) -> str:
     """What mends a damaged file of a store that is no shard of rows."""
     # Both are made again from the shards' sums.
     if name.startswith("statistics/") and {"mean", "mean_squared_norm"} & set(name.split("/")[2:]):
-        return "run the same `flash-sae cache` again, which makes it anew"
-    return "restore it from a copy, or remove the whole store and cache it anew"
+        return f"{AGAIN}, which makes it anew"
+    return "restore it from a copy, or remove the whole store and make it anew"

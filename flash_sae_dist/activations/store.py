@@ -21,7 +21,7 @@ import zarr
 from ..config.base import ConfigError, UserError, check_hookpoint, nearest_name
 from ..identity import digest
 from .metadata import Sums, attributes, open_array
-from .records import COMPLETE, CONFIG, GEOMETRY, Records
+from .records import AGAIN, COMPLETE, CONFIG, GEOMETRY, Records
 from .records import DamagedStoreError as DamagedStoreError
 
 Array = npt.NDArray[Any]
@@ -191,18 +191,18 @@ class ActivationStore:
         records = Records(path)
         shape, config = Shape.read(records), records.read(CONFIG)
         if shape is None:
-            raise ConfigError(f"store={path!r} is no activation store; run `flash-sae cache` first")
-        if config is None:
-            raise DamagedStoreError(
-                f"{records.where(CONFIG)} is missing from the store; run the same "
-                "`flash-sae cache` again"
+            raise ConfigError(
+                f"store={path!r} is no activation store; run `flash-sae cache` or "
+                "`flash-sae store import` first"
             )
+        if config is None:
+            raise DamagedStoreError(f"{records.where(CONFIG)} is missing from the store; {AGAIN}")
         store = cls(path, shape, config)
         absent = set(range(store.geometry.num_shards)) - records.shards()
         if absent or records.read(COMPLETE) is None:
             raise ConfigError(
                 f"store={path!r} is unfinished: {len(absent)} of {store.geometry.num_shards} "
-                "shards are missing; run the same `flash-sae cache` again"
+                f"shards are missing; {AGAIN}"
             )
         store.sums = store.sums | (records.read(COMPLETE) or {}).get("files", {})
         store._check_files()
@@ -215,7 +215,7 @@ class ActivationStore:
             if lost:
                 raise DamagedStoreError(
                     f"{self.shard_file(name, min(lost))} is missing from the store or cut short; "
-                    "run the same `flash-sae cache` again"
+                    f"{AGAIN}"
                 )
 
     @cached_property
@@ -236,6 +236,10 @@ class ActivationStore:
                 parts = parts | {"hookpoints": {hookpoint: self.widths[hookpoint]}}
             rows = content.get(f"activations/{hookpoint}")
         return {"parts": parts, "rows": rows, "versions": identity.get("versions", {})}
+
+    def knows_model(self) -> bool:
+        """Whether it tells of which language model its rows are; imported rows do not."""
+        return any(key.startswith("model.") for key in self.config)
 
     def begins_with_token(self) -> bool:
         """Whether every sequence of the text began with the tokenizer's begin token."""

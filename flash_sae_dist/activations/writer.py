@@ -4,7 +4,7 @@ of what is whole; store.py says what a store is.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import google_crc32c
@@ -47,7 +47,7 @@ def difference(
         if before.get(key) != asked.get(key):
             return ConfigError(
                 f"{key}={asked.get(key)!r} differs from {before.get(key)!r} in the store {path}; "
-                "name another cache.store, or remove that one"
+                "name another store, or remove that one"
             )
     return None
 
@@ -206,7 +206,7 @@ class StoreWriter:
             self._sums = shape.metadata if shape is not None else {}
         return open_array(self.records, name, self._sums, mode="r+")
 
-    def write_shard(self, geometry: Geometry, shard: int, arrays: dict[str, Array]) -> None:
+    def write_shard(self, geometry: Geometry, shard: int, arrays: Mapping[str, Array]) -> None:
         """Writes a shard of every array whole, and its sums, then records it with checksums.
 
         arrays: name (`activations/...`, `tokens/...`) -> the shard's rows.
