@@ -38,7 +38,7 @@ from .writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
-_MAX_DOCUMENT = 2**31
+MAX_DOCUMENT = 2**31
 _RUN_ROWS, _RUN_BYTES = 64, 1 << 16
 _RUNS_A_SHARD = 64
 _THREADS = 4
@@ -122,16 +122,16 @@ def open_documents(option: str | None, inputs: dict[str, list[Source]]) -> Docum
     contexts = {s.context for sources in inputs.values() for s in sources} - {1}
     if option is None or option.isdecimal():
         each = int(option) if option else contexts.pop() if len(contexts) == 1 else 1
-        if each < 1 or rows // each >= _MAX_DOCUMENT:
+        if each < 1 or rows // each >= MAX_DOCUMENT:
             raise ConfigError(
                 f"--documents={option or each} makes {rows // max(1, each):,} documents of {rows:,}"
-                f" rows; give at least {rows // _MAX_DOCUMENT + 1} rows a document"
+                f" rows; give at least {rows // MAX_DOCUMENT + 1} rows a document"
             )
         return Documents(each)
     numbers = open_numbers(Path(option).expanduser())
     if len(numbers) != rows:
         raise ConfigError(f"--documents={option!r} numbers {len(numbers):,} rows, not {rows:,}")
-    if int(numbers.min()) < 0 or int(numbers.max()) >= _MAX_DOCUMENT:
+    if int(numbers.min()) < 0 or int(numbers.max()) >= MAX_DOCUMENT:
         raise ConfigError(f"--documents={option!r} holds numbers that are not in 0 .. 2**31 - 1")
     starts = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1])
     return Documents(1, numbers, starts)
@@ -216,7 +216,7 @@ class _Shuffle:
         return rows[np.random.default_rng([self.seed, shard]).permutation(len(rows))]
 
 
-class _ShardArrays(Mapping[str, Array]):
+class ShardArrays(Mapping[str, Array]):
     """The arrays of a shard by name, each gathered when it is asked for: memory holds one."""
 
     def __init__(self, names: Sequence[str], make: Callable[[str], Array]) -> None:
@@ -299,7 +299,7 @@ class Importer:
             for name, found in parts.items()
         }
 
-    def shard(self, shard: int, gatherers: dict[str, Gatherer]) -> _ShardArrays:
+    def shard(self, shard: int, gatherers: dict[str, Gatherer]) -> ShardArrays:
         """The arrays of a shard."""
         rows = self.shuffle.rows(shard)
         document, place = self.documents.of(rows)
@@ -313,7 +313,7 @@ class Importer:
                 return (with_text or list(gatherers.values()))[0].ids(rows)
             return document if hookpoint == "document" else place
 
-        return _ShardArrays(array_names(self.widths), make)
+        return ShardArrays(array_names(self.widths), make)
 
 
 def run_import(out: str, named: Sequence[str], options: ImportOptions) -> str:
@@ -365,7 +365,11 @@ def _fill(job: Importer) -> str:
         writer.reopen()
         spool = _spool_folder(job)
         gatherers = job.gatherers(spool)
-        write_shards(writer, geometry, todo, lambda s: job.shard(s, gatherers), "import")
+
+        def write(shard: int) -> None:
+            writer.write_shard(geometry, shard, job.shard(shard, gatherers))
+
+        write_shards(writer, geometry, todo, write, "import")
         if job.stamps() != stamps:
             raise UserError(
                 f"a file changed while it was imported; remove {writer.path} and import anew"
@@ -379,7 +383,7 @@ def write_shards(
     writer: StoreWriter,
     geometry: Geometry,
     todo: Sequence[int],
-    make: Callable[[int], Mapping[str, Array]],
+    write: Callable[[int], None],
     title: str,
 ) -> None:
     """Writes shards on a few threads, told to stop by a signal between two. Raises
@@ -393,9 +397,6 @@ def write_shards(
     def note() -> None:
         told = f"{done} of {geometry.num_shards} shards are kept in {writer.path}"
         ending.keeps(f"{told}, and the same command makes the others")
-
-    def write(shard: int) -> None:
-        writer.write_shard(geometry, shard, make(shard))
 
     note()
     with (

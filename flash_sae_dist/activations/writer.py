@@ -206,13 +206,20 @@ class StoreWriter:
             self._sums = shape.metadata if shape is not None else {}
         return open_array(self.records, name, self._sums, mode="r+")
 
-    def write_shard(self, geometry: Geometry, shard: int, arrays: Mapping[str, Array]) -> None:
+    def write_shard(
+        self,
+        geometry: Geometry,
+        shard: int,
+        arrays: Mapping[str, Array],
+        in_place: Mapping[str, int] | None = None,
+    ) -> None:
         """Writes a shard of every array whole, and its sums, then records it with checksums.
 
-        arrays: name (`activations/...`, `tokens/...`) -> the shard's rows.
+        arrays: name (`activations/...`, `tokens/...`) -> the shard's rows. in_place: the checksums
+        of arrays whose files and sums are there already.
         """
         start, stop = geometry.shard_range(shard)
-        record: dict[str, Any] = {"rows": stop - start, "crc32c": {}}
+        record: dict[str, Any] = {"rows": stop - start, "crc32c": dict(in_place or {})}
         # Zarr leaves out chunks and files of nothing but zeros, such as the number of the first
         # document: to us they would be lost.
         with zarr.config.set({"array.write_empty_chunks": True}):
@@ -225,10 +232,14 @@ class StoreWriter:
                 record["crc32c"][name] = google_crc32c.value(np.ascontiguousarray(rows).tobytes())
                 if name.startswith("activations/"):
                     hookpoint = name.removeprefix("activations/")
-                    sums = self._writable(f"statistics/{hookpoint}/shard_sums")
                     wide = as_float64(rows, str(target.attrs["dtype"]))
-                    sums[shard] = np.append(wide.sum(axis=0), np.square(wide).sum())
+                    sums = np.append(wide.sum(axis=0), np.square(wide).sum())
+                    self.write_sums(hookpoint, shard, sums)
         self.records.write(shard_record(shard), record)
+
+    def write_sums(self, hookpoint: str, shard: int, sums: Array) -> None:
+        """The sum of a shard's rows, then the sum of their squares: [width + 1] float64."""
+        self._writable(f"statistics/{hookpoint}/shard_sums")[shard] = sums
 
     def finish(
         self, geometry: Geometry, hookpoints: list[str], num_documents: int | None = None
