@@ -177,10 +177,6 @@ def test_cached_stores_keep_what_they_are_made_of(tmp_path: Path) -> None:
     assert long.rows == 3000
     assert "text" not in long.made_of()["parts"]
     assert long.made_of()["parts"]["model weights"] == merged.made_of()["parts"]["model weights"]
-    run_merge(
-        str(tmp_path / "mixed"),
-        [stores[2], recut(stores[2], tmp_path / "re", 32)][:1] + [str(tmp_path / "z")],
-    )
 
 
 def test_a_stopped_merge_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
