@@ -43,18 +43,20 @@ ROW_KEYS = frozenset(
         *("hookpoints", "num_tokens", "context_length", "batch_sequences", "drop_special_tokens"),
         *("shard_mib", "dtype", "seed"),
     )
-)
+) | {"model.quantization"}
 # Keys that name content, which is compared in their place: checksums of weights, tokenizer, text.
 NAMING_KEYS = frozenset(
-    [f"model.{key}" for key in ("name", "revision", "gguf_file", "task", "dtype")]
+    [f"model.{key}" for key in ("name", "revision", "gguf_file", "task", "dtype", "adapter")]
     + [f"text.{key}" for key in ("source", "name", "subset", "split", "column", "paths")]
+    + [f"text.{key}" for key in ("tokens_column", "messages_column", "mixture")]
 )
 # Keys that may change from one launch to the next: how long, how spread, how logged, where.
 FREE_KEYS = frozenset(
     [f"train.{key}" for key in ("num_tokens", "num_shards", "num_replicas", "micro_batches")]
     + [f"train.{key}" for key in ("log_every", "checkpoint_every", "keep_checkpoints")]
     + [f"train.{key}" for key in ("checkpoint_minutes", "rendezvous_timeout_s")]
-    + ["text.streaming", "cache.store", "store", "output", "trackers", "model.trust_remote_code"]
+    + ["text.streaming", "cache.store", "cache.memory_gib", "store", "output", "trackers"]
+    + ["model.trust_remote_code", "model.device_map"]
     + [f"evaluate.{key}" for key in ("num_tokens", "batch_tokens", "loss_sequences")]
     + ["export.formats", "export.directory", "grid.hookpoints", "grid.values"]
 )

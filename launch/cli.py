@@ -24,6 +24,7 @@ BENCHES = {
     "step": "bench_step",
     "parity": "bench_parity",
     "shards": "bench_shards",
+    "cache": "bench_cache",
 }
 VERBS = ("cache", "train", "grid", "evaluate", "export", "verify")
 # Those that take a folder in place of a config.
@@ -120,7 +121,7 @@ def _has_gpu() -> bool:
 
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(help="encode, decode, step, parity or shards")] = "",
+    what: Annotated[str, typer.Argument(help="encode, decode, step, parity, shards or cache")] = "",
 ) -> None:
     """Time kernels beside their peers on this machine's GPU: `flash-sae bench encode --help`."""
     if what in ("", "--help"):

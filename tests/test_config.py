@@ -249,11 +249,15 @@ def test_every_field_is_documented_and_read() -> None:
 
 FIELDS = {
     "": "output store trackers",
-    "model": "name revision gguf_file task dtype trust_remote_code",
-    "text": "source name subset split column paths streaming",
+    "model": (
+        "name revision gguf_file task dtype adapter quantization device_map trust_remote_code"
+    ),
+    "text": (
+        "source name subset split column tokens_column messages_column paths streaming mixture"
+    ),
     "cache": (
         "store hookpoints num_tokens context_length batch_sequences drop_special_tokens "
-        "shard_mib dtype seed"
+        "shard_mib memory_gib dtype seed"
     ),
     "sae": "architecture d_sae expansion_factor k",
     "train": (

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from flash_sae_dist.activations.text import documents, held_out_table, token_table
+from flash_sae_dist.activations.documents import documents
+from flash_sae_dist.activations.text import held_out_table, token_table
 from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.config.data import TextConfig
 from tests.tiny_model import save_bert, save_llama, save_text
@@ -29,6 +30,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def source(root: Path) -> TextConfig:
     return TextConfig(source="files", paths=(str(root / "text.jsonl"),))
+
+
+def texts(cfg: TextConfig) -> list[str | None]:
+    return [d.text for d in documents(cfg, None)]
 
 
 def words(root: Path) -> list[list[str]]:
@@ -124,16 +129,16 @@ def test_sources(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("two")
     pq.write_table(pa.table({"body": ["three", "four"]}), tmp_path / "c.parquet")
     txt = TextConfig(source="files", paths=(str(tmp_path / "*.txt"),))
-    assert list(documents(txt)) == ["one", "two"]
+    assert texts(txt) == ["one", "two"]
     parquet = TextConfig(source="files", paths=(str(tmp_path / "c.parquet"),), column="body")
-    assert list(documents(parquet)) == ["three", "four"]
-    assert sum(len(d) for d in documents(TextConfig(source="pydoc"))) > 300_000
+    assert texts(parquet) == ["three", "four"]
+    assert sum(map(len, texts(TextConfig(source="pydoc")))) > 300_000
 
 
 def test_hub_source_reads_a_local_dataset(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     cfg = TextConfig(source="hub", name=str(tmp_path), split="train")
-    assert list(documents(cfg)) == ["one", "two"]
+    assert texts(cfg) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +153,8 @@ def test_hub_source_reads_a_local_dataset(tmp_path: Path) -> None:
         ({"paths": ("{tmp}/list.jsonl",)}, "it has no columns"),
         ({"paths": ("{tmp}/empty.txt",)}, "gave no text"),
         ({"paths": ("nosuch://a.txt",)}, "'nosuch://a.txt' cannot be reached: .*nosuch"),
-        ({"paths": ("{tmp}/x.csv",)}, "x.csv is no .txt"),
+        ({"paths": ("{tmp}/x.csv",), "column": "body"}, "body' is not in the first row of .*x.csv"),
+        ({"paths": ("{tmp}/x.json",)}, "x.json is no .txt"),
         ({"source": "hub", "name": "{tmp}/no-dataset"}, "no-dataset' cannot be loaded"),
         ({"source": "hub", "name": "no/such-dataset"}, "text.name='no/such-dataset' cannot be"),
         ({"source": "hub", "name": "{tmp}", "split": "tset"}, "text.split"),
@@ -164,6 +170,7 @@ def test_bad_sources_are_told(
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "x.csv").write_text("text\none\n")
+    (tmp_path / "x.json").write_text("[]")
 
     def placed(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -172,7 +179,7 @@ def test_bad_sources_are_told(
 
     cfg = source(root).model_copy(update={k: placed(v) for k, v in change.items()})
     with pytest.raises(ConfigError, match=word) as e:
-        list(documents(cfg))
+        texts(cfg)
     assert "\n" not in str(e.value)
 
 
@@ -180,7 +187,7 @@ def test_nulls_and_blank_lines_are_no_documents(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": null}\n\n{"text": "one"}\n')
     pq.write_table(pa.table({"text": ["two", None]}), tmp_path / "b.parquet")
     cfg = TextConfig(source="files", paths=(f"{tmp_path}/*",))
-    assert list(documents(cfg)) == ["one", "two"]
+    assert texts(cfg) == ["one", "two"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -217,7 +224,7 @@ def test_half_an_emoji_is_replaced_and_told_once(
     lines = [r'{"text": "word1 \ud83d word2"}', r'{"text": "\ud83d\ude00"}', r'{"text": "\ude00"}']
     file.write_text("\n".join(lines) + "\n")
     cfg = TextConfig(source="files", paths=(str(file),))
-    assert list(documents(cfg)) == ["word1 \ufffd word2", "\U0001f600", "\ufffd"]
+    assert texts(cfg) == ["word1 \ufffd word2", "\U0001f600", "\ufffd"]
     assert caplog.text.count("lone surrogates") == 1
     tokenizer = AutoTokenizer.from_pretrained(root / "llama")
     options: dict[str, Any] = {"causal": True, "drop_special_tokens": True, "num_rows": 2}
@@ -229,7 +236,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(mark + b'{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "b.txt").write_bytes(mark + b"three")
     cfg = TextConfig(source="files", paths=(str(tmp_path / "*"),))
-    assert list(documents(cfg)) == ["one", "two", "three"]
+    assert texts(cfg) == ["one", "two", "three"]
 
 
 def test_what_a_tokenizer_raises_is_one_sentence(root: Path) -> None:

@@ -8,17 +8,13 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
 from .. import ending
-from ..config.base import ConfigError, UserError
+from ..config.base import ConfigError
 from ..config.data import CacheConfig
 from ..config.run import RunConfig
 from ..files import (
@@ -36,7 +32,6 @@ from ..parallel import agree
 from ..progress import progress_bar
 from .language_model import (
     LanguageModel,
-    capture_activations,
     load_language_model,
     load_tokenizer,
     model_commit,
@@ -50,10 +45,13 @@ from .origin import (
     model_parts,
     row_parts,
     text_digest,
+    text_is_here,
     tokenizer_digest,
 )
+from .pipeline import Pipeline, Rate, most_shard_bytes
 from .probe import check_ids, probe
 from .records import CONFIG, StoreOwner, check_lasts
+from .row_plan import RowPlan
 from .store import Geometry, Origin, Shape, array_names, make_geometry, storage_dtype
 from .text import TokenTable, begin_token, token_table
 from .writer import StoreWriter
@@ -74,8 +72,9 @@ def store_config(config: RunConfig) -> dict[str, Any]:
     return flat
 
 
-def run_cache(config: RunConfig, accelerator: Any) -> None:
-    """Runs the whole cache job, or what is left of it. Collective over all processes.
+def run_cache(config: RunConfig, accelerator: Any) -> Rate | None:
+    """Runs the whole cache job, or what is left of it; how fast this process made its rows, None
+    where nothing was left. Collective over all processes.
 
     Raises ConfigError before any work when something does not fit, or another launch is at it.
     """
@@ -90,7 +89,7 @@ def run_cache(config: RunConfig, accelerator: Any) -> None:
         agree.first_checks(lambda: _check_still_same(config, writer))
         if accelerator.is_main_process:
             print(f"{config.cache.store} is complete; nothing to do")
-        return
+        return None
     _check_folder(writer)
     lm = load_language_model(config.model, accelerator.device)
     hookpoints = resolve_hookpoints(lm.model, config.cache.hookpoints)
@@ -100,7 +99,7 @@ def run_cache(config: RunConfig, accelerator: Any) -> None:
         if writer.records.local:
             held = locked(Path(writer.records.root), deep=True)
         agree.first_checks(lambda: lock.enter_context(held))
-        _fill(config, accelerator, writer, lm, widths)
+        return _fill(config, accelerator, writer, lm, widths)
 
 
 def _fill(
@@ -109,7 +108,7 @@ def _fill(
     writer: StoreWriter,
     lm: LanguageModel,
     widths: dict[str, int],  # by hookpoint
-) -> None:
+) -> Rate:
     """Makes the shards that are not there yet."""
     assert config.cache is not None
     # Before anything is read: what changes from here on has another stamp.
@@ -117,7 +116,7 @@ def _fill(
     table = _shared_table(config, lm, accelerator, writer, stamp)
     check_ids(lm, int(table.ids.max()))
     hookpoints = list(widths)
-    geometry = _geometry(config.cache, table, widths, accelerator)
+    geometry = _geometry(config.cache, table, widths, accelerator, writer)
     origin = _shared_origin(lm, table)
     writer.check_origin(geometry, origin)
     shape = Shape(geometry, config.cache.dtype, widths)
@@ -126,30 +125,48 @@ def _fill(
     parts |= {"hookpoints": widths, **geometry._asdict()}
     writer.check_identity(parts)
     if accelerator.is_main_process:
-        if (before := writer.identity()) is not None:
-            tell_other_versions(f"the first part of {config.cache.store}", before["versions"])
         identity = {"parts": parts, "stamp": stamp, "versions": versions()}
-        about = _provenance(config, lm)
-        writer.create(geometry, widths, config.cache.dtype, about, origin, identity)
+        _create(config, writer, lm, shape, origin, identity)
     accelerator.wait_for_everyone()
     todo = writer.missing(shape)
     if todo and accelerator.is_main_process:
         writer.reopen()
     accelerator.wait_for_everyone()
-    harvester = _Harvester(lm, hookpoints, table, geometry, config.cache)
-    _write_shards(accelerator, writer, harvester, todo)
+    plan = RowPlan(table, geometry, config.cache.seed, config.cache.batch_sequences)
+    with Pipeline(lm, widths, plan, config.cache, writer) as pipeline:
+        rate = _write_shards(accelerator, pipeline, todo)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         writer.finish(geometry, hookpoints, int(table.document.max()) + 1)
     if accelerator.is_local_main_process:
         shutil.rmtree(_table_folder(config, writer), ignore_errors=True)
     accelerator.wait_for_everyone()
+    return rate
+
+
+def _create(
+    config: RunConfig,
+    writer: StoreWriter,
+    lm: LanguageModel,
+    shape: Shape,
+    origin: Origin,
+    identity: dict[str, Any],
+) -> None:
+    """Begins the store, or tells what has changed since it was begun."""
+    if (before := writer.identity()) is not None:
+        tell_other_versions(f"the first part of {writer.path}", before["versions"])
+    about = _provenance(config, lm)
+    writer.create(shape.geometry, shape.widths, shape.dtype, about, origin, identity)
 
 
 def _geometry(
-    cfg: CacheConfig, table: TokenTable, widths: dict[str, int], accelerator: Any
+    cfg: CacheConfig,
+    table: TokenTable,
+    widths: dict[str, int],
+    accelerator: Any,
+    writer: StoreWriter,
 ) -> Geometry:
-    """How the rows that the text gives are cut."""
+    """How the rows that the text gives are cut; a store that was begun goes on as it was cut."""
     rows = min(cfg.num_tokens, int(table.keep.sum()))
     if rows < cfg.num_tokens and accelerator.is_main_process:
         logger.warning(
@@ -157,8 +174,12 @@ def _geometry(
             rows,
             cfg.num_tokens,
         )
+    begun = Shape.read(writer.records)
+    if begun is not None and begun.geometry.rows == rows:
+        return begun.geometry
     itemsize = storage_dtype(cfg.dtype).itemsize
-    return make_geometry(rows, max(widths.values()), itemsize, cfg.shard_mib)
+    most_rows = most_shard_bytes(cfg.memory_gib) // (itemsize * sum(widths.values()))
+    return make_geometry(rows, max(widths.values()), itemsize, cfg.shard_mib, most_rows)
 
 
 def _shared_parts(
@@ -216,7 +237,7 @@ def _check_still_same_text(config: RunConfig, writer: StoreWriter, before: dict[
     tokenizer = load_tokenizer(config.model)
     task = before["model task"] if config.model.task == "auto" else config.model.task
     writer.check_identity({"tokenizer": tokenizer_digest(tokenizer), "model task": task})
-    if config.text.source == "hub" and not Path(str(config.text.name)).is_dir():
+    if not text_is_here(config.text):
         # Its name is all that there is to compare without the network.
         return
     logger.info("model or text lie in other files than when %s was made: comparing", writer.path)
@@ -231,35 +252,48 @@ def _check_still_same_text(config: RunConfig, writer: StoreWriter, before: dict[
     writer.check_identity({"text": text_digest(table)})
 
 
-def _write_shards(
-    accelerator: Any, writer: StoreWriter, harvester: _Harvester, todo: list[int]
-) -> None:
+def _write_shards(accelerator: Any, pipeline: Pipeline, todo: list[int]) -> Rate:
     """Makes this process's part of the missing shards."""
-    world, geometry = accelerator.num_processes, harvester.geometry
-    mine = todo[accelerator.process_index :: world]
-    title = f"cache {len(harvester.hookpoints)} hookpoints"
+    world, geometry = accelerator.num_processes, pipeline.geometry
+    mine = pipeline.plan.mine(todo, accelerator.process_index, world)
+    title = f"cache {len(pipeline.widths)} hookpoints"
     # The processes' parts are alike: the bar shows the first's progress as everyone's.
     total = world * sum(stop - start for start, stop in map(geometry.shard_range, mine))
-    bar_ = progress_bar(title, total, "tokens", accelerator.is_main_process)
     done = geometry.num_shards - len(todo)
-
-    def note(made: int) -> None:
-        told = f"{done + made} of {geometry.num_shards} shards are kept in {writer.path}"
-        told += " with what the other processes made" if world > 1 else ""
-        ending.keeps(f"{told}, and the same command makes the others")
-
+    kept = _Kept(pipeline.writer, geometry.num_shards, done, world)
+    pipeline.recorded = kept.add
+    bar_ = progress_bar(title, total, "tokens", accelerator.is_main_process)
     with ending.deferred(), bar_ as bar:
 
         def advance(rows: int) -> None:
             bar.advance(world * rows)
             if number := ending.requested():
+                pipeline.drain()
                 name = ending.name_of(number)
                 raise ending.StopRequested(number, f"stopped by {name}; {ending.kept()}")
 
-        for made, shard in enumerate(mine):
-            note(made)
-            writer.write_shard(geometry, shard, harvester.shard(shard, advance))
-        note(len(mine))
+        rate = pipeline.make(mine, advance)
+    logger.info("%d shards made, %s", len(mine), rate)
+    return rate
+
+
+class _Kept:
+    """Counts shards that are whole, and says so should the launch end early."""
+
+    def __init__(self, writer: StoreWriter, total: int, done: int, world: int) -> None:
+        self.writer, self.total, self.done, self.world = writer, total, done, world
+        self.lock = threading.Lock()
+        self._tell()
+
+    def add(self, shard: int) -> None:
+        with self.lock:
+            self.done += 1
+            self._tell()
+
+    def _tell(self) -> None:
+        told = f"{self.done} of {self.total} shards are kept in {self.writer.path}"
+        told += " with what the other processes made" if self.world > 1 else ""
+        ending.keeps(f"{told}, and the same command makes the others")
 
 
 def _check_folder(writer: StoreWriter) -> None:
@@ -396,70 +430,3 @@ def _provenance(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
         "task": lm.task,
         "versions": versions(),
     }
-
-
-class _Harvester:
-    """Fills shards: which rows they hold, and the activations of those rows."""
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        hookpoints: list[str],
-        table: TokenTable,
-        geometry: Geometry,
-        cfg: CacheConfig,
-    ) -> None:
-        self.lm, self.hookpoints, self.table = lm, hookpoints, table
-        self.geometry, self.cfg = geometry, cfg
-        # Sequences in a random order: each shard mixes documents of the whole text.
-        self.order = np.random.default_rng(cfg.seed).permutation(len(table.ids))
-        kept = table.keep.sum(axis=1)[self.order]
-        self.ends = np.cumsum(kept)
-
-    def shard(self, shard: int, advance: Callable[[int], None]) -> dict[str, npt.NDArray[Any]]:
-        """All arrays of a shard: a function of config and shard number alone. advance is told the
-        rows that each pass gave.
-
-        A sequence whose rows fall into two shards is run for both.
-        """
-        start, stop = self.geometry.shard_range(shard)
-        first = int(np.searchsorted(self.ends, start, side="right"))
-        last = int(np.searchsorted(self.ends, stop, side="left")) + 1
-        sequences = self.order[first:last]
-        skipped = start - (int(self.ends[first - 1]) if first else 0)
-        shuffle = np.random.default_rng([self.cfg.seed, shard]).permutation(stop - start)
-        rows = slice(skipped, skipped + stop - start)
-        keep = self.table.keep[sequences]
-        out: dict[str, npt.NDArray[Any]] = {}
-        for name in ("ids", "document", "position"):
-            out[f"tokens/{name}"] = getattr(self.table, name)[sequences][keep][rows][shuffle]
-        parts: dict[str, list[torch.Tensor]] = {name: [] for name in self.hookpoints}
-        done = start
-        for at in range(0, len(sequences), self.cfg.batch_sequences):
-            batch = sequences[at : at + self.cfg.batch_sequences]
-            for name, value in self._forward(batch).items():
-                parts[name].append(value)
-            # Some rows of the first and of the last sequence are the neighbouring shards'.
-            reached = min(int(self.ends[first + at + len(batch) - 1]), stop)
-            advance(reached - done)
-            done = reached
-        for name in self.hookpoints:
-            value = torch.cat(parts[name])[rows][torch.from_numpy(shuffle)]
-            bits = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
-            out[f"activations/{name}"] = bits.numpy()
-        return out
-
-    def _forward(self, batch: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        ids = torch.from_numpy(self.table.ids[batch].astype(np.int64)).to(self.lm.device)
-        attention = torch.from_numpy(self.table.attention[batch]).to(self.lm.device)
-        keep = torch.from_numpy(self.table.keep[batch]).to(self.lm.device)
-        dtype = getattr(torch, self.cfg.dtype)
-        seen = capture_activations(self.lm, self.hookpoints, ids, attention)
-        rows = {name: seen[name][keep].to(dtype).cpu() for name in self.hookpoints}
-        for name, value in rows.items():
-            if not bool(value.isfinite().all()):
-                raise UserError(
-                    f"activations of {name} are not finite in {self.cfg.dtype}; "
-                    "set cache.dtype=bfloat16 or float32, or model.dtype=float32"
-                )
-        return rows

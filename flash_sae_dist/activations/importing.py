@@ -14,7 +14,7 @@ import os
 import resource
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-import zarr
+from torch import Tensor
 
 from .. import ending
 from ..config.base import ConfigError, UserError, check_hookpoint
@@ -34,7 +34,7 @@ from .array_files import Part, Source, find_sources, open_numbers
 from .records import StoreOwner, check_lasts
 from .spool import mapped_stream
 from .store import Geometry, Shape, array_names, make_geometry, storage_dtype
-from .writer import StoreWriter
+from .writer import StoreWriter, as_tensor, row_sums
 
 logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
@@ -179,9 +179,7 @@ class Gatherer:
                 out[places] = part.ids[wanted]
         return out
 
-    def _not_finite(
-        self, part: Part, wanted: Array, tensor: torch.Tensor, cast: torch.Tensor
-    ) -> UserError:
+    def _not_finite(self, part: Part, wanted: Array, tensor: Tensor, cast: Tensor) -> UserError:
         row, column = (int(n) for n in (~cast.isfinite()).nonzero()[0])
         value = float(tensor[row, column])
         cure = "leave that row out"
@@ -214,22 +212,6 @@ class _Shuffle:
         skipped = start - (int(self.ends[first - 1]) if first else 0)
         rows = rows[skipped : skipped + stop - start]
         return rows[np.random.default_rng([self.seed, shard]).permutation(len(rows))]
-
-
-class ShardArrays(Mapping[str, Array]):
-    """The arrays of a shard by name, each gathered when it is asked for: memory holds one."""
-
-    def __init__(self, names: Sequence[str], make: Callable[[str], Array]) -> None:
-        self.names, self.make = names, make
-
-    def __getitem__(self, name: str) -> Array:
-        return self.make(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 class Importer:
@@ -299,8 +281,8 @@ class Importer:
             for name, found in parts.items()
         }
 
-    def shard(self, shard: int, gatherers: dict[str, Gatherer]) -> ShardArrays:
-        """The arrays of a shard."""
+    def write(self, shard: int, gatherers: dict[str, Gatherer]) -> None:
+        """Writes a shard, one array after another: memory holds one."""
         rows = self.shuffle.rows(shard)
         document, place = self.documents.of(rows)
         with_text = [g for g in gatherers.values() if any(p.ids is not None for p in g.parts)]
@@ -313,7 +295,7 @@ class Importer:
                 return (with_text or list(gatherers.values()))[0].ids(rows)
             return document if hookpoint == "document" else place
 
-        return ShardArrays(array_names(self.widths), make)
+        write_shard(self.writer, self.geometry, shard, array_names(self.widths), make)
 
 
 def run_import(out: str, named: Sequence[str], options: ImportOptions) -> str:
@@ -365,11 +347,7 @@ def _fill(job: Importer) -> str:
         writer.reopen()
         spool = _spool_folder(job)
         gatherers = job.gatherers(spool)
-
-        def write(shard: int) -> None:
-            writer.write_shard(geometry, shard, job.shard(shard, gatherers))
-
-        write_shards(writer, geometry, todo, write, "import")
+        write_shards(writer, geometry, todo, lambda shard: job.write(shard, gatherers), "import")
         if job.stamps() != stamps:
             raise UserError(
                 f"a file changed while it was imported; remove {writer.path} and import anew"
@@ -377,6 +355,28 @@ def _fill(job: Importer) -> str:
         shutil.rmtree(spool, ignore_errors=True)
     writer.finish(geometry, list(job.widths), job.documents.count(geometry.rows))
     return f"{writer.path}: {geometry.rows:,} rows of {', '.join(job.widths)}"
+
+
+def write_shard(
+    writer: StoreWriter,
+    geometry: Geometry,
+    shard: int,
+    names: Sequence[str],
+    make: Callable[[str], Array],
+    crcs: dict[str, int] | None = None,
+    sums: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes arrays of a shard one by one and records it. crcs and sums: those of arrays whose
+    files are there already.
+    """
+    crcs, sums = dict(crcs or {}), dict(sums or {})
+    for name in names:
+        rows = make(name)
+        crcs[name] = writer.write_rows(geometry, shard, name, rows)
+        kind, _, hookpoint = name.partition("/")
+        if kind == "activations":
+            sums[hookpoint] = row_sums(as_tensor(rows))
+    writer.record_shard(geometry, shard, crcs, sums)
 
 
 def write_shards(
@@ -402,8 +402,6 @@ def write_shards(
     with (
         ending.deferred(),
         progress_bar(title, total, "rows", True) as bar,
-        # For all threads at once: a thread that leaves its own such block would end the others'.
-        zarr.config.set({"array.write_empty_chunks": True}),
         ThreadPoolExecutor(threads, thread_name_prefix="shard") as pool,
     ):
         for shard in [*todo, None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -336,22 +336,68 @@ def hook(
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def run_model(lm: LanguageModel, ids: Tensor, attention: Tensor) -> Any:
+def run_model(
+    lm: LanguageModel,
+    ids: Tensor,  # [B, T] int64
+    attention: Tensor | None,  # [B, T] bool; None where every token is seen
+) -> Any:
     """A forward pass; of a model with two streams of ids, its encoder's alone: the decoder's ids
     are not the text's.
     """
     model: Any = lm.model.get_encoder() if lm.two_streams else lm.model  # type: ignore[operator]
     # KV caches are of no use to a single pass; encoders do not know the argument.
-    extra = {"use_cache": False} if lm.causal else {}
+    extra: dict[str, Any] = {"use_cache": False} if lm.causal else {}
+    if attention is not None:
+        # XLNet subtracts the mask, which bool cannot be. Models ask the device whether it hides
+        # anything, which waits for all passes before.
+        extra["attention_mask"] = attention.long()
     autocast = torch.autocast(
         lm.device.type, dtype=torch.bfloat16, enabled=lm.device.type == "cuda"
     )
     with autocast:
-        # XLNet subtracts the mask, which bool cannot be.
-        return model(input_ids=ids, attention_mask=attention.long(), **extra)
+        return model(input_ids=ids, **extra)
 
 
-@torch.no_grad()
+Pass = Callable[[Tensor, Tensor | None], None]  # as run_model takes its tensors
+
+
+@contextmanager
+def tapped(
+    lm: LanguageModel,
+    hookpoints: list[str],
+    take: Callable[[str, Tensor], None],  # hookpoint, activations [B, T, D]
+) -> Iterator[Pass]:
+    """Yields a forward pass that stops after the last hookpoint needed. `take` is called inside of
+    it, and has to copy what it keeps: models add in place, as Falcon does the attention's output
+    to the MLP's.
+    """
+    seen: set[str] = set()
+
+    def keep(hookpoint: str) -> Callable[[Tensor], None]:
+        def taken(value: Tensor) -> None:
+            take(hookpoint, value.detach())
+            seen.add(hookpoint)
+            if len(seen) == len(hookpoints):
+                raise _Stop
+
+        return taken
+
+    @torch.no_grad()
+    def run(ids: Tensor, attention: Tensor | None) -> None:
+        seen.clear()
+        with suppress(_Stop):
+            run_model(lm, ids, attention)
+        if missing := [h for h in hookpoints if h not in seen]:
+            raise ConfigError(f"cache.hookpoints: {missing[0]!r} is never called in a forward pass")
+
+    handles = [hook(lm.model, h, keep(h)) for h in hookpoints]
+    try:
+        yield run
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def capture_activations(
     lm: LanguageModel,
     hookpoints: list[str],
@@ -363,26 +409,11 @@ def capture_activations(
     """
     seen: dict[str, Tensor] = {}
 
-    def keep(hookpoint: str) -> Callable[[Tensor], None]:
-        def store(value: Tensor) -> None:
-            # Models add in place, as Falcon does the attention's output to the MLP's.
-            seen[hookpoint] = value.detach().clone()
-            if len(seen) == len(hookpoints):
-                raise _Stop
+    def take(hookpoint: str, value: Tensor) -> None:
+        seen[hookpoint] = value.clone()
 
-        return store
-
-    handles = [hook(lm.model, h, keep(h)) for h in hookpoints]
-    try:
-        run_model(lm, ids, attention)
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = [h for h in hookpoints if h not in seen]
-    if missing:
-        raise ConfigError(f"cache.hookpoints: {missing[0]!r} is never called in a forward pass")
+    with tapped(lm, hookpoints, take) as run:
+        run(ids, attention)
     return seen
 
 

@@ -11,16 +11,19 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from ..config.base import ConfigError
 from ..files import check_space, check_writable, locked, owned, replacing
 from ..identity import difference, digest, tell_other_versions, versions
-from .importing import MAX_DOCUMENT, ShardArrays, write_shards
+from .importing import MAX_DOCUMENT, write_shard, write_shards
 from .metadata import attributes
 from .records import COMPLETE, StoreOwner, check_lasts, shard_record
 from .store import TOKEN_ARRAYS, ActivationStore, Geometry, Shape, array_names, shard_path
@@ -215,22 +218,23 @@ class _Links:
 
     def write(self, shard: int) -> None:
         """A shard of all arrays, in whichever way."""
-        in_place: dict[str, int] = {}
+        crcs: dict[str, int] = {}
+        sums: dict[str, Tensor] = {}
         for name in self.names:
             if (source := self._source(name, shard)) is None:
                 continue
             store, number = source
             self._place(Path(store.shard_file(name, number)), name, shard)
             record = store.records.read(shard_record(number)) or {}
-            in_place[name] = record["crc32c"][name]
-            if name.startswith("activations/"):
-                hookpoint = name.removeprefix("activations/")
-                sums = store.read(f"statistics/{hookpoint}/shard_sums", number, number + 1)[0]
-                self.writer.write_sums(hookpoint, shard, sums)
-        others = [name for name in self.names if name not in in_place]
-        arrays = ShardArrays(others, lambda name: self.merge.rows(name, shard))
-        self.writer.write_shard(self.merge.geometry, shard, arrays, in_place)
-        self.linked[shard] = len(in_place)
+            crcs[name] = record["crc32c"][name]
+            kind, _, hookpoint = name.partition("/")
+            if kind == "activations":
+                where = f"statistics/{hookpoint}/shard_sums"
+                sums[hookpoint] = torch.from_numpy(store.read(where, number, number + 1)[0])
+        others = [name for name in self.names if name not in crcs]
+        rows = partial(self.merge.rows, shard=shard)
+        write_shard(self.writer, self.merge.geometry, shard, others, rows, crcs, sums)
+        self.linked[shard] = len(self.names) - len(others)
 
     def _place(self, file: Path, name: str, shard: int) -> None:
         target = Path(self.writer.records.root, shard_path(name, shard))
@@ -242,8 +246,8 @@ class _Links:
                 return
             except OSError:
                 pass  # another disk, or a file system without links
-        with replacing(target) as partial:
-            shutil.copyfile(file, partial)
+        with replacing(target) as copied:
+            shutil.copyfile(file, copied)
 
 
 def _device(path: Path) -> int:

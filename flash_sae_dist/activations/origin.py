@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from ..config.data import ModelConfig, TextConfig
+from ..config.data import ModelConfig, TextConfig, TextSource
 from ..config.run import RunConfig
 from ..identity import checksums, digest, plain, stamp
 from .language_model import (
@@ -24,6 +24,7 @@ from .language_model import (
     weights_checksum,
 )
 from .text import TokenTable
+from .text_files import matches
 
 logger = logging.getLogger(__name__)
 # To be raised when a hookpoint comes to mean another tensor: what is read of which call of a pass.
@@ -171,17 +172,27 @@ def content_stamp(config: RunConfig) -> str | None:
         return None
 
 
-def _text_stamp(cfg: TextConfig) -> list[Any]:
-    about: list[Any] = [cfg.source, cfg.column, cfg.name, cfg.subset, cfg.split]
+def text_is_here(cfg: TextSource) -> bool:
+    """Whether a text can be read again without the hub."""
+    if isinstance(cfg, TextConfig) and cfg.mixture:
+        return all(text_is_here(part) for part in cfg.mixture)
+    return cfg.source != "hub" or Path(str(cfg.name)).expanduser().is_dir()
+
+
+def _text_stamp(cfg: TextSource) -> list[Any]:
+    keys = cfg.model_dump(mode="json", exclude={"paths", "streaming", "mixture"})
+    about: list[Any] = [keys]
+    if isinstance(cfg, TextConfig) and cfg.mixture:
+        return [*about, [_text_stamp(part) for part in cfg.mixture]]
     if cfg.source == "pydoc":
         return [*about, sys.version]
     if cfg.source == "hub":
-        folder = Path(str(cfg.name))
+        folder = Path(str(cfg.name)).expanduser()
         files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else []
         return about + [stamp(f) for f in files]
     for pattern in cfg.paths:
-        fs, path = fsspec.core.url_to_fs(pattern)
+        fs, found = matches(pattern)
         local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
-        for name in sorted(f for f in fs.glob(path) if fs.isfile(f)):
+        for name in found:
             about.append(stamp(Path(name)) if local else plain(str(fs.ukey(name))))
     return about

@@ -69,9 +69,11 @@ class Origin(NamedTuple):
     model_crc32c: int
 
 
-def make_geometry(rows: int, widest: int, itemsize: int, shard_mib: float) -> Geometry:
-    """Chunks of at most 1 MiB, shards of about shard_mib at the widest hookpoint; at least 16
-    shards and 64 chunks where there are rows enough.
+def make_geometry(
+    rows: int, widest: int, itemsize: int, shard_mib: float, most_shard_rows: int | None = None
+) -> Geometry:
+    """Chunks of at most 1 MiB, shards of about shard_mib at the widest hookpoint, or of
+    most_shard_rows; at least 16 shards and 64 chunks where there are rows enough.
 
     A small store would otherwise be one shard, which one process writes while the others wait. The
     number of processes has no part in it: a store's content is a function of its config alone.
@@ -81,7 +83,8 @@ def make_geometry(rows: int, widest: int, itemsize: int, shard_mib: float) -> Ge
     chunk = 1 << max(4, math.floor(math.log2(max(1, wanted))))
     by_size = max(1, round(shard_mib * 2**20 / (chunk * row_bytes)))
     by_count = max(1, -(-rows // (_MIN_SHARDS * chunk)))
-    return Geometry(rows, chunk * min(by_size, by_count), chunk)
+    by_memory = by_size if most_shard_rows is None else max(1, most_shard_rows // chunk)
+    return Geometry(rows, chunk * min(by_size, by_count, by_memory), chunk)
 
 
 def storage_dtype(name: str) -> np.dtype[Any]:

@@ -1,31 +1,23 @@
-"""Text sources -> documents -> token sequences, the same on every process and for any number of
-them.
-"""
+"""Documents -> token sequences, the same on every process and for any number of them."""
 
 from __future__ import annotations
 
-import json
-import logging
-import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from ..config.base import ConfigError
 from ..config.data import TextConfig
+from .documents import Document, documents
 
-logger = logging.getLogger(__name__)
-_DOCUMENTS_A_BATCH = 256
-# Half of a pair that stands for one character, such as an emoji cut in two: no UTF-8 has it.
-_HALF = re.compile("[\ud800-\udfff]")
+_DOCUMENTS_A_BATCH, _CHARACTERS_A_BATCH = 256, 1 << 18
 
 
 @dataclass
@@ -58,118 +50,6 @@ class TokenTable:
         return cls(
             **{n: np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in names}
         )
-
-
-def documents(cfg: TextConfig) -> Iterator[str]:
-    """The documents of a source, in a fixed order. Raises ConfigError where there are none."""
-    sources = {"pydoc": _pydoc, "files": _files, "hub": _hub}
-    empty, mended = True, False
-    for text in sources[cfg.source](cfg):
-        if text.strip():
-            if _HALF.search(text):
-                if not mended:
-                    logger.warning(
-                        "text.source=%r has halves of characters (lone surrogates, as of an emoji "
-                        "cut in two), in %r first; each is read as U+FFFD",
-                        cfg.source,
-                        _HALF.sub("\ufffd", text)[:40],
-                    )
-                text, mended = _HALF.sub("\ufffd", text), True
-            empty = False
-            yield text
-    if empty:
-        raise ConfigError(
-            f"text.source={cfg.source!r} gave no text; check text.column and the source"
-        )
-
-
-def _pydoc(cfg: TextConfig) -> Iterator[str]:
-    from pydoc_data.topics import topics
-
-    yield from (topics[name] for name in sorted(topics))
-
-
-def _files(cfg: TextConfig) -> Iterator[str]:
-    for pattern in cfg.paths:
-        try:
-            fs, path = fsspec.core.url_to_fs(pattern)
-        except (ImportError, ValueError) as e:
-            raise ConfigError(f"text.paths: {pattern!r} cannot be reached: {e}") from e
-        # A file whose own name has brackets is no pattern.
-        found = [path] if fs.isfile(path) else sorted(f for f in fs.glob(path) if fs.isfile(f))
-        if not found:
-            raise ConfigError(f"text.paths: {pattern!r} names no file; check the path")
-        for name in found:
-            try:
-                yield from _file(fs, name, cfg.column)
-            except (UnicodeDecodeError, json.JSONDecodeError, OSError) as e:
-                raise ConfigError(
-                    f"text.paths: {name} cannot be read: {e}; mend it or leave it out"
-                ) from e
-
-
-def _file(fs: Any, path: str, column: str) -> Iterator[str]:
-    if path.endswith(".txt"):
-        with fs.open(path, "r", encoding="utf-8-sig") as file:
-            yield file.read()
-    elif path.endswith(".jsonl"):
-        with fs.open(path, "r", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield from _text(json.loads(line), column, f"line {number} of {path}")
-    elif path.endswith(".parquet"):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        with fs.open(path, "rb") as file:
-            try:
-                table = pq.ParquetFile(file)
-            except pa.ArrowInvalid as e:
-                raise OSError(str(e)) from e
-            if column not in table.schema_arrow.names:
-                names = ", ".join(table.schema_arrow.names)
-                raise ConfigError(f"text.column={column!r} is not in {path}; it has {names}")
-            for batch in table.iter_batches(columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    yield from _text({column: value}, column, path)
-    else:
-        raise ConfigError(
-            f"text.paths: {path} is no .txt, .jsonl or .parquet file; name files of these kinds"
-        )
-
-
-def _text(record: Any, column: str, where: str) -> Iterator[str]:
-    """The text of a record; nothing where it is null. Raises ConfigError where there is no such
-    column or no text in it.
-    """
-    if not isinstance(record, dict) or column not in record:
-        known = ", ".join(sorted(record)) if isinstance(record, dict) else "no columns"
-        raise ConfigError(f"text.column={column!r} is not in {where}; it has {known}")
-    value = record[column]
-    if value is not None and not isinstance(value, str):
-        raise ConfigError(
-            f"text.column={column!r} holds a {type(value).__name__} in {where}, not text; "
-            "name another column"
-        )
-    if value is not None:
-        yield value
-
-
-def _hub(cfg: TextConfig) -> Iterator[str]:
-    from datasets import load_dataset
-
-    try:
-        # A stream is asked for its data only as it is read.
-        data = load_dataset(cfg.name, cfg.subset, split=cfg.split, streaming=cfg.streaming)
-        for record in data:
-            yield from _text(record, cfg.column, f"text.name={cfg.name!r}")
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError) as e:
-        raise ConfigError(
-            f"text.name={cfg.name!r} cannot be loaded: {' '.join(str(e).split())}; check the "
-            "name, text.subset and text.split, and that the hub can be reached"
-        ) from e
 
 
 def token_table(
@@ -251,8 +131,8 @@ def _sequences(
     skip: int = 0,
 ) -> Iterator[Sequence]:
     special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int32)
-    numbered = enumerate(_tokenised(cfg, tokenizer, skip), start=skip)
-    for ids, document, position in (_packed if causal else _separate)(numbered, tokenizer, length):
+    pieces = _tokenised(cfg, tokenizer, skip)
+    for ids, document, position in (_packed if causal else _separate)(pieces, tokenizer, length):
         attention = position != _PADDING
         keep = attention.copy()
         if drop_special_tokens:
@@ -269,19 +149,66 @@ def _table(parts: list[Sequence], length: int) -> TokenTable:
 _SPECIAL, _PADDING = -1, -2  # values of `position` where no token of a document stands
 
 
-def _tokenised(cfg: TextConfig, tokenizer: Any, skip: int) -> Iterator[list[int]]:
-    stream = islice(documents(cfg), skip, None)
-    while batch := list(islice(stream, _DOCUMENTS_A_BATCH)):
-        # Long documents pass model_max_length on purpose: they are cut into sequences afterwards.
-        try:
-            ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        except Exception as e:  # each tokenizer has errors of its own
-            told = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-            raise ConfigError(
-                f"text.source={cfg.source!r}: the model's tokenizer fails on a document ({told}); "
-                "leave that document out, or name another model"
-            ) from e
-        yield from ids
+class Tokens(NamedTuple):
+    """Token ids of a document, or of a piece of a long one."""
+
+    number: int  # of the document
+    start: int  # place in its document of the first
+    ids: list[int]
+    last: bool  # no further piece follows
+
+
+def _tokenised(cfg: TextConfig, tokenizer: Any, skip: int) -> Iterator[Tokens]:
+    """The documents after the first `skip`, which are passed over untokenised."""
+    start = 0
+    stream = (entry for entry in _numbered(cfg, tokenizer) if entry[0] >= skip)
+    while batch := list(_batch(stream)):
+        texts = [d.text for _, d, _ in batch if d.text is not None]
+        ids = iter(_ids(texts, cfg, tokenizer))
+        for number, document, last in batch:
+            tokens = next(ids) if document.ids is None else document.ids
+            start = start if document.continues else 0
+            yield Tokens(number, start, tokens, last)
+            start += len(tokens)
+
+
+def _numbered(cfg: TextConfig, tokenizer: Any) -> Iterator[tuple[int, Document, bool]]:
+    """Each document or piece with its document's number, and whether it is the last of it."""
+    number = -1
+    for document, after in pairwise(chain(documents(cfg, tokenizer), [None])):
+        assert document is not None
+        number += not document.continues
+        yield number, document, after is None or not after.continues
+
+
+def _batch(
+    stream: Iterator[tuple[int, Document, bool]],
+) -> Iterator[tuple[int, Document, bool]]:
+    """So many documents as are tokenised at once; few long ones, so that a short text is not
+    waited for."""
+    size = 0
+    for entry in islice(stream, _DOCUMENTS_A_BATCH):
+        yield entry
+        size += len(entry[1].text or "")
+        if size >= _CHARACTERS_A_BATCH:
+            return
+
+
+def _ids(texts: list[str], cfg: TextConfig, tokenizer: Any) -> list[list[int]]:
+    if not texts:
+        return []
+    # Long documents pass model_max_length on purpose: they are cut into sequences afterwards.
+    try:
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+    except Exception as e:  # each tokenizer has errors of its own
+        told = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise ConfigError(
+            f"text.source={cfg.source!r}: the model's tokenizer fails on a document ({told}); "
+            "leave that document out, or name another model"
+        ) from e
+    return ids
 
 
 def begin_token(tokenizer: Any, causal: bool) -> int | None:
@@ -292,7 +219,7 @@ def begin_token(tokenizer: Any, causal: bool) -> int | None:
 
 
 def _packed(
-    numbered: Iterator[tuple[int, list[int]]], tokenizer: Any, length: int
+    pieces: Iterator[Tokens], tokenizer: Any, length: int
 ) -> Iterator[tuple[npt.NDArray[np.int32], ...]]:
     first = begin_token(tokenizer, causal=True)
     begin = [] if first is None else [first]
@@ -300,9 +227,9 @@ def _packed(
     body = length - len(begin)
     head = np.array([[*begin], [-1] * len(begin), [_SPECIAL] * len(begin)], dtype=np.int32)
     waiting = np.empty((3, 0), dtype=np.int32)
-    for number, ids in numbered:
-        tokens = np.array([*ids, *end], dtype=np.int32)
-        place = np.arange(len(tokens), dtype=np.int32)
+    for number, start, ids, last in pieces:
+        tokens = np.array([*ids, *(end if last else [])], dtype=np.int32)
+        place = np.arange(start, start + len(tokens), dtype=np.int32)
         place[len(ids) :] = _SPECIAL
         document = np.full(len(tokens), number, dtype=np.int32)
         waiting = np.concatenate([waiting, np.stack([tokens, document, place])], axis=1)
@@ -312,19 +239,24 @@ def _packed(
 
 
 def _separate(
-    numbered: Iterator[tuple[int, list[int]]], tokenizer: Any, length: int
+    pieces: Iterator[Tokens], tokenizer: Any, length: int
 ) -> Iterator[tuple[npt.NDArray[np.int32], ...]]:
     first = begin_token(tokenizer, causal=False)
-    last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-    begin, end = [t for t in [first] if t is not None], [t for t in [last] if t is not None]
+    ending = (
+        tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    )
+    begin, end = [t for t in [first] if t is not None], [t for t in [ending] if t is not None]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     body = length - len(begin) - len(end)
-    for number, ids in numbered:
-        for start in range(0, len(ids), body):
-            part = ids[start : start + body]
+    waiting: list[int] = []
+    for number, place_, ids, last in pieces:
+        start, waiting = place_ - len(waiting), waiting + ids
+        stop = len(waiting) if last else len(waiting) // body * body
+        for at in range(0, stop, body):
+            part = waiting[at : at + body]
             padding = body - len(part)
             row = [*begin, *part, *end, *[pad] * padding]
-            place = [*[_SPECIAL] * len(begin), *range(start, start + len(part))]
+            place = [*[_SPECIAL] * len(begin), *range(start + at, start + at + len(part))]
             place += [*[_SPECIAL] * len(end), *[_PADDING] * padding]
             document = [number if p >= 0 else -1 for p in place]
             yield (
@@ -332,3 +264,4 @@ def _separate(
                 np.array(document, dtype=np.int32),
                 np.array(place, dtype=np.int32),
             )
+        waiting = waiting[stop:]

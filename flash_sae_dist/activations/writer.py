@@ -4,12 +4,13 @@ of what is whole; store.py says what a store is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
-import google_crc32c
 import numpy as np
+import torch
 import zarr
+from torch import Tensor
 from zarr.codecs import Crc32cCodec
 
 from ..config.base import ConfigError
@@ -24,6 +25,7 @@ from .metadata import (
     open_array,
 )
 from .records import COMPLETE, CONFIG, GEOMETRY, Records, shard_record
+from .shard_files import shard_pieces, with_checksum, write_pieces
 from .store import (
     FORMAT,
     TOKEN_ARRAYS,
@@ -32,11 +34,12 @@ from .store import (
     Origin,
     Shape,
     array_names,
-    as_float64,
     readable,
     shard_path,
     storage_dtype,
 )
+
+_SUM_ROWS = 4096
 
 
 def difference(
@@ -50,6 +53,22 @@ def difference(
                 "name another store, or remove that one"
             )
     return None
+
+
+def row_sums(rows: Tensor) -> Tensor:  # [n, D] -> [D + 1] float64
+    """The sum of rows, then that of their squares, computed where the rows are."""
+    total = torch.zeros(rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
+    for block in torch.split(rows, _SUM_ROWS):
+        wide = block.double()
+        total[:-1] += wide.sum(dim=0)
+        total[-1] += wide.square().sum()
+    return total
+
+
+def as_tensor(bits: Array) -> Tensor:
+    """Stored bits as the numbers that they are."""
+    tensor = torch.from_numpy(np.ascontiguousarray(bits))
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 class StoreWriter:
@@ -206,40 +225,44 @@ class StoreWriter:
             self._sums = shape.metadata if shape is not None else {}
         return open_array(self.records, name, self._sums, mode="r+")
 
-    def write_shard(
+    def write_shard(self, geometry: Geometry, shard: int, arrays: dict[str, Array]) -> None:
+        """Writes a shard of every array whole, and its sums, then records it with checksums.
+
+        arrays: name (`activations/...`, `tokens/...`) -> the shard's rows, in the store's dtype.
+        """
+        sums = {
+            name.removeprefix("activations/"): row_sums(as_tensor(rows))
+            for name, rows in arrays.items()
+            if name.startswith("activations/")
+        }
+        crcs = {name: self.write_rows(geometry, shard, name, a) for name, a in arrays.items()}
+        self.record_shard(geometry, shard, crcs, sums)
+
+    def write_rows(self, geometry: Geometry, shard: int, name: str, rows: Array) -> int:
+        """Writes a shard of one array whole; the crc32c of its rows. Any thread may, of any
+        array.
+        """
+        start, stop = geometry.shard_range(shard)
+        assert len(rows) == stop - start
+        chunks = geometry.shard_rows // geometry.chunk_rows
+        pieces, crc = shard_pieces(np.ascontiguousarray(rows), geometry.chunk_rows, chunks)
+        write_pieces(self.records, shard_path(name, shard), pieces)
+        return crc
+
+    def record_shard(
         self,
         geometry: Geometry,
         shard: int,
-        arrays: Mapping[str, Array],
-        in_place: Mapping[str, int] | None = None,
+        crcs: dict[str, int],  # by array
+        sums: dict[str, Tensor],  # hookpoint -> [D + 1], as `row_sums` gives them
     ) -> None:
-        """Writes a shard of every array whole, and its sums, then records it with checksums.
-
-        arrays: name (`activations/...`, `tokens/...`) -> the shard's rows. in_place: the checksums
-        of arrays whose files and sums are there already.
-        """
+        """Records a shard whose every array has been written, with the sums of its rows."""
+        for hookpoint, values in sums.items():
+            data = values.numpy().astype("<f8").tobytes()
+            file = f"statistics/{hookpoint}/shard_sums/c/{shard}/0"
+            write_pieces(self.records, file, [data, with_checksum(data)])
         start, stop = geometry.shard_range(shard)
-        record: dict[str, Any] = {"rows": stop - start, "crc32c": dict(in_place or {})}
-        # Zarr leaves out chunks and files of nothing but zeros, such as the number of the first
-        # document: to us they would be lost.
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            for name, rows in arrays.items():
-                assert len(rows) == stop - start
-                target = self._writable(name)
-                # Zarr reads what it finds before it writes, which a torn file would fail.
-                self.records.remove(shard_path(name, shard))
-                target[start:stop] = rows
-                record["crc32c"][name] = google_crc32c.value(np.ascontiguousarray(rows).tobytes())
-                if name.startswith("activations/"):
-                    hookpoint = name.removeprefix("activations/")
-                    wide = as_float64(rows, str(target.attrs["dtype"]))
-                    sums = np.append(wide.sum(axis=0), np.square(wide).sum())
-                    self.write_sums(hookpoint, shard, sums)
-        self.records.write(shard_record(shard), record)
-
-    def write_sums(self, hookpoint: str, shard: int, sums: Array) -> None:
-        """The sum of a shard's rows, then the sum of their squares: [width + 1] float64."""
-        self._writable(f"statistics/{hookpoint}/shard_sums")[shard] = sums
+        self.records.write(shard_record(shard), {"rows": stop - start, "crc32c": crcs})
 
     def finish(
         self, geometry: Geometry, hookpoints: list[str], num_documents: int | None = None

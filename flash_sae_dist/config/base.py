@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from os.path import expanduser
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -131,11 +131,20 @@ def shown(value: Any) -> str:
 
 
 def section_models(model: type[BaseModel], name: str) -> list[type[BaseModel]]:
-    """The models that a field may hold, each once; none for a plain value."""
+    """The models that a field may hold, each once; none for a plain value or a list."""
     if (choice := one_of(model, name)) is not None:
         return list(dict.fromkeys(choice.models().values()))
     annotation = model.model_fields[name].annotation
-    options = (annotation, *get_args(annotation))
+    return _models_in((annotation, *get_args(annotation)))
+
+
+def element_models(model: type[BaseModel], name: str) -> list[type[BaseModel]]:
+    """The model of a field's elements, where it holds a list of sections."""
+    lists = get_args(model.model_fields[name].annotation)
+    return [m for kind in lists if get_origin(kind) is tuple for m in _models_in(get_args(kind))]
+
+
+def _models_in(options: tuple[Any, ...]) -> list[type[BaseModel]]:
     return [a for a in options if isinstance(a, type) and issubclass(a, BaseModel)][:1]
 
 

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from .base import Folder, Seed, StrictModel, Text
+from .base import Folder, Seed, StrictModel, Text, shown
+
+
+def _placement(value: Any) -> Any:
+    places = value.values() if isinstance(value, dict) else ()
+    if value in (None, "auto", "balanced") or (
+        places and all(isinstance(p, int | str) and not isinstance(p, bool) for p in places)
+    ):
+        return value
+    raise ValueError(
+        f"model.device_map={shown(value)} is no placement; write auto, balanced, or the device of "
+        "each module, such as {model.layers.0: 0, model.layers.1: 1}"
+    )
+
+
+Placement = Annotated[str | dict[str, int | str], BeforeValidator(_placement)]
 
 
 class ModelConfig(StrictModel):
@@ -26,18 +41,29 @@ class ModelConfig(StrictModel):
     """Weights of the language model; auto is bfloat16 where the device computes in it, else
     float32. On GPUs its products are bfloat16 in any case (autocast).
     """
+    adapter: Text | None = None
+    """Local folder or hub name of a LoRA adapter (peft), which is merged into the weights."""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """Quantise the weights when they are loaded (bitsandbytes, on GPUs). A model that is stored
+    quantised (GPTQ, AWQ, bitsandbytes) loads as its own config says.
+    """
+    device_map: Placement | None = None
+    """Spread the model over the GPUs of this process, by accelerate: filling one after the other
+    (auto), evenly (balanced), or by module name. Left out, it is on one device.
+    """
     trust_remote_code: bool = False
     """Run Python code that comes with the model's files, with all your rights; set it only where
     you have read that code.
     """
 
 
-class TextConfig(StrictModel):
-    """The text that is run through the model."""
+class TextSource(StrictModel):
+    """One source of text."""
 
-    source: Literal["hub", "files", "pydoc"]
-    """hub: a Hugging Face dataset; files: local .txt, .jsonl or .parquet; pydoc: the manual pages
-    inside Python itself.
+    source: Literal["hub", "files", "pydoc", "mixture"]
+    """hub: a Hugging Face dataset, or a folder that datasets' save_to_disk wrote; files: .txt,
+    .jsonl, .csv or .parquet, also as .gz, .bz2, .xz or .zst; pydoc: the manual pages inside Python
+    itself; mixture: several of these.
     """
     name: Text | None = None
     """Dataset name on the hub, or a local dataset folder (source: hub)."""
@@ -47,22 +73,91 @@ class TextConfig(StrictModel):
     """Dataset split (source: hub)."""
     column: str = "text"
     """Column or JSON key that holds the text."""
+    tokens_column: Text | None = None
+    """Column or JSON key that holds lists of token ids, which are taken as they stand, in place of
+    text.
+    """
+    messages_column: Text | None = None
+    """Column or JSON key that holds chats (lists of {role, content}), which become text by the chat
+    template of the model's tokenizer.
+    """
     paths: tuple[str, ...] = ()
     """Files, glob patterns or fsspec URLs of files (source: files)."""
     streaming: bool = True
     """Read a hub dataset as a stream instead of downloading it whole."""
 
+    _AT: ClassVar[str] = "text."
+
     @model_validator(mode="after")
     def _source_has_its_input(self) -> Self:
         if self.source == "hub" and self.name is None:
             raise ValueError(
-                "text.name is missing: source 'hub' needs a dataset name, such as "
+                f"{self._AT}name is missing: source 'hub' needs a dataset name, such as "
                 "'monology/pile-uncopyrighted'"
             )
         if self.source == "files" and not self.paths:
             raise ValueError(
-                "text.paths is empty: source 'files' needs at least one file or pattern"
+                f"{self._AT}paths is empty: source 'files' needs at least one file or pattern"
             )
+        columns = [c for c in ("tokens_column", "messages_column") if getattr(self, c) is not None]
+        if columns and self.source == "pydoc":
+            raise ValueError(f"{self._AT}{columns[0]}: source 'pydoc' is plain text; drop it")
+        columns += ["column"] if self.column != _default("column") else []
+        if len(columns) > 1:
+            raise ValueError(
+                f"{self._AT}{columns[0]} and {self._AT}{columns[1]} both name what is read; drop "
+                "one of them"
+            )
+        return self
+
+
+def _default(key: str) -> object:
+    return TextSource.model_fields[key].default
+
+
+class TextPart(TextSource):
+    """One source of text.mixture."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """This part's share of the tokens, beside the other parts' weights."""
+
+    _AT: ClassVar[str] = "text.mixture: "
+
+    @model_validator(mode="after")
+    def _is_no_mixture(self) -> Self:
+        if self.source == "mixture":
+            raise ValueError("text.mixture: a part cannot be a mixture itself; list its parts")
+        return self
+
+
+class TextConfig(TextSource):
+    """The text that is run through the model."""
+
+    mixture: tuple[TextPart, ...] | None = None
+    """Sources with the keys of `text` and a weight, such as [{source: hub, name: a/b, weight: 3},
+    {source: files, paths: [c.jsonl]}]; documents are drawn so that tokens come in proportion to the
+    weights. A part that ends leaves its share to the others (source: mixture).
+    """
+
+    @model_validator(mode="after")
+    def _mixture_has_parts(self) -> Self:
+        if self.source != "mixture":
+            if self.mixture is not None:
+                raise ValueError(
+                    f"text.mixture needs text.source=mixture, not {self.source!r}; change the one "
+                    "or drop the other"
+                )
+            return self
+        if not self.mixture:
+            raise ValueError(
+                "text.mixture is empty: source 'mixture' needs parts, such as "
+                "[{source: pydoc}, {source: files, paths: [a.txt], weight: 2}]"
+            )
+        for key in sorted(TextSource.model_fields.keys() - {"source"}):
+            if getattr(self, key) != _default(key):
+                raise ValueError(
+                    f"text.{key} says nothing of a mixture; move it into the parts of text.mixture"
+                )
         return self
 
 
@@ -88,6 +183,9 @@ class CacheConfig(StrictModel):
     """Size of one file of the store, written whole by one process; 64-256 suits disks and object
     stores.
     """
+    memory_gib: float = Field(default=8, gt=0)
+    """Host memory of a process, in GiB, for rows on their way to the store. With so many hookpoints
+    that three shards of all of them would not fit, shards are smaller."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the stored activations."""
     seed: Seed = 0

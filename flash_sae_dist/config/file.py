@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from .base import ConfigError, OneOf, nearest_name, one_of, section_models, shown
+from .base import ConfigError, OneOf, element_models, nearest_name, one_of, section_models, shown
 
 M = TypeVar("M", bound=BaseModel)
 # What a type is called in YAML, with an example, by pydantic's name for the error.
@@ -35,8 +35,11 @@ def _known_fields(
     choice: OneOf | None = None
     for part in path:
         data = data[part]
+        if isinstance(part, int):
+            continue  # the elements of a list are of the model that its name led to
         choice = one_of(model, part)
-        model = choice.model_of(data) if choice else section_models(model, part)[0]
+        sections = section_models(model, part) or element_models(model, part)
+        model = choice.model_of(data) if choice else sections[0]
     return list(model.model_fields), choice
 
 
@@ -62,7 +65,9 @@ def _sentence(error: ErrorDetails, model: type[BaseModel], data: Any) -> str:
         key = ".".join(map(str, loc[:-1]))
         return f"{key}={shown(error['input'])} is too short; write {loc[-1] + 1} values or more"
     if error["type"] == "missing":
-        return f"key {key!r} is missing; add it (`flash-sae keys {key}` tells what it means)"
+        # The keys of a list's elements are told once, by the names of the section that holds it.
+        known = key if all(isinstance(p, str) for p in loc) else f"{loc[0]}.{loc[-1]}"
+        return f"key {key!r} is missing; add it (`flash-sae keys {known}` tells what it means)"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message

@@ -1,0 +1,298 @@
+"""Activations from a model's forward passes to the store's files while the model goes on.
+
+Inside a pass rows are put where they belong in a shard's buffers on the model's device. A shard
+that is whole is summed up and copied to page-locked memory on a stream of its own; threads compute
+checksums and write. Nothing waits for the device but those threads, and the host where it is some
+passes ahead of it or all buffers are on their way to the disk. Memory is that of the buffers,
+whatever the length of the text.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from queue import Empty, Queue
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..config.base import UserError
+from ..config.data import CacheConfig
+from .host_memory import PageLocked
+from .language_model import LanguageModel, Pass, tapped
+from .row_plan import Batch, RowPlan
+from .writer import StoreWriter, row_sums
+
+Rows = dict[str, Tensor]  # hookpoint -> [shard_rows, D]
+_PASSES_AHEAD = 4
+# Shards on the device: two that a pass straddles, one that is being copied.
+_FILLED = 3
+_MOST_WRITTEN = 4
+# The rest of cache.memory_gib is for tokens and for threads at work.
+_SHARE_OF_MEMORY = 0.75
+
+
+def most_shard_bytes(memory_gib: float) -> int:
+    """What one shard of all hookpoints may take, so that three of them fit into the memory."""
+    return int(memory_gib * 2**30 * _SHARE_OF_MEMORY / _FILLED)
+
+
+class Rate(NamedTuple):
+    """How fast rows were made."""
+
+    rows: int  # of the passes after the first
+    seconds: float  # from the end of the first pass's launch to that of the last shard
+    waited: float  # seconds of them in which no buffer was free: the disk is slower than the model
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows / max(1e-9, self.seconds):,.0f} rows/s; for the disk it waited "
+            f"{self.waited:.1f} of {self.seconds:.1f} s"
+        )
+
+
+class _Part(NamedTuple):
+    """Where rows of a pass go, on the device that has them."""
+
+    shard: int
+    source: Tensor  # [n] int64
+    target: Tensor  # [n] int64
+
+
+class _Written:
+    """A shard on its way to the disk."""
+
+    def __init__(self, shard: int, rows: Rows, left: int) -> None:
+        self.shard, self.rows, self.left = shard, rows, left
+        self.lock = threading.Lock()
+        self.crcs: dict[str, int] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.copied: dict[torch.device, torch.cuda.Event] = {}
+
+    def add(self, name: str, crc: int) -> bool:
+        """Notes an array that is written; whether it was the last."""
+        with self.lock:
+            self.crcs[name] = crc
+            self.left -= 1
+            return self.left == 0
+
+
+class Pipeline:
+    """Makes shards of a store; a context manager, which waits for what is under way when it is
+    left.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        widths: dict[str, int],  # by hookpoint
+        plan: RowPlan,
+        cfg: CacheConfig,
+        writer: StoreWriter,
+    ) -> None:
+        self.lm, self.widths, self.plan, self.writer = lm, widths, plan, writer
+        self.geometry = plan.geometry
+        # Told of each shard that is whole on the disk, in a thread.
+        self.recorded: Callable[[int], None] = lambda shard: None
+        self.dtype: torch.dtype = getattr(torch, cfg.dtype)
+        self.on_cpu = lm.device.type == "cpu"
+        self.parts: dict[torch.device, list[_Part]] = {}
+        self.batch: Batch | None = None
+        self.open: dict[int, Rows] = {}
+        # Filled before; the events say when the device has read them.
+        self.idle: deque[tuple[Rows, dict[torch.device, torch.cuda.Event]]] = deque()
+        self.num_filled = 0
+        self.memory = PageLocked()
+        self.host: Queue[Rows] = Queue()
+        self._provide(cfg)
+        self.passes: deque[torch.cuda.Event] = deque()
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+        threads = max(2, min(16, (os.cpu_count() or 2) // 2))
+        self.threads = ThreadPoolExecutor(threads, thread_name_prefix="write")
+        self.under_way: set[Future[None]] = set()
+        self.waited = 0.0
+
+    def _provide(self, cfg: CacheConfig) -> None:
+        """As many host buffers as fit; on the CPU passes fill them, as many at once as a pass has
+        shards.
+        """
+        shard_bytes = sum(self.widths.values()) * self.dtype.itemsize * self.geometry.shard_rows
+        fit = int(cfg.memory_gib * 2**30 * _SHARE_OF_MEMORY) // shard_bytes
+        straddled = 2 + cfg.batch_sequences * cfg.context_length // self.geometry.shard_rows
+        least = straddled + 1 if self.on_cpu else 1
+        for _ in range(max(least, min(_MOST_WRITTEN, fit))):
+            self.host.put({})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.threads.shutdown(wait=True)
+        if not self.on_cpu:
+            torch.cuda.synchronize()
+        self.memory.close()
+
+    def make(self, shards: list[int], advance: Callable[[int], None]) -> Rate:
+        """Makes shards, ascending. advance is told the rows that each pass gave. Raises what a
+        thread met.
+        """
+        start, rows = 0.0, 0
+        with tapped(self.lm, list(self.widths), self._take) as run:
+            for batch in self.plan.batches(shards):
+                self._check()
+                self._pass(batch, run)
+                for shard in batch.whole:
+                    self._send(shard)
+                made = sum(len(part.source) for part in batch.parts)
+                advance(made)
+                # The first pass compiles and allocates.
+                start, rows = (start, rows + made) if start else (time.perf_counter(), 0)
+        self.drain()
+        return Rate(rows, time.perf_counter() - start if start else 0.0, self.waited)
+
+    def drain(self) -> None:
+        """Waits until every shard that is whole has been recorded. Raises what a thread met."""
+        wait(self.under_way)
+        self._check()
+
+    def _check(self) -> None:
+        """Raises what a thread met, and forgets those that are done."""
+        for future in [f for f in self.under_way if f.done()]:
+            self.under_way.discard(future)
+            future.result()
+
+    def _pass(self, batch: Batch, run: Pass) -> None:
+        self.batch = batch
+        self.parts.clear()
+        attention = None if batch.attention.all() else self._tensor(batch.attention, self.lm.device)
+        run(self._tensor(batch.ids.astype(np.int64), self.lm.device), attention)
+        if self.on_cpu:
+            return
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done.record()
+        self.passes.append(done)
+        if len(self.passes) > _PASSES_AHEAD:
+            self.passes.popleft().synchronize()
+
+    def _tensor(self, values: npt.NDArray[Any], device: torch.device) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+    def _take(self, hookpoint: str, value: Tensor) -> None:
+        """Puts a hookpoint's rows of the pass where they belong."""
+        assert self.batch is not None
+        if value.device not in self.parts:
+            self.parts[value.device] = [
+                _Part(p.shard, *(self._tensor(v, value.device) for v in (p.source, p.target)))
+                for p in self.batch.parts
+            ]
+        flat = value.reshape(-1, value.shape[-1])
+        for shard, source, target in self.parts[value.device]:
+            if shard not in self.open:
+                self.open[shard] = self._begin()
+            rows = self._buffer(self.open[shard], hookpoint, value.device)
+            rows.index_copy_(0, target, flat.index_select(0, source).to(self.dtype))
+
+    def _begin(self) -> Rows:
+        """Buffers for a shard to be filled."""
+        if self.on_cpu:
+            return self._free_host()
+        if self.num_filled < _FILLED or not self.idle:
+            self.num_filled += 1
+            return {}
+        rows, copied = self.idle.popleft()
+        for device, event in copied.items():
+            torch.cuda.current_stream(device).wait_event(event)
+        return rows
+
+    def _buffer(self, rows: Rows, hookpoint: str, device: torch.device) -> Tensor:
+        if hookpoint not in rows:
+            shape = (self.geometry.shard_rows, self.widths[hookpoint])
+            if device.type == "cpu":
+                # Not torch's cache of page-locked memory, which rounds up to powers of two.
+                rows[hookpoint] = self.memory.empty(shape, self.dtype, lock=not self.on_cpu)
+            else:
+                rows[hookpoint] = torch.empty(shape, dtype=self.dtype, device=device)
+        return rows[hookpoint]
+
+    def _free_host(self) -> Rows:
+        """Host buffers that nothing uses, waited for."""
+        start = time.perf_counter()
+        while True:
+            self._check()
+            try:
+                rows = self.host.get(timeout=0.2)
+            except Empty:
+                continue
+            self.waited += time.perf_counter() - start
+            return rows
+
+    def _send(self, shard: int) -> None:
+        """Hands a shard that is whole to the threads."""
+        rows, tokens = self.open.pop(shard), self.plan.tokens(shard)
+        written = _Written(shard, rows, len(self.widths) + len(tokens))
+        if not self.on_cpu:
+            written.rows = self._free_host()
+            self._copy(rows, written)
+            self.idle.append((rows, written.copied))
+        for name, values in tokens.items():
+            self.under_way.add(self.threads.submit(self._write_array, written, name, values))
+        for name in self.widths:
+            self.under_way.add(self.threads.submit(self._write_rows, written, name))
+
+    def _copy(self, rows: Rows, written: _Written) -> None:
+        """Sums up and copies a shard's rows, each device's on a stream of its own."""
+        start, stop = self.geometry.shard_range(written.shard)
+        cpu = torch.device("cpu")
+        for device in {r.device for r in rows.values()}:
+            if device not in self.streams:
+                self.streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream = self.streams[device]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for name in [n for n, r in rows.items() if r.device == device]:
+                    found = rows[name][: stop - start]
+                    host = self._buffer(written.rows, name, cpu)[: stop - start]
+                    host.copy_(found, non_blocking=True)
+                    sums = torch.empty(found.shape[1] + 1, dtype=torch.float64, pin_memory=True)
+                    written.sums[name] = sums.copy_(row_sums(found), non_blocking=True)
+                copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                copied.record(stream)
+            written.copied[device] = copied
+
+    def _write_rows(self, written: _Written, hookpoint: str) -> None:
+        for event in written.copied.values():
+            event.synchronize()
+        start, stop = self.geometry.shard_range(written.shard)
+        value = written.rows[hookpoint][: stop - start]
+        if self.on_cpu:
+            written.sums[hookpoint] = row_sums(value)
+        if not bool(written.sums[hookpoint].isfinite().all()):
+            raise UserError(
+                f"activations of {hookpoint} are not finite in {str(self.dtype)[6:]}; "
+                "set cache.dtype=bfloat16 or float32, or model.dtype=float32"
+            )
+        bits = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
+        self._write_array(written, f"activations/{hookpoint}", bits.numpy())
+
+    def _write_array(self, written: _Written, name: str, values: npt.NDArray[Any]) -> None:
+        """Writes a shard of one array, and records the shard where it was the last."""
+        crc = self.writer.write_rows(self.geometry, written.shard, name, values)
+        if not written.add(name, crc):
+            return
+        self.writer.record_shard(self.geometry, written.shard, written.crcs, written.sums)
+        self.recorded(written.shard)
+        self.host.put(written.rows)
