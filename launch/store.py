@@ -36,7 +36,8 @@ def import_(
         ),
     ],
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], typer.Option(help="Type of the stored rows.")
+        Literal["bfloat16", "float16", "float32", "int8"],
+        typer.Option(help="Type of the stored rows."),
     ] = "bfloat16",
     documents: Annotated[
         str | None,

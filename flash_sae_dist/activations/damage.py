@@ -9,14 +9,12 @@ import numpy as np
 
 from .metadata import cure, damaged_files, open_array
 from .records import AGAIN, DamagedStoreError, shard_record
-from .store import TOKEN_ARRAYS, ActivationStore, shard_path, storage_dtype
+from .store import ActivationStore, shard_path
 
 
 def row_bytes(store: ActivationStore) -> dict[str, int]:
     """Bytes of a row of each array."""
-    itemsize = storage_dtype(store.dtype).itemsize
-    sizes = {f"activations/{name}": itemsize * width for name, width in store.widths.items()}
-    return sizes | {f"tokens/{name}": np.dtype("int32").itemsize for name in TOKEN_ARRAYS}
+    return {name: store.shape.row_bytes(name) for name in store.shape.arrays()}
 
 
 def damages(

@@ -52,7 +52,8 @@ from .pipeline import Pipeline, Rate, most_shard_bytes
 from .probe import check_ids, probe
 from .records import CONFIG, StoreOwner, check_lasts
 from .row_plan import RowPlan
-from .store import Geometry, Origin, Shape, array_names, make_geometry, storage_dtype
+from .store import Geometry, Origin, Shape, make_geometry, storage_dtype
+from .stored_rows import float_dtype
 from .text import TokenTable, begin_token, token_table
 from .writer import StoreWriter
 
@@ -178,7 +179,8 @@ def _geometry(
     if begun is not None and begun.geometry.rows == rows:
         return begun.geometry
     itemsize = storage_dtype(cfg.dtype).itemsize
-    most_rows = most_shard_bytes(cfg.memory_gib) // (itemsize * sum(widths.values()))
+    row_bytes = float_dtype(cfg.dtype).itemsize * sum(widths.values())
+    most_rows = most_shard_bytes(cfg.memory_gib) // row_bytes
     return make_geometry(rows, max(widths.values()), itemsize, cfg.shard_mib, most_rows)
 
 
@@ -313,7 +315,7 @@ def _check_space(writer: StoreWriter, shape: Shape) -> None:
     """Raises ConfigError where the disk cannot take the shards that are missing."""
     if writer.records.local:
         todo, needed = writer.missing(shape), 0
-        for name in array_names(shape.widths):
+        for name in shape.arrays():
             row_bytes = shape.row_bytes(name)
             needed += sum(shape.geometry.file_bytes(shard, row_bytes) for shard in todo)
         check_space("cache.store", writer.records.root, needed, "what is left of the store")

@@ -14,7 +14,7 @@ import os
 import resource
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,8 +33,9 @@ from ..progress import progress_bar
 from .array_files import Part, Source, find_sources, open_numbers
 from .records import StoreOwner, check_lasts
 from .spool import mapped_stream
-from .store import Geometry, Shape, array_names, make_geometry, storage_dtype
-from .writer import StoreWriter, as_tensor, row_sums
+from .store import Geometry, Shape, make_geometry, storage_dtype
+from .stored_rows import StoredRows
+from .writer import StoreWriter, row_sums
 
 logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
@@ -154,9 +155,12 @@ class Gatherer:
                 at = slice(start, min(start + _ROWS_AT_ONCE, ends[number + 1]))
                 yield part, wanted[at] - self.starts[number], order[at]
 
-    def rows(self, rows: Array) -> Array:
-        """[n, width], bfloat16 as uint16 bits. Raises UserError where one is not finite."""
-        out = np.empty((len(rows), self.width), storage_dtype(self.dtype))
+    def rows(self, rows: Array) -> StoredRows:
+        """[n, width], by their numbers. Raises UserError where one is not finite."""
+        out = StoredRows(
+            np.empty((len(rows), self.width), storage_dtype(self.dtype)),
+            np.empty(len(rows), np.float32) if self.dtype == "int8" else None,
+        )
         for part, wanted, places in self.pieces(rows):
             # Files may be of the other byte order.
             found = part.array[wanted]
@@ -164,11 +168,12 @@ class Gatherer:
             tensor = torch.from_numpy(np.ascontiguousarray(found))
             if part.dtype == "bfloat16":
                 tensor = tensor.view(torch.bfloat16)
-            cast = tensor.to(getattr(torch, self.dtype))
-            if not bool(cast.isfinite().all()):
-                raise self._not_finite(part, wanted, tensor, cast)
-            bits = cast.view(torch.uint16) if cast.dtype == torch.bfloat16 else cast
-            out[places] = bits.numpy()
+            block = StoredRows.encode(tensor, self.dtype)
+            if not bool(block.tensor().isfinite().all()):
+                raise self._not_finite(part, wanted, tensor, block.tensor())
+            out.bits[places] = block.bits
+            if out.scales is not None:
+                out.scales[places] = block.scales
         return out
 
     def ids(self, rows: Array) -> Array:
@@ -180,7 +185,9 @@ class Gatherer:
         return out
 
     def _not_finite(self, part: Part, wanted: Array, tensor: Tensor, cast: Tensor) -> UserError:
-        row, column = (int(n) for n in (~cast.isfinite()).nonzero()[0])
+        # One of int8's elements that is none makes its whole row so.
+        wrong = ~(cast if tensor.isfinite().all() else tensor).isfinite()
+        row, column = (int(n) for n in wrong.nonzero()[0])
         value = float(tensor[row, column])
         cure = "leave that row out"
         if np.isfinite(value):
@@ -260,7 +267,7 @@ class Importer:
         if not self.writer.records.local:
             return
         needed = sum(source.stream_bytes for source in self.sources())
-        for name in array_names(self.widths):
+        for name in self.shape.arrays():
             row_bytes = self.shape.row_bytes(name)
             for shard in self.writer.missing(self.shape):
                 needed += self.geometry.file_bytes(shard, row_bytes)
@@ -282,20 +289,18 @@ class Importer:
         }
 
     def write(self, shard: int, gatherers: dict[str, Gatherer]) -> None:
-        """Writes a shard, one array after another: memory holds one."""
+        """Writes a shard, one hookpoint after another: memory holds one."""
         rows = self.shuffle.rows(shard)
         document, place = self.documents.of(rows)
         with_text = [g for g in gatherers.values() if any(p.ids is not None for p in g.parts)]
-
-        def make(name: str) -> Array:
-            kind, _, hookpoint = name.partition("/")
-            if kind == "activations":
-                return gatherers[hookpoint].rows(rows)
-            if hookpoint == "ids":
-                return (with_text or list(gatherers.values()))[0].ids(rows)
-            return document if hookpoint == "document" else place
-
-        write_shard(self.writer, self.geometry, shard, array_names(self.widths), make)
+        tokens = {
+            "tokens/ids": (with_text or list(gatherers.values()))[0].ids(rows),
+            "tokens/document": document,
+            "tokens/position": place,
+        }
+        write_shard(
+            self.writer, self.geometry, shard, gatherers, lambda h: gatherers[h].rows(rows), tokens
+        )
 
 
 def run_import(out: str, named: Sequence[str], options: ImportOptions) -> str:
@@ -361,21 +366,23 @@ def write_shard(
     writer: StoreWriter,
     geometry: Geometry,
     shard: int,
-    names: Sequence[str],
-    make: Callable[[str], Array],
-    crcs: dict[str, int] | None = None,
-    sums: dict[str, Tensor] | None = None,
+    hookpoints: Iterable[str],
+    rows: Callable[[str], StoredRows],
+    tokens: Mapping[str, Array],
+    crcs: Mapping[str, int] | None = None,
+    sums: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes arrays of a shard one by one and records it. crcs and sums: those of arrays whose
-    files are there already.
+    """Writes hookpoints of a shard one by one, and tokens, and records it. crcs and sums: those of
+    arrays whose files are there already.
     """
     crcs, sums = dict(crcs or {}), dict(sums or {})
-    for name in names:
-        rows = make(name)
-        crcs[name] = writer.write_rows(geometry, shard, name, rows)
-        kind, _, hookpoint = name.partition("/")
-        if kind == "activations":
-            sums[hookpoint] = row_sums(as_tensor(rows))
+    for hookpoint in hookpoints:
+        stored = rows(hookpoint)
+        sums[hookpoint] = row_sums(stored.tensor())
+        for name, values in stored.arrays(hookpoint).items():
+            crcs[name] = writer.write_rows(geometry, shard, name, values)
+    for name, values in tokens.items():
+        crcs[name] = writer.write_rows(geometry, shard, name, values)
     writer.record_shard(geometry, shard, crcs, sums)
 
 

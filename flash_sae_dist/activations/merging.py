@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,8 @@ from ..identity import difference, digest, tell_other_versions, versions
 from .importing import MAX_DOCUMENT, write_shard, write_shards
 from .metadata import attributes
 from .records import COMPLETE, StoreOwner, check_lasts, shard_record
-from .store import TOKEN_ARRAYS, ActivationStore, Geometry, Shape, array_names, shard_path
+from .store import TOKEN_ARRAYS, ActivationStore, Geometry, Shape, shard_path
+from .stored_rows import StoredRows
 from .writer import StoreWriter
 
 Array = npt.NDArray[Any]
@@ -100,10 +100,15 @@ class Merge:
         for store, start, stop, first_document in self.pieces(
             name, *self.geometry.shard_range(shard)
         ):
-            rows = store.read(name, start, stop)
+            rows = store.read_stored(name, start, stop)
             shifted = name == "tokens/document" and first_document
             found.append(rows + np.int32(first_document) if shifted else rows)
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def stored(self, hookpoint: str, shard: int) -> StoredRows:
+        """A hookpoint's rows of a shard."""
+        scales = self.rows(f"scales/{hookpoint}", shard) if self.first.dtype == "int8" else None
+        return StoredRows(self.rows(f"activations/{hookpoint}", shard), scales)
 
     def config(self) -> dict[str, Any]:
         """The keys in which all configs agree; the hookpoints of all."""
@@ -182,7 +187,7 @@ def _fill(writer: StoreWriter, merge: Merge, copy: bool) -> str:
         write_shards(writer, merge.geometry, todo, links.write, "merge")
     writer.finish(merge.geometry, list(merge.widths), merge.num_documents())
     linked = sum(links.linked.values())
-    of = len(array_names(merge.widths)) * merge.geometry.num_shards
+    of = len(merge.shape.arrays()) * merge.geometry.num_shards
     how = "copied" if copy else "linked or copied"
     return (
         f"{writer.path}: {merge.geometry.rows:,} rows of {', '.join(merge.widths)}; "
@@ -195,7 +200,7 @@ class _Links:
 
     def __init__(self, writer: StoreWriter, merge: Merge, copy: bool) -> None:
         self.writer, self.merge, self.copy = writer, merge, copy
-        self.names = array_names(merge.widths)
+        self.names = merge.shape.arrays()
         self.linked: dict[int, int] = {}  # shard -> files
 
     def _source(self, name: str, shard: int) -> tuple[ActivationStore, int] | None:
@@ -231,10 +236,19 @@ class _Links:
             if kind == "activations":
                 where = f"statistics/{hookpoint}/shard_sums"
                 sums[hookpoint] = torch.from_numpy(store.read(where, number, number + 1)[0])
-        others = [name for name in self.names if name not in crcs]
-        rows = partial(self.merge.rows, shard=shard)
-        write_shard(self.writer, self.merge.geometry, shard, others, rows, crcs, sums)
-        self.linked[shard] = len(self.names) - len(others)
+        hookpoints = [h for h in self.merge.widths if h not in sums]
+        tokens = [n for n in self.names if n.startswith("tokens/") and n not in crcs]
+        write_shard(
+            self.writer,
+            self.merge.geometry,
+            shard,
+            hookpoints,
+            lambda hookpoint: self.merge.stored(hookpoint, shard),
+            {name: self.merge.rows(name, shard) for name in tokens},
+            crcs,
+            sums,
+        )
+        self.linked[shard] = len(crcs)
 
     def _place(self, file: Path, name: str, shard: int) -> None:
         target = Path(self.writer.records.root, shard_path(name, shard))

@@ -1,7 +1,8 @@
 """The activation store: a Zarr v3 group that any Zarr reader opens, and our own record of what is
 whole.
 
-`activations/<hookpoint>` [rows, D] (bfloat16 as uint16 bits with the attribute `dtype: bfloat16`),
+`activations/<hookpoint>` [rows, D] (bfloat16 as uint16 bits with the attribute `dtype: bfloat16`;
+int8 with `scales/<hookpoint>` [rows] float32, a row being its codes times its scale),
 `tokens/ids`, `tokens/document` and `tokens/position` [rows], `statistics/<hookpoint>/mean` [D] and
 `.../mean_squared_norm`; the attributes tell model, text and versions. Shards are written whole by
 one process each and then recorded under `records/`: Zarr reads a missing shard as zeros without an
@@ -23,6 +24,7 @@ from ..identity import digest
 from .metadata import Sums, attributes, open_array
 from .records import AGAIN, COMPLETE, CONFIG, GEOMETRY, Records
 from .records import DamagedStoreError as DamagedStoreError
+from .stored_rows import StoredRows
 
 Array = npt.NDArray[Any]
 FORMAT = 1
@@ -134,10 +136,15 @@ class Shape(NamedTuple):
         except ValueError as e:
             raise records.damaged(GEOMETRY, str(e)) from e
 
+    def arrays(self) -> list[str]:
+        """The arrays that have a file a shard."""
+        return array_names(self.widths, self.dtype)
+
     def row_bytes(self, name: str) -> int:
         """Bytes of a row of an array."""
         kind, _, hookpoint = name.partition("/")
         if kind != "activations":
+            # Scales are float32, tokens int32.
             return np.dtype("int32").itemsize
         return storage_dtype(self.dtype).itemsize * self.widths[hookpoint]
 
@@ -160,9 +167,10 @@ def shard_path(name: str, shard: int) -> str:
     return f"{name}/c/{shard}{tail}"
 
 
-def array_names(widths: dict[str, int]) -> list[str]:
+def array_names(widths: dict[str, int], dtype: str = "bfloat16") -> list[str]:
     """The arrays that have a file a shard."""
-    return [f"activations/{h}" for h in widths] + [f"tokens/{n}" for n in TOKEN_ARRAYS]
+    scales = [f"scales/{h}" for h in widths] if dtype == "int8" else []
+    return [*(f"activations/{h}" for h in widths), *scales, *(f"tokens/{n}" for n in TOKEN_ARRAYS)]
 
 
 def readable(array: zarr.Array[Any], rows: slice, path: str) -> Any:
@@ -212,7 +220,7 @@ class ActivationStore:
         return store
 
     def _check_files(self) -> None:
-        for name in array_names(self.widths):
+        for name in self.shape.arrays():
             whole = self.shape.whole_shards(self.records, [name])
             lost = set(range(self.geometry.num_shards)) - whole
             if lost:
@@ -238,6 +246,8 @@ class ActivationStore:
             if parts:
                 parts = parts | {"hookpoints": {hookpoint: self.widths[hookpoint]}}
             rows = content.get(f"activations/{hookpoint}")
+            if self.dtype == "int8" and rows is not None:
+                rows = digest([rows, content.get(f"scales/{hookpoint}")])
         return {"parts": parts, "rows": rows, "versions": identity.get("versions", {})}
 
     def knows_model(self) -> bool:
@@ -282,7 +292,7 @@ class ActivationStore:
         """
         array = open_array(self.records, name, self.sums)
         kind, _, hookpoint = name.partition("/")
-        if kind in ("activations", "tokens"):
+        if kind in ("activations", "scales", "tokens"):
             tail = (self.width(hookpoint),) if kind == "activations" else ()
             shapes = (self.rows, *tail), (self.geometry.shard_rows, *tail)
             if (array.shape, array.shards) != shapes:
@@ -291,8 +301,17 @@ class ActivationStore:
 
     def read(self, name: str, start: int, stop: int) -> Array:
         """Rows of an array through Zarr, checksums verified: [stop - start, ...], bfloat16 as
-        uint16 bits.
+        uint16 bits, activations of an int8 store as the float32 numbers that they stand for.
         """
+        rows = self.read_stored(name, start, stop)
+        kind, _, hookpoint = name.partition("/")
+        if kind != "activations" or self.dtype != "int8":
+            return rows
+        scales = self.read_stored(f"scales/{hookpoint}", start, stop)
+        return StoredRows(rows, scales).tensor().numpy()
+
+    def read_stored(self, name: str, start: int, stop: int) -> Array:
+        """`read` without decoding: of an int8 store's activations the codes."""
         return np.asarray(readable(self.array(name), slice(start, stop), self.path))
 
     def mean(self, hookpoint: str) -> Array:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from .damage import row_bytes
 from .metadata import attributes
 from .records import COMPLETE
-from .store import ActivationStore, as_float64, readable
+from .store import ActivationStore, as_float64
 
 Array = npt.NDArray[Any]
 QUANTILES = (0.01, 0.5, 0.99, 0.999)
@@ -77,12 +77,14 @@ def distribution(store: ActivationStore, hookpoint: str, num_rows: int) -> Distr
     chunk = store.geometry.chunk_rows
     chunks = -(-store.rows // chunk)
     chosen = np.random.default_rng(0).permutation(chunks)[: -(-num_rows // chunk)]
-    array, mean = store.array(f"activations/{hookpoint}"), store.mean(hookpoint)
+    mean = store.mean(hookpoint)
     sums = np.zeros((4, store.width(hookpoint)))
     squares, norms = np.zeros(store.width(hookpoint)), []
     for start in np.sort(chosen) * chunk:
-        at = slice(int(start), min(int(start) + chunk, store.rows))
-        rows = as_float64(np.asarray(readable(array, at, store.path)), store.dtype)
+        found = store.read(
+            f"activations/{hookpoint}", int(start), min(int(start) + chunk, store.rows)
+        )
+        rows = as_float64(found, store.dtype)
         squares += np.square(rows).sum(axis=0)
         norms.append(np.linalg.norm(rows, axis=1))
         away = rows - mean

@@ -33,11 +33,11 @@ from .store import (
     Geometry,
     Origin,
     Shape,
-    array_names,
     readable,
     shard_path,
     storage_dtype,
 )
+from .stored_rows import StoredRows
 
 _SUM_ROWS = 4096
 
@@ -63,12 +63,6 @@ def row_sums(rows: Tensor) -> Tensor:  # [n, D] -> [D + 1] float64
         total[:-1] += wide.sum(dim=0)
         total[-1] += wide.square().sum()
     return total
-
-
-def as_tensor(bits: Array) -> Tensor:
-    """Stored bits as the numbers that they are."""
-    tensor = torch.from_numpy(np.ascontiguousarray(bits))
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 class StoreWriter:
@@ -177,6 +171,8 @@ class StoreWriter:
             group.attrs.update(about)
             for hookpoint, width in widths.items():
                 self._array(group, f"activations/{hookpoint}", geometry, dtype, width)
+                if dtype == "int8":
+                    self._array(group, f"scales/{hookpoint}", geometry, "float32", None)
                 # A row a shard, so that processes write their own and nobody reads all again:
                 # the sum of its activations, then the sum of their squares.
                 group.create_array(
@@ -215,7 +211,7 @@ class StoreWriter:
 
     def missing(self, shape: Shape) -> list[int]:
         """Shards that are not recorded yet or have a file lost or cut short, ascending."""
-        done = shape.whole_shards(self.records, array_names(shape.widths))
+        done = shape.whole_shards(self.records, shape.arrays())
         return [s for s in range(shape.geometry.num_shards) if s not in done]
 
     def _writable(self, name: str) -> zarr.Array[Any]:
@@ -230,11 +226,12 @@ class StoreWriter:
 
         arrays: name (`activations/...`, `tokens/...`) -> the shard's rows, in the store's dtype.
         """
-        sums = {
-            name.removeprefix("activations/"): row_sums(as_tensor(rows))
-            for name, rows in arrays.items()
-            if name.startswith("activations/")
-        }
+        sums = {}
+        for name, rows in arrays.items():
+            kind, _, hookpoint = name.partition("/")
+            if kind == "activations":
+                stored = StoredRows(rows, arrays.get(f"scales/{hookpoint}"))
+                sums[hookpoint] = row_sums(stored.tensor())
         crcs = {name: self.write_rows(geometry, shard, name, a) for name, a in arrays.items()}
         self.record_shard(geometry, shard, crcs, sums)
 
