@@ -319,6 +319,8 @@ def test_mistakes_in_names_and_numbers(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             run_import(str(tmp_path / "s"), named, ImportOptions())
+    with pytest.raises(ConfigError, match="stands where the store to make is named"):
+        run_import(f"x={a}", [f"x={a}"], ImportOptions())
     with pytest.raises(ConfigError, match="--documents=0 makes"):
         run_import(str(tmp_path / "s"), [f"x={a}"], ImportOptions(documents="0"))
     with pytest.raises(ConfigError, match=r"cannot be written"):
@@ -428,6 +430,22 @@ def test_a_killed_import_goes_on(tmp_path: Path, seed: int) -> None:
     assert_same(tmp_path / "whole", tmp_path / "killed")
     assert not list((tmp_path / "killed").rglob("*.tmp"))
     assert not (tmp_path / "killed/records/import").exists()
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("seed", range(20))
+def test_an_import_killed_often_goes_on(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    rows = numbers(60_000, 16)
+    write(tmp_path / "a.npy", rows, "float32")
+    write(tmp_path / "b.parquet", rows[:, :5], "float32")
+    named = [f"a={tmp_path}/a.npy", f"b={tmp_path}/b.parquet::rows"]
+    finish(start_import(tmp_path / "whole", named))
+    for _ in range(5):
+        job = start_import(tmp_path / "killed", named)
+        kill_after(job, tmp_path, "killed/records/*", rng.randint(1, 60), rng)
+    finish(start_import(tmp_path / "killed", named))
+    assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_every_verb_on_imported_rows(tmp_path: Path) -> None:

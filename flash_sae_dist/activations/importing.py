@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from glob import glob
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,9 +44,11 @@ Array = npt.NDArray[Any]
 MAX_DOCUMENT = 2**31
 _RUN_ROWS, _RUN_BYTES = 64, 1 << 16
 _RUNS_A_SHARD = 64
-_THREADS = 4
+# Each holds a shard of a hookpoint.
+_MOST_THREADS = 8
 _ROWS_AT_ONCE = 4096
 _OPEN_FILES = 1 << 16
+_SHOWN_FROM = 1 << 30  # bytes; less takes no time to speak of
 
 
 class ImportOptions(NamedTuple):
@@ -255,8 +259,15 @@ class Importer:
     def made_of(self) -> dict[str, Any]:
         """Checksums of all that decides the rows. Reads each file once, ever."""
         found: dict[str, Any] = {"import.run_rows": self.shuffle.run}
+        sizes = {file: about[0] for file, about in self.stamps().items()}
+        sums: dict[Path, list[list[str]]] = {}
+        total = sum(sizes.values())
+        with progress_bar("checksums", total, "bytes", total > _SHOWN_FROM) as bar:
+            for file, size in sizes.items():
+                sums[file] = checksums(file)
+                bar.advance(size)
         for name, sources in self.inputs.items():
-            found[f"rows of {name}"] = digest([_content(source) for source in sources])
+            found[f"rows of {name}"] = digest([_content(source, sums) for source in sources])
         found["--documents"] = self.documents.rows_each
         if self.documents.numbers is not None:
             found["--documents"] = digest(checksums(Path(str(self.options.documents)).expanduser()))
@@ -311,6 +322,8 @@ def run_import(out: str, named: Sequence[str], options: ImportOptions) -> str:
     finite or a file changes meanwhile.
     """
     check_lasts(out)
+    if "=" in out and glob(expanduser(out.partition("=")[2].partition("::")[0])):
+        raise ConfigError(f"{out!r} stands where the store to make is named; write OUT.zarr before")
     if not named:
         raise ConfigError("no NAME=PATH is given; write layers.3='acts/*.npy'")
     _raise_open_files()
@@ -399,7 +412,7 @@ def write_shards(
     waiting: deque[tuple[int, Future[None]]] = deque()
     done = geometry.num_shards - len(todo)
     total = sum(stop - start for start, stop in map(geometry.shard_range, todo))
-    threads = min(_THREADS, os.cpu_count() or 1)
+    threads = max(2, min(_MOST_THREADS, (os.cpu_count() or 2) // 2))
 
     def note() -> None:
         told = f"{done} of {geometry.num_shards} shards are kept in {writer.path}"
@@ -430,12 +443,12 @@ def _plain(dtype: str) -> str:
     return "uint16" if dtype == "bfloat16" else dtype
 
 
-def _content(source: Source) -> list[Any]:
+def _content(source: Source, sums: dict[Path, list[list[str]]]) -> list[Any]:
     """Checksums of a source's rows; names of files have no part in it."""
     found: list[Any] = [source.rows, source.width, source.dtype, source.context]
     for file in source.files:
         # Of a safetensors file one a tensor, of others one of all their arrays.
-        for name, value in checksums(file):
+        for name, value in sums[file]:
             if name in ("", source.key):
                 found.append([value, source.key if name == "" else ""])
     return found
