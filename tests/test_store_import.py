@@ -386,7 +386,10 @@ def test_a_stop_keeps_whole_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(ending.StopRequested, match=r"stopped by SIGTERM; \d+ of 16 shards"):
             run_import(str(tmp_path / "s"), named, ImportOptions())
     assert 0 < len(list(tmp_path.glob("s/records/shard-*"))) < 16
-    run_import(str(tmp_path / "s"), named, ImportOptions())
+    with monkeypatch.context() as patch:
+        # Another version may cut a new store in another way.
+        patch.setattr("flash_sae_dist.activations.importing.make_geometry", None)
+        run_import(str(tmp_path / "s"), named, ImportOptions())
     run_import(str(tmp_path / "t"), named, ImportOptions())
     assert_same(tmp_path / "s", tmp_path / "t")
 

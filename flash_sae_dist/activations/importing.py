@@ -237,16 +237,22 @@ class Importer:
     ) -> None:
         self.inputs, self.documents, self.options = inputs, documents, options
         self.widths = {name: sources[0].width for name, sources in inputs.items()}
-        rows = sum(s.rows for s in next(iter(inputs.values())))
-        itemsize = storage_dtype(options.dtype).itemsize
-        widest = max(self.widths.values())
-        self.geometry = make_geometry(rows, widest, itemsize, options.shard_mib)
-        self.shape = Shape(self.geometry, options.dtype, self.widths)
-        row_bytes = [s.width * np.dtype(_plain(s.dtype)).itemsize for s in self.sources()]
-        self.shuffle = _Shuffle(self.geometry, max(row_bytes), options.seed)
         config = {f"import.{key}": getattr(options, key) for key in ("dtype", "seed", "shard_mib")}
         config["import.hookpoints"] = list(inputs)
         self.writer = StoreWriter(out, config, create=True)
+        self.geometry = self._geometry()
+        self.shape = Shape(self.geometry, options.dtype, self.widths)
+        row_bytes = [s.width * np.dtype(_plain(s.dtype)).itemsize for s in self.sources()]
+        self.shuffle = _Shuffle(self.geometry, max(row_bytes), options.seed)
+
+    def _geometry(self) -> Geometry:
+        """How the rows are cut; a store that was begun goes on as it was cut."""
+        rows = sum(s.rows for s in next(iter(self.inputs.values())))
+        begun = Shape.read(self.writer.records)
+        if begun is not None and begun.geometry.rows == rows:
+            return begun.geometry
+        itemsize = storage_dtype(self.options.dtype).itemsize
+        return make_geometry(rows, max(self.widths.values()), itemsize, self.options.shard_mib)
 
     def sources(self) -> list[Source]:
         """All inputs."""
