@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config.base import OneOf, nearest_name, one_of, section_models
+from . import store
 from .entry import command
 
 BENCHES = {
@@ -142,6 +143,7 @@ def build() -> typer.Typer:
     for name in VERBS:
         run = importlib.import_module(f"{__package__}.{name}").run
         app.command(name)(run if name in PATH_VERBS else command(run))
+    app.add_typer(store.app)
     app.command()(keys)
     extra = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command(context_settings=extra, add_help_option=False)(bench)

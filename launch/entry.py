@@ -52,23 +52,39 @@ def command(run: Run) -> Callable[[str, list[str] | None, bool], None]:
     def verb(
         config: ConfigArgument, overrides: OverridesArgument = None, debug: DebugOption = False
     ) -> None:
-        with ending.listening(_tell):
-            _prepare_process()
-            code = _outcome(run, config, overrides or [], debug)
-        # Not in the handler, where the error still keeps all that the verb had alive.
-        if code and _nccl_is_up():
-            # At once: the interpreter's end would wait for kernels that wait for other processes.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        if code:
-            sys.exit(code)
+        def work() -> None:
+            # Not at the top: `--help` need not wait for torch.
+            from ..training.job import load_config
 
-    # Paragraphs on one line: the terminal's width breaks them.
-    paragraphs = [*inspect.cleandoc(run.__doc__ or "").split("\n\n"), _CODES]
-    # Rich takes what is in brackets for markup.
-    verb.__doc__ = escape("\n\n".join(" ".join(p.split()) for p in paragraphs))
+            run(load_config(config, overrides or []))
+
+        end_well(work, debug)
+
+    verb.__doc__ = help_text(run.__doc__)
     return verb
+
+
+def help_text(doc: str | None) -> str:
+    """A docstring as the help of a verb, with the exit codes behind it."""
+    # Paragraphs on one line: the terminal's width breaks them.
+    paragraphs = [*inspect.cleandoc(doc or "").split("\n\n"), _CODES]
+    # Rich takes what is in brackets for markup.
+    return escape("\n\n".join(" ".join(p.split()) for p in paragraphs))
+
+
+def end_well(work: Callable[[], None], debug: bool) -> None:
+    """Does a verb's work, and ends the process with its exit code where that is not 0."""
+    with ending.listening(_tell):
+        _prepare_process()
+        code = _outcome(work, debug)
+    # Not in the handler, where the error still keeps all that the verb had alive.
+    if code and _nccl_is_up():
+        # At once: the interpreter's end would wait for kernels that wait for other processes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _prepare_process() -> None:
@@ -84,13 +100,10 @@ def _prepare_process() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
-def _outcome(run: Run, config: str, overrides: list[str], debug: bool) -> int:
+def _outcome(work: Callable[[], None], debug: bool) -> int:
     """Runs a verb; its exit code. Raises what is a fault of our own, where nothing waits for it."""
     try:
-        # Not at the top: `--help` need not wait for torch.
-        from ..training.job import load_config
-
-        run(load_config(config, overrides))
+        work()
     except ending.StopRequested as e:
         _tell(e.sentence)
         return e.code

@@ -8,16 +8,14 @@ import google_crc32c
 import numpy as np
 
 from .metadata import cure, damaged_files, open_array
-from .records import DamagedStoreError, shard_record
-from .store import TOKEN_ARRAYS, ActivationStore, shard_path, storage_dtype
+from .records import AGAIN, DamagedStoreError, shard_record
+from .store import ActivationStore, shard_path
 from .text_parts import TextParts, digest_of
 
 
 def row_bytes(store: ActivationStore) -> dict[str, int]:
     """Bytes of a row of each array."""
-    itemsize = storage_dtype(store.dtype).itemsize
-    sizes = {f"activations/{name}": itemsize * width for name, width in store.widths.items()}
-    return sizes | {f"tokens/{name}": np.dtype("int32").itemsize for name in TOKEN_ARRAYS}
+    return {name: store.shape.row_bytes(name) for name in store.shape.arrays()}
 
 
 def damages(
@@ -93,7 +91,7 @@ def _read(
         if expected is None or google_crc32c.value(data.tobytes()) == expected:
             return
         why = "it does not hold what was written"
-    mend = "delete that file and run the same `flash-sae cache` again"
+    mend = f"delete that file and {AGAIN}"
     yield DamagedStoreError(
         f"{store.records.root}/{file} is damaged: {why}; {cure(name) if shard is None else mend}"
     )

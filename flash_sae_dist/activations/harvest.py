@@ -41,15 +41,8 @@ from .pipeline import Pipeline, Rate, most_shard_bytes
 from .probe import check_ids, probe
 from .records import CONFIG, StoreOwner, check_lasts
 from .row_plan import RowPlan, shards_a_unit
-from .store import (
-    Geometry,
-    Origin,
-    Shape,
-    TextShape,
-    array_names,
-    make_geometry,
-    storage_dtype,
-)
+from .store import Geometry, Origin, Shape, TextShape, make_geometry, storage_dtype
+from .stored_rows import float_dtype
 from .text import begin_token
 from .text_parts import TextParts, digest_of, made_parts, part_size
 from .tokenising import Tokeniser, making_of
@@ -232,7 +225,8 @@ def _shape(
 
 def _geometry(cfg: CacheConfig, widths: dict[str, int], rows: int) -> Geometry:
     itemsize = storage_dtype(cfg.dtype).itemsize
-    most_rows = most_shard_bytes(cfg.memory_gib) // (itemsize * sum(widths.values()))
+    row_bytes = float_dtype(cfg.dtype).itemsize * sum(widths.values())
+    most_rows = most_shard_bytes(cfg.memory_gib) // row_bytes
     return make_geometry(rows, max(widths.values()), itemsize, cfg.shard_mib, most_rows)
 
 
@@ -397,7 +391,7 @@ def _check_space(writer: StoreWriter, shape: Shape) -> None:
     """Raises ConfigError where the disk cannot take the shards that are missing."""
     if writer.records.local:
         todo, needed = writer.missing(shape), 0
-        for name in array_names(shape.widths):
+        for name in shape.arrays():
             row_bytes = shape.row_bytes(name)
             needed += sum(shape.geometry.file_bytes(shard, row_bytes) for shard in todo)
         check_space("cache.store", writer.records.root, needed, "what is left of the store")

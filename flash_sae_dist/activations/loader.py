@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..config.base import ConfigError
 from .store import ActivationStore, DamagedStoreError, storage_dtype
 
 _READ_AHEAD = 4
@@ -171,6 +172,10 @@ class ActivationLoader:
         if batch_tokens % num_ranks:
             raise ValueError(
                 f"batch_tokens={batch_tokens} is not divisible by the {num_ranks} ranks reading it"
+            )
+        if store.dtype == "int8":
+            raise ConfigError(
+                f"store={store.path!r} holds int8, which the loader cannot decode yet"
             )
         self.reader = BlockReader(store, hookpoint)
         self.order = BlockOrder(store.rows, store.geometry.chunk_rows, seed)

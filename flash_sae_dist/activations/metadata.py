@@ -11,11 +11,11 @@ from typing import Any
 import google_crc32c
 import zarr
 
-from .records import DamagedStoreError, Records
+from .records import AGAIN, DamagedStoreError, Records
 
 # zstd is of 0.1.0's statistics. Others may run code: numcodecs has one that unpickles.
 _CODECS = {"bytes", "crc32c", "sharding_indexed", "zstd"}
-_TYPES = {"float16", "float32", "float64", "uint8", "uint16", "int32", "int64"}
+_TYPES = {"float16", "float32", "float64", "int8", "uint8", "uint16", "int32", "int64"}
 Sums = dict[str, str]  # path in the store -> checksum in hex
 
 
@@ -121,5 +121,5 @@ def cure(name: str) -> str:
     """What mends a damaged file of a store that is no shard of rows."""
     # Both are made again from the shards' sums.
     if name.startswith("statistics/") and {"mean", "mean_squared_norm"} & set(name.split("/")[2:]):
-        return "run the same `flash-sae cache` again, which makes it anew"
-    return "restore it from a copy, or remove the whole store and cache it anew"
+        return f"{AGAIN}, which makes it anew"
+    return "restore it from a copy, or remove the whole store and make it anew"

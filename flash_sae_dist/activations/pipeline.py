@@ -29,6 +29,7 @@ from ..config.data import CacheConfig
 from .host_memory import PageLocked
 from .language_model import LanguageModel, Pass, tapped
 from .row_plan import Batch, RowPlan
+from .stored_rows import StoredRows, float_dtype
 from .writer import StoreWriter, row_sums
 
 Rows = dict[str, Tensor]  # hookpoint -> [shard_rows, D]
@@ -102,7 +103,7 @@ class Pipeline:
         self.shard_rows, self.num_tokens = plan.geometry.shard_rows, cfg.num_tokens
         # Told of each shard that is whole on the disk, in a thread.
         self.recorded: Callable[[int], None] = lambda shard: None
-        self.dtype: torch.dtype = getattr(torch, cfg.dtype)
+        self.stored, self.dtype = cfg.dtype, float_dtype(cfg.dtype)
         self.on_cpu = lm.device.type == "cpu"
         self.parts: dict[torch.device, list[_Part]] = {}
         self.batch: Batch | None = None
@@ -243,7 +244,8 @@ class Pipeline:
     def _send(self, shard: int) -> None:
         """Hands a shard that is whole to the threads."""
         rows, tokens = self.open.pop(shard), self.plan.tokens(shard)
-        written = _Written(shard, rows, len(self.widths) + len(tokens))
+        arrays = len(self.widths) * (2 if self.stored == "int8" else 1)
+        written = _Written(shard, rows, arrays + len(tokens))
         if not self.on_cpu:
             written.rows = self._free_host()
             self._copy(rows, written)
@@ -285,8 +287,8 @@ class Pipeline:
                 f"activations of {hookpoint} are not finite in {str(self.dtype)[6:]}; "
                 "set cache.dtype=bfloat16 or float32, or model.dtype=float32"
             )
-        bits = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
-        self._write_array(written, f"activations/{hookpoint}", bits.numpy())
+        for name, values in StoredRows.encode(value, self.stored).arrays(hookpoint).items():
+            self._write_array(written, name, values)
 
     def _write_array(self, written: _Written, name: str, values: npt.NDArray[Any]) -> None:
         """Writes a shard of one array, and records the shard where it was the last."""

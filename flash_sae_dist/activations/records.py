@@ -12,6 +12,8 @@ from ..config.base import ConfigError, UserError
 from ..files import json_text, parse_json, write_text
 
 _OWNER = "owner.json"
+# What mends a store that lost something.
+AGAIN = "run the same `flash-sae cache` (or `store import`, `store merge`) again"
 GEOMETRY, CONFIG, COMPLETE = "geometry.json", "config.json", "complete.json"
 
 
@@ -82,10 +84,10 @@ class Records:
 
     def damaged(self, name: str, why: str) -> DamagedStoreError:
         """The error of a record that cannot be used, with what to do about it."""
-        cure = "delete it and run the same `flash-sae cache` again"
+        cure = f"delete it and {AGAIN}"
         if name == GEOMETRY:
             # Without it no shard can be told from a torn one.
-            cure = f"remove the whole store {self.root} and cache it anew"
+            cure = f"remove the whole store {self.root} and make it anew"
         return DamagedStoreError(f"{self.where(name)} is damaged: {why}; {cure}")
 
     def file_sizes(self, folder: str) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """The activation store: a Zarr v3 group that any Zarr reader opens, and our own record of what is
 whole.
 
-`activations/<hookpoint>` [rows, D] (bfloat16 as uint16 bits with the attribute `dtype: bfloat16`),
+`activations/<hookpoint>` [rows, D] (bfloat16 as uint16 bits with the attribute `dtype: bfloat16`;
+int8 with `scales/<hookpoint>` [rows] float32, a row being its codes times its scale),
 `tokens/ids`, `tokens/document` and `tokens/position` [rows], `statistics/<hookpoint>/mean` [D] and
 `.../mean_squared_norm`; the attributes tell model, text and versions. Shards are written whole by
 one process each and then recorded under `records/`: Zarr reads a missing shard as zeros without an
@@ -21,8 +22,9 @@ import zarr
 from ..config.base import ConfigError, UserError, check_hookpoint, nearest_name
 from ..identity import digest
 from .metadata import Sums, attributes, open_array
-from .records import COMPLETE, CONFIG, GEOMETRY, Records
+from .records import AGAIN, COMPLETE, CONFIG, GEOMETRY, Records
 from .records import DamagedStoreError as DamagedStoreError
+from .stored_rows import StoredRows
 
 Array = npt.NDArray[Any]
 FORMAT = 1
@@ -116,6 +118,8 @@ def array_specs(geometry: Geometry, dtype: str, widths: dict[str, int]) -> list[
     for hookpoint, width in widths.items():
         name = f"activations/{hookpoint}"
         specs.append(ArraySpec(name, dtype, (rows, width), (chunk, width), (shard, width)))
+        if dtype == "int8":
+            specs.append(ArraySpec(f"scales/{hookpoint}", "float32", (rows,), (chunk,), (shard,)))
         # A row a shard, so that processes write their own and nobody reads all again: the sum of
         # its activations, then the sum of their squares.
         name, sums = f"statistics/{hookpoint}/shard_sums", (geometry.num_shards, width + 1)
@@ -181,10 +185,15 @@ class Shape(NamedTuple):
         except ValueError as e:
             raise records.damaged(GEOMETRY, str(e)) from e
 
+    def arrays(self) -> list[str]:
+        """The arrays that have a file a shard."""
+        return array_names(self.widths, self.dtype)
+
     def row_bytes(self, name: str) -> int:
         """Bytes of a row of an array."""
         kind, _, hookpoint = name.partition("/")
         if kind != "activations":
+            # Scales are float32, tokens int32.
             return np.dtype("int32").itemsize
         return storage_dtype(self.dtype).itemsize * self.widths[hookpoint]
 
@@ -207,9 +216,10 @@ def shard_path(name: str, shard: int) -> str:
     return f"{name}/c/{shard}{tail}"
 
 
-def array_names(widths: dict[str, int]) -> list[str]:
+def array_names(widths: dict[str, int], dtype: str = "bfloat16") -> list[str]:
     """The arrays that have a file a shard."""
-    return [f"activations/{h}" for h in widths] + [f"tokens/{n}" for n in TOKEN_ARRAYS]
+    scales = [f"scales/{h}" for h in widths] if dtype == "int8" else []
+    return [*(f"activations/{h}" for h in widths), *scales, *(f"tokens/{n}" for n in TOKEN_ARRAYS)]
 
 
 def readable(array: zarr.Array[Any], rows: slice, path: str) -> Any:
@@ -241,31 +251,31 @@ class ActivationStore:
         records = Records(path)
         shape, config = Shape.read(records), records.read(CONFIG)
         if shape is None:
-            raise ConfigError(f"store={path!r} is no activation store; run `flash-sae cache` first")
-        if config is None:
-            raise DamagedStoreError(
-                f"{records.where(CONFIG)} is missing from the store; run the same "
-                "`flash-sae cache` again"
+            raise ConfigError(
+                f"store={path!r} is no activation store; run `flash-sae cache` or "
+                "`flash-sae store import` first"
             )
+        if config is None:
+            raise DamagedStoreError(f"{records.where(CONFIG)} is missing from the store; {AGAIN}")
         store = cls(path, shape, config)
         absent = set(range(store.geometry.num_shards)) - records.shards()
         if absent or records.read(COMPLETE) is None:
             raise ConfigError(
                 f"store={path!r} is unfinished: {len(absent)} of {store.geometry.num_shards} "
-                "shards are missing; run the same `flash-sae cache` again"
+                f"shards are missing; {AGAIN}"
             )
         store.sums = store.sums | (records.read(COMPLETE) or {}).get("files", {})
         store._check_files()
         return store
 
     def _check_files(self) -> None:
-        for name in array_names(self.widths):
+        for name in self.shape.arrays():
             whole = self.shape.whole_shards(self.records, [name])
             lost = set(range(self.geometry.num_shards)) - whole
             if lost:
                 raise DamagedStoreError(
                     f"{self.shard_file(name, min(lost))} is missing from the store or cut short; "
-                    "run the same `flash-sae cache` again"
+                    f"{AGAIN}"
                 )
 
     @cached_property
@@ -285,12 +295,18 @@ class ActivationStore:
             if parts:
                 parts = parts | {"hookpoints": {hookpoint: self.widths[hookpoint]}}
             rows = content.get(f"activations/{hookpoint}")
+            if self.dtype == "int8" and rows is not None:
+                rows = digest([rows, content.get(f"scales/{hookpoint}")])
         return {"parts": parts, "rows": rows, "versions": identity.get("versions", {})}
 
     def text_shape(self) -> TextShape | None:
         """How the store's token table is cut; None in one that has none."""
         found = (self.records.read(GEOMETRY) or {}).get("text")
         return None if found is None else TextShape(**found)
+
+    def knows_model(self) -> bool:
+        """Whether it tells of which language model its rows are; imported rows do not."""
+        return any(key.startswith("model.") for key in self.config)
 
     def begins_with_token(self) -> bool:
         """Whether every sequence of the text began with the tokenizer's begin token."""
@@ -330,7 +346,7 @@ class ActivationStore:
         """
         array = open_array(self.records, name, self.sums)
         kind, _, hookpoint = name.partition("/")
-        if kind in ("activations", "tokens"):
+        if kind in ("activations", "scales", "tokens"):
             tail = (self.width(hookpoint),) if kind == "activations" else ()
             shapes = (self.rows, *tail), (self.geometry.shard_rows, *tail)
             if (array.shape, array.shards) != shapes:
@@ -339,8 +355,17 @@ class ActivationStore:
 
     def read(self, name: str, start: int, stop: int) -> Array:
         """Rows of an array through Zarr, checksums verified: [stop - start, ...], bfloat16 as
-        uint16 bits.
+        uint16 bits, activations of an int8 store as the float32 numbers that they stand for.
         """
+        rows = self.read_stored(name, start, stop)
+        kind, _, hookpoint = name.partition("/")
+        if kind != "activations" or self.dtype != "int8":
+            return rows
+        scales = self.read_stored(f"scales/{hookpoint}", start, stop)
+        return StoredRows(rows, scales).tensor().numpy()
+
+    def read_stored(self, name: str, start: int, stop: int) -> Array:
+        """`read` without decoding: of an int8 store's activations the codes."""
         return np.asarray(readable(self.array(name), slice(start, stop), self.path))
 
     def mean(self, hookpoint: str) -> Array:

@@ -34,13 +34,13 @@ from .store import (
     Origin,
     Shape,
     TextShape,
-    array_names,
     array_specs,
     readable,
     shard_path,
     storage_dtype,
     text_specs,
 )
+from .stored_rows import StoredRows
 
 _SUM_ROWS = 4096
 
@@ -57,7 +57,7 @@ def difference(
         if before.get(key) != asked.get(key):
             return ConfigError(
                 f"{key}={asked.get(key)!r} differs from {before.get(key)!r} in the store {path}; "
-                "name another cache.store, or remove that one"
+                "name another store, or remove that one"
             )
     return None
 
@@ -82,12 +82,6 @@ def row_sums(rows: Tensor) -> Tensor:  # [n, D] -> [D + 1] float64
         total[:-1] += wide.sum(dim=0)
         total[-1] += wide.square().sum()
     return total
-
-
-def _as_tensor(bits: Array) -> Tensor:
-    """Stored bits as the numbers that they are."""
-    tensor = torch.from_numpy(np.ascontiguousarray(bits))
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 class StoreWriter:
@@ -212,7 +206,7 @@ class StoreWriter:
 
     def missing(self, shape: Shape) -> list[int]:
         """Shards that are not recorded yet or have a file lost or cut short, ascending."""
-        done = shape.whole_shards(self.records, array_names(shape.widths))
+        done = shape.whole_shards(self.records, shape.arrays())
         return [s for s in range(shape.geometry.num_shards) if s not in done]
 
     def write_shard(self, geometry: Geometry, shard: int, arrays: dict[str, Array]) -> None:
@@ -220,11 +214,12 @@ class StoreWriter:
 
         arrays: name (`activations/...`, `tokens/...`) -> the shard's rows, in the store's dtype.
         """
-        sums = {
-            name.removeprefix("activations/"): row_sums(_as_tensor(rows))
-            for name, rows in arrays.items()
-            if name.startswith("activations/")
-        }
+        sums = {}
+        for name, rows in arrays.items():
+            kind, _, hookpoint = name.partition("/")
+            if kind == "activations":
+                stored = StoredRows(rows, arrays.get(f"scales/{hookpoint}"))
+                sums[hookpoint] = row_sums(stored.tensor())
         crcs = {name: self.write_rows(geometry, shard, name, a) for name, a in arrays.items()}
         self.record_shard(geometry, shard, crcs, sums)
 

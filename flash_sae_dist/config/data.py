@@ -188,7 +188,7 @@ class CacheConfig(StrictModel):
     memory_gib: float = Field(default=8, gt=0)
     """Host memory of a process, in GiB, for rows on their way to the store. With so many hookpoints
     that three shards of all of them would not fit, shards are smaller."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type of the stored activations."""
+    dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
+    """Type of the stored activations; int8 has a scale a row and half the size of bfloat16."""
     seed: Seed = 0
     """Seed of the shuffle of sequences and rows."""

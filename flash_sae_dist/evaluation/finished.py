@@ -49,7 +49,10 @@ class FinishedSAE(NamedTuple):
         if before and now:
             other = difference(before, now, MODEL_PARTS)
         else:
-            logger.info("%s or the store is older than identities: names are compared", self.name)
+            if store.knows_model():
+                logger.info(
+                    "%s or the store is older than identities: names are compared", self.name
+                )
             other = next(iter(_differences(trained_on, store.config)), None)
         if other:
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from .metrics import measure
 from .plots import natural
 from .report import evaluation_record, write_evaluation, write_report
 
+logger = logging.getLogger(__name__)
+
 
 def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     """Measures all finished SAEs and writes the report; returns its records on every process.
@@ -53,8 +56,8 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     for sae in saes:
         sae.check_fits(store)
     agree.first_checks(lambda: check_writable("output", output))
-    if cfg.loss_sequences:
-        config.need("model", "text", "cache", verb="evaluate")
+    with_losses = _with_losses(config, store, accelerator)
+    if with_losses:
         agree.first_checks(lambda: check_same_model(config, store))
         if accelerator.is_main_process:
             warn_of_other_text(config, store)
@@ -63,7 +66,7 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     saes.sort(key=lambda s: s.hookpoint)
     mine = saes[len(saes) * rank // world : len(saes) * (rank + 1) // world]
     lm, text = None, None
-    if cfg.loss_sequences:
+    if with_losses:
         hookpoints = list(dict.fromkeys(found.hookpoint for found in mine))
         lm, text = _language_model(config, store, accelerator.device, hookpoints)
     passes = len(mine) + 2 * len({s.hookpoint for s in mine})
@@ -88,6 +91,26 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     return everyone
 
 
+def _with_losses(config: Config, store: ActivationStore, accelerator: Any) -> bool:
+    """Whether losses are measured, too. Raises ConfigError where they should be and the config
+    lacks a section; of imported rows they are left out then, which a log line says.
+    """
+    if not config.evaluate.loss_sequences:
+        return False
+    sections = ("model", "text", "cache")
+    if not store.knows_model() and None in (config.model, config.text, config.cache):
+        if accelerator.is_main_process:
+            logger.info(
+                "the loss recovered is left out: the rows of %s were imported, and the config has "
+                "no sections %s of the model they are of",
+                store.path,
+                ", ".join(sections),
+            )
+        return False
+    config.need(*sections, verb="evaluate")
+    return True
+
+
 def _language_model(
     config: Config, store: ActivationStore, device: torch.device, hookpoints: list[str]
 ) -> tuple[LanguageModel, TokenTable]:
@@ -101,7 +124,8 @@ def _language_model(
     making = making_of(config, lm.tokenizer, causal=lm.causal)
     table = held_out_table(
         making,
-        after_documents=store.num_documents(),
+        # Numbers of imported documents are not those of the text.
+        after_documents=store.num_documents() if store.knows_model() else 0,
         num_sequences=config.evaluate.loss_sequences,
     )
     return lm, table
