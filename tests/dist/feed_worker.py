@@ -24,6 +24,18 @@ def batch(step: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(BATCH, WIDTH, generator=g).to(dtype)
 
 
+class Source:
+    """This rank's rows of each batch."""
+
+    def __init__(self, rows: list[torch.Tensor]) -> None:
+        self.rows, self.made = rows, 0
+        self.shape, self.dtype = (rows[0].shape[0], WIDTH), rows[0].dtype
+
+    def fill_(self, out: torch.Tensor) -> None:
+        out.copy_(self.rows[self.made], non_blocking=True)
+        self.made += 1
+
+
 def run(replicas: str, left_after: str) -> dict[str, Any]:
     """What a feed that is left after some batches gave, and one that is read to its end."""
     mesh = make_mesh(None, int(replicas), device=DEVICE)
@@ -33,9 +45,7 @@ def run(replicas: str, left_after: str) -> dict[str, Any]:
     work = torch.ones(1 if DEVICE.type == "cpu" else 2048, 2048, device=DEVICE)
     seen = []
     for count in (int(left_after), COUNT):
-        # Without a copy or a gather a batch is the source's own tensor.
-        source = rows if DEVICE.type == "cuda" else [part.clone() for part in rows]
-        with BatchFeed(source, COUNT, mesh, DEVICE) as feed:
+        with BatchFeed(Source(rows), COUNT, mesh, DEVICE) as feed:
             for number, x in enumerate(feed):
                 if number == count:
                     break
