@@ -182,6 +182,7 @@ def check_same_job(job: Job, store: ActivationStore, device: torch.device) -> No
             )
         was = made_of(before, store, device)
         if checkpoint.newest_info(job.folder / "checkpoints") or (job.folder / "sae").is_dir():
+            # One without either has nothing to go on with.
             was["step"] |= _BEFORE
         was["store"] = {"parts": {}, "rows": None, "names": names or store.config}
         check_same(f"{job.folder}/job.yaml", was, now)
