@@ -5,6 +5,7 @@ ranks, resumable.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from flash_sae_dist.activations import blocks as reading
 from flash_sae_dist.activations import loader as loading
 from flash_sae_dist.activations import preload as preloading
+from flash_sae_dist.activations.feed import BatchFeed
 from flash_sae_dist.activations.holdout import HeldOut, held_out
 from flash_sae_dist.activations.loader import ActivationLoader
 from flash_sae_dist.activations.order import BlockOrder, KeptRows
@@ -31,6 +33,7 @@ from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError,
 from flash_sae_dist.activations.writer import StoreWriter
 from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.config.train import Preload
+from flash_sae_dist.parallel.mesh import Mesh
 
 ROWS, WIDTH = 331, 6
 
@@ -256,15 +259,33 @@ def shares(store: ActivationStore, case: Case, preload: Preload, *, only: bool) 
     return [sum(batch, []) for batch in zip(*parts, strict=True)]
 
 
+def small_rings(patch: pytest.MonkeyPatch, case: Case) -> None:
+    """Rings as small as they may be."""
+    patch.setattr(loading, "_PART_BYTES", case.part_blocks * case.chunk * WIDTH * 4)
+    patch.setattr(loading, "_RING_BYTES", 0)
+    patch.setattr(loading, "_PARTS_AHEAD", 3)
+
+
+class FakeEvent:
+    """Copies that are never done until they are waited for, or done at once, by turns."""
+
+    def __init__(self, number: int) -> None:
+        self.done = number % 3 == 0
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self.done = True
+
+
 @settings(max_examples=40, deadline=None)
 @given(case=cases())
 def test_batches_are_those_of_the_plain_stream(case: Case) -> None:
     """Whatever the shapes, ranks, parts and where rows are kept."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         store = make_store(f"{folder}/s.zarr", case.rows, case.shard, case.chunk, case.documents)
-        patch.setattr(loading, "_PART_BYTES", case.part_blocks * case.chunk * WIDTH * 4)
-        patch.setattr(loading, "_RING_BYTES", 0)
-        patch.setattr(loading, "_PARTS_AHEAD", 3)
+        small_rings(patch, case)
         out = rows_held_out(case.documents, case.share)
         assert set(held_out(store, case.share).rows.tolist()) == out
         assert len(out) < case.rows, "something is left to train on"
@@ -278,6 +299,24 @@ def test_batches_are_those_of_the_plain_stream(case: Case) -> None:
             want = [whole[i : i + case.batch] for i in range(0, length, case.batch)][case.start :]
             for preload in ("none", "host", "device", "auto"):
                 assert shares(store, case, preload, only=only) == want, preload
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases())
+def test_blocks_that_are_copied_on_are_not_overwritten(case: Case) -> None:
+    """As on a GPU: batches come out of its own memory, and slots of the ring come back late."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        store = make_store(f"{folder}/s.zarr", case.rows, case.shard, case.chunk, case.documents)
+        small_rings(patch, case)
+        numbers_ = itertools.count()
+        patch.setattr(loading, "is_async", lambda device: True)
+        patch.setattr(loading, "copied_event", lambda device: FakeEvent(next(numbers_)))
+        length = (case.start + case.steps) * case.batch
+        out = rows_held_out(case.documents, case.share)
+        whole = stream(case.rows, case.chunk, 3, out, length)
+        want = [whole[i : i + case.batch] for i in range(0, length, case.batch)][case.start :]
+        for preload in ("none", "host", "device"):
+            assert shares(store, case, preload, only=False) == want, preload
 
 
 @settings(max_examples=100, deadline=None)
@@ -548,3 +587,64 @@ def test_no_slot_is_written_before_it_is_released(
                 ahead.release(taken.pop(0))
     finally:
         ahead.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preload", ["none", "host", "device"])
+@pytest.mark.parametrize("parts", [1, 1000])
+def test_a_gpu_gets_the_same_batches(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch, preload: Preload, parts: int
+) -> None:
+    """Through a feed, rings as small as they may be, every batch changed after its use, and the
+    device busy: a copy that came too early or too late would show.
+    """
+    device, steps = torch.device("cuda"), 60
+    monkeypatch.setattr(loading, "_PART_BYTES", parts * 16 * WIDTH * store_bytes(store))
+    monkeypatch.setattr(loading, "_RING_BYTES", 0)
+    monkeypatch.setattr(loading, "_PARTS_AHEAD", 3)
+
+    def loader(device: torch.device, preload: Preload) -> ActivationLoader:
+        return ActivationLoader(
+            store, "h", batch_tokens=100, seed=5, num_steps=steps, device=device, holdout=0.2,
+            preload=preload,
+        )  # fmt: skip
+
+    with loader(torch.device("cpu"), "none") as plain:
+        want = list(plain)
+    seen = []
+    with (
+        loader(device, preload) as source,
+        BatchFeed(source, steps, Mesh.single(), device) as feed,
+    ):
+        for number, x in enumerate(feed):
+            if number % 7 == 3:
+                torch.cuda._sleep(5_000_000)
+            seen.append(x.clone())
+            x.fill_(torch.nan)
+    for number, (got, wanted) in enumerate(zip(seen, want, strict=True)):
+        assert torch.equal(got.cpu(), wanted), number
+    with loader(device, preload) as source:
+        for got, wanted in zip(source, want, strict=True):
+            assert got.is_cuda
+            assert torch.equal(got.cpu(), wanted)
+
+
+@pytest.mark.gpu
+def test_a_gpus_memory_is_given_back(store: ActivationStore) -> None:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for preload in ("none", "host", "device"):
+        with (
+            ActivationLoader(
+                store, "h", batch_tokens=24, seed=5, num_steps=99, device="cuda", preload=preload
+            ) as source,
+            BatchFeed(source, 99, Mesh.single(), torch.device("cuda")) as feed,
+        ):
+            next(iter(feed))
+        del source, feed
+        assert torch.cuda.memory_allocated() == before
+
+
+def store_bytes(store: ActivationStore) -> int:
+    """Bytes of a stored number."""
+    return 2 if store.dtype == "bfloat16" else 4

@@ -33,6 +33,20 @@ _PARTS_AHEAD = 32
 READERS = 8
 
 
+def is_async(device: torch.device) -> bool:
+    """Whether copies go to memory of the device's own, and the host goes on meanwhile."""
+    return device.type != "cpu"
+
+
+def copied_event(device: torch.device) -> torch.cuda.Event:
+    """An event behind what the current stream was given; a host that waits for it sleeps, since the
+    threads need its core.
+    """
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 class _Copy(NamedTuple):
     """Rows of the ring on their way to the memory that batches are gathered from."""
 
@@ -55,7 +69,7 @@ class _Memory:
 
     def __init__(self, reader: BlockReader, dtype: torch.dtype, device: torch.device) -> None:
         self.reader, self.dtype, self.device = reader, dtype, device
-        self.pin = device.type == "cuda"
+        self.is_async, self.pin = is_async(device), device.type == "cuda"
 
     def _rows(self, num_blocks: int, device: torch.device | str, pin: bool = False) -> Tensor:
         shape = (num_blocks * self.reader.chunk_rows, *self.reader.tail)
@@ -70,8 +84,6 @@ class _Memory:
         self.staged = self._rows(num_staged, self.device) if num_staged else self.ring
         self.index = torch.empty((_PARTS_AHEAD, num_index), dtype=torch.int32, pin_memory=self.pin)
         self.device_index = torch.empty(num_index, dtype=torch.int32, device=self.device)
-        # Recorded behind the copies of a part.
-        self.copied = deque[torch.cuda.Event]()
 
     def gather_(self, part: _Part, out: Tensor) -> None:
         """Copies a part's blocks and gathers its rows [n, D] from them, on the current stream."""
@@ -80,7 +92,7 @@ class _Memory:
                 self.ring[source : source + rows], non_blocking=True
             )
         index = part.places
-        if self.pin:
+        if self.is_async:
             index = self.device_index[: len(index)].copy_(index, non_blocking=True)
         torch.index_select(self.staged, 0, index, out=out)
 
@@ -166,9 +178,9 @@ class ActivationLoader:
         self._staged = self._slots
         if self.preload == "device":
             self._staged = self.reader.num_blocks
-        elif self.device.type != "cpu":
+        elif self._memory.is_async:
             self._staged = self._part_blocks + 1
-        own = self.preload == "device" or self.device.type != "cpu"
+        own = self.preload == "device" or self._memory.is_async
         num_index = min(share, self._part_blocks * rows)
         self._memory.allocate(self._slots, self._staged if own else 0, num_index)
         return ReadAhead(
@@ -253,13 +265,10 @@ class ActivationLoader:
             stop = done + len(plan.payload.places)
             self._memory.gather_(plan.payload, out[done:stop])
             done = stop
-            if not self._memory.pin:
+            if self._memory.is_async:
+                self._unreleased.append((plan, copied_event(self.device)))
+            else:
                 self._ahead.release(plan)
-                continue
-            # The host sleeps where it waits for this event: the threads need its core.
-            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            copied.record(torch.cuda.current_stream(self.device))
-            self._unreleased.append((plan, copied))
 
     def _take(self) -> Plan:
         """The next plan. Gives back the slots of those that were copied; while the next one is not
