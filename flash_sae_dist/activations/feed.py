@@ -72,6 +72,9 @@ class BatchFeed:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        rows, width = source.shape
+        size = rows * width * source.dtype.itemsize * mesh.num_shards
+        self._num_buffers = _BUFFERS if size <= _LARGE_BYTES else _LARGE_BUFFERS
         self._buffers: list[_Buffer] = []
         self._filled: deque[torch.cuda.Event] = deque()  # of copies that the host may wait for
         self._error: Exception | None = None
@@ -106,21 +109,16 @@ class BatchFeed:
         for number in range(self.num_batches):
             # The same number ahead on every shard, as gathers must not change places with steps.
             while self._error is None and fetched < min(
-                number + self._num_buffers(), self.num_batches
+                number + self._num_buffers, self.num_batches
             ):
                 self._fetch(fetched, stream, filled)
                 fetched += 1
             if not filled:
                 self._raise()
             torch.cuda.current_stream(self.device).wait_event(filled.popleft())
-            batch, used = self._buffers[number % self._num_buffers()]
+            batch, used = self._buffers[number % self._num_buffers]
             yield batch
             used.record(torch.cuda.current_stream(self.device))
-
-    def _num_buffers(self) -> int:
-        rows, width = self.source.shape
-        size = rows * width * self.source.dtype.itemsize * self.mesh.num_shards
-        return _BUFFERS if size <= _LARGE_BYTES else _LARGE_BUFFERS
 
     def _raise(self) -> None:
         error, self._error = self._error, None
@@ -137,13 +135,13 @@ class BatchFeed:
         """Issues the copy and the gather of a batch; an error is kept for where it is asked for."""
         while len(self._filled) >= _COPIES_AHEAD:
             self._filled.popleft().synchronize()
-        if number < self._num_buffers():
+        if number < self._num_buffers:
             used = torch.cuda.Event()  # type: ignore[no-untyped-call]
             batch = self._empty()
             # The memory may have been another tensor's, which work on this stream still reads.
             used.record(torch.cuda.current_stream(self.device))
             self._buffers.append(_Buffer(batch, used))
-        batch, used = self._buffers[number % self._num_buffers()]
+        batch, used = self._buffers[number % self._num_buffers]
         # The host sleeps where it waits for this event: the loader's threads need its core.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):

@@ -49,7 +49,7 @@ class ReadAhead:
         self._made: deque[Plan] = deque()
         self._unreleased = self._freed = 0
         self._failure: BaseException | None = None
-        self._closed = False
+        self._is_planning = self._is_at_end = self._closed = False
         self._threads = [
             Thread(target=self._run, name=f"block-{i}", daemon=True) for i in range(num_threads)
         ]
@@ -116,21 +116,35 @@ class ReadAhead:
                 self._done.notify()
 
     def _take_job(self) -> tuple[Plan, int, int] | None:
-        with self._lock:
-            while not self._closed:
+        """The next block to read, None where the threads are to end."""
+        while True:
+            with self._lock:
+                while not (self._closed or self._jobs or self._may_plan()):
+                    self._work.wait()
+                if self._closed:
+                    return None
                 if self._jobs:
                     return self._jobs.popleft()
-                if not self._add_plan():
-                    self._work.wait()
-            return None
+                self._is_planning = True
+            # Without the lock, which the thread that takes plans needs.
+            plan = self._next or next(self._plans, None)
+            with self._lock:
+                self._is_planning, self._next = False, plan
+                self._is_at_end = plan is None
+                if plan is not None and self._fits(plan):
+                    self._add(plan)
 
-    def _add_plan(self) -> bool:
-        """Makes the next plan where there is room for it."""
-        if self._unreleased == self.num_plans or self._failure is not None:
+    def _may_plan(self) -> bool:
+        """Whether a plan is to be made, or one that was made has room by now."""
+        busy = self._is_planning or self._is_at_end or self._failure is not None
+        if busy or self._unreleased == self.num_plans:
             return False
-        plan = self._next = self._next or next(self._plans, None)
-        if plan is None or plan.first + len(plan.blocks) - self._freed > self.num_slots:
-            return False
+        return self._next is None or self._fits(self._next)
+
+    def _fits(self, plan: Plan) -> bool:
+        return plan.first + len(plan.blocks) - self._freed <= self.num_slots
+
+    def _add(self, plan: Plan) -> None:
         self._next = None
         self._unreleased += 1
         plan.left = len(plan.blocks)
@@ -138,5 +152,6 @@ class ReadAhead:
         self._jobs.extend((plan, b, slot) for slot, b in enumerate(plan.blocks, plan.first))
         if not plan.left:
             self._done.notify()
-        self._work.notify(max(1, len(self._jobs) - 1))
-        return True
+        # Few are woken for a plan: while there is room, those that are awake make the next one and
+        # wake more.
+        self._work.notify(1 + len(self._jobs) // 4)
