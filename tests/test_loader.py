@@ -483,9 +483,9 @@ def test_blocks_are_read_once_an_epoch(
             store, "h", batch_tokens=24, seed=5, num_steps=steps, preload=preload
         ) as loader:
             assert all(torch.equal(a, b) for a, b in zip(loader, want, strict=True))
-        # Threads may meet at a block that is not kept yet.
         assert set(read) == set(range(blocks))
-        assert len(read) <= blocks + (2 if preload == "host" else 0)
+        # One that is still being read when the next epoch wants it is read again.
+        assert len(read) <= (2 * blocks if preload == "host" else blocks)
 
 
 @pytest.mark.parametrize(
