@@ -34,6 +34,7 @@ STEP_KEYS = frozenset(
         *("hookpoint", "batch_tokens", "seed", "lr", "warmup_steps", "decay_fraction", "grad_clip"),
         *("adam_betas", "adam_eps", "adam_mode", "moment_dtype", "ema_decay", "engine"),
         *("precision", "dead_latents", "aux_coef", "k_aux", "dead_after_tokens", "normalize"),
+        "holdout",
     )
 )
 # Keys that decide a store's rows by their own values.
@@ -54,7 +55,7 @@ NAMING_KEYS = frozenset(
 FREE_KEYS = frozenset(
     [f"train.{key}" for key in ("num_tokens", "num_shards", "num_replicas", "micro_batches")]
     + [f"train.{key}" for key in ("log_every", "checkpoint_every", "keep_checkpoints")]
-    + [f"train.{key}" for key in ("checkpoint_minutes", "rendezvous_timeout_s")]
+    + [f"train.{key}" for key in ("checkpoint_minutes", "rendezvous_timeout_s", "preload")]
     + ["text.streaming", "cache.store", "cache.memory_gib", "store", "output", "trackers"]
     + ["model.trust_remote_code", "model.device_map"]
     + [f"evaluate.{key}" for key in ("num_tokens", "batch_tokens", "loss_sequences")]

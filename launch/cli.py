@@ -25,6 +25,7 @@ BENCHES = {
     "parity": "bench_parity",
     "shards": "bench_shards",
     "cache": "bench_cache",
+    "load": "bench_load",
 }
 VERBS = ("cache", "train", "grid", "evaluate", "export", "verify")
 # Those that take a folder in place of a config.
@@ -121,9 +122,12 @@ def _has_gpu() -> bool:
 
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(help="encode, decode, step, parity, shards or cache")] = "",
+    what: Annotated[
+        str, typer.Argument(help="encode, decode, step, parity, shards, cache or load")
+    ] = "",
 ) -> None:
-    """Time kernels beside their peers on this machine's GPU: `flash-sae bench encode --help`."""
+    """Time kernels beside their peers on this machine's GPU, and the loader beside its limits:
+    `flash-sae bench encode --help`."""
     if what in ("", "--help"):
         typer.echo(context.get_help())
         typer.echo(f"WHAT is one of {', '.join(BENCHES)}; each has a --help of its own.")

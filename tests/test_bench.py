@@ -9,7 +9,9 @@ import pytest
 import torch
 import typer
 
+from flash_sae_dist.activations.loader import ActivationLoader
 from flash_sae_dist.launch.bench_against import compare
+from flash_sae_dist.launch.bench_load import HOOKPOINT, load, load_rate, make_store, read_rate
 from flash_sae_dist.launch.bench_step import EXACT, OURS
 from flash_sae_dist.launch.bench_training import (
     SHAPES,
@@ -110,3 +112,31 @@ def test_checkouts_are_timed_in_turns(tmp_path: Path) -> None:
 
 def test_the_exact_row_is_first() -> None:
     assert next(iter(OURS)) == EXACT
+
+
+def test_the_store_that_is_made_is_whole_and_its_documents_differ(tmp_path: Path) -> None:
+    store = make_store(str(tmp_path / "s.zarr"), 9000, 16)
+    assert 8000 < store.rows <= 9000
+    documents = store.read("tokens/document", 0, store.rows)
+    assert documents.max() + 1 == store.num_documents()
+    assert documents[0] != documents[store.geometry.shard_rows]
+    with ActivationLoader(store, HOOKPOINT, batch_tokens=store.rows, seed=0, num_steps=1) as rows:
+        (batch,) = rows
+    assert 0.9 < float(batch.float().std()) < 1.1
+    assert read_rate(store, HOOKPOINT, 2) > 0
+    for preload in ("none", "host", "device"):
+        rate, host = load_rate(store, HOOKPOINT, 100, preload, 0.01, CPU)
+        assert rate > 0
+        assert host * rate > 0
+
+
+def test_bench_load_prints_every_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(folder=str(tmp_path), gib=0.001, width=16, batch_tokens=512, cpu=True)
+    out = capsys.readouterr().out
+    for row in ("preadv, 1 threads", "preload=none", "preload=host", "preload=device"):
+        assert row in out
+    assert not list(tmp_path.iterdir()), "the store is removed"
+    with pytest.raises(typer.BadParameter, match="none of none, host, device"):
+        load(cpu=True, preload=["disk"])
+    with pytest.raises(typer.BadParameter, match="go together"):
+        load(cpu=True, store="s.zarr")

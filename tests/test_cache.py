@@ -17,6 +17,7 @@ from transformers import FalconConfig, FalconForCausalLM
 
 from flash_sae_dist import files
 from flash_sae_dist.activations import records
+from flash_sae_dist.activations.blocks import BlockReader
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.language_model import (
     LanguageModel,
@@ -26,7 +27,7 @@ from flash_sae_dist.activations.language_model import (
     resolve_hookpoints,
     weights_checksum,
 )
-from flash_sae_dist.activations.loader import ActivationLoader, BlockReader
+from flash_sae_dist.activations.loader import ActivationLoader
 from flash_sae_dist.activations.records import Records
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError, array_names
 from flash_sae_dist.config.base import ConfigError, UserError, match_names
@@ -362,7 +363,7 @@ def test_damage_is_found(root: Path, damage: str) -> None:
     with pytest.raises(DamagedStoreError, match=r"c/1/0"):
         store.verify()
     if damage != "foreign":
-        reader = BlockReader(store, "model.layers.0")
+        reader = BlockReader(store, "activations/model.layers.0")
         first = reader.chunks_a_shard  # the first chunk of shard 1, where the byte was flipped
         with pytest.raises(DamagedStoreError, match=r"c/1/0"):
             reader.read(first)
@@ -613,7 +614,7 @@ def test_any_fsspec_url_works(
     data = bytearray(store.records.fs.cat_file(file))
     data[5] ^= 1
     store.records.fs.pipe_file(file, bytes(data))
-    reader = BlockReader(store, "model.layers.0")
+    reader = BlockReader(store, "activations/model.layers.0")
     with pytest.raises(DamagedStoreError, match="damaged"):
         reader.read(0)
     reader.close()

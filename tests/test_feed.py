@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,20 +15,22 @@ ROWS, WIDTH = 12, 5
 
 
 class Source:
-    """Endless batches, the i-th full of numbers from 100 * i on; counts those that were read."""
+    """Endless batches, the i-th full of numbers from 100 * i on; counts those that were made."""
 
     def __init__(
-        self, dtype: torch.dtype = torch.float32, fails_at: int = -1, pin: bool = False
+        self,
+        dtype: torch.dtype = torch.float32,
+        fails_at: int = -1,
+        shape: tuple[int, int] = (ROWS, WIDTH),
     ) -> None:
-        self.dtype, self.fails_at, self.pin, self.read = dtype, fails_at, pin, 0
+        self.dtype, self.fails_at, self.shape, self.made = dtype, fails_at, shape, 0
 
-    def __iter__(self) -> Iterator[Tensor]:
-        while True:
-            if self.read == self.fails_at:
-                raise ValueError(f"batch {self.read} is damaged")
-            self.read += 1
-            rows = batch(self.read - 1).to(self.dtype)
-            yield rows.pin_memory() if self.pin else rows
+    def fill_(self, out: Tensor) -> None:
+        if self.made == self.fails_at:
+            raise ValueError(f"batch {self.made} is damaged")
+        rows = batch(self.made, *self.shape).to(self.dtype)
+        out.copy_(rows.pin_memory() if out.is_cuda else rows, non_blocking=True)
+        self.made += 1
 
 
 def batch(number: int, rows: int = ROWS, width: int = WIDTH) -> Tensor:
@@ -50,7 +50,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 50])
 def test_batches_come_in_order(device: torch.device, dtype: torch.dtype, count: int) -> None:
-    source = Source(dtype, pin=device.type == "cuda")
+    source = Source(dtype)
     seen = 0
     with BatchFeed(source, count, Mesh.single(), device) as feed:
         for x in feed:
@@ -59,26 +59,24 @@ def test_batches_come_in_order(device: torch.device, dtype: torch.dtype, count: 
             assert torch.equal(x.cpu(), batch(seen).to(dtype))
             x.fill_(torch.nan)
             seen += 1
-    assert seen == source.read == count, "no batch is read that no step will use"
+    assert seen == source.made == count, "no batch is made that no step will use"
 
 
 def test_it_may_be_left_at_any_batch(device: torch.device) -> None:
-    source = Source(pin=device.type == "cuda")
+    source = Source()
     with BatchFeed(source, 50, Mesh.single(), device) as feed:
         for number, x in enumerate(feed):
             assert torch.equal(x.cpu(), batch(number))
             if number == 6:
                 break
-    assert source.read == (7 if device == CPU else 8)
+    assert source.made == (7 if device == CPU else 6 + feeding._BUFFERS)
 
 
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_an_error_is_that_of_its_batch(device: torch.device, at: int) -> None:
     """The steps before it are made, although the feed reads ahead."""
     seen = 0
-    with BatchFeed(
-        Source(fails_at=at, pin=device.type == "cuda"), 50, Mesh.single(), device
-    ) as feed:
+    with BatchFeed(Source(fails_at=at), 50, Mesh.single(), device) as feed:
         batches = iter(feed)
         for number in range(at):
             assert torch.equal(next(batches).cpu(), batch(number))
@@ -94,11 +92,12 @@ def test_a_busy_device_reads_whole_batches() -> None:
     came too early, or a step that did not wait for its own, would show.
     """
     device, rows, width, count = torch.device("cuda"), 4096, 1024, 50
-    want = [batch(i, rows, width).bfloat16().pin_memory() for i in range(count)]
+    want = [batch(i, rows, width).bfloat16() for i in range(count)]
+    source = Source(torch.bfloat16, shape=(rows, width))
     large = torch.randn(4096, 4096, device=device)
     early = torch.empty(count, rows, width, dtype=torch.bfloat16, device=device)
     late = torch.empty_like(early)
-    with BatchFeed(want, count, Mesh.single(), device) as feed:
+    with BatchFeed(source, count, Mesh.single(), device) as feed:
         for number, x in enumerate(feed):
             early[number].copy_(x)
             for _ in range(4):
@@ -115,10 +114,9 @@ def test_a_busy_device_reads_whole_batches() -> None:
 @pytest.mark.gpu
 def test_the_host_waits_only_when_it_is_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeding, "_COPIES_AHEAD", 4)
-    pinned = [batch(i).pin_memory() for i in range(12)]
     queued: list[int] = []
     ends: list[torch.cuda.Event] = []
-    with BatchFeed(pinned, 12, Mesh.single(), torch.device("cuda")) as feed:
+    with BatchFeed(Source(), 12, Mesh.single(), torch.device("cuda")) as feed:
         for x in feed:
             x.add_(1)
             torch.cuda._sleep(50_000_000)  # cycles, some 25 ms
@@ -135,10 +133,9 @@ def test_memory_given_back_is_not_written_any_more() -> None:
     values, and all of it is given back.
     """
     device, shape = torch.device("cuda"), (8192, 4096)
-    pinned = [torch.full(shape, 7.0).pin_memory() for _ in range(2)]
     before = torch.cuda.memory_allocated()
     for _ in range(10):
-        with BatchFeed(pinned, 2, Mesh.single(), device) as feed:
+        with BatchFeed(Source(shape=shape), 2, Mesh.single(), device) as feed:
             next(iter(feed))
         assert torch.cuda.memory_allocated() == before
         mine = [torch.zeros(shape, device=device) for _ in range(2)]

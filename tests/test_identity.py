@@ -290,7 +290,8 @@ def test_other_versions_are_a_log_line(
 def test_what_is_older_than_identities_goes_on(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = data_in(base) | {"output": str(tmp_path / "run"), "store": str(tmp_path / "store.zarr")}
+    data = data_in(base, holdout=0.0)
+    data |= {"output": str(tmp_path / "run"), "store": str(tmp_path / "store.zarr")}
     shutil.copytree(base / "store.zarr", tmp_path / "store.zarr")
     for name, key in (("geometry", "identity"), ("complete", "content")):
         file = tmp_path / f"store.zarr/records/{name}.json"
@@ -311,10 +312,55 @@ def test_what_is_older_than_identities_goes_on(
         file.write_text(json.dumps(manifest | {"format": 1}))
     with pytest.raises(ConfigError, match=r"train\.lr=0\.5 differs"):
         train(data | {"train": data["train"] | {"lr": 0.5}})
+    with pytest.raises(
+        ConfigError, match=r"holdout=0\.01 differs from 0\.0 .*; set train\.holdout=0"
+    ):
+        train(data | {"train": data["train"] | {"holdout": 0.01}})
     train(data)
     assert "older than identities" in caplog.text
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(data).items())
     assert evaluate(data)["made_of"]["sae"] is None
+
+
+def test_a_job_older_than_the_holdout_goes_on_without_one(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its order left out nothing, which is not the default."""
+    data = data_in(base, holdout=0.0) | {"output": str(tmp_path / "run")}
+    whole = data | {"output": str(tmp_path / "whole")}
+    train(whole)
+    train_half(data)
+    folder = tmp_path / "run" / JOB
+    record = read_json(folder / made_of.MADE_OF)
+    del record["step"]["train.holdout"]
+    record["digest"] = identity.digest([record["step"], record["store"]["parts"]])
+    write_json(folder / made_of.MADE_OF, record)
+    for file in (folder / "checkpoints").glob("*/manifest.json"):
+        manifest = json.loads(file.read_text())
+        manifest["info"]["made_of"] = record
+        # Manifests of this format hold no checksum of their own.
+        del manifest["crc32c"]
+        file.write_text(json.dumps(manifest | {"format": 1}))
+    default = data | {"train": {k: v for k, v in data["train"].items() if k != "holdout"}}
+    with pytest.raises(ConfigError, match="set train.holdout=0.0 to go on, name another output"):
+        train(default)
+    caplog.set_level(logging.INFO)
+    train(data)
+    assert f"resumed at step {STEPS // 2}" in caplog.text
+    assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(data).items())
+
+
+@pytest.mark.parametrize("preload", ["host", "device"])
+def test_where_rows_are_kept_may_change_from_launch_to_launch(
+    base: Path, tmp_path: Path, preload: str
+) -> None:
+    """The same weights, whenever and however often it changes."""
+    data = data_in(base, preload=preload, holdout=0.1) | {"output": str(tmp_path / "run")}
+    train_half(data)
+    train(data | {"train": data["train"] | {"preload": "none"}})
+    whole = data | {"output": str(tmp_path / "whole")}
+    train(whole)
+    assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(data).items())
 
 
 def _without_record(path: Path) -> dict[str, Any]:
@@ -441,7 +487,8 @@ OTHER: dict[str, Any] = {
     "train.num_replicas": 2, "train.seed": 5, "train.log_every": 2, "train.checkpoint_every": 11,
     "train.keep_checkpoints": 3, "train.adam_mode": "lazy", "train.moment_dtype": "bfloat16",
     "train.ema_decay": 0.9, "train.normalize": "unit_mean_square",
-    "train.checkpoint_minutes": 5.0, "train.rendezvous_timeout_s": 30,
+    "train.checkpoint_minutes": 5.0, "train.rendezvous_timeout_s": 30, "train.holdout": 0.5,
+    "train.preload": "host",
 }  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""Batches on the device, copied and gathered over shards while the step before them runs."""
+"""Batches on the device, copied and gathered over shards while the steps before them run."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -13,11 +13,30 @@ from torch import Tensor
 from ..parallel import collectives
 from ..parallel.mesh import Mesh
 
-# One that the consumer reads, one that is filled meanwhile.
-_BUFFERS = 2
+# One that the consumer reads, the others are filled meanwhile; of large batches, whose steps take
+# tens of milliseconds, one.
+_BUFFERS = 4
+_LARGE_BYTES, _LARGE_BUFFERS = 48 << 20, 2
 # Copies that may wait for the device. Nothing else stops the host, which would fill its memory with
 # page-locked batches; a device that has 8 steps to make is never idle for it.
 _COPIES_AHEAD = 8
+
+
+class BatchSource(Protocol):
+    """What a feed takes batches from: a loader of a store, or whatever else makes rows."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of each batch: [N/P, D]."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows."""
+
+    def fill_(self, out: Tensor, /) -> None:
+        """Writes the next batch into out [N/P, D], on the feed's device, as work of the stream that
+        is current there. Raises what makes that batch impossible.
+        """
 
 
 class _Buffer(NamedTuple):
@@ -29,32 +48,36 @@ class BatchFeed:
     """Iterates once over a replica's batches [N, D] on a device, made from the rows [N/P, D] that
     each of its P shards has read.
 
-    On CUDA the rows must lie in page-locked memory. They are copied, and gathered over the shards,
-    on a stream of the feed's own, a batch ahead, into two buffers that it owns: a batch may be
-    changed in place, and is overwritten once the next is asked for. The stream that is current
-    where a batch is asked for waits for it; the host does not, unless it is 8 batches ahead of the
-    device. On other devices a batch is made when it is asked for.
+    On CUDA they are copied, and gathered over the shards, on a stream of the feed's own, up to
+    three batches ahead, into buffers that it owns: a batch may be changed in place, and is
+    overwritten once the next is asked for. The stream that is current where a batch is asked for
+    waits for it; the host does not, unless it is 8 batches ahead of the device. On other devices a
+    batch is made when it is asked for.
 
     Each shard issues its gathers in the order of batches, on a group that nothing else uses, and
-    as many as the others where all ask for as many batches. What reading a batch raises is raised
+    as many as the others where all ask for as many batches. What making a batch raises is raised
     where that batch is asked for. A context manager: leaving it gives back the buffers. Collective
     over the shard group.
     """
 
     def __init__(
         self,
-        batches: Iterable[Tensor],  # [N/P, D] each, at least num_batches
+        source: BatchSource,  # of at least num_batches
         num_batches: int,
         mesh: Mesh,
         device: torch.device,
     ) -> None:
-        self.batches, self.num_batches = iter(batches), num_batches
+        self.source, self.num_batches = source, num_batches
         self.mesh, self.device = mesh, device
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        rows, width = source.shape
+        size = rows * width * source.dtype.itemsize * mesh.num_shards
+        self._num_buffers = _BUFFERS if size <= _LARGE_BYTES else _LARGE_BUFFERS
         self._buffers: list[_Buffer] = []
-        self._filled: deque[torch.cuda.Event] = deque()  # by batch, the newest last
+        self._filled: deque[torch.cuda.Event] = deque()  # of copies that the host may wait for
+        self._error: Exception | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -69,65 +92,78 @@ class BatchFeed:
             # A batch may be under way still, into memory that this stream may use from here on.
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
         self._buffers.clear()
+        self._error = None
 
     def __iter__(self) -> Iterator[Tensor]:
         if self._stream is not None:
             yield from self._ahead(self._stream)
             return
         for _ in range(self.num_batches):
-            rows = next(self.batches).to(self.device)
-            if self.mesh.num_shards > 1:
-                batch = self._empty(rows)
-                self._own_rows(batch).copy_(rows)
-                collectives.gather_batch_(batch, self.mesh)
-                rows = batch
-            yield rows
+            batch = self._empty()
+            self._make(batch)
+            yield batch
 
     def _ahead(self, stream: torch.cuda.Stream) -> Iterator[Tensor]:
-        error: Exception | None = None
-        if self.num_batches:
-            self._fetch(0, stream)
+        filled: deque[torch.cuda.Event] = deque()  # by batch, of those not given out
+        fetched = 0
         for number in range(self.num_batches):
-            if error is not None:
-                try:
-                    raise error
-                finally:
-                    # Its traceback holds this frame, and so the memory of both.
-                    error = None
-            batch, used = self._buffers[number % _BUFFERS]
-            torch.cuda.current_stream(self.device).wait_event(self._filled[-1])
-            if number + 1 < self.num_batches:
-                try:
-                    self._fetch(number + 1, stream)
-                except Exception as e:
-                    error = e
+            # The same number ahead on every shard, as gathers must not change places with steps.
+            while self._error is None and fetched < min(
+                number + self._num_buffers, self.num_batches
+            ):
+                self._fetch(fetched, stream, filled)
+                fetched += 1
+            if not filled:
+                self._raise()
+            torch.cuda.current_stream(self.device).wait_event(filled.popleft())
+            batch, used = self._buffers[number % self._num_buffers]
             yield batch
             used.record(torch.cuda.current_stream(self.device))
 
-    def _fetch(self, number: int, stream: torch.cuda.Stream) -> None:
-        """Issues the copy and the gather of a batch."""
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        assert error is not None
+        try:
+            raise error
+        finally:
+            # Its traceback holds this frame, and so the memory of both.
+            error = None
+
+    def _fetch(
+        self, number: int, stream: torch.cuda.Stream, filled: deque[torch.cuda.Event]
+    ) -> None:
+        """Issues the copy and the gather of a batch; an error is kept for where it is asked for."""
         while len(self._filled) >= _COPIES_AHEAD:
             self._filled.popleft().synchronize()
-        rows = next(self.batches)
-        if number < _BUFFERS:
+        if number < self._num_buffers:
             used = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            batch = self._empty(rows)
+            batch = self._empty()
             # The memory may have been another tensor's, which work on this stream still reads.
             used.record(torch.cuda.current_stream(self.device))
             self._buffers.append(_Buffer(batch, used))
-        batch, used = self._buffers[number % _BUFFERS]
+        batch, used = self._buffers[number % self._num_buffers]
         # The host sleeps where it waits for this event: the loader's threads need its core.
-        filled = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             stream.wait_event(used)
-            self._own_rows(batch).copy_(rows, non_blocking=True)
-            collectives.gather_batch_(batch, self.mesh)
-            filled.record(stream)
-        self._filled.append(filled)
+            try:
+                self._make(batch)
+            except Exception as e:
+                self._error = e
+                return
+            event.record(stream)
+        self._filled.append(event)
+        filled.append(event)
 
-    def _empty(self, rows: Tensor) -> Tensor:
-        shape = (rows.shape[0] * self.mesh.num_shards, rows.shape[1])
-        return torch.empty(shape, dtype=rows.dtype, device=self.device)
+    def _make(self, batch: Tensor) -> None:
+        """Writes a batch, on the current stream."""
+        self.source.fill_(self._own_rows(batch))
+        collectives.gather_batch_(batch, self.mesh)
+
+    def _empty(self) -> Tensor:
+        rows, width = self.source.shape
+        shape = (rows * self.mesh.num_shards, width)
+        return torch.empty(shape, dtype=self.source.dtype, device=self.device)
 
     def _own_rows(self, batch: Tensor) -> Tensor:
         return batch.chunk(self.mesh.num_shards)[self.mesh.shard]

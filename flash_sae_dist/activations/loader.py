@@ -1,159 +1,111 @@
-"""Batches from a store: the order is a function of (seed, step) alone, read ahead on threads,
-checksums verified.
+"""Batches from a store: the order is a function of (seed, step) alone, blocks are read ahead by
+many threads, checksums verified.
 """
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
+import logging
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
-from threading import Lock
 from types import TracebackType
-from typing import Any, Self
+from typing import NamedTuple, Self
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..config.base import ConfigError
-from .store import ActivationStore, DamagedStoreError, storage_dtype
+from ..config.train import Preload
+from .blocks import BlockReader, BlockSpace
+from .holdout import held_out
+from .order import BlockOrder, Ints, KeptRows
+from .preload import HostRows, choose_preload
+from .read_ahead import Plan, ReadAhead
+from .store import ActivationStore
 
-_READ_AHEAD = 4
-_CACHED_BLOCKS = 8
-# A process may often have 1024 files open; a store has thousands of shards.
-_OPEN_FILES = 64
-# One thread's reads from the page cache come to about 1.3 GB/s on an H100's host (2026-11-23); a
-# step of 8192 x 4096 bfloat16 in 25 ms takes 2.6.
-_READERS = 4
-# crc32c of any bytes followed by their own crc32c: checks a chunk without copying its body out.
-_CRC_RESIDUE = 0x48674BC7
+logger = logging.getLogger(__name__)
+# Batches read ahead, as far as they come to no more than this, which hides a disk's latency.
+_BATCHES_AHEAD = 8
+_RING_BYTES = 256 << 20
+# Blocks that are copied to the device and gathered at a time: a batch of more comes in parts.
+_PART_BYTES = 16 << 20
+_PARTS_AHEAD = 32
+READERS = 8
 
 
-class BlockOrder:
-    """Where each row of the endless stream of epochs lies: an epoch is a permutation of blocks.
+def is_async(device: torch.device) -> bool:
+    """Whether copies go to memory of the device's own, and the host goes on meanwhile."""
+    return device.type != "cpu"
 
-    Rows inside a block keep the order in which they were shuffled when the store was written.
+
+def copied_event(device: torch.device) -> torch.cuda.Event:
+    """An event behind what the current stream was given; a host that waits for it sleeps, since the
+    threads need its core.
+    """
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+class _Copy(NamedTuple):
+    """Rows of the ring on their way to the memory that batches are gathered from."""
+
+    source: int
+    target: int
+    rows: int
+
+
+class _Part(NamedTuple):
+    """How a batch, or a part of one, comes out of the blocks of a plan."""
+
+    copies: list[_Copy]
+    places: Tensor  # [n] int32, page-locked for a CUDA device: places of its rows
+
+
+class _Memory:
+    """Blocks that batches are gathered from: the ring that threads read into, and on a device those
+    that were copied there.
     """
 
-    def __init__(self, rows: int, block_rows: int, seed: int) -> None:
-        self.rows, self.block_rows, self.seed = rows, block_rows, seed
-        self.sizes = np.full(-(-rows // block_rows), block_rows, dtype=np.int64)
-        self.sizes[-1] = rows - block_rows * (len(self.sizes) - 1)
-        self._epoch = lru_cache(maxsize=4)(self._make_epoch)
+    def __init__(self, reader: BlockReader, dtype: torch.dtype, device: torch.device) -> None:
+        self.reader, self.dtype, self.device = reader, dtype, device
+        self.is_async, self.pin = is_async(device), device.type == "cuda"
 
-    def _make_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sizes))
-        return order, np.cumsum(self.sizes[order])
+    def _rows(self, num_blocks: int, device: torch.device | str, pin: bool = False) -> Tensor:
+        shape = (num_blocks * self.reader.chunk_rows, *self.reader.tail)
+        return torch.empty(shape, dtype=self.dtype, device=device, pin_memory=pin)
 
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(block, first row in it, row after the last) for positions start .. stop."""
-        while start < stop:
-            epoch, offset = divmod(start, self.rows)
-            order, ends = self._epoch(epoch)
-            slot = int(np.searchsorted(ends, offset, side="right"))
-            block = int(order[slot])
-            first = offset - (int(ends[slot - 1]) if slot else 0)
-            count = min(int(self.sizes[block]) - first, stop - start)
-            yield block, first, first + count
-            start += count
+    def allocate(self, num_slots: int, num_staged: int, num_index: int) -> None:
+        """num_staged: blocks of the device's memory, 0 where batches come out of the ring."""
+        self.ring = self._rows(num_slots, "cpu", self.pin)
+        bits = self.ring.view(torch.uint16) if self.dtype == torch.bfloat16 else self.ring
+        blocks = bits.numpy().reshape(num_slots, self.reader.chunk_rows, *self.reader.tail)
+        self.spaces = [BlockSpace.of(block) for block in blocks]
+        self.staged = self._rows(num_staged, self.device) if num_staged else self.ring
+        self.index = torch.empty((_PARTS_AHEAD, num_index), dtype=torch.int32, pin_memory=self.pin)
+        self.device_index = torch.empty(num_index, dtype=torch.int32, device=self.device)
 
-
-class _File:
-    """A file open for reading until the last who reads it lets go of it."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-class BlockReader:
-    """Blocks (Zarr's inner chunks) of one hookpoint, read below Zarr where the store is a local
-    folder.
-
-    A shard ends in its index, offset and length of each chunk as little-endian uint64, and a
-    crc32c; each chunk ends in its own crc32c (Zarr v3 sharding codec). The index is read once a
-    shard and kept, a chunk by one `pread`; the files used last stay open.
-    """
-
-    def __init__(self, store: ActivationStore, hookpoint: str) -> None:
-        self.store, self.name = store, f"activations/{hookpoint}"
-        self.width = store.width(hookpoint)
-        self.dtype = storage_dtype(store.dtype)
-        self.chunk_rows = store.geometry.chunk_rows
-        self.chunks_a_shard = store.geometry.shard_rows // self.chunk_rows
-        self.files: OrderedDict[int, _File] = OrderedDict()
-        self.indices: dict[int, npt.NDArray[np.uint64]] = {}
-        self.lock = Lock()
-        self.remote = None if store.records.local else store.array(self.name)
-
-    def close(self) -> None:
-        """Closes the shards' files."""
-        with self.lock:
-            self.files.clear()
-
-    def _open(self, shard: int) -> tuple[_File, npt.NDArray[np.uint64]]:
-        with self.lock:
-            file = self.files.pop(shard, None) or _File(self.store.shard_file(self.name, shard))
-            self.files[shard] = file
-            if len(self.files) > _OPEN_FILES:
-                self.files.popitem(last=False)
-            if shard not in self.indices:
-                self.indices[shard] = self._index(shard, file)
-            return file, self.indices[shard]
-
-    def _index(self, shard: int, file: _File) -> npt.NDArray[np.uint64]:
-        size = 16 * self.chunks_a_shard + 4
-        start = os.fstat(file.descriptor).st_size - size
-        tail = os.pread(file.descriptor, size, start) if start >= 0 else b""
-        if len(tail) != size or google_crc32c.value(tail) != _CRC_RESIDUE:
-            raise DamagedStoreError(
-                f"{self.store.shard_file(self.name, shard)} is torn: its index does not hold; "
-                "delete that file and run the same `flash-sae cache` again"
+    def gather_(self, part: _Part, out: Tensor) -> None:
+        """Copies a part's blocks and gathers its rows [n, D] from them, on the current stream."""
+        for source, target, rows in part.copies:
+            self.staged[target : target + rows].copy_(
+                self.ring[source : source + rows], non_blocking=True
             )
-        return np.frombuffer(tail, dtype="<u8", count=2 * self.chunks_a_shard)
-
-    def read(self, block: int) -> npt.NDArray[Any]:
-        """Rows of a block [rows, D]. Raises DamagedStoreError where a checksum does not hold."""
-        start = block * self.chunk_rows
-        stop = min(self.store.rows, start + self.chunk_rows)
-        if self.remote is not None:
-            try:
-                return np.asarray(self.remote[start:stop])
-            except ValueError as e:
-                raise DamagedStoreError(
-                    f"{self.name} of {self.store.path} is damaged in rows {start}..{stop}: {e}; "
-                    "delete that shard's file and run the same `flash-sae cache` again"
-                ) from e
-        shard, chunk = divmod(block, self.chunks_a_shard)
-        file, index = self._open(shard)
-        offset, length = (int(n) for n in index[2 * chunk : 2 * chunk + 2])
-        expected = self.chunk_rows * self.width * self.dtype.itemsize + 4
-        data = os.pread(file.descriptor, expected, offset) if length == expected else b""
-        if len(data) != expected or google_crc32c.value(data) != _CRC_RESIDUE:
-            path = self.store.shard_file(self.name, shard)
-            raise DamagedStoreError(
-                f"{path} is damaged in chunk {chunk}: its crc32c does not hold; "
-                "delete that file and run the same `flash-sae cache` again"
-            )
-        count = (expected - 4) // self.dtype.itemsize
-        rows = np.frombuffer(data, dtype=self.dtype, count=count)
-        return rows.reshape(self.chunk_rows, self.width)[: stop - start]
+        index = part.places
+        if self.is_async:
+            index = self.device_index[: len(index)].copy_(index, non_blocking=True)
+        torch.index_select(self.staged, 0, index, out=out)
 
 
 class ActivationLoader:
     """Iterates over this rank's rows [batch_tokens / num_ranks, D] of num_steps batches from
-    start_step on, on the host; in page-locked memory, where a CUDA device is to have them.
+    start_step on, on a device; `fill_` writes them where they are to be.
 
     Batch i is rows i * batch_tokens .. (i + 1) * batch_tokens of a stream that `BlockOrder`
-    defines; rank r of n takes its r-th n-th. So the batches do not depend on the number of ranks,
-    and a run resumes exactly at any step. A context manager: leaving it stops the reading.
+    defines; rank r of n takes its r-th n-th. So the batches depend neither on the number of ranks
+    nor on `preload`, and a run resumes exactly at any step. Blocks are read whole into a ring, from
+    there copied whole to the device, and the rows of a batch gathered there: rows that are held out
+    stay behind. A context manager: reading begins where it is entered and ends where it is left.
     """
 
     def __init__(
@@ -168,27 +120,79 @@ class ActivationLoader:
         rank: int = 0,
         num_ranks: int = 1,
         device: torch.device | str = "cpu",
+        holdout: float = 0.0,
+        only_held_out: bool = False,
+        preload: Preload = "none",
     ) -> None:
+        """holdout: the share of rows, in whole documents, that the stream leaves out (see
+        `held_out`), or holds alone. Raises ValueError for a batch that the ranks cannot split and
+        for a stream without rows, UserError where rows that are to be preloaded do not fit.
+        """
         if batch_tokens % num_ranks:
             raise ValueError(
                 f"batch_tokens={batch_tokens} is not divisible by the {num_ranks} ranks reading it"
             )
-        if store.dtype == "int8":
-            raise ConfigError(
-                f"store={store.path!r} holds int8, which the loader cannot decode yet"
+        self.reader = BlockReader(store, f"activations/{hookpoint}")
+        self.device, self.rank = torch.device(device), rank
+        self.dtype: torch.dtype = getattr(torch, store.dtype)
+        self.shape = (batch_tokens // num_ranks, store.width(hookpoint))
+        self.batch_tokens, self.steps = batch_tokens, range(start_step, start_step + num_steps)
+        self.left_out = held_out(store, holdout)
+        self.kept = KeptRows(
+            store.rows, self.reader.chunk_rows, self.left_out.rows, alone=only_held_out
+        )
+        if not self.kept.counts.any():
+            raise ValueError(f"no row of the store is held out by holdout={holdout}")
+        self.order = BlockOrder(self.kept.counts, seed)
+        if rank == 0 and holdout and not only_held_out:
+            self._tell(holdout)
+        epochs = num_steps * batch_tokens / self.order.rows
+        self.preload = choose_preload(preload, self.reader, epochs, self.device, tell=rank == 0)
+        self._host = HostRows(self.reader) if self.preload == "host" else None
+        self._memory = _Memory(self.reader, self.dtype, self.device)
+        self._ahead = self._allocate()
+        self._unreleased: deque[tuple[Plan, torch.cuda.Event]] = deque()
+
+    def _tell(self, holdout: float) -> None:
+        rows, documents = self.left_out
+        if documents:
+            logger.info(
+                "train.holdout=%g: %d rows of %d documents are never trained on",
+                holdout, len(rows), documents,
+            )  # fmt: skip
+        else:
+            logger.info(
+                "train.holdout=%g holds out nothing: no document that its hash puts first has so "
+                "few rows",
+                holdout,
             )
-        self.reader = BlockReader(store, hookpoint)
-        self.order = BlockOrder(store.rows, store.geometry.chunk_rows, seed)
-        self.torch_dtype: torch.dtype = getattr(torch, store.dtype)
-        self.batch_tokens, self.share = batch_tokens, batch_tokens // num_ranks
-        self.rank, self.device = rank, torch.device(device)
-        self.steps = range(start_step, start_step + num_steps)
-        self.cache: OrderedDict[int, Future[npt.NDArray[Any]]] = OrderedDict()
-        self.cache_lock = Lock()
-        self.blocks = ThreadPoolExecutor(_READERS, thread_name_prefix="block")
-        self.batches = ThreadPoolExecutor(1, thread_name_prefix="batch")
+
+    def _allocate(self) -> ReadAhead:
+        """Memory that does not grow, whatever the store and the batch."""
+        size, rows, share = self.reader.chunk_bytes, self.reader.chunk_rows, self.shape[0]
+        a_batch = -(-share // rows) + 2
+        self._part_blocks = max(1, min(_PART_BYTES // size, a_batch))
+        fitting = min(_RING_BYTES // size, _BATCHES_AHEAD * a_batch)
+        # A part beside the block that it has from the one before, while another is read.
+        self._slots = max(2 * self._part_blocks + 2, fitting)
+        self._staged = self._slots
+        if self.preload == "device":
+            self._staged = self.reader.num_blocks
+        elif self._memory.is_async:
+            self._staged = self._part_blocks + 1
+        own = self.preload == "device" or self._memory.is_async
+        num_index = min(share, self._part_blocks * rows)
+        self._memory.allocate(self._slots, self._staged if own else 0, num_index)
+        return ReadAhead(
+            self._plans(),
+            self._read,
+            num_slots=self._slots,
+            num_plans=_PARTS_AHEAD,
+            num_threads=READERS,
+        )
 
     def __enter__(self) -> Self:
+        self._ahead.start()
         return self
 
     def __exit__(
@@ -197,41 +201,113 @@ class ActivationLoader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.batches.shutdown(wait=True, cancel_futures=True)
-        self.blocks.shutdown(wait=True, cancel_futures=True)
+        self._ahead.close()
+        self._unreleased.clear()
         self.reader.close()
+        # Gives back what copies that are under way still read only when they are done: torch's
+        # allocators know of them.
+        del self._memory, self._host
 
-    def _block(self, block: int) -> Future[npt.NDArray[Any]]:
-        with self.cache_lock:
-            if block in self.cache:
-                self.cache.move_to_end(block)
+    def _read(self, block: int, slot: int) -> None:
+        space = self._memory.spaces[slot]
+        if self._host is None:
+            self.reader.read_into(block, space)
+        else:
+            self._host.read_into(block, space)
+
+    def _plans(self) -> Iterator[Plan]:
+        share, slot, last, number = self.shape[0], 0, -1, 0
+        resident = np.zeros(self.reader.num_blocks, dtype=bool)
+        for step in self.steps:
+            start = step * self.batch_tokens + self.rank * share
+            (first, skip), (end, _) = self.order.locate(start), self.order.locate(start + share - 1)
+            left = share
+            for low in range(first, end + 1, self._part_blocks):
+                numbers = np.arange(low, min(low + self._part_blocks, end + 1))
+                blocks = self.order.blocks(low, int(numbers[-1]) + 1)
+                # The last block of the part before is still there.
+                again = int(low == last)
+                if self.preload == "device":
+                    fresh = _first_seen(blocks, resident)
+                    starts, keeps = blocks * self.reader.chunk_rows, slot + len(fresh)
+                else:
+                    fresh = blocks[again:]
+                    at = (slot - again + np.arange(len(blocks))) % self._staged
+                    starts, keeps = at * self.reader.chunk_rows, slot + len(fresh) - 1
+                places = self.kept.places(blocks, starts)[skip : skip + left]
+                part = _Part(self._copies(slot, fresh), self._index(number, places))
+                yield Plan(fresh.tolist(), slot, keeps, part)
+                left, skip, last = left - len(places), 0, int(numbers[-1])
+                slot, number = slot + len(fresh), number + 1
+
+    def _index(self, number: int, places: Ints) -> Tensor:
+        # The plan that had this row of the ring of indices before is released.
+        index = self._memory.index[number % _PARTS_AHEAD, : len(places)]
+        index.numpy()[:] = places
+        return index
+
+    def _copies(self, slot: int, blocks: Ints) -> list[_Copy]:
+        """What is copied from the ring for blocks that were read into the slots from one on."""
+        if self._memory.staged is self._memory.ring:
+            return []
+        slots = slot + np.arange(len(blocks))
+        targets = blocks if self.preload == "device" else slots % self._staged
+        return _runs(slots % self._slots, targets, self.reader.chunk_rows)
+
+    def fill_(self, out: Tensor) -> None:
+        """Writes the next batch into out [share, D], on the loader's device. On CUDA the host does
+        not wait for that: it is work of the current stream, which must be the same for all batches.
+        Raises DamagedStoreError where a checksum of a block of this batch does not hold.
+        """
+        done = 0
+        while done < len(out):
+            plan = self._take()
+            stop = done + len(plan.payload.places)
+            self._memory.gather_(plan.payload, out[done:stop])
+            done = stop
+            if self._memory.is_async:
+                self._unreleased.append((plan, copied_event(self.device)))
             else:
-                self.cache[block] = self.blocks.submit(self.reader.read, block)
-                if len(self.cache) > _CACHED_BLOCKS:
-                    self.cache.popitem(last=False)
-            return self.cache[block]
+                self._ahead.release(plan)
 
-    def _assemble(self, step: int) -> Tensor:
-        start = step * self.batch_tokens + self.rank * self.share
-        pieces = list(self.order.pieces(start, start + self.share))
-        waiting = [(self._block(block), first, stop) for block, first, stop in pieces]
-        # Filled in place: page-locked memory comes from torch's cache, used again and again.
-        batch = torch.empty(
-            (self.share, self.reader.width),
-            dtype=self.torch_dtype,
-            pin_memory=self.device.type == "cuda",
-        )
-        bits = batch.view(torch.uint16) if self.torch_dtype == torch.bfloat16 else batch
-        target, at = bits.numpy(), 0
-        for future, first, stop in waiting:
-            target[at : at + stop - first] = future.result()[first:stop]
-            at += stop - first
-        return batch
+    def _take(self) -> Plan:
+        """The next plan. Gives back the slots of those that were copied; while the next one is not
+        there, it may be for want of slots, and the oldest copy is waited for.
+        """
+        while self._unreleased:
+            plan, copied = self._unreleased[0]
+            if not copied.query():  # type: ignore[no-untyped-call]
+                if self._ahead.is_ready():
+                    break
+                copied.synchronize()
+            self._ahead.release(plan)
+            self._unreleased.popleft()
+        return self._ahead.take()
 
     def __iter__(self) -> Iterator[Tensor]:
-        ahead: list[Future[Tensor]] = []
-        todo = iter(self.steps)
         for _ in self.steps:
-            while len(ahead) < _READ_AHEAD and (step := next(todo, None)) is not None:
-                ahead.append(self.batches.submit(self._assemble, step))
-            yield ahead.pop(0).result()
+            out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            self.fill_(out)
+            yield out
+
+
+def _first_seen(blocks: Ints, resident: npt.NDArray[np.bool_]) -> Ints:
+    """Blocks that are not resident yet, each once; from now on they are."""
+    fresh = blocks[~resident[blocks]]
+    if len(fresh):
+        fresh = fresh[np.sort(np.unique(fresh, return_index=True)[1])]
+        resident[fresh] = True
+    return fresh
+
+
+def _runs(sources: Ints, targets: Ints, rows: int) -> list[_Copy]:
+    """Copies of blocks of so many rows, neighbours on both sides in one."""
+    if not len(sources):
+        return []
+    ends = np.flatnonzero((np.diff(sources) != 1) | (np.diff(targets) != 1)) + 1
+    firsts = [0, *ends.tolist()]
+    stops = [*firsts[1:], len(sources)]
+    return [
+        _Copy(int(sources[a]) * rows, int(targets[a]) * rows, (b - a) * rows)
+        for a, b in zip(firsts, stops, strict=True)
+    ]

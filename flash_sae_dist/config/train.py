@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from .base import Beta, Hookpoint, Latents, OneOf, Seed, StrictModel
 
 Precision = Literal["auto", "float64", "float32", "bfloat16"]
+Preload = Literal["auto", "none", "host", "device"]
 STEP_IS_GONE = (
     "train.step is gone: train.step=plain is now train.engine=autograd, and train.step=fused is "
     "train.engine=fused"
@@ -68,6 +69,14 @@ class TrainConfig(StrictModel):
     """Copies of the sharded SAE that split each batch."""
     seed: Seed = 0
     """Seed of the order of the data."""
+    holdout: float = Field(default=0.01, ge=0, lt=1)
+    """Largest share of the store's rows that is never trained on: whole documents, chosen by a hash
+    of their number, so that every job on a store leaves out the same; 100,000 rows at most. 0 for
+    jobs begun by versions without this key."""
+    preload: Preload = "auto"
+    """Where rows are kept once they have been read: in host or GPU (device) memory, or none. auto:
+    where more than one epoch is read, on the GPU if they take a quarter of its free memory at the
+    most; those of a remote store else on the host. The batches are the same, bit for bit."""
     log_every: int = Field(default=10, gt=0)
     """Steps between log lines, whose values are read a log later: no step waits for them."""
     checkpoint_every: int = Field(default=1000, gt=0)

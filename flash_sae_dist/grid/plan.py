@@ -282,7 +282,7 @@ def make_bundles(
         t = job.config.train
         assert t is not None
         often = (t.log_every, t.checkpoint_every, t.checkpoint_minutes)
-        key = (t.hookpoint, t.batch_tokens, t.num_tokens, t.seed, *often)
+        key = (t.hookpoint, t.batch_tokens, t.num_tokens, t.seed, t.holdout, t.preload, *often)
         streams.setdefault(key, []).append(job)
     bundles = []
     for stream in streams.values():

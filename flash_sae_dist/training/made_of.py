@@ -35,6 +35,8 @@ from .step import resolve_precision
 
 logger = logging.getLogger(__name__)
 MADE_OF = "made_of.json"
+# What jobs did that are older than a key whose default is another.
+_BEFORE = {"train.holdout": 0.0}
 
 
 def step_values(config: Config, d_in: int, device: torch.device) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def _defaults() -> dict[str, Any]:
                     found[f"{section}.{name}"] = plain(field.default)
     for resolved in ("sae.d_sae", "train.lr", "train.k_aux"):
         found.pop(resolved, None)
-    return found
+    return found | _BEFORE
 
 
 def made_of(config: Config, store: ActivationStore, device: torch.device) -> dict[str, Any]:
@@ -150,7 +152,8 @@ def check_same(where: str, was: dict[str, Any], now: dict[str, Any]) -> None:
     """
     cure = "name another output folder, or remove that job's"
     if found := difference(was["step"], now["step"], defaults=_defaults()):
-        raise ConfigError(f"{found} in {where}; {cure}")
+        go_on = f"set {found.part}={found.was} to go on, " if found.part in _BEFORE else ""
+        raise ConfigError(f"{found} in {where}; {go_on}{cure}")
     if found := other_rows(was["store"], now["store"]):
         raise ConfigError(f"the store's {found}, which {where} tells; {cure}")
 
@@ -178,6 +181,9 @@ def check_same_job(job: Job, store: ActivationStore, device: torch.device) -> No
                 f"{job.folder}/job.yaml; name another output folder, or remove that job's"
             )
         was = made_of(before, store, device)
+        if checkpoint.newest_info(job.folder / "checkpoints") or (job.folder / "sae").is_dir():
+            # One without either has nothing to go on with.
+            was["step"] |= _BEFORE
         was["store"] = {"parts": {}, "rows": None, "names": names or store.config}
         check_same(f"{job.folder}/job.yaml", was, now)
         _check_not_shorter(job, now["total_steps"])

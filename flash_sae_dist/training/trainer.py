@@ -145,9 +145,9 @@ class Member:
 class Trainer:
     """Trains the SAEs of several jobs on one hookpoint from one stream of batches.
 
-    The jobs share hookpoint, batch_tokens, num_tokens, seed, log_every and checkpoint_every. Every
-    method is collective over the members of the mesh. Where one rank trains several jobs, one that
-    fails leaves the others alone; else its error is raised.
+    The jobs share hookpoint, batch_tokens, num_tokens, seed, holdout, preload, log_every and
+    checkpoint_every. Every method is collective over the members of the mesh. Where one rank trains
+    several jobs, one that fails leaves the others alone; else its error is raised.
     """
 
     def __init__(
@@ -188,6 +188,8 @@ class Trainer:
             rank=self.mesh.member,
             num_ranks=self.mesh.members,
             device=self.device,
+            holdout=self.cfg.holdout,
+            preload=self.cfg.preload,
         )
         title = f"train {self.hookpoint} ({len(self.members)} SAEs)"
         total, mesh = num_steps * self.cfg.batch_tokens, self.mesh

@@ -1,0 +1,69 @@
+"""Rows that no training sees: whole documents, the same ones for every job on a store."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .blocks import BlockReader
+from .order import Ints
+from .store import ActivationStore
+
+MAX_ROWS = 100_000
+
+
+class HeldOut(NamedTuple):
+    """What is held out of a store's hookpoints."""
+
+    rows: Ints  # ascending
+    num_documents: int
+
+
+def document_hash(documents: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint32]:
+    """A hash of document numbers, on which the choice depends alone (murmur3's finalizer)."""
+    h = documents.astype(np.uint32)
+    h += np.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h ^= h >> np.uint32(shift)
+        h *= np.uint32(factor)
+    h ^= h >> np.uint32(16)
+    return h
+
+
+@lru_cache(maxsize=8)
+def held_out(store: ActivationStore, share: float) -> HeldOut:
+    """The documents that come first by their hash, as many as have at most `share` of the rows and
+    MAX_ROWS together.
+
+    Documents of more rows than that alone are left in, and so are all beyond twice the share of
+    hashes: a store of few documents, or of one, may have none held out. Rows of no document (-1)
+    never are. Raises DamagedStoreError.
+    """
+    limit = min(MAX_ROWS, int(share * store.rows))
+    bound = min(2**32, int(2 * limit / store.rows * 2**32))
+    rows, documents = _candidates(store, bound) if limit else (np.empty(0, np.int64),) * 2
+    names, of, counts = np.unique(documents, return_inverse=True, return_counts=True)
+    order = np.lexsort((names, document_hash(names)))
+    order = order[counts[order] <= limit]
+    taken = order[np.cumsum(counts[order]) <= limit]
+    is_out = np.zeros(len(names), dtype=bool)
+    is_out[taken] = True
+    return HeldOut(rows[is_out[of]], len(taken))
+
+
+def _candidates(store: ActivationStore, bound: int) -> tuple[Ints, Ints]:
+    """Rows whose document's hash is below a bound, and those documents."""
+    reader = BlockReader(store, "tokens/document")
+    rows, documents = [], []
+    try:
+        for shard in range(store.geometry.num_shards):
+            numbers = reader.read_shard(shard)
+            (found,) = np.nonzero((document_hash(numbers) < bound) & (numbers >= 0))
+            rows.append(found + store.geometry.shard_range(shard)[0])
+            documents.append(numbers[found])
+    finally:
+        reader.close()
+    return np.concatenate(rows), np.concatenate(documents).astype(np.int64)

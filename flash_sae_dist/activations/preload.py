@@ -1,0 +1,89 @@
+"""Where the rows that training reads again are kept: nowhere, in host or in device memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ..config.base import ConfigError
+from ..config.train import Preload
+from .blocks import BlockReader, BlockSpace
+
+logger = logging.getLogger(__name__)
+Kept = Literal["none", "host", "device"]
+# The share of the free memory that `auto` takes: a step's own workspace is not there yet.
+_MODEST = 0.25
+
+
+class HostRows:
+    """Blocks kept in host memory once they have been read and verified."""
+
+    def __init__(self, reader: BlockReader) -> None:
+        self.reader = reader
+        # The system gives the pages as they are written.
+        self.blocks = np.empty((reader.num_blocks, reader.chunk_bytes), dtype=np.uint8)
+        self.is_there = np.zeros(reader.num_blocks, dtype=bool)
+
+    def read_into(self, block: int, space: BlockSpace) -> None:
+        """BlockReader.read_into, from memory where the block has been read before."""
+        rows = space.rows.reshape(-1).view(np.uint8)
+        if self.is_there[block]:
+            np.copyto(rows, self.blocks[block])
+            return
+        self.reader.read_into(block, space)
+        np.copyto(self.blocks[block], rows)
+        self.is_there[block] = True
+
+
+def _free_device_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _host_bytes()
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def choose_preload(
+    asked: Preload,
+    reader: BlockReader,
+    epochs: float,
+    device: torch.device,
+    *,
+    num_ranks: int = 1,
+    tell: bool = False,
+) -> Kept:
+    """What `train.preload` comes to here; with `tell` a log line says so.
+
+    auto keeps rows that are read again: in the memory of a GPU where they take a quarter of what is
+    free at the most; in that of the host where the store is remote and they take as little. A local
+    store's rows are in the page cache as well. Raises ConfigError where what is asked for does not
+    fit.
+    """
+    size = reader.num_blocks * reader.chunk_bytes
+    free = {"device": _free_device_bytes(device), "host": _host_bytes() // num_ranks}
+    if asked == "none":
+        return asked
+    if asked != "auto":
+        if size > free[asked]:
+            raise ConfigError(
+                f"train.preload={asked!r} needs {size / 1e9:.1f} GB, and {free[asked] / 1e9:.1f} "
+                "GB are free; set train.preload=auto or none"
+            )
+        return asked
+    kept: Kept = "none"
+    why = f"{epochs:.2g} epochs are read" if epochs <= 1 else "the page cache does as well"
+    if epochs > 1 and device.type == "cuda" and size <= _MODEST * free["device"]:
+        kept = "device"
+    elif epochs > 1 and reader.remote is not None and size <= _MODEST * free["host"]:
+        kept = "host"
+    if kept != "none":
+        why = f"{size / 1e9:.3g} GB of rows, {free[kept] / 1e9:.3g} GB free"
+    if tell:
+        logger.info("train.preload=auto: %s (%s)", kept, why)
+    return kept
