@@ -59,17 +59,21 @@ def test_a_resumed_run_keeps_its_encoders_design(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Designs differ by rounding, and what is faster may be found otherwise another time."""
-    shape = encode_choice.Shape(16, 8, 24, 3, "bfloat16")
+    shape = encode_choice.Shape(32, 8, 24, 3, "float32")
     monkeypatch.setattr(step, "tune_encoder", lambda *args: (shape, "library"))
     monkeypatch.setattr(encode_choice, "_CHOSEN", {})
     first = training()
     advance(first, 1)
     checkpoint.save(tmp_path, first.state(), MESH, keep=1)
-    assert resume(tmp_path, training()) == 1
-    assert encode_choice.chosen(shape) == "library"
-    encode_choice.use(shape, "tiles")
-    resume(tmp_path, training())
-    assert encode_choice.chosen(shape) == "tiles", "another SAE of this process has begun with it"
+    monkeypatch.setattr(step, "tune_encoder", lambda *args: (shape, "tiles"))
+    other, again = training(), training()
+    assert resume(tmp_path, again) == 1
+    for _ in range(2):
+        advance(other, 1)
+        assert encode_choice.chosen(shape) == "tiles"
+        advance(again, 1)
+        assert encode_choice.chosen(shape) == "library", "each SAE goes on with its own"
+    assert again.state().info["encoder"]["design"] == "library"
 
 
 def test_keeps_the_newest(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def build(
             "the files are not of one SAE, export it anew"
         )
     d_sae, d_in = shape
-    sae = TopKSAE(d_in, d_sae, k, dtype=weights["W_dec"].dtype)
+    sae = TopKSAE(d_in, d_sae, k, dtype=weights["W_dec"].dtype, seed=None)
     try:
         sae.load_state_dict(weights)
     except RuntimeError as e:

@@ -20,6 +20,7 @@ from ..files import check_readable, checksum, read_json, replacing, write_json
 from ..kernels import ops
 from ..parallel.collectives import feed_shards, sum_over_shards
 from ..parallel.mesh import Mesh
+from .initial import unit_rows_
 
 logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "sae.safetensors"
@@ -76,8 +77,12 @@ class SparseCoder(nn.Module):
         mesh: Mesh | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        seed: int | None = 0,
     ) -> None:
-        """Raises ValueError where config's d_sae is not divisible by the shards."""
+        """seed draws the initial weights; None leaves memory as it is, for weights that are loaded.
+
+        Raises ValueError where config's d_sae is not divisible by the shards.
+        """
         super().__init__()
         self.config, self.d_in, self.d_sae = config, d_in, config.width(d_in)
         self.mesh = mesh if mesh is not None else Mesh.single()
@@ -92,11 +97,12 @@ class SparseCoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae_local, dtype=dtype, device=device))
         self.W_dec = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
-        self.reset_parameters()
+        if seed is not None:
+            self.reset_parameters(seed)
 
     @classmethod
     def from_config(cls, config: SAEConfig, d_in: int, **place: Any) -> Self:
-        """An SAE of what a config's section `sae` says; place is mesh, dtype and device."""
+        """An SAE of what a config's section `sae` says; place is mesh, dtype, device and seed."""
         return cls(config, d_in, **place)
 
     @property
@@ -113,14 +119,10 @@ class SparseCoder(nn.Module):
     def reset_parameters(self, seed: int = 0) -> None:
         """Unit-norm random decoder rows, the encoder equal to them, zero biases.
 
-        A row is drawn from (seed, its index over all shards): the weights do not depend on the
-        number of shards.
+        An element is a function of (seed, its latent over all shards, its column) alone: see
+        initial.py.
         """
-        for start in range(0, self.d_sae_local, _ROWS_A_SEED):
-            stop = min(start + _ROWS_A_SEED, self.d_sae_local)
-            self.W_dec[start:stop] = _unit_rows(
-                seed, self.first_latent + start, stop - start, self.d_in
-            ).to(self.W_dec)
+        unit_rows_(self.W_dec, seed, self.first_latent)
         self.W_enc.copy_(self.W_dec)
         self.b_enc.zero_()
         self.b_dec.zero_()
@@ -212,7 +214,7 @@ class SparseCoder(nn.Module):
             weights = load_file(path / WEIGHTS_FILE)
             d_in = spec.pop("d_in")
             config = parse(cls.Config, spec, str(path / CONFIG_FILE))
-            sae = cls.from_config(config, d_in, dtype=weights["W_enc"].dtype)
+            sae = cls.from_config(config, d_in, dtype=weights["W_enc"].dtype, seed=None)
             sae.load_state_dict(weights)
         except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
             raise ValueError(
@@ -279,17 +281,3 @@ def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         own[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
     return own
-
-
-_ROWS_A_SEED = 64
-
-
-def _unit_rows(seed: int, first: int, count: int, d_in: int) -> Tensor:
-    """Rows first .. first+count of the random decoder, unit norm, [count, d_in] float64."""
-    rows = []
-    for block in range(first // _ROWS_A_SEED, (first + count - 1) // _ROWS_A_SEED + 1):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
-        rows.append(torch.randn(_ROWS_A_SEED, d_in, generator=generator))
-    offset = first % _ROWS_A_SEED
-    drawn = torch.cat(rows)[offset : offset + count].double()
-    return nn.functional.normalize(drawn, dim=1)
