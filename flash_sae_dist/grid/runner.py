@@ -16,6 +16,7 @@ from ..files import locked
 from ..parallel import agree
 from ..parallel.mesh import Mesh, make_mesh
 from ..training.job import Config
+from ..training.member import is_finished
 from ..training.metrics import read_metrics
 from ..training.records import (
     DamagedRecordError,
@@ -24,7 +25,7 @@ from ..training.records import (
     read_status,
     record_failure,
 )
-from ..training.trainer import Trainer, is_finished
+from ..training.trainer import Trainer
 from .plan import Bundle, Plan, agreed_plan
 from .trackers import Trackers
 

@@ -6,21 +6,23 @@ Legend: N tokens, D d_in, F d_sae, K slots a token.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config.file import parse
 from ..config.sae import SAEConfig
-from ..files import check_readable, checksum, read_json, replacing, write_json
+from ..files import check_readable, checksum, read_json, write_json
 from ..kernels import ops
 from ..parallel.collectives import feed_shards, sum_over_shards
 from ..parallel.mesh import Mesh
 from .initial import unit_rows_
+from .saved import save_weights
 
 logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "sae.safetensors"
@@ -187,19 +189,22 @@ class SparseCoder(nn.Module):
         head = {"architecture": own.pop("architecture"), "d_in": self.d_in, "d_sae": self.d_sae}
         return head | own
 
-    def save(self, folder: str | Path) -> None:
-        """Writes this (unsharded) SAE as safetensors and json, renamed into place. Tensors that
-        share memory (tied weights) are written one by one.
+    def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Writes this SAE as safetensors and json, renamed into place, or other weights in place of
+        its own: by name, of a shard its rows. Collective over the members: see `save_weights`.
 
         config.json is written last and holds the weights' crc32c: without it there is no SAE.
         """
-        assert self.mesh.num_shards == 1, "gather the shards before saving"
-        path, weights = Path(folder), unshared(self.state_dict())
-        (path / CONFIG_FILE).unlink(missing_ok=True)
-        with replacing(path / WEIGHTS_FILE) as partial:
-            save_file(weights, partial)
-        crc = checksum(path / WEIGHTS_FILE)
-        write_json(path / CONFIG_FILE, self.spec() | {"weights_crc32c": crc}, indent=2)
+        path = Path(folder)
+        if weights is None:
+            weights = self.state_dict()
+        if self.mesh.is_lead:
+            (path / CONFIG_FILE).unlink(missing_ok=True)
+        rows = {name: t for name, t in weights.items() if self.roles[name] == "rows"}
+        whole = {name: t for name, t in weights.items() if name not in rows}
+        crc = save_weights(path / WEIGHTS_FILE, rows, whole, self.mesh)
+        if self.mesh.is_lead:
+            write_json(path / CONFIG_FILE, self.spec() | {"weights_crc32c": crc}, indent=2)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Self:
@@ -269,15 +274,3 @@ def check_weights(folder: Path, expected: str | None) -> None:
         logger.info("%s has no checksum, its weights are not compared", folder)
     elif checksum(folder / WEIGHTS_FILE) != expected:
         raise ValueError(f"{WEIGHTS_FILE} does not hold what was written: its crc32c changed")
-
-
-def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the host, no two of which share memory: safetensors would keep one of them."""
-    seen: set[int] = set()
-    own: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return own

@@ -41,8 +41,8 @@ def mix_(words: Tensor) -> Tensor:
 
 def _keys(seed: int, stream: int, first: int, count: int, device: torch.device) -> Tensor:
     """Hashes of (seed, stream, first ..) [count]."""
-    key = torch.tensor([seed + _signed(_GOLDEN)], device="cpu")
-    key = int(mix_(mix_(key).add_(stream)))
+    word = torch.tensor([seed + _signed(_GOLDEN)], device="cpu")
+    key = int(mix_(mix_(word).add_(stream)))
     counters = torch.arange(first + 1, first + count + 1, dtype=torch.int64, device=device)
     return mix_(counters.mul_(_signed(_GOLDEN)).add_(key))
 
