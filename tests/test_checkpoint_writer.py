@@ -304,6 +304,58 @@ def test_a_full_disk_ends_the_job_with_what_is_kept(
     assert_same(job, undisturbed)
 
 
+def test_the_autograd_engine_has_room_before_its_first_step(root: Path, tmp_path: Path) -> None:
+    """torch.optim.Adam has no moments by then."""
+    args = (f"output={tmp_path}", "train.engine=autograd")
+    assert run("train", root, *args).exit_code == 0
+    assert checkpoint.newest_step(tmp_path / JOB / "checkpoints", ALONE) == 20
+
+
+def test_a_quick_lead_does_not_leave_a_slow_rank_waiting(
+    ranks: list[CheckpointWriter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas that write nothing hold nothing up: a later checkpoint may have come."""
+    for made in ranks:
+        made.keep = 1
+    for step in (1, 2):
+        begin(ranks[:2], step)
+        for made in ranks[:2]:
+            made.wait()
+    begin(ranks[2:], 1)
+    for made in ranks[2:]:
+        made.wait(10)
+        assert not made._thread or not made._thread.is_alive()
+
+
+@pytest.mark.gpu
+def test_a_gpus_state_is_of_one_moment_and_nothing_waits_but_the_device(tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    weights = torch.zeros(4096, 65536, device=device)
+    now = TrainingState({"W": weights}, {}, {"step": 1, "d_sae": 4096})
+    made = CheckpointWriter("job", tmp_path, now, ALONE, device, keep=2)
+    assert made._memory is not None
+    made._memory._maker.join()
+    assert made._memory._views is not None
+    assert made._memory._views["rows.W"].is_pinned()
+    for step in range(1, 4):
+        torch.cuda._sleep(200_000_000)
+        began = time.perf_counter()
+        weights.add_(1)
+        made.begin(now._replace(info={"step": step, "d_sae": 4096}))
+        if step == 1:
+            assert time.perf_counter() - began < 0.05, "the host waits for no copy"
+        # Steps that come at once.
+        for _ in range(20):
+            weights.add_(1)
+        weights.sub_(20)
+        made.wait()
+        found = checkpoint.load(tmp_path, step, 0, 4096).rows["W"]
+        assert bool((found == step).all())
+    assert 0 < made.blocked_s < 1
+    made.close()
+    assert torch.cuda.is_available()
+
+
 def test_in_a_grid_only_the_job_fails_whose_checkpoint_did(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,7 @@ _THREADS = 8
 # Seconds for which a rank waits for the others' parts once its own is written.
 _PATIENCE_S = 1800.0
 # Seconds given to what is being written when training ends with an error; other ranks may be gone.
-_GRACE_S, _GRACE_TOGETHER_S = 60.0, 5.0
+GRACE_S, GRACE_TOGETHER_S = 60.0, 5.0
 
 
 class _LeftError(Exception):
@@ -114,19 +114,12 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def raise_failure(self) -> None:
-        """Raises what this or another rank failed of: some rank is known to have."""
-        self.wait(_GRACE_TOGETHER_S)
-        raise UserError(
-            f"another process could not write the checkpoint of step {self._step} of {self.name}"
-        )
-
     def close(self, *, failed: bool = False) -> None:
         """Ends it: what is being written is given some time, little where other ranks may have
         failed."""
         if self._thread is not None:
             alone = self.mesh.members == 1 or not failed
-            self._thread.join(_GRACE_S if alone else _GRACE_TOGETHER_S)
+            self._thread.join(GRACE_S if alone else GRACE_TOGETHER_S)
             self._left.set()
             if self._thread.is_alive():
                 return
@@ -146,7 +139,7 @@ class CheckpointWriter:
             if self.mesh.is_lead:
                 self._publish(partial, final, info)
             else:
-                self._await(partial, lambda: _launch_of(final) == self._launch or None)
+                self._await(partial, lambda: self._is_out(final) or None)
             self._published(self._step)
         except _LeftError:
             return
@@ -169,6 +162,11 @@ class CheckpointWriter:
         made = [path for path in found_in(self.folder) if path <= final]
         for old in made[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def _is_out(self, final: Path) -> bool:
+        """Whether this launch has published a checkpoint; a later one may have replaced it."""
+        later = [path for path in found_in(self.folder) if path >= final]
+        return any(_launch_of(path) == self._launch for path in later)
 
     def _await(self, partial: Path, look: Callable[[], Any]) -> Any:
         """What a look at the folder finds, once it does. Raises UserError where another rank failed

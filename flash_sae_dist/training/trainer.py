@@ -15,8 +15,10 @@ from .. import ending
 from ..activations.feed import BatchFeed
 from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
+from ..config.base import UserError
 from ..parallel.mesh import Mesh
 from ..progress import progress_bar
+from .checkpoint_writer import GRACE_TOGETHER_S
 from .member import Member
 from .metrics import HostCopy, LoggedStep, LogMetrics, Pace, PhaseTimer, StepMetrics
 from .pauses import Pauses
@@ -85,9 +87,9 @@ class Trainer:
                 if member.error is None:
                     with self._fails_alone(member.job, member):
                         member.save_final()
-            self._spent.mark("final save")
         for member in self.members:
             member.writer.close()
+        self._spent.mark("final save")
         if self.mesh.is_lead:
             blocked = sum(member.writer.blocked_s for member in self.members)
             logger.info("%s: %s", self.hookpoint, self._spent.told(blocked))
@@ -180,11 +182,14 @@ class Trainer:
         return any(member.writer.failed for member in self.members if member.error is None)
 
     def _raise_unwritten(self) -> None:
-        """Raises what a checkpoint could not be written for, on all members, or ends that job."""
+        """Raises why a checkpoint could not be written, on all members, or ends that job alone."""
+        together = self.mesh.members > 1
         for member in self.members:
-            if self.mesh.members > 1 or member.writer.failed:
+            if together or member.writer.failed:
                 with self._fails_alone(member.job, member):
-                    member.writer.raise_failure()
+                    member.writer.wait(GRACE_TOGETHER_S)
+        if together:
+            raise UserError("another process could not write a checkpoint")
 
     def _log(self, step: int, results: list[_Made], data: PhaseTimer, pace: Pace) -> None:
         """Writes what the step logged before measured; sends this step's metrics to the host."""
