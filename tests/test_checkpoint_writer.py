@@ -31,7 +31,7 @@ from flash_sae_dist.training import checkpoint, checkpoint_writer, host_memory
 from flash_sae_dist.training.checkpoint import TrainingState
 from flash_sae_dist.training.checkpoint_writer import CheckpointWriter
 from flash_sae_dist.training.host_memory import HostMemory
-from tests.dist.ranks import ROOT
+from tests.dist.ranks import ROOT, free_port, rank_env
 from tests.tiny_model import config_data, write_config
 
 RUNNER = CliRunner()
@@ -421,3 +421,46 @@ def test_sigterm_while_one_is_written_publishes_it(root: Path, tmp_path: Path) -
     assert f"step-{status['step']:08d} is kept" in said
     assert len(list(job.glob("checkpoints/step-*"))) == 2, "and that which was being written"
     assert not list(job.rglob("*.partial"))
+
+
+# The second rank's disk is full at a later step.
+FULL = """
+import os
+pwrite = os.pwrite
+def write(descriptor, data, at):
+    name = os.readlink(f"/proc/self/fd/{descriptor}")
+    if "step-00000020." in name and "/shard-00001" in name:
+        raise OSError(28, "No space left on device")
+    return pwrite(descriptor, data, at)
+os.pwrite = write
+from flash_sae_dist.launch.entry import verb_main
+from flash_sae_dist.launch.train import run
+verb_main(run)
+"""
+
+
+@pytest.mark.slow
+def test_all_ranks_end_with_the_sentence_of_the_one_that_failed(root: Path, tmp_path: Path) -> None:
+    port = free_port()
+    args = [str(root / "c.yaml"), f"output={tmp_path}", "train.num_tokens=64000000"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", FULL, *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=rank_env(rank, 2, port),
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], said
+    for text in said:
+        assert "Traceback" not in text
+        assert "shard-00001-of-00002.safetensors: No space left on device; free space" in text
+        assert f"{tmp_path / JOB}/checkpoints/step-00000010 is kept" in text
+    steps = curve(tmp_path / JOB)[-1][0]
+    assert steps < 20_000, "long before the end"
+    status = json.loads((tmp_path / JOB / "status.json").read_text())
+    assert status["state"] == "failed"

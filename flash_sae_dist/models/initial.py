@@ -16,7 +16,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 # Elements drawn at a time: all that is made of them beside stays in a CPU's cache, or is large
 # enough for a GPU.
-_BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}
+_BLOCK = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 def _signed(word: int) -> int:

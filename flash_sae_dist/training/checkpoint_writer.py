@@ -52,11 +52,12 @@ class CheckpointWriter:
     """Writes one SAE's checkpoints, one at a time; see the module. Made collectively."""
 
     def __init__(
-        self, name: str, folder: Path, state: TrainingState, mesh: Mesh, device: torch.device,
-        keep: int, published: Callable[[int], None] = lambda step: None,
+        self, name: str, folder: Path, state: TrainingState | None, mesh: Mesh,
+        device: torch.device, keep: int, published: Callable[[int], None] = lambda step: None,
     ) -> None:  # fmt: skip
-        """state tells the shapes; published is called, by a thread, with each step published. The
-        folder must be one that every member sees.
+        """state tells for what memory is made, and without it training waits for each checkpoint;
+        published is called, by a thread, with each step published. The folder must be one that
+        every member sees.
         """
         self.name, self.folder, self.mesh, self.keep = name, folder, mesh, keep
         self._begun_s, self._copied_s = 0.0, 0.0  # of this thread and of the writing one
@@ -67,7 +68,7 @@ class CheckpointWriter:
         self._error: Exception | None = None
         self._left = threading.Event()
         self._memory: HostMemory | None = None
-        if mesh.replica == 0:
+        if mesh.replica == 0 and state is not None:
             self._memory = HostMemory(name, _tensors(state, mesh), device)
 
     @property
@@ -101,7 +102,7 @@ class CheckpointWriter:
             target=self._run, args=(state.info, tensors, copied), name="checkpoint", daemon=True
         )
         self._thread.start()
-        if self._memory is not None and copied is None:
+        if self.mesh.replica == 0 and copied is None:
             # Written from the device's memory, which the next step would change.
             self._thread.join()
         self._begun_s += time.perf_counter() - began

@@ -47,7 +47,7 @@ class Member:
             made_of.write(job.folder, self.made_of)
         self.write_status()
         self.writer = CheckpointWriter(
-            job.name, self.checkpoints, self.training.state(), mesh, device,
+            job.name, self.checkpoints, None if self.done else self.training.state(), mesh, device,
             self.cfg.keep_checkpoints, self._is_published,
         )  # fmt: skip
 
