@@ -142,6 +142,19 @@ def test_memory_is_used_again_and_holds_every_type() -> None:
     assert memory.copy(like) is None
 
 
+def test_memory_that_cannot_be_had_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*args: Any) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(host_memory.mmap, "mmap", refuse)
+    memory = HostMemory("job", {"x": torch.ones(3)}, CPU)
+    assert memory.copy({"x": torch.ones(3)}) is None
+    assert "training waits while a checkpoint is written: " in caplog.text
+    memory.close()
+
+
 def test_the_hosts_memory_is_told() -> None:
     assert 1 << 26 < host_memory.free_bytes() < 1 << 50
 

@@ -81,8 +81,11 @@ class HostMemory:
         self._locked, self._views = [], None
 
     def _make(self, name: str) -> None:
-        with _MAKING:
-            self._make_alone(name)
+        try:
+            with _MAKING:
+                self._make_alone(name)
+        except (OSError, MemoryError) as e:
+            logger.warning("%s: training waits while a checkpoint is written: %s", name, e)
 
     def _make_alone(self, name: str) -> None:
         sizes = [_rounded(spec.bytes) for spec in self._specs.values()]
