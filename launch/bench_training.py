@@ -11,7 +11,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 import typer
 from torch import Tensor
 
@@ -44,7 +43,6 @@ START_DEAD = 10_000
 # of a standard deviation of 0.2, half of them positive: AuxK has work, and none reaches the k-th
 # largest of the living (1.4 at the least, at F=16384 k=100 with nine tenths dead).
 _DEAD_SCALE = 0.2
-_BLOCK = 4096
 
 
 def shape_of(name: str) -> Shape:
@@ -77,27 +75,16 @@ def _local(mask: Tensor, sae: SparseCoder) -> Tensor:
 
 
 @contextmanager
-def _drawn_on_the_device(scale_of_dead: float, dead: Tensor | None) -> Iterator[None]:
-    """SAEs that are made meanwhile draw their weights on their device, in seconds at any width.
-
-    Rows come from a generator a block of all latents, so that any number of shards has the same.
-    """
+def _with_dead(scale_of_dead: float, dead: Tensor | None) -> Iterator[None]:
+    """In SAEs that are made meanwhile some latents start so small that they are as good as dead."""
+    usual = TopKSAE.reset_parameters
 
     @torch.no_grad()
     def draw(sae: TopKSAE, seed: int = 0) -> None:
-        W, first = sae.W_dec, sae.first_latent
-        for start in range(first - first % _BLOCK, first + W.shape[0], _BLOCK):
-            generator = torch.Generator(W.device).manual_seed(start + 1)
-            rows = torch.randn(_BLOCK, W.shape[1], generator=generator, device=W.device)
-            # All of the block: how a norm is summed may depend on the number of rows.
-            rows = F.normalize(rows.to(W.dtype), dim=1)
-            low, high = max(start, first), min(start + _BLOCK, first + W.shape[0])
-            W[low - first : high - first] = rows[low - start : high - start]
-        sae.W_enc.copy_(W)
+        usual(sae, seed)
         if dead is not None:
-            sae.W_enc.mul_(torch.where(_local(dead, sae), scale_of_dead, 1.0).to(W.dtype)[:, None])
-        sae.b_enc.zero_()
-        sae.b_dec.zero_()
+            scale = torch.where(_local(dead, sae), scale_of_dead, 1.0)
+            sae.W_enc.mul_(scale.to(sae.W_enc.dtype)[:, None])
 
     with patch.object(TopKSAE, "reset_parameters", draw):
         yield
@@ -106,7 +93,7 @@ def _drawn_on_the_device(scale_of_dead: float, dead: Tensor | None) -> Iterator[
 def random_sae(shape: Shape, device: torch.device | str = "cuda") -> TopKSAE:
     """A whole SAE for another implementation to train."""
     _, d, f, k = shape
-    with _drawn_on_the_device(1.0, None):
+    with _with_dead(1.0, None):
         return TopKSAE(d, f, k, device=device)
 
 
@@ -153,7 +140,7 @@ def make_training(
         num_replicas=mesh.num_replicas,
         **({} if dead else {"dead_latents": "none"}) | options,
     )
-    with _drawn_on_the_device(_DEAD_SCALE, mask):
+    with _with_dead(_DEAD_SCALE, mask):
         training = SAETraining(TopKConfig(k=k, d_sae=f), cfg, d, mesh, device)
     if mask is not None:
         silent = _local(mask, training.sae)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from flash_sae_dist.models.topk import TopKConfig
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training import checkpoint, step
 from flash_sae_dist.training.checkpoint import TrainingState
+from flash_sae_dist.training.checkpoint_writer import CheckpointWriter, _tensors, write_shard
 from flash_sae_dist.training.metrics import PhaseTimer
 from flash_sae_dist.training.step import SAETraining
 
@@ -38,6 +40,14 @@ def advance(t: SAETraining, steps: int) -> list[float]:
     return losses
 
 
+def save(folder: Path, t: SAETraining, *, keep: int) -> None:
+    state = t.state()
+    writer = CheckpointWriter("job", folder, state, MESH, CPU, keep)
+    writer.begin(state)
+    writer.wait()
+    writer.close()
+
+
 def resume(folder: Path, t: SAETraining) -> int:
     newest = checkpoint.newest_step(folder, MESH)
     assert newest is not None
@@ -49,7 +59,7 @@ def test_resume_is_bit_exact(tmp_path: Path) -> None:
     whole = advance(training(), 12)
     first = training()
     before = advance(first, 5)
-    checkpoint.save(tmp_path, first.state(), MESH, keep=2)
+    save(tmp_path, first, keep=2)
     second = training()
     assert resume(tmp_path, second) == 5
     assert before + advance(second, 7) == whole
@@ -59,24 +69,28 @@ def test_a_resumed_run_keeps_its_encoders_design(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Designs differ by rounding, and what is faster may be found otherwise another time."""
-    shape = encode_choice.Shape(16, 8, 24, 3, "bfloat16")
+    shape = encode_choice.Shape(32, 8, 24, 3, "float32")
     monkeypatch.setattr(step, "tune_encoder", lambda *args: (shape, "library"))
     monkeypatch.setattr(encode_choice, "_CHOSEN", {})
     first = training()
     advance(first, 1)
-    checkpoint.save(tmp_path, first.state(), MESH, keep=1)
-    assert resume(tmp_path, training()) == 1
-    assert encode_choice.chosen(shape) == "library"
-    encode_choice.use(shape, "tiles")
-    resume(tmp_path, training())
-    assert encode_choice.chosen(shape) == "tiles", "another SAE of this process has begun with it"
+    save(tmp_path, first, keep=1)
+    monkeypatch.setattr(step, "tune_encoder", lambda *args: (shape, "tiles"))
+    other, again = training(), training()
+    assert resume(tmp_path, again) == 1
+    for _ in range(2):
+        advance(other, 1)
+        assert encode_choice.chosen(shape) == "tiles"
+        advance(again, 1)
+        assert encode_choice.chosen(shape) == "library", "each SAE goes on with its own"
+    assert again.state().info["encoder"]["design"] == "library"
 
 
 def test_keeps_the_newest(tmp_path: Path) -> None:
     t = training()
     for _ in range(4):
         advance(t, 1)
-        checkpoint.save(tmp_path, t.state(), MESH, keep=2)
+        save(tmp_path, t, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
@@ -84,9 +98,9 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
 def test_damage_is_found_and_the_older_one_used(tmp_path: Path, damage: str) -> None:
     t = training()
     advance(t, 1)
-    checkpoint.save(tmp_path, t.state(), MESH, keep=2)
+    save(tmp_path, t, keep=2)
     advance(t, 1)
-    checkpoint.save(tmp_path, t.state(), MESH, keep=2)
+    save(tmp_path, t, keep=2)
     newest = tmp_path / "step-00000002"
     file = newest / "shard-00000-of-00001.safetensors"
     data = bytearray(file.read_bytes())
@@ -110,7 +124,7 @@ def test_damage_is_found_and_the_older_one_used(tmp_path: Path, damage: str) -> 
 def test_any_flipped_bit_of_a_manifest_is_found(tmp_path: Path) -> None:
     t = training()
     advance(t, 1)
-    checkpoint.save(tmp_path, t.state(), MESH, keep=2)
+    save(tmp_path, t, keep=2)
     manifest = tmp_path / "step-00000001" / "manifest.json"
     whole = manifest.read_bytes()
     values = json.loads(whole)
@@ -126,13 +140,13 @@ def test_any_flipped_bit_of_a_manifest_is_found(tmp_path: Path) -> None:
 def test_a_damaged_newest_one_does_not_cost_those_made_after(tmp_path: Path) -> None:
     t = training()
     advance(t, 3)
-    checkpoint.save(tmp_path, t.state(), MESH, keep=1)
+    save(tmp_path, t, keep=1)
     (tmp_path / "step-00000003" / "shard-00000-of-00001.safetensors").write_bytes(b"")
     assert checkpoint.newest_step(tmp_path, MESH) is None
     t = training()
     for made in (1, 2, 3):
         advance(t, 1)
-        checkpoint.save(tmp_path, t.state(), MESH, keep=1)
+        save(tmp_path, t, keep=1)
         assert checkpoint.newest_step(tmp_path, MESH) == made
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
 
@@ -142,7 +156,7 @@ def test_a_partial_folder_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.newest_step(tmp_path, MESH) is None
     t = training()
     advance(t, 1)
-    checkpoint.save(tmp_path, t.state(), MESH, keep=2)
+    save(tmp_path, t, keep=2)
     assert checkpoint.newest_step(tmp_path, MESH) == 1
 
 
@@ -151,14 +165,13 @@ def test_rows_load_on_any_number_of_shards(tmp_path: Path, num_shards: int) -> N
     rows = torch.arange(24.0).reshape(12, 2)
     whole = torch.arange(3.0)
     folder = tmp_path / "step-00000007"
-    folder.mkdir()
-    files = []
+    files: list[dict[str, Any]] = []
     for shard in range(3):
         mesh = Mesh(0, 1, 0, 1, shard, 3, None, None, None)
         state = TrainingState(
             {"W": rows[shard * 4 : shard * 4 + 4]}, {"b": whole}, {"step": 7, "d_sae": 12}
         )
-        files.append(checkpoint._write_shard(folder, state, mesh))
+        files += write_shard(folder, _tensors(state, mesh), state.info, mesh)
     manifest = {"format": 1, "info": {"step": 7, "d_sae": 12}, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     n = 12 // num_shards
@@ -176,7 +189,7 @@ def test_dead_latents_are_listed_as_before_after_a_resume(tmp_path: Path) -> Non
     before = advance(first, 115)
     assert first.dead.any_listed
     assert not torch.equal(first.dead.listed(), first.dead.mask()), "some have fired or died since"
-    checkpoint.save(tmp_path, first.state(), MESH, keep=1)
+    save(tmp_path, first, keep=1)
     second = training()
     resume(tmp_path, second)
     assert torch.equal(second.dead.listed(), first.dead.listed())

@@ -16,11 +16,13 @@ from accelerate import Accelerator
 
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.grid import runner
-from flash_sae_dist.training import checkpoint
+from flash_sae_dist.training.checkpoint import TrainingState
+from flash_sae_dist.training.checkpoint_writer import CheckpointWriter
 from flash_sae_dist.training.job import parse_config
+from flash_sae_dist.training.member import Member
 from flash_sae_dist.training.metrics import HostCopy, PhaseTimer, StepMetrics, read_metrics
 from flash_sae_dist.training.records import read_status
-from flash_sae_dist.training.trainer import Member, Trainer
+from flash_sae_dist.training.trainer import Trainer
 from tests.tiny_model import config_data
 
 # Steps 3, 6, 9 and the last are logged; checkpoints are of steps 4, 8 and the last.
@@ -87,18 +89,18 @@ def test_late_metrics_are_the_same_lines(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, curve: list[dict[str, float]]
 ) -> None:
     on_disk: dict[str, dict[int, list[int]]] = {"step": {}, "checkpoint": {}}
-    step, save = Member.step, checkpoint.save
+    step, begin = Member.step, CheckpointWriter.begin
 
     def stepping(self: Member, *args: Any) -> StepMetrics:
         on_disk["step"][self.training.step_index + 1] = steps(self.job.folder)
         return step(self, *args)
 
-    def saving(path: Path, state: checkpoint.TrainingState, *args: Any) -> None:
-        on_disk["checkpoint"][state.info["step"]] = steps(path.parent)
-        save(path, state, *args)
+    def beginning(self: CheckpointWriter, state: TrainingState) -> None:
+        on_disk["checkpoint"][state.info["step"]] = steps(self.folder.parent)
+        begin(self, state)
 
     monkeypatch.setattr(Member, "step", stepping)
-    monkeypatch.setattr(checkpoint, "save", saving)
+    monkeypatch.setattr(CheckpointWriter, "begin", beginning)
     train(root, tmp_path)
     assert lines(folder(tmp_path)) == curve
     assert on_disk["step"][4] == [], "step 3 is read when step 6 is logged, or a checkpoint is due"
@@ -120,6 +122,7 @@ def test_a_killed_run_goes_on_with_the_same_lines(
     def stepping(self: Member, *args: Any) -> StepMetrics:
         if self.training.step_index + 1 == at:
             # What kill -9 would leave on the disk.
+            self.writer.wait()
             shutil.copytree(tmp_path / "first", tmp_path / "killed")
         return step(self, *args)
 

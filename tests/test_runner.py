@@ -24,6 +24,7 @@ from flash_sae_dist.models.topk import TopKSAE
 from flash_sae_dist.parallel import agree
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.job import Config, parse_config
+from flash_sae_dist.training.member import Member
 from flash_sae_dist.training.records import (
     DamagedRecordError,
     Job,
@@ -31,7 +32,6 @@ from flash_sae_dist.training.records import (
     read_status,
     write_status,
 )
-from flash_sae_dist.training.trainer import Member
 from tests.tiny_model import config_data
 
 CPU = torch.device("cpu")
@@ -197,10 +197,10 @@ def test_one_that_fails_in_a_bundle_leaves_the_others_alone(
         fails("model.layers.0/k=3", self.job)
         return step(self, *args)
 
-    def saving(self: TopKSAE, folder: Path) -> None:
+    def saving(self: TopKSAE, folder: Path, weights: Any) -> None:
         if "model.layers.1.mlp/k=2" in str(folder):
             raise OSError("no space left")
-        save(self, folder)
+        save(self, folder, weights)
 
     monkeypatch.setattr(Member, "__init__", beginning)
     monkeypatch.setattr(Member, "step", stepping)

@@ -68,7 +68,7 @@ class TrainConfig(StrictModel):
     num_replicas: int = Field(default=1, gt=0)
     """Copies of the sharded SAE that split each batch."""
     seed: Seed = 0
-    """Seed of the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
     holdout: float = Field(default=0.01, ge=0, lt=1)
     """Largest share of the store's rows that is never trained on: whole documents, chosen by a hash
     of their number, so that every job on a store leaves out the same; 100,000 rows at most. 0 for
@@ -80,7 +80,8 @@ class TrainConfig(StrictModel):
     log_every: int = Field(default=10, gt=0)
     """Steps between log lines, whose values are read a log later: no step waits for them."""
     checkpoint_every: int = Field(default=1000, gt=0)
-    """Steps between checkpoints."""
+    """Steps between checkpoints. They are copied to the host's memory and written from there while
+    training goes on; one that falls due while the last is being written waits for it."""
     checkpoint_minutes: float | None = Field(default=None, gt=0)
     """Minutes between checkpoints by the clock of the first process, beside those of
     checkpoint_every; left out, none."""

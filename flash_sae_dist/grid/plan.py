@@ -23,8 +23,8 @@ from ..parallel.mesh import Mesh
 from ..training.engine import choose_engine
 from ..training.job import Config, with_values
 from ..training.made_of import check_same_job
+from ..training.member import is_finished
 from ..training.records import Job
-from ..training.trainer import is_finished
 
 logger = logging.getLogger(__name__)
 # fp32 weights, gradients and two moments, and a 2-byte compute copy, of two [d_sae, d_in] matrices.

@@ -15,7 +15,9 @@ from ..config.base import ConfigError, UserError
 from ..files import locked
 from ..parallel import agree
 from ..parallel.mesh import Mesh, make_mesh
+from ..progress import process_seconds
 from ..training.job import Config
+from ..training.member import is_finished
 from ..training.metrics import read_metrics
 from ..training.records import (
     DamagedRecordError,
@@ -24,7 +26,7 @@ from ..training.records import (
     read_status,
     record_failure,
 )
-from ..training.trainer import Trainer, is_finished
+from ..training.trainer import Trainer
 from .plan import Bundle, Plan, agreed_plan
 from .trackers import Trackers
 
@@ -63,6 +65,8 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     store = agree.together(lambda: ActivationStore.open(config.store_path()))
     names = [job.name for job in plan.jobs if job.name in plan.unfinished]
     trackers = Trackers(accelerator, names, config.model_dump(mode="json"))
+    if accelerator.is_main_process and names and (seconds := process_seconds()) is not None:
+        logger.info("%d SAEs to train, %.1f s after this process began", len(names), seconds)
     failed = _train(plan, store, mesh, device, trackers)
     if accelerator.is_main_process:
         _replay_other_groups(plan.groups[1:], trackers)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from .. import tensor_files
 from ..files import check_checksums, replacing, write_checksums, write_text
-from ..models.base import unshared
 from ..models.topk import TopKSAE
 
 
@@ -23,7 +23,7 @@ def write(
 ) -> None:
     """Writes weights and cfg.json, each renamed into place, and their checksums."""
     with replacing(folder / weights_file) as partial:
-        save_file(unshared(weights), partial)
+        tensor_files.save(partial, weights)
     write_text(folder / "cfg.json", json.dumps(config, indent=2) + "\n")
     write_checksums(folder, ["cfg.json", weights_file])
 
@@ -67,7 +67,7 @@ def build(
             "the files are not of one SAE, export it anew"
         )
     d_sae, d_in = shape
-    sae = TopKSAE(d_in, d_sae, k, dtype=weights["W_dec"].dtype)
+    sae = TopKSAE(d_in, d_sae, k, dtype=weights["W_dec"].dtype, seed=None)
     try:
         sae.load_state_dict(weights)
     except RuntimeError as e:

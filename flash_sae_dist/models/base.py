@@ -6,20 +6,23 @@ Legend: N tokens, D d_in, F d_sae, K slots a token.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config.file import parse
 from ..config.sae import SAEConfig
-from ..files import check_readable, checksum, read_json, replacing, write_json
+from ..files import check_readable, checksum, read_json, write_json
 from ..kernels import ops
 from ..parallel.collectives import feed_shards, sum_over_shards
 from ..parallel.mesh import Mesh
+from .initial import unit_rows_
+from .saved import save_weights
 
 logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "sae.safetensors"
@@ -76,8 +79,12 @@ class SparseCoder(nn.Module):
         mesh: Mesh | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        seed: int | None = 0,
     ) -> None:
-        """Raises ValueError where config's d_sae is not divisible by the shards."""
+        """seed draws the initial weights; None leaves memory as it is, for weights that are loaded.
+
+        Raises ValueError where config's d_sae is not divisible by the shards.
+        """
         super().__init__()
         self.config, self.d_in, self.d_sae = config, d_in, config.width(d_in)
         self.mesh = mesh if mesh is not None else Mesh.single()
@@ -92,11 +99,12 @@ class SparseCoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae_local, dtype=dtype, device=device))
         self.W_dec = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
-        self.reset_parameters()
+        if seed is not None:
+            self.reset_parameters(seed)
 
     @classmethod
     def from_config(cls, config: SAEConfig, d_in: int, **place: Any) -> Self:
-        """An SAE of what a config's section `sae` says; place is mesh, dtype and device."""
+        """An SAE of what a config's section `sae` says; place is mesh, dtype, device and seed."""
         return cls(config, d_in, **place)
 
     @property
@@ -113,14 +121,10 @@ class SparseCoder(nn.Module):
     def reset_parameters(self, seed: int = 0) -> None:
         """Unit-norm random decoder rows, the encoder equal to them, zero biases.
 
-        A row is drawn from (seed, its index over all shards): the weights do not depend on the
-        number of shards.
+        An element is a function of (seed, its latent over all shards, its column) alone: see
+        initial.py.
         """
-        for start in range(0, self.d_sae_local, _ROWS_A_SEED):
-            stop = min(start + _ROWS_A_SEED, self.d_sae_local)
-            self.W_dec[start:stop] = _unit_rows(
-                seed, self.first_latent + start, stop - start, self.d_in
-            ).to(self.W_dec)
+        unit_rows_(self.W_dec, seed, self.first_latent)
         self.W_enc.copy_(self.W_dec)
         self.b_enc.zero_()
         self.b_dec.zero_()
@@ -185,19 +189,22 @@ class SparseCoder(nn.Module):
         head = {"architecture": own.pop("architecture"), "d_in": self.d_in, "d_sae": self.d_sae}
         return head | own
 
-    def save(self, folder: str | Path) -> None:
-        """Writes this (unsharded) SAE as safetensors and json, renamed into place. Tensors that
-        share memory (tied weights) are written one by one.
+    def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Writes this SAE as safetensors and json, renamed into place, or other weights in place of
+        its own: by name, of a shard its rows. Collective over the members: see `save_weights`.
 
         config.json is written last and holds the weights' crc32c: without it there is no SAE.
         """
-        assert self.mesh.num_shards == 1, "gather the shards before saving"
-        path, weights = Path(folder), unshared(self.state_dict())
-        (path / CONFIG_FILE).unlink(missing_ok=True)
-        with replacing(path / WEIGHTS_FILE) as partial:
-            save_file(weights, partial)
-        crc = checksum(path / WEIGHTS_FILE)
-        write_json(path / CONFIG_FILE, self.spec() | {"weights_crc32c": crc}, indent=2)
+        path = Path(folder)
+        if weights is None:
+            weights = self.state_dict()
+        if self.mesh.is_lead:
+            (path / CONFIG_FILE).unlink(missing_ok=True)
+        rows = {name: t for name, t in weights.items() if self.roles[name] == "rows"}
+        whole = {name: t for name, t in weights.items() if name not in rows}
+        crc = save_weights(path / WEIGHTS_FILE, rows, whole, self.mesh)
+        if self.mesh.is_lead:
+            write_json(path / CONFIG_FILE, self.spec() | {"weights_crc32c": crc}, indent=2)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Self:
@@ -212,7 +219,7 @@ class SparseCoder(nn.Module):
             weights = load_file(path / WEIGHTS_FILE)
             d_in = spec.pop("d_in")
             config = parse(cls.Config, spec, str(path / CONFIG_FILE))
-            sae = cls.from_config(config, d_in, dtype=weights["W_enc"].dtype)
+            sae = cls.from_config(config, d_in, dtype=weights["W_enc"].dtype, seed=None)
             sae.load_state_dict(weights)
         except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
             raise ValueError(
@@ -267,29 +274,3 @@ def check_weights(folder: Path, expected: str | None) -> None:
         logger.info("%s has no checksum, its weights are not compared", folder)
     elif checksum(folder / WEIGHTS_FILE) != expected:
         raise ValueError(f"{WEIGHTS_FILE} does not hold what was written: its crc32c changed")
-
-
-def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the host, no two of which share memory: safetensors would keep one of them."""
-    seen: set[int] = set()
-    own: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return own
-
-
-_ROWS_A_SEED = 64
-
-
-def _unit_rows(seed: int, first: int, count: int, d_in: int) -> Tensor:
-    """Rows first .. first+count of the random decoder, unit norm, [count, d_in] float64."""
-    rows = []
-    for block in range(first // _ROWS_A_SEED, (first + count - 1) // _ROWS_A_SEED + 1):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
-        rows.append(torch.randn(_ROWS_A_SEED, d_in, generator=generator))
-    offset = first % _ROWS_A_SEED
-    drawn = torch.cat(rows)[offset : offset + count].double()
-    return nn.functional.normalize(drawn, dim=1)

@@ -63,16 +63,17 @@ class TopKSAE(SparseCoder):
         mesh: Mesh | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        seed: int | None = 0,
     ) -> None:
         if not 1 <= k <= d_sae:
             raise ValueError(f"k={k} is outside 1..d_sae={d_sae}; lower k or widen the dictionary")
         config = TopKConfig(d_sae=d_sae, k=k)
-        super().__init__(config, d_in, mesh=mesh, dtype=dtype, device=device)
+        super().__init__(config, d_in, mesh=mesh, dtype=dtype, device=device, seed=seed)
         self.k = k
 
     @classmethod
     def from_config(cls, config: SAEConfig, d_in: int, **place: Any) -> Self:
-        """An SAE of what a config's section `sae` says; place is mesh, dtype and device."""
+        """An SAE of what a config's section `sae` says; place is mesh, dtype, device and seed."""
         assert isinstance(config, TopKConfig)
         return cls(d_in, config.width(d_in), config.k, **place)
 

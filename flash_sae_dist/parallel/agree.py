@@ -20,8 +20,15 @@ def raise_together(error: Exception | None) -> None:
 
     The others raise ConfigError for a ConfigError, else UserError.
     """
-    met = (error is not None and isinstance(error, ConfigError), _sentence(error))
-    if found := [(kind, sentence) for kind, sentence in from_all(met) if sentence is not None]:
+    _raise_any(from_all(_met(error)), error)
+
+
+def _met(error: Exception | None) -> tuple[bool, str | None]:
+    return isinstance(error, ConfigError), _sentence(error)
+
+
+def _raise_any(met: list[tuple[bool, str | None]], error: Exception | None) -> None:
+    if found := [(kind, sentence) for kind, sentence in met if sentence is not None]:
         is_config_error, sentence = found[0]
         raise error or (ConfigError if is_config_error else UserError)(sentence)
 
@@ -88,3 +95,21 @@ def from_lead(found: Any, mesh: Mesh) -> Any:
     told: list[Any] = [None] * mesh.members
     dist.all_gather_object(told, found, group=mesh.member_group)
     return told[0]
+
+
+def by_member(make: Callable[[], T], mesh: Mesh) -> list[T]:
+    """What each member of a mesh makes, in their order; an error that any of them meets is raised
+    on all. Collective over the members.
+    """
+    if mesh.members == 1:
+        return [make()]
+    made: Any = None
+    error: Exception | None = None
+    try:
+        made = make()
+    except Exception as e:  # raised below, once all know of it
+        error = e
+    told: list[Any] = [None] * mesh.members
+    dist.all_gather_object(told, (made, _met(error)), group=mesh.member_group)
+    _raise_any([met for _, met in told], error)
+    return [one for one, _ in told]

@@ -1,5 +1,5 @@
-"""Checkpoints: one safetensors file a shard, checksummed, renamed into place, loadable on any
-number of shards.
+"""Checkpoints: safetensors files of some rows each, checksummed, renamed into place, loadable on
+any number of shards. `checkpoint_writer.py` writes them.
 
 A checkpoint is a folder `step-00001000/` with `shard-00000-of-00002.safetensors` ... and
 `manifest.json`, which is written last and names each file's crc32c and rows, and its own crc32c. No
@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ import google_crc32c
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import files
@@ -30,7 +28,7 @@ from ..parallel.mesh import Mesh
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 # Manifests of format 1 have no checksum of their own.
-_FORMAT = 2
+FORMAT = 2
 
 
 class TrainingState(NamedTuple):
@@ -50,67 +48,12 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save(folder: Path, state: TrainingState, mesh: Mesh, keep: int) -> None:
-    """Writes a checkpoint of `state.info["step"]` and removes all but the `keep` newest.
-    Collective over the members.
-
-    The folder must be one that every member sees. Replica 0 writes; the rest wait.
-    """
-    final = step_folder(folder, state.info["step"])
-    partial = final.with_suffix(".partial")
-    if mesh.is_lead:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _barrier(mesh)
-    record: dict[str, Any] = {}
-    if mesh.replica == 0:
-        record = _write_shard(partial, state, mesh)
-    records = _gather(record, mesh)
-    if mesh.is_lead:
-        written = [r for r in records if r]
-        manifest = {"format": _FORMAT, "info": state.info, "files": written}
-        manifest["crc32c"] = _manifest_checksum(manifest)
-        files.write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        files.rename(partial, final)
-        # Those of later steps are damaged, or this one would not be made anew.
-        made = [path for path in _found(folder) if path <= final]
-        for old in made[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    _barrier(mesh)
-
-
-def _manifest_checksum(manifest: dict[str, Any]) -> str:
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """crc32c of a manifest's values, its own left out."""
     rest = {key: value for key, value in manifest.items() if key != "crc32c"}
     # As JSON reads it: lists for tuples, text for numbers that are keys.
     text = json.dumps(json.loads(json.dumps(rest)), sort_keys=True)
     return f"{google_crc32c.value(text.encode()):08x}"
-
-
-def _write_shard(folder: Path, state: TrainingState, mesh: Mesh) -> dict[str, Any]:
-    name = f"shard-{mesh.shard:05d}-of-{mesh.num_shards:05d}.safetensors"
-    tensors = {f"rows.{n}": t for n, t in state.rows.items()}
-    if mesh.shard == 0:
-        tensors |= {f"whole.{n}": t for n, t in state.whole.items()}
-    try:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / name)
-        files.sync(folder / name)
-    except Exception as e:
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        e.add_note(f"while writing {folder / name} ({size:,} bytes)")
-        raise
-    rows = state.info["d_sae"] // mesh.num_shards
-    return {
-        "name": name,
-        "crc32c": files.checksum(folder / name),
-        "first_row": mesh.shard * rows,
-        "num_rows": rows,
-    }
-
-
-def _barrier(mesh: Mesh) -> None:
-    if mesh.members > 1:
-        _gather({}, mesh)
 
 
 def _gather(record: dict[str, Any], mesh: Mesh) -> list[dict[str, Any]]:
@@ -121,7 +64,7 @@ def _gather(record: dict[str, Any], mesh: Mesh) -> list[dict[str, Any]]:
     return records
 
 
-def _found(folder: Path) -> list[Path]:
+def found_in(folder: Path) -> list[Path]:
     """The checkpoints of a folder. Raises UnreadableError where it cannot be looked into now."""
     try:
         names = [name for name in os.listdir(folder) if re.fullmatch(r"step-\d+", name)]
@@ -136,9 +79,9 @@ def _found(folder: Path) -> list[Path]:
 def _verify(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] not in (1, _FORMAT):
-            raise DamagedCheckpointError(f"{path} has format {manifest['format']}, not {_FORMAT}")
-        if manifest["format"] == _FORMAT and manifest["crc32c"] != _manifest_checksum(manifest):
+        if manifest["format"] not in (1, FORMAT):
+            raise DamagedCheckpointError(f"{path} has format {manifest['format']}, not {FORMAT}")
+        if manifest["format"] == FORMAT and manifest["crc32c"] != manifest_checksum(manifest):
             raise DamagedCheckpointError(f"{path / MANIFEST} is damaged: its crc32c changed")
         if step_folder(path.parent, int(manifest["info"]["step"])) != path:
             raise DamagedCheckpointError(f"{path} is of step {manifest['info']['step']}")
@@ -160,10 +103,10 @@ def _verify(path: Path) -> dict[str, Any]:
 
 def newest_info(folder: Path) -> dict[str, Any] | None:
     """What the newest checkpoint with a whole manifest says of itself; its tensors are not read."""
-    for path in reversed(_found(folder)):
+    for path in reversed(found_in(folder)):
         try:
             manifest = json.loads((path / MANIFEST).read_text())
-            if manifest["format"] == 1 or manifest["crc32c"] == _manifest_checksum(manifest):
+            if manifest["format"] == 1 or manifest["crc32c"] == manifest_checksum(manifest):
                 info: dict[str, Any] = manifest["info"]
                 return info
         except (OSError, KeyError, TypeError, ValueError):
@@ -192,7 +135,7 @@ def newest_step(folder: Path, mesh: Mesh) -> int | None:
 
 
 def _newest_whole(folder: Path) -> int | None:
-    for path in reversed(_found(folder)):
+    for path in reversed(found_in(folder)):
         try:
             return int(_verify(path)["info"]["step"])
         except DamagedCheckpointError as e:

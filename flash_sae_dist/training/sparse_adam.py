@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -102,7 +103,8 @@ class SparseAdam(torch.optim.Optimizer):
         """Takes the one group made at construction. Raises ValueError on another."""
         if self.param_groups:
             raise ValueError("SparseAdam keeps one param group; use torch.optim.Adam for several")
-        super().add_param_group(param_group)
+        # Its wrapper imports torch._dynamo, which takes longer than all else that a start imports.
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     @property
     def compute_weights(self) -> tuple[Tensor, Tensor]:

@@ -50,15 +50,22 @@ class SAETraining:
         device: torch.device,
         *,
         rms: float | None = None,
+        drawn: bool = True,
     ) -> None:
-        """rms is the root mean square of the data's elements; left out, that of the first batch."""
+        """rms is the root mean square of the data's elements; left out, that of the first batch.
+        Without initial weights drawn it waits for `load_state`.
+        """
         self.cfg, self.mesh, self.device = cfg, mesh, device
         self.compute_dtype = resolve_precision(cfg.precision, device)
         self.master_dtype = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         self.sae = ARCHITECTURES[sae_cfg.architecture].from_config(
-            sae_cfg, d_in, mesh=mesh, dtype=self.master_dtype, device=device
+            sae_cfg,
+            d_in,
+            mesh=mesh,
+            dtype=self.master_dtype,
+            device=device,
+            seed=cfg.seed if drawn else None,
         )
-        self.sae.reset_parameters(cfg.seed)
         self.dead = DeadLatents(self.sae.d_sae_local, cfg.dead_after_tokens, mesh, device)
         self.engine = make_engine(self.sae, self.dead, cfg, self.compute_dtype)
         self.optimizer = self.engine.optimizer
@@ -148,6 +155,9 @@ class SAETraining:
             self.init_b_dec(x)
         if not self._tuned:
             self._tune(x)
+        if self._choice is not None:
+            # Another SAE of this process may go on with another design for the same shape.
+            encode_choice.use(*self._choice)
         if self.cfg.dead_latents == "resample":
             self._resample(x)
         elif self.cfg.dead_latents != "none":
@@ -158,11 +168,16 @@ class SAETraining:
         return metrics
 
     def _tune(self, x: Tensor) -> None:
-        """Chooses the encoder's design, at this process's first step of this SAE."""
+        """Chooses the encoder's design, at this process's first step of this SAE: a run goes on
+        with that which it began with, where its shape is still the same.
+        """
         self._tuned = True
         if (k := self.sae.encoder_k) is None:
             return
         x, W_enc = x.chunk(self.cfg.micro_batches)[0], self.engine.encoder_weights
+        shape = encode_choice.Shape.of(x.to(self.compute_dtype), W_enc, k)
+        if self._choice is not None and self._choice[0] == shape:
+            return
         self._choice = tune_encoder(
             x, W_enc, self.sae.b_enc.detach(), k, self.compute_dtype, self.mesh
         )
@@ -224,7 +239,4 @@ class SAETraining:
         # A run goes on in the unit that it began with; older checkpoints name none, it was 1.
         self._set_rms(float(state.info.get("rms", 1.0)))
         if (encoder := state.info.get("encoder")) is not None:
-            # A run goes on with the design that it began with.
-            shape = encode_choice.Shape(*encoder["shape"])
-            if encode_choice.chosen(shape) is None:
-                encode_choice.use(shape, encoder["design"])
+            self._choice = encode_choice.Shape(*encoder["shape"]), encoder["design"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,131 +15,35 @@ from .. import ending
 from ..activations.feed import BatchFeed
 from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
-from ..models.base import SparseCoder
-from ..parallel import collectives
+from ..config.base import UserError
 from ..parallel.mesh import Mesh
 from ..progress import progress_bar
-from . import checkpoint, made_of
-from .metrics import HostCopy, LoggedStep, LogMetrics, MetricsLog, Pace, PhaseTimer, StepMetrics
+from .checkpoint_writer import GRACE_TOGETHER_S
+from .member import Member
+from .metrics import HostCopy, LoggedStep, LogMetrics, Pace, PhaseTimer, StepMetrics
 from .pauses import Pauses
-from .records import (
-    Job,
-    State,
-    Status,
-    record_failure,
-    write_job,
-    write_status,
-)
-from .step import SAETraining
+from .records import Job, record_failure
 
 logger = logging.getLogger(__name__)
-_Made = tuple["Member", StepMetrics, PhaseTimer]  # a step of one job
+_Made = tuple[Member, StepMetrics, PhaseTimer]  # a step of one job
 
 
-class Member:
-    """One job in the loop: its training state, files and fate."""
+class Spent:
+    """What the seconds of a training went into."""
 
-    def __init__(self, job: Job, store: ActivationStore, mesh: Mesh, device: torch.device) -> None:
-        assert job.config.sae is not None
-        assert job.config.train is not None
-        self.job, self.mesh, self.cfg = job, mesh, job.config.train
-        hookpoint = self.cfg.hookpoint
-        assert hookpoint is not None
-        d_in, rms = store.width(hookpoint), store.root_mean_square(hookpoint)
-        self.training = SAETraining(job.config.sae, self.cfg, d_in, mesh, device, rms=rms)
-        self.error: str | None = None
-        self.made_of = made_of.made_of(job.config, store, device)
-        logged = 0
-        step = self.saved = checkpoint.newest_step(self.checkpoints, mesh)
-        if step is not None:
-            sae = self.training.sae
-            state = checkpoint.load(self.checkpoints, step, sae.first_latent, sae.d_sae_local)
-            if (was := state.info.get("made_of")) is not None:
-                made_of.check_same(f"{job.folder}'s checkpoint of step {step}", was, self.made_of)
-                if mesh.is_lead:
-                    made_of.tell_longer(job, was, step, self.training.peak_lr)
-            elif mesh.is_lead:
-                logger.info("%s: its checkpoints are older than identities", job.name)
-            logged = state.info.get("logged", 0)
-            self.training.load_state(state)
-            if mesh.is_lead:
-                logger.info("%s: resumed at step %d", job.name, step)
-        ending.keeps(self.kept())
-        curve = job.folder / "metrics.jsonl"
-        self.log = MetricsLog(curve, step or 0, logged, enabled=mesh.is_lead)
-        if mesh.is_lead:
-            write_job(job, store.config)
-            made_of.write(job.folder, self.made_of)
-        self.write_status()
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._seconds: dict[str, float] = {}
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of this job's checkpoints."""
-        return self.job.folder / "checkpoints"
+    def mark(self, what: str) -> None:
+        """What began at the mark before ends."""
+        now = time.perf_counter()
+        self._seconds[what], self._last = now - self._last, now
 
-    @property
-    def done(self) -> bool:
-        """True when every step has been made, or none will be."""
-        return self.error is not None or self.training.step_index >= self.training.total_steps
-
-    def write_status(self, step: int | None = None, *, unfinished: State = "running") -> None:
-        """Writes status.json on the lead: finished is what has its SAE written."""
-        if self.mesh.is_lead:
-            t, whole = self.training, is_finished(self.job)
-            state: State = "failed" if self.error else "finished" if whole else unfinished
-            step = t.step_index if step is None else step
-            write_status(self.job, Status(state, step, t.total_steps, self.error))
-
-    def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
-        """One step on the replica's batch."""
-        return self.training.step(x, timer)
-
-    def fail(self, reason: str, step: int) -> None:
-        """Ends this job, which failed at a step, and lets the others go on."""
-        self.error = reason
-        if self.mesh.is_lead:
-            logger.error("%s failed: %s", self.job.name, reason)
-        self.write_status(step)
-
-    def save_checkpoint(self) -> None:
-        """Writes a checkpoint of the state between two steps. Collective over the members."""
-        state = self.training.state()
-        state.info["made_of"] = self.made_of
-        state.info["logged"] = self.log.last
-        checkpoint.save(self.checkpoints, state, self.mesh, self.cfg.keep_checkpoints)
-        self.saved = self.training.step_index
-        ending.keeps(self.kept())
-
-    def kept(self) -> str:
-        """What of this job a launch that ends now leaves, and how it goes on."""
-        if not self.saved:
-            return f"{self.job.name} has no checkpoint yet: the same command begins it anew"
-        return (
-            f"{checkpoint.step_folder(self.checkpoints, self.saved)} is kept, and the same command "
-            "goes on from it"
-        )
-
-    def save_final(self) -> None:
-        """Gathers the shards on the lead and writes the SAE to `sae/`. Collective over the shard
-        group.
-        """
-        sae, mesh = self.training.sae, self.mesh
-        whole = {}
-        for name, rows in self.training.final_weights().items():
-            if name != "b_dec":
-                rows = collectives.all_gather(rows, mesh.shard_group, mesh.num_shards).flatten(0, 1)
-            whole[name] = rows.to("cpu", torch.float32)
-        if mesh.is_lead:
-            with torch.device("meta"):
-                out = type(sae).from_config(sae.config, sae.d_in)
-            out.load_state_dict(whole, assign=True)
-            folder = self.job.folder / "sae"
-            # Gone while the weights are replaced, last when they are: without it they are written
-            # again.
-            (folder / made_of.MADE_OF).unlink(missing_ok=True)
-            out.save(folder)
-            made_of.write(folder, self.made_of)
-        self.write_status()
+    def told(self, blocked_s: float) -> str:
+        """One line: for checkpoints the part of the steps' time that these waited."""
+        shown = [f"{what} {seconds:.1f} s" for what, seconds in self._seconds.items()]
+        return ", ".join([*shown, f"of which checkpoints held up {blocked_s:.1f} s"])
 
 
 class Trainer:
@@ -167,14 +71,42 @@ class Trainer:
         self.isolates = mesh.members == 1 and len(jobs) > 1
         self.members: list[Member] = []
         self.unread: list[tuple[Member, LoggedStep]] = []
-        for job in jobs:
-            with self._fails_alone(job):
-                self.members.append(Member(job, store, mesh, device))
+        self._spent = Spent()
+        with self._ends_writers():
+            for job in jobs:
+                with self._fails_alone(job):
+                    self.members.append(Member(job, store, mesh, device))
 
     def run(self) -> None:
         """Steps every job to its end, then writes its SAE."""
         if not self.members:
             return
+        with self._ends_writers():
+            self._train()
+            for member in self.members:
+                if member.error is None:
+                    with self._fails_alone(member.job, member):
+                        member.save_final()
+        for member in self.members:
+            member.writer.close()
+        self._spent.mark("final save")
+        if self.mesh.is_lead:
+            blocked = sum(member.writer.blocked_s for member in self.members)
+            logger.info("%s: %s", self.hookpoint, self._spent.told(blocked))
+
+    @contextmanager
+    def _ends_writers(self) -> Iterator[None]:
+        """Lets checkpoints that are being written end, where an error ends the work."""
+        try:
+            yield
+        except BaseException:
+            for member in self.members:
+                member.writer.close(failed=True)
+                if member.error is None:
+                    ending.keeps(member.kept())
+            raise
+
+    def _train(self) -> None:
         self.total_steps = self.members[0].training.total_steps
         start = min(m.training.step_index for m in self.members)
         num_steps = self.total_steps - start
@@ -200,10 +132,7 @@ class Trainer:
                 self._loop(iter(feed), start, bar.advance)
             finally:
                 self._read_logged()
-        for member in self.members:
-            if member.error is None:
-                with self._fails_alone(member.job, member):
-                    member.save_final()
+        self._spent.mark("steps")
 
     @contextmanager
     def _fails_alone(self, job: Job, member: Member | None = None) -> Iterator[None]:
@@ -220,11 +149,13 @@ class Trainer:
 
     def _loop(self, batches: Iterator[Tensor], start: int, advance: Callable[[int], None]) -> None:
         pace = Pace(self.device)
-        pauses = Pauses(self.mesh, self.device, self.cfg.checkpoint_minutes)
+        pauses = Pauses(self.mesh, self.device, self.cfg.checkpoint_minutes, self._is_unwritten)
         for step in range(start, self.total_steps):
             if all(member.error for member in self.members):
                 return
             pause = pauses.before(step)
+            if pause.failed:
+                self._raise_unwritten()
             if pause.signal:
                 self._stop(step, pause.signal)
             if pause.checkpoint:
@@ -244,8 +175,23 @@ class Trainer:
             if logged:
                 self._log(step + 1, results, data, pace)
                 pace = Pace(self.device)
+            if step == start:
+                self._spent.mark("start")
             self._checkpoint(step + 1)
             advance(self.cfg.batch_tokens)
+
+    def _is_unwritten(self) -> bool:
+        return any(member.writer.failed for member in self.members if member.error is None)
+
+    def _raise_unwritten(self) -> None:
+        """Raises why a checkpoint could not be written, on all members, or ends that job alone."""
+        together = self.mesh.members > 1
+        for member in self.members:
+            if together or member.writer.failed:
+                with self._fails_alone(member.job, member):
+                    member.writer.wait(GRACE_TOGETHER_S)
+        if together:
+            raise UserError("another process could not write a checkpoint")
 
     def _log(self, step: int, results: list[_Made], data: PhaseTimer, pace: Pace) -> None:
         """Writes what the step logged before measured; sends this step's metrics to the host."""
@@ -273,7 +219,9 @@ class Trainer:
         self._checkpoint(step, due=True)
         for member in self.members:
             if member.error is None:
-                member.write_status(unfinished="stopped")
+                with self._fails_alone(member.job, member):
+                    member.writer.wait()
+                    member.write_status(unfinished="stopped")
         ready = [member for member in self.members if member.error is None]
         name = ending.name_of(number)
         if not ready:
@@ -303,8 +251,3 @@ class Trainer:
                         continue
                     member.save_checkpoint()
                     member.write_status()
-
-
-def is_finished(job: Job) -> bool:
-    """True when a job's SAE has been written after all of its steps, and is still whole."""
-    return made_of.is_finished(job, whole=SparseCoder.is_whole(job.folder / "sae"))

@@ -56,7 +56,9 @@ class Engine(ABC):
         for name, param in self.sae.named_parameters():
             out[name] = param.detach()
             for moment in self.moments:
-                out[f"{moment}.{name}"] = self.optimizer.state[param][moment]
+                # torch.optim.Adam makes them at its first step.
+                zero = param.detach().new_zeros(()).expand_as(param)
+                out[f"{moment}.{name}"] = self.optimizer.state[param].get(moment, zero)
         return out
 
     @torch.no_grad()

@@ -1,0 +1,158 @@
+"""Host memory that an SAE's state is copied into between two steps, made once and used again."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..tensor_files import Spec
+from .metrics import PhaseTimer
+from .side_stream import SideStream
+
+logger = logging.getLogger(__name__)
+# No two tensors share a page: each is page-locked by itself.
+_PAGE, _HUGE_PAGE = 1 << 12, 1 << 21
+_THREADS = 4
+# Left to others: the loader's buffers, the page cache of what is read.
+_SHARE = 0.8
+# One at a time, so that each sees what those before it took.
+_MAKING = threading.Lock()
+
+
+class Copied(NamedTuple):
+    """A state of one moment on the host, once its copy is through."""
+
+    tensors: dict[str, Tensor]
+    timer: PhaseTimer
+
+    def wait(self) -> float:
+        """Waits for the copy; returns the seconds for which a device's steps had to."""
+        return self.timer.milliseconds().get("copied", 0.0) / 1e3
+
+
+class HostMemory:
+    """Room on the host for tensors of a device, page-locked where that is a GPU: a copy then runs
+    at the bus's speed.
+
+    It is made by a thread, since locking takes a second per 10 GB or more. Where the host has not
+    enough of it there is none, and one log line says so.
+    """
+
+    def __init__(self, name: str, like: Mapping[str, Tensor], device: torch.device) -> None:
+        self.device, self._side = device, SideStream(device)
+        self._specs = {key: Spec.of(tensor) for key, tensor in like.items()}
+        self._views: dict[str, Tensor] | None = None
+        self._locked: list[int] = []
+        self._maker = threading.Thread(target=self._make, args=(name,), daemon=True)
+        self._maker.start()
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> Copied | None:
+        """Copies tensors of the shapes that the memory was made for, as they are when all work that
+        the current stream was given is done; what it is given from here on waits for the copy.
+        None where there is no memory. Waits until the memory is made, and for no device.
+        """
+        self._maker.join()
+        if self._views is None:
+            return None
+        assert {key: Spec.of(tensor) for key, tensor in tensors.items()} == self._specs
+        timer = PhaseTimer(self.device, enabled=self.device.type == "cuda")
+        with self._side.beside():
+            for key, tensor in tensors.items():
+                self._views[key].copy_(tensor.detach(), non_blocking=True)
+        self._side.meet()
+        timer.mark("copied")
+        return Copied(self._views, timer)
+
+    def close(self) -> None:
+        """Gives the memory back; no copy may be under way."""
+        self._maker.join()
+        for address in self._locked:
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        self._locked, self._views = [], None
+
+    def _make(self, name: str) -> None:
+        try:
+            with _MAKING:
+                self._make_alone(name)
+        except (OSError, MemoryError) as e:
+            logger.warning("%s: training waits while a checkpoint is written: %s", name, e)
+
+    def _make_alone(self, name: str) -> None:
+        sizes = [_rounded(spec.bytes) for spec in self._specs.values()]
+        free, needed = free_bytes() // local_processes(), sum(sizes)
+        if needed > _SHARE * free:
+            logger.warning(
+                "%s: a checkpoint takes %.1f GB of host memory, of which %.1f GB are free: "
+                "training waits while one is written",
+                name, needed / 1e9, free / 1e9,
+            )  # fmt: skip
+            return
+        room = mmap.mmap(-1, max(needed, _PAGE))
+        with suppress(OSError, AttributeError):
+            room.madvise(mmap.MADV_HUGEPAGE)
+        whole, views, at = torch.frombuffer(room, dtype=torch.uint8), {}, 0
+        for (key, spec), size in zip(self._specs.items(), sizes, strict=True):
+            views[key] = whole[at : at + spec.bytes].view(spec.dtype).view(spec.shape)
+            at += size
+        whole[::_PAGE].zero_()
+        if self.device.type == "cuda":
+            self._lock(name, [(view.data_ptr(), view.nbytes) for view in views.values()])
+        self._views = views
+
+    def _lock(self, name: str, places: list[tuple[int, int]]) -> None:
+        """Page-locks memory, which ordinary memory may stand in for: copies then take longer."""
+
+        def lock(place: tuple[int, int]) -> None:
+            torch.cuda.set_device(self.device)
+            # 1: locked for every device's context.
+            code = int(torch.cuda.cudart().cudaHostRegister(*place, 1))  # type: ignore[no-untyped-call]
+            if code:
+                raise RuntimeError(f"cudaHostRegister: error {code}")
+            self._locked.append(place[0])
+
+        places = [place for place in places if place[1]]
+        try:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                list(pool.map(lock, places))
+        except RuntimeError as e:
+            told = " ".join(str(e).split())[:120]
+            logger.warning(
+                "%s: memory cannot be page-locked (%s): checkpoints take longer", name, told
+            )
+
+
+def _rounded(size: int) -> int:
+    page = _HUGE_PAGE if size >= _HUGE_PAGE else _PAGE
+    return -(-size // page) * page
+
+
+def local_processes() -> int:
+    """Processes of this launch on this host."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def free_bytes() -> int:
+    """Host memory that can be had without swapping: the system's, or what this container's limit
+    leaves."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if "MemAvailable" in line)
+    with suppress(OSError, ValueError, KeyError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{n}").read_text()) for n in ("max", "current"))
+        pairs = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        stat = {key: int(value) for key, value in pairs}
+        # Pages of files are given back, but not those that live in memory alone.
+        free = min(free, limit - used + stat["file"] - stat["shmem"])
+    return max(0, free)

@@ -1,0 +1,139 @@
+"""One job in the loop: its training, its files and its fate."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import ending
+from ..activations.store import ActivationStore
+from ..models.base import SparseCoder
+from ..parallel.mesh import Mesh
+from . import checkpoint, made_of
+from .checkpoint_writer import CheckpointWriter
+from .metrics import MetricsLog, PhaseTimer, StepMetrics
+from .records import Job, State, Status, write_job, write_status
+from .step import SAETraining
+
+logger = logging.getLogger(__name__)
+
+
+class Member:
+    """One job in the loop: its training state, files and fate."""
+
+    def __init__(self, job: Job, store: ActivationStore, mesh: Mesh, device: torch.device) -> None:
+        assert job.config.sae is not None
+        assert job.config.train is not None
+        self.job, self.mesh, self.cfg = job, mesh, job.config.train
+        hookpoint = self.cfg.hookpoint
+        assert hookpoint is not None
+        self.error: str | None = None
+        self.made_of = made_of.made_of(job.config, store, device)
+        step = self.saved = checkpoint.newest_step(self.checkpoints, mesh)
+        self.published = step or 0
+        d_in, rms = store.width(hookpoint), store.root_mean_square(hookpoint)
+        self.training = SAETraining(
+            job.config.sae, self.cfg, d_in, mesh, device, rms=rms, drawn=step is None
+        )
+        logged = 0 if step is None else self._resume(step)
+        ending.keeps(self.kept())
+        curve = job.folder / "metrics.jsonl"
+        self.log = MetricsLog(curve, step or 0, logged, enabled=mesh.is_lead)
+        if mesh.is_lead:
+            write_job(job, store.config)
+            made_of.write(job.folder, self.made_of)
+        self.write_status()
+        self.writer = CheckpointWriter(
+            job.name, self.checkpoints, None if self.done else self.training.state(), mesh, device,
+            self.cfg.keep_checkpoints, self._is_published,
+        )  # fmt: skip
+
+    def _resume(self, step: int) -> int:
+        """Goes on from the checkpoint of a step; returns the last step that it has a metrics line
+        of."""
+        sae, job, mesh = self.training.sae, self.job, self.mesh
+        state = checkpoint.load(self.checkpoints, step, sae.first_latent, sae.d_sae_local)
+        if (was := state.info.get("made_of")) is not None:
+            made_of.check_same(f"{job.folder}'s checkpoint of step {step}", was, self.made_of)
+            if mesh.is_lead:
+                made_of.tell_longer(job, was, step, self.training.peak_lr)
+        elif mesh.is_lead:
+            logger.info("%s: its checkpoints are older than identities", job.name)
+        self.training.load_state(state)
+        if mesh.is_lead:
+            logger.info("%s: resumed at step %d", job.name, step)
+        return int(state.info.get("logged", 0))
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of this job's checkpoints."""
+        return self.job.folder / "checkpoints"
+
+    @property
+    def done(self) -> bool:
+        """True when every step has been made, or none will be."""
+        return self.error is not None or self.training.step_index >= self.training.total_steps
+
+    def write_status(self, step: int | None = None, *, unfinished: State = "running") -> None:
+        """Writes status.json on the lead: finished is what has its SAE written."""
+        if self.mesh.is_lead:
+            t, whole = self.training, is_finished(self.job)
+            state: State = "failed" if self.error else "finished" if whole else unfinished
+            step = t.step_index if step is None else step
+            write_status(self.job, Status(state, step, t.total_steps, self.error))
+
+    def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
+        """One step on the replica's batch."""
+        return self.training.step(x, timer)
+
+    def fail(self, reason: str, step: int) -> None:
+        """Ends this job, which failed at a step, and lets the others go on."""
+        self.error = reason
+        if self.mesh.is_lead:
+            logger.error("%s failed: %s", self.job.name, reason)
+        self.write_status(step)
+
+    def save_checkpoint(self) -> None:
+        """Begins to write a checkpoint of the state between two steps. Waits for the one before
+        it, and raises what that failed of.
+        """
+        state = self.training.state()
+        state.info["made_of"] = self.made_of
+        state.info["logged"] = self.log.last
+        self.writer.begin(state)
+        self.saved = self.training.step_index
+
+    def _is_published(self, step: int) -> None:
+        self.published = step
+        ending.keeps(self.kept())
+
+    def kept(self) -> str:
+        """What of this job a launch that ends now leaves, and how it goes on."""
+        if not self.published:
+            return f"{self.job.name} has no checkpoint yet: the same command begins it anew"
+        return (
+            f"{checkpoint.step_folder(self.checkpoints, self.published)} is kept, and the same "
+            "command goes on from it"
+        )
+
+    def save_final(self) -> None:
+        """Writes the SAE to `sae/`, each shard its rows. Collective over the members."""
+        folder, sae = self.job.folder / "sae", self.training.sae
+        if self.mesh.is_lead:
+            # Gone while the weights are replaced, last when they are: without it they are written
+            # again.
+            (folder / made_of.MADE_OF).unlink(missing_ok=True)
+        weights = {n: t.to(torch.float32) for n, t in self.training.final_weights().items()}
+        sae.save(folder, weights)
+        self.writer.wait()
+        if self.mesh.is_lead:
+            made_of.write(folder, self.made_of)
+        self.write_status()
+
+
+def is_finished(job: Job) -> bool:
+    """True when a job's SAE has been written after all of its steps, and is still whole."""
+    return made_of.is_finished(job, whole=SparseCoder.is_whole(job.folder / "sae"))
