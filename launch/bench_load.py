@@ -24,15 +24,13 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-import zarr
 
 from ..activations.blocks import BlockReader, BlockSpace
 from ..activations.feed import BatchFeed
 from ..activations.loader import READERS, ActivationLoader
 from ..activations.preload import Kept
-from ..activations.records import shard_record
 from ..activations.store import ActivationStore, make_geometry, shard_path
-from ..activations.writer import StoreWriter
+from ..activations.writer import StoreWriter, row_sums
 from ..parallel.mesh import Mesh
 from .bench_timing import print_table, write_json
 
@@ -66,18 +64,18 @@ def make_store(path: str, rows: int, width: int) -> ActivationStore:
         DOCUMENT: rng.permutation(number // _DOCUMENT_ROWS).astype(np.int32),
         "tokens/position": number % _DOCUMENT_ROWS,
     }
-    writer.write_shard(geometry, 0, arrays)
-    sums = f"statistics/{HOOKPOINT}/shard_sums/c"
-    for other in range(1, num_shards):
-        names = [(shard_path(name, 0), shard_path(name, other)) for name in arrays]
-        names += [(f"{sums}/0/0", f"{sums}/{other}/0")]
-        names += [(f"records/{shard_record(0)}", f"records/{shard_record(other)}")]
-        for source, target in names:
-            Path(path, target).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(path, source), Path(path, target))
-        start, stop = geometry.shard_range(other)
-        documents = zarr.open_array(path, path=DOCUMENT, mode="r+", zarr_format=3)
-        documents[start:stop] = arrays[DOCUMENT] + other * (shard // _DOCUMENT_ROWS + 1)
+    sums = {HOOKPOINT: row_sums(bits)}
+    crcs = {name: writer.write_rows(geometry, 0, name, values) for name, values in arrays.items()}
+    rows_name = f"activations/{HOOKPOINT}"
+    for other in range(num_shards):
+        if other:
+            source, target = (Path(path, shard_path(rows_name, s)) for s in (0, other))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        for name in arrays.keys() - {rows_name}:
+            first = other * (shard // _DOCUMENT_ROWS + 1) if name == DOCUMENT else 0
+            crcs[name] = writer.write_rows(geometry, other, name, arrays[name] + np.int32(first))
+        writer.record_shard(geometry, other, crcs, sums)
     writer.finish(geometry, [HOOKPOINT], num_shards * (shard // _DOCUMENT_ROWS + 1))
     return ActivationStore.open(path)
 
