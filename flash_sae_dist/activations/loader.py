@@ -147,7 +147,9 @@ class ActivationLoader:
         if rank == 0 and holdout and not only_held_out:
             self._tell(holdout)
         epochs = num_steps * batch_tokens / self.order.rows
-        self.preload = choose_preload(preload, self.reader, epochs, self.device, tell=rank == 0)
+        self.preload = choose_preload(
+            preload, self.reader, epochs, self.device, num_ranks=num_ranks, tell=rank == 0
+        )
         self._host = HostRows(self.reader) if self.preload == "host" else None
         self._memory = _Memory(self.reader, self.dtype, self.device)
         self._ahead = self._allocate()
