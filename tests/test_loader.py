@@ -385,7 +385,7 @@ def test_what_is_held_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         )
     told = [r.getMessage() for r in caplog.records if "holdout" in r.getMessage()]
     assert len(told) == 2
-    assert "never trained on" in told[0]
+    assert "out of training" in told[0]
     assert "holds out nothing" in told[1]
 
 

@@ -21,6 +21,12 @@ class HeldOut(NamedTuple):
     rows: Ints  # ascending
     num_documents: int
 
+    def told(self) -> str:
+        """What to say of it behind the key."""
+        if not self.num_documents:
+            return "holds out nothing: no document that its hash puts first has so few rows"
+        return f"keeps {len(self.rows)} rows of {self.num_documents} documents out of training"
+
 
 def document_hash(documents: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint32]:
     """A hash of document numbers, on which the choice depends alone (murmur3's finalizer)."""

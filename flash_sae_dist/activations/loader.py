@@ -138,34 +138,19 @@ class ActivationLoader:
         self.shape = (batch_tokens // num_ranks, store.width(hookpoint))
         self.batch_tokens, self.steps = batch_tokens, range(start_step, start_step + num_steps)
         self.left_out = held_out(store, holdout)
-        self.kept = KeptRows(
-            store.rows, self.reader.chunk_rows, self.left_out.rows, alone=only_held_out
-        )
+        listed, chunk_rows = self.left_out.rows, store.geometry.chunk_rows
+        self.kept = KeptRows(store.rows, chunk_rows, listed, alone=only_held_out)
         if not self.kept.counts.any():
             raise ValueError(f"no row of the store is held out by holdout={holdout}")
         self.order = BlockOrder(self.kept.counts, seed)
         if rank == 0 and holdout and not only_held_out:
-            self._tell(holdout)
-        epochs = num_steps * batch_tokens / self.order.rows
-        self.preload = choose_preload(preload, self.reader, epochs, self.device, tell=rank == 0)
+            logger.info("train.holdout=%g %s", holdout, self.left_out.told())
+        epochs, told = num_steps * batch_tokens / self.order.rows, rank == 0
+        self.preload = choose_preload(preload, self.reader, epochs, self.device, num_ranks, told)
         self._host = HostRows(self.reader) if self.preload == "host" else None
         self._memory = _Memory(self.reader, self.dtype, self.device)
         self._ahead = self._allocate()
         self._unreleased: deque[tuple[Plan, torch.cuda.Event]] = deque()
-
-    def _tell(self, holdout: float) -> None:
-        rows, documents = self.left_out
-        if documents:
-            logger.info(
-                "train.holdout=%g: %d rows of %d documents are never trained on",
-                holdout, len(rows), documents,
-            )  # fmt: skip
-        else:
-            logger.info(
-                "train.holdout=%g holds out nothing: no document that its hash puts first has so "
-                "few rows",
-                holdout,
-            )
 
     def _allocate(self) -> ReadAhead:
         """Memory that does not grow, whatever the store and the batch."""

@@ -54,7 +54,6 @@ def choose_preload(
     reader: BlockReader,
     epochs: float,
     device: torch.device,
-    *,
     num_ranks: int = 1,
     tell: bool = False,
 ) -> Kept:
