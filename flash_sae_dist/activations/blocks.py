@@ -118,17 +118,22 @@ class BlockReader:
         file, offset = self.locate(block)
         size = os.preadv(file.descriptor, space.bytes, offset)
         if size != self.chunk_bytes + 4 or crc32c(space.bytes[0]) != space.crc[0]:
-            raise self._damaged(block)
+            raise self.damaged(block)
 
     def locate(self, block: int) -> tuple[_File, int]:
         """The file of a block of a local store and where the block begins in it."""
         shard, chunk = divmod(block, self.chunks_a_shard)
         file, offsets = self._open(shard)
         if offsets[chunk] < 0:
-            raise self._damaged(block)
+            raise self.damaged(block)
         return file, offsets[chunk]
 
-    def _damaged(self, block: int) -> DamagedStoreError:
+    def place(self, block: int) -> tuple[str, int]:
+        """The path of a block's file and where the block begins in it. Raises as `read_into`."""
+        _, offset = self.locate(block)
+        return self.store.shard_file(self.name, block // self.chunks_a_shard), offset
+
+    def damaged(self, block: int) -> DamagedStoreError:
         shard, chunk = divmod(block, self.chunks_a_shard)
         return DamagedStoreError(
             f"{self.store.shard_file(self.name, shard)} is damaged in chunk {chunk}: its crc32c "
@@ -170,6 +175,6 @@ class BlockReader:
         for chunk in range(len(rows) // self.chunk_rows):
             at = offsets[chunk]
             if not 0 <= at <= got - size - 4 or crc32c(data[at : at + size + 4]) != _CRC_RESIDUE:
-                raise self._damaged(shard * self.chunks_a_shard + chunk)
+                raise self.damaged(shard * self.chunks_a_shard + chunk)
             target[chunk * size : (chunk + 1) * size] = data[at : at + size]
         return rows[: stop - start]

@@ -5,6 +5,7 @@ many threads, checksums verified.
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
@@ -21,6 +22,7 @@ from .holdout import held_out
 from .order import BlockOrder, Ints, KeptRows
 from .preload import HostRows, choose_preload
 from .read_ahead import Plan, ReadAhead
+from .read_processes import ReadProcesses, SharedMemory
 from .store import ActivationStore
 
 logger = logging.getLogger(__name__)
@@ -70,14 +72,22 @@ class _Memory:
     def __init__(self, reader: BlockReader, dtype: torch.dtype, device: torch.device) -> None:
         self.reader, self.dtype, self.device = reader, dtype, device
         self.is_async, self.pin = is_async(device), device.type == "cuda"
+        self.shared: SharedMemory | None = None
 
     def _rows(self, num_blocks: int, device: torch.device | str, pin: bool = False) -> Tensor:
         shape = (num_blocks * self.reader.chunk_rows, *self.reader.tail)
         return torch.empty(shape, dtype=self.dtype, device=device, pin_memory=pin)
 
+    def share(self, num_slots: int) -> None:
+        """Makes the ring of memory that other processes map."""
+        self.shared = SharedMemory(num_slots * self.reader.chunk_bytes, self.pin)
+        shape = (num_slots * self.reader.chunk_rows, *self.reader.tail)
+        self.ring = self.shared.bytes.view(self.dtype).view(shape)
+
     def allocate(self, num_slots: int, num_staged: int, num_index: int) -> None:
         """num_staged: blocks of the device's memory, 0 where batches come out of the ring."""
-        self.ring = self._rows(num_slots, "cpu", self.pin)
+        if self.shared is None:
+            self.ring = self._rows(num_slots, "cpu", self.pin)
         bits = self.ring.view(torch.uint16) if self.dtype == torch.bfloat16 else self.ring
         blocks = bits.numpy().reshape(num_slots, self.reader.chunk_rows, *self.reader.tail)
         self.spaces = [BlockSpace.of(block) for block in blocks]
@@ -152,7 +162,12 @@ class ActivationLoader:
         self._ahead = self._allocate()
         self._unreleased: deque[tuple[Plan, torch.cuda.Event]] = deque()
 
-    def _allocate(self) -> ReadAhead:
+    def _by_processes(self) -> bool:
+        """Where the thread that takes batches launches work on a GPU, and files can be mapped."""
+        is_plain = self.reader.remote is None and self._host is None
+        return is_plain and self.device.type == "cuda" and hasattr(os, "memfd_create")
+
+    def _allocate(self) -> ReadAhead | ReadProcesses:
         """Memory that does not grow, whatever the store and the batch."""
         size, rows, share = self.reader.chunk_bytes, self.reader.chunk_rows, self.shape[0]
         a_batch = -(-share // rows) + 2
@@ -167,7 +182,20 @@ class ActivationLoader:
             self._staged = self._part_blocks + 1
         own = self.preload == "device" or self._memory.is_async
         num_index = min(share, self._part_blocks * rows)
+        by_processes = self._by_processes()
+        if by_processes:
+            self._memory.share(self._slots)
         self._memory.allocate(self._slots, self._staged if own else 0, num_index)
+        if self._memory.shared is not None:
+            return ReadProcesses(
+                self._plans(),
+                self.reader.place,
+                self.reader.damaged,
+                memory=self._memory.shared,
+                block_bytes=size,
+                num_slots=self._slots,
+                num_plans=_PARTS_AHEAD,
+            )
         return ReadAhead(
             self._plans(),
             self._read,
@@ -191,6 +219,8 @@ class ActivationLoader:
         self.reader.close()
         # Gives back what copies that are under way still read only when they are done: torch's
         # allocators know of them.
+        if self._memory.shared is not None:
+            self._memory.shared.close()
         del self._memory, self._host
 
     def _read(self, block: int, slot: int) -> None:

@@ -49,6 +49,9 @@ class HostMemory:
     """
 
     def __init__(self, name: str, like: Mapping[str, Tensor], device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:
+            # A thread's own current device is the first.
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device, self._side = device, SideStream(device)
         self._specs = {key: Spec.of(tensor) for key, tensor in like.items()}
         self._views: dict[str, Tensor] | None = None
@@ -84,7 +87,7 @@ class HostMemory:
         try:
             with _MAKING:
                 self._make_alone(name)
-        except (OSError, MemoryError) as e:
+        except (OSError, MemoryError, RuntimeError) as e:
             logger.warning("%s: training waits while a checkpoint is written: %s", name, e)
 
     def _make_alone(self, name: str) -> None:
