@@ -257,7 +257,7 @@ FIELDS = {
     ),
     "cache": (
         "store hookpoints num_tokens context_length batch_sequences drop_special_tokens "
-        "shard_mib memory_gib dtype seed"
+        "skip_first_tokens shard_mib memory_gib dtype seed"
     ),
     "sae": "architecture d_sae expansion_factor k",
     "train": (

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,16 +16,7 @@ from .. import ending
 from ..config.base import ConfigError
 from ..config.data import CacheConfig
 from ..config.run import RunConfig
-from ..files import (
-    check_space,
-    check_writable,
-    checksum,
-    locked,
-    owned,
-    private_folder,
-    read_json,
-    write_json,
-)
+from ..files import check_space, check_writable, locked, owned
 from ..identity import FREE_KEYS, difference, tell_other_versions, versions
 from ..parallel import agree
 from ..progress import progress_bar
@@ -44,17 +34,25 @@ from .origin import (
     loaded_parts,
     model_parts,
     row_parts,
-    text_digest,
     text_is_here,
     tokenizer_digest,
 )
 from .pipeline import Pipeline, Rate, most_shard_bytes
 from .probe import check_ids, probe
 from .records import CONFIG, StoreOwner, check_lasts
-from .row_plan import RowPlan
-from .store import Geometry, Origin, Shape, make_geometry, storage_dtype
+from .row_plan import RowPlan, shards_a_unit
+from .store import (
+    Geometry,
+    Origin,
+    Shape,
+    TextShape,
+    make_geometry,
+    storage_dtype,
+)
 from .stored_rows import float_dtype
-from .text import TokenTable, begin_token, token_table
+from .text import begin_token
+from .text_parts import TextParts, digest_of, made_parts, part_size
+from .tokenising import Tokeniser, making_of
 from .writer import StoreWriter
 
 logger = logging.getLogger(__name__)
@@ -112,81 +110,144 @@ def _fill(
 ) -> Rate:
     """Makes the shards that are not there yet."""
     assert config.cache is not None
-    # Before anything is read: what changes from here on has another stamp.
-    stamp = content_stamp(config)
-    table = _shared_table(config, lm, accelerator, writer, stamp)
-    check_ids(lm, int(table.ids.max()))
-    hookpoints = list(widths)
-    geometry = _geometry(config.cache, table, widths, accelerator, writer)
-    origin = _shared_origin(lm, table)
-    writer.check_origin(geometry, origin)
-    shape = Shape(geometry, config.cache.dtype, widths)
-    agree.first_checks(lambda: _check_space(writer, shape))
-    parts = _shared_parts(config, lm, table, accelerator)
-    parts |= {"hookpoints": widths, **geometry._asdict()}
-    writer.check_identity(parts)
-    if accelerator.is_main_process:
-        identity = {"parts": parts, "stamp": stamp, "versions": versions()}
-        _create(config, writer, lm, shape, origin, identity)
+    first, making = accelerator.is_main_process, making_of(config, lm.tokenizer, causal=lm.causal)
+    size = part_size(config.cache.context_length, config.cache.batch_sequences)
+    text = TextParts(writer.records, config.cache.context_length, size)
+    origin, parts = _shared_origin(lm), _shared_parts(config, lm, accelerator)
+    parts["hookpoints"] = widths
+    agree.first_checks(lambda: _check_begun(writer, origin, parts, text))
+    with Tokeniser(config, making, text, first=first) as tokeniser:
+        stamp = _first_text(config, writer, tokeniser, lm, widths, accelerator)
+        shape, shape_of_text = _shape(config.cache, writer, text, widths)
+        agree.first_checks(lambda: _check_space(writer, shape))
+        if first:
+            identity = {"parts": parts, "stamp": stamp, "versions": versions()}
+            about = _provenance(config, lm)
+            writer.create(
+                shape.geometry, widths, shape.dtype, about, origin, identity, shape_of_text
+            )
+        tokeniser.follow()
+        accelerator.wait_for_everyone()
+        todo = writer.missing(shape)
+        if todo and first:
+            writer.reopen()
+        accelerator.wait_for_everyone()
+        unit, cache = shape_of_text.shards_a_unit, config.cache
+        plan = RowPlan(text, shape.geometry, unit, cache.seed, cache.batch_sequences)
+        with Pipeline(lm, widths, plan, cache, writer) as pipeline:
+            rate = _write_shards(accelerator, pipeline, tokeniser, todo)
     accelerator.wait_for_everyone()
-    todo = writer.missing(shape)
-    if todo and accelerator.is_main_process:
-        writer.reopen()
-    accelerator.wait_for_everyone()
-    plan = RowPlan(table, geometry, config.cache.seed, config.cache.batch_sequences)
-    with Pipeline(lm, widths, plan, config.cache, writer) as pipeline:
-        rate = _write_shards(accelerator, pipeline, todo)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        writer.finish(geometry, hookpoints, int(table.document.max()) + 1)
-    if accelerator.is_local_main_process:
-        shutil.rmtree(_table_folder(config, writer), ignore_errors=True)
+    if first:
+        _finish(writer, plan, list(widths))
     accelerator.wait_for_everyone()
     return rate
 
 
-def _create(
-    config: RunConfig,
-    writer: StoreWriter,
-    lm: LanguageModel,
-    shape: Shape,
-    origin: Origin,
-    identity: dict[str, Any],
+def _check_begun(
+    writer: StoreWriter, origin: Origin, parts: dict[str, Any], text: TextParts
 ) -> None:
-    """Begins the store, or tells what has changed since it was begun."""
+    """Raises ConfigError where a store was begun with other things than these, or by a version
+    that put its rows in another order.
+    """
+    if (begun := writer.begun()) is None:
+        return
+    writer.check_origin(origin)
+    writer.check_identity(parts)
+    if "text" not in begun or begun["text"]["part_sequences"] != text.size:
+        raise ConfigError(
+            f"cache.store={writer.path!r} was begun by another version, which put its rows in "
+            "another order; remove it, or go on with that version"
+        )
     if (before := writer.identity()) is not None:
         tell_other_versions(f"the first part of {writer.path}", before["versions"])
-    about = _provenance(config, lm)
-    writer.create(shape.geometry, shape.widths, shape.dtype, about, origin, identity)
 
 
-def _geometry(
-    cfg: CacheConfig,
-    table: TokenTable,
+def _first_text(
+    config: RunConfig,
+    writer: StoreWriter,
+    tokeniser: Tokeniser,
+    lm: LanguageModel,
     widths: dict[str, int],
     accelerator: Any,
-    writer: StoreWriter,
-) -> Geometry:
+) -> str | None:
+    """Tokenises as much as tells how the store is cut; the stamp of the files that are read.
+    Collective.
+    """
+    assert config.cache is not None
+    # Before anything is read: what changes from here on has another stamp.
+    stamp = content_stamp(config)
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            _check_same_text(config, writer, tokeniser, stamp)
+            most = config.cache.num_tokens
+            enough = min(most, _geometry(config.cache, widths, 2**62).enough_rows)
+            with progress_bar("tokenise", enough, "tokens", enabled=True) as bar:
+                tokeniser.begin(enough, bar.advance)
+                if bar.done < bar.total:
+                    bar.show(bar.total, f"all {bar.done} tokens of the text")
+            check_ids(lm, max(part.largest for part in tokeniser.parts.known()))
+        # The others wait: they are told of whatever a tokenizer raises, too.
+        except Exception as e:
+            error = e
+    agree.raise_together(error)
+    return stamp
+
+
+# Tells of which config and files the parts of the text are.
+_MARKER = "text.json"
+
+
+def _check_same_text(
+    config: RunConfig, writer: StoreWriter, tokeniser: Tokeniser, stamp: str | None
+) -> None:
+    """Takes back parts that an earlier launch made of another text, and raises ConfigError where
+    rows were made of them.
+    """
+    parts, marker = tokeniser.parts, {"config": _digest(config), "stamp": stamp}
+    before = writer.records.read(_MARKER)
+    if parts.known() and (before != marker or stamp is None):
+        if writer.begun() is not None:
+            logger.info("the text lies in other files than when %s was begun", writer.path)
+            tokeniser.compare()
+        else:
+            parts.drop()
+    writer.records.write(_MARKER, marker)
+
+
+def _shape(
+    cfg: CacheConfig, writer: StoreWriter, text: TextParts, widths: dict[str, int]
+) -> tuple[Shape, TextShape]:
     """How the rows that the text gives are cut; a store that was begun goes on as it was cut."""
-    rows = min(cfg.num_tokens, int(table.keep.sum()))
-    if rows < cfg.num_tokens and accelerator.is_main_process:
-        logger.warning(
-            "the text ends after %d stored tokens, before cache.num_tokens=%d",
-            rows,
-            cfg.num_tokens,
-        )
-    begun = Shape.read(writer.records)
-    if begun is not None and begun.geometry.rows == rows:
-        return begun.geometry
+    if (begun := writer.begun()) is not None:
+        shape = Shape.read(writer.records)
+        assert shape is not None
+        return shape, TextShape(**begun["text"])
+    rows = min(cfg.num_tokens, text.rows_before[-1]) if text.ended else cfg.num_tokens
+    geometry = _geometry(cfg, widths, rows)
+    unit = shards_a_unit(geometry.num_shards)
+    shape_of_text = TextShape(text.size, text.context_length, unit)
+    return Shape(geometry, cfg.dtype, widths), shape_of_text
+
+
+def _geometry(cfg: CacheConfig, widths: dict[str, int], rows: int) -> Geometry:
     itemsize = storage_dtype(cfg.dtype).itemsize
     row_bytes = float_dtype(cfg.dtype).itemsize * sum(widths.values())
     most_rows = most_shard_bytes(cfg.memory_gib) // row_bytes
     return make_geometry(rows, max(widths.values()), itemsize, cfg.shard_mib, most_rows)
 
 
-def _shared_parts(
-    config: RunConfig, lm: LanguageModel, table: TokenTable, accelerator: Any
-) -> dict[str, Any]:
+def _finish(writer: StoreWriter, plan: RowPlan, hookpoints: list[str]) -> None:
+    """Writes the row of each token, and the records that the store is whole."""
+    text, known = plan.parts, plan.parts.known()
+    for number in range(len(known)):
+        text.add_rows(number, plan.rows_of_part(number))
+    sequences = sum(part.sequences for part in known)
+    documents = max(part.documents for part in known)
+    writer.finish(plan.geometry, hookpoints, documents, (sequences, digest_of(known)))
+
+
+def _shared_parts(config: RunConfig, lm: LanguageModel, accelerator: Any) -> dict[str, Any]:
     """What the rows are made of; one process a host reads its files. Collective.
 
     Raises ConfigError where hosts have other files than one another.
@@ -194,7 +255,7 @@ def _shared_parts(
     assert config.model is not None
     mine: dict[str, Any] | None = None
     if accelerator.is_local_main_process:
-        mine = loaded_parts(config.model, lm) | {"text": text_digest(table)} | row_parts(config)
+        mine = loaded_parts(config.model, lm) | row_parts(config)
     everyone = [parts for parts in agree.from_all(mine) if parts is not None]
     for other in everyone[1:]:
         if found := difference(everyone[0], other):
@@ -242,48 +303,69 @@ def _check_still_same_text(config: RunConfig, writer: StoreWriter, before: dict[
     if not text_is_here(config.text):
         # Its name is all that there is to compare without the network.
         return
+    begun = writer.begun() or {}
+    if "text" not in begun:
+        logger.info("%s is of an earlier version: its text is not compared", writer.path)
+        return
     logger.info("model or text lie in other files than when %s was made: comparing", writer.path)
-    table = token_table(
-        config.text,
-        tokenizer,
-        context_length=config.cache.context_length,
-        causal=task == "causal-lm",
-        drop_special_tokens=config.cache.drop_special_tokens,
-        num_rows=config.cache.num_tokens,
-    )
-    writer.check_identity({"text": text_digest(table)})
+    making = making_of(config, tokenizer, causal=task == "causal-lm")
+    size = begun["text"]["part_sequences"]
+    made = [part for _, part in made_parts(making, size, config.cache.num_tokens, [])]
+    writer.check_identity({"text": digest_of(made)})
 
 
-def _write_shards(accelerator: Any, pipeline: Pipeline, todo: list[int]) -> Rate:
+def _write_shards(
+    accelerator: Any, pipeline: Pipeline, tokeniser: Tokeniser, todo: list[int]
+) -> Rate:
     """Makes this process's part of the missing shards."""
-    world, geometry = accelerator.num_processes, pipeline.geometry
-    mine = pipeline.plan.mine(todo, accelerator.process_index, world)
+    world, geometry = accelerator.num_processes, pipeline.plan.geometry
     title = f"cache {len(pipeline.widths)} hookpoints"
-    # The processes' parts are alike: the bar shows the first's progress as everyone's.
-    total = world * sum(stop - start for start, stop in map(geometry.shard_range, mine))
-    done = geometry.num_shards - len(todo)
-    kept = _Kept(pipeline.writer, geometry.num_shards, done, world)
+    total = sum(stop - start for start, stop in map(geometry.shard_range, todo))
+    kept = _Kept(pipeline, len(todo), world)
     pipeline.recorded = kept.add
     bar_ = progress_bar(title, total, "tokens", accelerator.is_main_process)
     with ending.deferred(), bar_ as bar:
 
-        def advance(rows: int) -> None:
-            bar.advance(world * rows)
+        def stop_if_asked() -> None:
             if number := ending.requested():
                 pipeline.drain()
                 name = ending.name_of(number)
                 raise ending.StopRequested(number, f"stopped by {name}; {ending.kept()}")
 
-        rate = pipeline.make(mine, advance)
-    logger.info("%d shards made, %s", len(mine), rate)
+        def advance(rows: int) -> None:
+            # The processes' parts are alike: the bar shows the first's progress as everyone's.
+            bar.advance(world * rows)
+            stop_if_asked()
+
+        def wait() -> None:
+            tokeniser.wait()
+            stop_if_asked()
+
+        pipeline.plan.wait = wait
+        rate = pipeline.make(todo, accelerator.process_index, world, advance)
+        if accelerator.is_main_process and pipeline.plan.geometry.rows < geometry.rows:
+            bar.show(bar.total, f"all {bar.done} tokens of the text")
+    if accelerator.is_main_process:
+        _tell_end_of_text(pipeline)
+    logger.info("rows made: %s", rate)
     return rate
+
+
+def _tell_end_of_text(pipeline: Pipeline) -> None:
+    if (rows := pipeline.plan.geometry.rows) < pipeline.num_tokens:
+        logger.warning(
+            "the text ends after %d stored tokens, before cache.num_tokens=%d",
+            rows,
+            pipeline.num_tokens,
+        )
 
 
 class _Kept:
     """Counts shards that are whole, and says so should the launch end early."""
 
-    def __init__(self, writer: StoreWriter, total: int, done: int, world: int) -> None:
-        self.writer, self.total, self.done, self.world = writer, total, done, world
+    def __init__(self, pipeline: Pipeline, missing: int, world: int) -> None:
+        self.plan, self.path, self.world = pipeline.plan, pipeline.writer.path, world
+        self.done = self.plan.geometry.num_shards - missing
         self.lock = threading.Lock()
         self._tell()
 
@@ -293,7 +375,8 @@ class _Kept:
             self._tell()
 
     def _tell(self) -> None:
-        told = f"{self.done} of {self.total} shards are kept in {self.writer.path}"
+        total = self.plan.geometry.num_shards
+        told = f"{self.done} of {total} shards are kept in {self.path}"
         told += " with what the other processes made" if self.world > 1 else ""
         ending.keeps(f"{told}, and the same command makes the others")
 
@@ -321,96 +404,18 @@ def _check_space(writer: StoreWriter, shape: Shape) -> None:
         check_space("cache.store", writer.records.root, needed, "what is left of the store")
 
 
-def _table_folder(config: RunConfig, writer: StoreWriter) -> Path:
-    """Beside the records of a store on disk, else among the host's temporary files."""
-    if writer.records.local:
-        return Path(writer.records.root) / "records" / "text"
-    return private_folder() / f"text-{_digest(config)[:16]}"
-
-
 def _digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(store_config(config), sort_keys=True).encode()).hexdigest()
 
 
-# Tells of which config the token table is, and what is in its files: one that was killed early
-# leaves no other sign.
-_MARKER = "whole.json"
-
-
-def _table_is_whole(folder: Path, digest: str) -> bool:
-    """Whether an interrupted cache of this config left its token table, with every bit of it."""
-    try:
-        told = read_json(folder / _MARKER)
-        if told.get("config") != digest:
-            return False
-        for name, crc in told["crc32c"].items():
-            if checksum(folder / name) != crc:
-                raise ValueError(f"{name} does not hold what was written: its crc32c changed")
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except (ValueError, KeyError, AttributeError) as e:
-        logger.warning("%s is damaged: %s; the text is tokenised again", folder, e)
-        return False
-    return True
-
-
-def _tokenise(config: RunConfig, lm: LanguageModel, *, shown: bool) -> TokenTable:
-    assert config.cache is not None
-    assert config.text is not None
-    with progress_bar("tokenise", config.cache.num_tokens, "tokens", shown) as bar:
-        table = token_table(
-            config.text,
-            lm.tokenizer,
-            context_length=config.cache.context_length,
-            causal=lm.causal,
-            drop_special_tokens=config.cache.drop_special_tokens,
-            num_rows=config.cache.num_tokens,
-            advance=bar.advance,
-        )
-        if bar.done < bar.total:
-            bar.show(bar.total, f"all {bar.done} tokens of the text")
-    return table
-
-
-def _shared_table(
-    config: RunConfig,
-    lm: LanguageModel,
-    accelerator: Any,
-    writer: StoreWriter,
-    stamp: str | None,  # of the files that are read
-) -> TokenTable:
-    """Tokenises once a host, in its first process; the others map the files."""
-    assert config.cache is not None
-    assert config.text is not None
-    folder = _table_folder(config, writer)
-    first = accelerator.is_local_main_process
-    if writer.records.local:
-        first = accelerator.is_main_process
-    # The marker tells of which config and files the table is.
-    marker, digest = folder / _MARKER, f"{_digest(config)} {stamp}"
-    error: Exception | None = None
-    if first and not _table_is_whole(folder, digest):
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            _tokenise(config, lm, shown=accelerator.is_main_process).save(folder)
-            sums = {file.name: checksum(file) for file in sorted(folder.iterdir())}
-            write_json(marker, {"config": digest, "crc32c": sums})
-        # The others wait: they are told of whatever a tokenizer raises, too.
-        except Exception as e:
-            error = e
-    agree.raise_together(error)
-    return TokenTable.load(folder)
-
-
-def _shared_origin(lm: LanguageModel, table: TokenTable) -> Origin:
-    """Text and model, which are the same in all processes. Collective.
+def _shared_origin(lm: LanguageModel) -> Origin:
+    """The model, which is the same in all processes. Collective.
 
     Raises ConfigError where hosts have other files than one another.
     """
-    origin = Origin(table.checksum(), model_commit(lm), model_dtype(lm), weights_checksum(lm))
+    origin = Origin(model_commit(lm), model_dtype(lm), weights_checksum(lm))
     everyone = agree.from_all(origin)
     words = {
-        "text_crc32c": "text.paths or text.name gives another text",
         "model_dtype": "model.dtype=auto is another type",
         "model_crc32c": "model.name holds other weights",
     }

@@ -15,7 +15,7 @@ from .records import AGAIN, DamagedStoreError, Records
 
 # zstd is of 0.1.0's statistics. Others may run code: numcodecs has one that unpickles.
 _CODECS = {"bytes", "crc32c", "sharding_indexed", "zstd"}
-_TYPES = {"float16", "float32", "float64", "uint16", "int8", "int32"}
+_TYPES = {"float16", "float32", "float64", "int8", "uint8", "uint16", "int32", "int64"}
 Sums = dict[str, str]  # path in the store -> checksum in hex
 
 

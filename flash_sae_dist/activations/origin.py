@@ -32,9 +32,12 @@ HOOK_SEMANTICS = 1
 # What activations of a model are, of whatever text: an SAE is measured on these rows alone.
 MODEL_PARTS = (
     *("model weights", "model sample", "model config", "model code", "tokenizer", "hooks"),
-    *("cache.context_length", "cache.drop_special_tokens"),
+    *("cache.context_length", "cache.drop_special_tokens", "cache.skip_first_tokens"),
 )
-_ROW_PARTS = ("context_length", "batch_sequences", "drop_special_tokens", "dtype", "seed")
+_ROW_PARTS = (
+    *("context_length", "batch_sequences", "drop_special_tokens", "skip_first_tokens"),
+    *("dtype", "seed"),
+)
 # In the order in which transformers looks for them.
 _WEIGHTS = (
     "model.safetensors",

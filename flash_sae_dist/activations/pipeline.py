@@ -100,7 +100,7 @@ class Pipeline:
         writer: StoreWriter,
     ) -> None:
         self.lm, self.widths, self.plan, self.writer = lm, widths, plan, writer
-        self.geometry = plan.geometry
+        self.shard_rows, self.num_tokens = plan.geometry.shard_rows, cfg.num_tokens
         # Told of each shard that is whole on the disk, in a thread.
         self.recorded: Callable[[int], None] = lambda shard: None
         self.stored, self.dtype = cfg.dtype, float_dtype(cfg.dtype)
@@ -125,9 +125,9 @@ class Pipeline:
         """As many host buffers as fit; on the CPU passes fill them, as many at once as a pass has
         shards.
         """
-        shard_bytes = sum(self.widths.values()) * self.dtype.itemsize * self.geometry.shard_rows
+        shard_bytes = sum(self.widths.values()) * self.dtype.itemsize * self.shard_rows
         fit = int(cfg.memory_gib * 2**30 * _SHARE_OF_MEMORY) // shard_bytes
-        straddled = 2 + cfg.batch_sequences * cfg.context_length // self.geometry.shard_rows
+        straddled = 2 + cfg.batch_sequences * cfg.context_length // self.shard_rows
         least = straddled + 1 if self.on_cpu else 1
         for _ in range(max(least, min(_MOST_WRITTEN, fit))):
             self.host.put({})
@@ -146,18 +146,18 @@ class Pipeline:
             torch.cuda.synchronize()
         self.memory.close()
 
-    def make(self, shards: list[int], advance: Callable[[int], None]) -> Rate:
-        """Makes shards, ascending. advance is told the rows that each pass gave. Raises what a
-        thread met.
+    def make(self, todo: list[int], rank: int, world: int, advance: Callable[[int], None]) -> Rate:
+        """Makes one process's part of the missing shards. advance is told the rows that each pass
+        gave. Raises what a thread met.
         """
         start, rows = 0.0, 0
         with tapped(self.lm, list(self.widths), self._take) as run:
-            for batch in self.plan.batches(shards):
+            for batch in self.plan.batches(todo, rank, world):
                 self._check()
                 self._pass(batch, run)
                 for shard in batch.whole:
                     self._send(shard)
-                made = sum(len(part.source) for part in batch.parts)
+                made = sum(len(part.source) for part in batch.pieces)
                 advance(made)
                 # The first pass compiles and allocates.
                 start, rows = (start, rows + made) if start else (time.perf_counter(), 0)
@@ -198,7 +198,7 @@ class Pipeline:
         if value.device not in self.parts:
             self.parts[value.device] = [
                 _Part(p.shard, *(self._tensor(v, value.device) for v in (p.source, p.target)))
-                for p in self.batch.parts
+                for p in self.batch.pieces
             ]
         flat = value.reshape(-1, value.shape[-1])
         for shard, source, target in self.parts[value.device]:
@@ -221,7 +221,7 @@ class Pipeline:
 
     def _buffer(self, rows: Rows, hookpoint: str, device: torch.device) -> Tensor:
         if hookpoint not in rows:
-            shape = (self.geometry.shard_rows, self.widths[hookpoint])
+            shape = (self.shard_rows, self.widths[hookpoint])
             if device.type == "cpu":
                 # Not torch's cache of page-locked memory, which rounds up to powers of two.
                 rows[hookpoint] = self.memory.empty(shape, self.dtype, lock=not self.on_cpu)
@@ -257,7 +257,7 @@ class Pipeline:
 
     def _copy(self, rows: Rows, written: _Written) -> None:
         """Sums up and copies a shard's rows, each device's on a stream of its own."""
-        start, stop = self.geometry.shard_range(written.shard)
+        start, stop = self.plan.geometry.shard_range(written.shard)
         cpu = torch.device("cpu")
         for device in {r.device for r in rows.values()}:
             if device not in self.streams:
@@ -278,7 +278,7 @@ class Pipeline:
     def _write_rows(self, written: _Written, hookpoint: str) -> None:
         for event in written.copied.values():
             event.synchronize()
-        start, stop = self.geometry.shard_range(written.shard)
+        start, stop = self.plan.geometry.shard_range(written.shard)
         value = written.rows[hookpoint][: stop - start]
         if self.on_cpu:
             written.sums[hookpoint] = row_sums(value)
@@ -292,9 +292,9 @@ class Pipeline:
 
     def _write_array(self, written: _Written, name: str, values: npt.NDArray[Any]) -> None:
         """Writes a shard of one array, and records the shard where it was the last."""
-        crc = self.writer.write_rows(self.geometry, written.shard, name, values)
+        crc = self.writer.write_rows(self.plan.geometry, written.shard, name, values)
         if not written.add(name, crc):
             return
-        self.writer.record_shard(self.geometry, written.shard, written.crcs, written.sums)
+        self.writer.record_shard(self.plan.geometry, written.shard, written.crcs, written.sums)
         self.recorded(written.shard)
         self.host.put(written.rows)

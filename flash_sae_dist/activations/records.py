@@ -102,12 +102,18 @@ class Records:
         with suppress(FileNotFoundError):
             self.fs.rm_file(f"{self.root}/{file}")
 
+    def names(self, start: str) -> list[str]:
+        """Records whose names begin so and end in .json."""
+        if not self.fs.exists(f"{self.root}/records"):
+            return []
+        # A listing that was kept may be older than what other processes wrote.
+        self.fs.invalidate_cache(f"{self.root}/records")
+        names = [n.rsplit("/", 1)[-1] for n in self.fs.ls(f"{self.root}/records", detail=False)]
+        return sorted(n for n in names if n.startswith(start) and n.endswith(".json"))
+
     def shards(self) -> set[int]:
         """Shards that are recorded."""
-        if not self.fs.exists(f"{self.root}/records"):
-            return set()
-        names = [n.rsplit("/", 1)[-1] for n in self.fs.ls(f"{self.root}/records", detail=False)]
-        return {int(n[6:14]) for n in names if n.startswith("shard-") and n.endswith(".json")}
+        return {int(name[6:14]) for name in self.names("shard-")}
 
 
 class StoreOwner:

@@ -48,6 +48,11 @@ class Geometry(NamedTuple):
         """Shards of each array; the last may be short."""
         return -(-self.rows // self.shard_rows)
 
+    @property
+    def enough_rows(self) -> int:
+        """Rows from which on more of them change no other size."""
+        return max(_MIN_SHARDS * self.shard_rows, _MIN_CHUNKS * self.chunk_rows)
+
     def shard_range(self, shard: int) -> tuple[int, int]:
         """First row and row after the last of a shard."""
         return shard * self.shard_rows, min(self.rows, (shard + 1) * self.shard_rows)
@@ -65,7 +70,6 @@ class Geometry(NamedTuple):
 class Origin(NamedTuple):
     """What the rows come from and no config tells: a folder's files and a hub's branch change."""
 
-    text_crc32c: int  # of the token ids
     model_commit: str | None
     model_dtype: str
     model_crc32c: int
@@ -87,6 +91,52 @@ def make_geometry(
     by_count = max(1, -(-rows // (_MIN_SHARDS * chunk)))
     by_memory = by_size if most_shard_rows is None else max(1, most_shard_rows // chunk)
     return Geometry(rows, chunk * min(by_size, by_count, by_memory), chunk)
+
+
+class TextShape(NamedTuple):
+    """How the text of a store is cut; `text_parts` and `row_plan` say what for."""
+
+    part_sequences: int
+    context_length: int
+    shards_a_unit: int
+
+
+class ArraySpec(NamedTuple):
+    """An array of a store, for Zarr."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    shards: tuple[int, ...] | None = None
+
+
+def array_specs(geometry: Geometry, dtype: str, widths: dict[str, int]) -> list[ArraySpec]:
+    """The arrays that have a chunk or a file a shard."""
+    rows, shard, chunk = geometry
+    specs = []
+    for hookpoint, width in widths.items():
+        name = f"activations/{hookpoint}"
+        specs.append(ArraySpec(name, dtype, (rows, width), (chunk, width), (shard, width)))
+        if dtype == "int8":
+            name = f"scales/{hookpoint}"
+            specs.append(ArraySpec(name, "float32", (rows,), (chunk,), (shard,)))
+        # A row a shard, so that processes write their own and nobody reads all again: the sum of
+        # its activations, then the sum of their squares.
+        name, sums = f"statistics/{hookpoint}/shard_sums", (geometry.num_shards, width + 1)
+        specs.append(ArraySpec(name, "float64", sums, (1, width + 1)))
+    for token in TOKEN_ARRAYS:
+        specs.append(ArraySpec(f"tokens/{token}", "int32", (rows,), (chunk,), (shard,)))
+    return specs
+
+
+def text_specs(num_sequences: int, text: TextShape) -> list[ArraySpec]:
+    """The arrays that have a chunk a part of the text."""
+    shape = (num_sequences, text.context_length)
+    chunks = (text.part_sequences, text.context_length)
+    types = {"ids": "int32", "document": "int32", "position": "int32", "keep": "uint8"}
+    types["row"] = "int64"
+    return [ArraySpec(f"text/{name}", kind, shape, chunks) for name, kind in types.items()]
 
 
 def storage_dtype(name: str) -> np.dtype[Any]:

@@ -13,8 +13,9 @@ import zarr
 from torch import Tensor
 from zarr.codecs import Crc32cCodec
 
-from ..config.base import ConfigError
-from ..identity import NAMING_KEYS, digest
+from ..config.base import ConfigError, StrictModel
+from ..config.data import CacheConfig, ModelConfig, TextConfig
+from ..identity import NAMING_KEYS, digest, plain
 from ..identity import difference as first_difference
 from .metadata import (
     Sums,
@@ -28,14 +29,16 @@ from .records import COMPLETE, CONFIG, GEOMETRY, Records, shard_record
 from .shard_files import shard_pieces, with_checksum, write_pieces
 from .store import (
     FORMAT,
-    TOKEN_ARRAYS,
     Array,
     Geometry,
     Origin,
     Shape,
+    TextShape,
+    array_specs,
     readable,
     shard_path,
     storage_dtype,
+    text_specs,
 )
 from .stored_rows import StoredRows
 
@@ -45,14 +48,30 @@ _SUM_ROWS = 4096
 def difference(
     path: str, before: dict[str, Any], asked: dict[str, Any], free: Collection[str] = ()
 ) -> ConfigError | None:
-    """The first key in which a store's config differs from the one asked for, but those in free."""
+    """The first key in which a store's config differs from the one asked for, but those in free. A
+    key that is newer than the store stands for its default.
+    """
     for key in sorted((before.keys() | asked.keys()) - set(free)):
+        if key not in before and asked[key] == _default(key):
+            continue
         if before.get(key) != asked.get(key):
             return ConfigError(
                 f"{key}={asked.get(key)!r} differs from {before.get(key)!r} in the store {path}; "
                 "name another store, or remove that one"
             )
     return None
+
+
+def _default(key: str) -> Any:
+    """What a config has where a key is left out, as JSON has it; None for other keys."""
+    section, _, name = key.partition(".")
+    models: dict[str, type[StrictModel]] = {
+        "model": ModelConfig,
+        "text": TextConfig,
+        "cache": CacheConfig,
+    }
+    field = models[section].model_fields.get(name) if section in models else None
+    return None if field is None or field.is_required() else plain(field.get_default())
 
 
 def row_sums(rows: Tensor) -> Tensor:  # [n, D] -> [D + 1] float64
@@ -83,7 +102,8 @@ class StoreWriter:
             # Making the arrays anew would remove what is in them.
             raise self.records.damaged(GEOMETRY, "it is gone, though shards are recorded")
         if before is None and shape is not None:
-            before = attributes(self.records, shape.metadata).get("config")
+            about = (self.records.read(GEOMETRY) or {}).get("about")
+            before = (about or attributes(self.records, shape.metadata)).get("config")
         if before is not None:
             # What lies there is compared in place of its name.
             free = {*NAMING_KEYS, "text.streaming"} if self.identity() is not None else ()
@@ -131,17 +151,16 @@ class StoreWriter:
                 "or remove that one"
             )
 
-    def check_origin(self, geometry: Geometry, origin: Origin) -> None:
-        """Raises ConfigError where a store that was begun holds rows of another text or model,
-        though the config is the same. Stores made before one of these was recorded pass.
+    def check_origin(self, origin: Origin) -> None:
+        """Raises ConfigError where a store that was begun holds rows of another model, though the
+        config is the same. Stores made before one of these was recorded pass.
         """
         before = self.records.read(GEOMETRY)
         if before is None:
             return
         end = "though under the same config; name another store, or remove that one"
         begun = f"cache.store={self.path!r} was begun with"
-        asked = {**geometry._asdict(), **origin._asdict()}
-        other = [key for key, value in asked.items() if before.get(key, value) != value]
+        other = [key for key, value in origin._asdict().items() if before.get(key, value) != value]
         if "model_dtype" in other:
             raise ConfigError(
                 f"{begun} a model in {before['model_dtype']}, which is {origin.model_dtype} here, "
@@ -151,8 +170,10 @@ class StoreWriter:
             commits = (before.get("model_commit"), origin.model_commit)
             told = f" (commit {commits[0]}, now {commits[1]})" if commits[0] != commits[1] else ""
             raise ConfigError(f"{begun} other weights of the model than these{told}, {end}")
-        if set(other) - {"model_commit"}:
-            raise ConfigError(f"{begun} another text than this one, {end}")
+
+    def begun(self) -> dict[str, Any] | None:
+        """The record that `create` wrote; None for a store that is not begun."""
+        return self.records.read(GEOMETRY)
 
     def create(
         self,
@@ -162,64 +183,30 @@ class StoreWriter:
         about: dict[str, Any],
         origin: Origin | None = None,
         identity: dict[str, Any] | None = None,
+        text: TextShape | None = None,
     ) -> None:
-        """Makes the empty arrays, once; on a store that exists it changes nothing. One process
-        calls it.
-        """
-        if self.records.read(GEOMETRY) is None:
-            group = zarr.open_group(self.records.zarr, mode="a", zarr_format=3)
-            group.attrs.update(about)
-            for hookpoint, width in widths.items():
-                self._array(group, f"activations/{hookpoint}", geometry, dtype, width)
-                if dtype == "int8":
-                    self._array(group, f"scales/{hookpoint}", geometry, "float32", None)
-                # A row a shard, so that processes write their own and nobody reads all again:
-                # the sum of its activations, then the sum of their squares.
-                group.create_array(
-                    f"statistics/{hookpoint}/shard_sums",
-                    shape=(geometry.num_shards, width + 1),
-                    chunks=(1, width + 1),
-                    dtype="float64",
-                    compressors=[Crc32cCodec()],
-                    overwrite=True,
-                )
-            for name in TOKEN_ARRAYS:
-                self._array(group, f"tokens/{name}", geometry, "int32", None)
-            self.records.write(CONFIG, self.config)
-            shape = {"format": FORMAT, "dtype": dtype, "widths": widths, **geometry._asdict()}
-            shape["metadata"] = metadata_sums(self.records)
-            if origin is not None:
-                shape |= origin._asdict()
-            if identity is not None:
-                shape["identity"] = identity
-            self.records.write(GEOMETRY, shape)
+        """Begins a store, once; on one that was begun it changes nothing. One process calls it.
 
-    def _array(
-        self, group: zarr.Group, name: str, geometry: Geometry, dtype: str, width: int | None
-    ) -> None:
-        tail = () if width is None else (width,)
-        array = group.create_array(
-            name,
-            shape=(geometry.rows, *tail),
-            chunks=(geometry.chunk_rows, *tail),
-            shards=(geometry.shard_rows, *tail),
-            dtype=storage_dtype(dtype),
-            compressors=[Crc32cCodec()],
-            overwrite=True,
-        )
-        array.attrs["dtype"] = dtype
+        The geometry may have more rows than `finish` tells in the end. Zarr's own metadata come
+        with it: until then no Zarr reader takes a part for the whole.
+        """
+        if self.records.read(GEOMETRY) is not None:
+            return
+        self.records.write(CONFIG, self.config)
+        record = {"format": FORMAT, "dtype": dtype, "widths": widths, **geometry._asdict()}
+        record["about"] = about
+        if origin is not None:
+            record |= origin._asdict()
+        if identity is not None:
+            record["identity"] = identity
+        if text is not None:
+            record["text"] = text._asdict()
+        self.records.write(GEOMETRY, record)
 
     def missing(self, shape: Shape) -> list[int]:
         """Shards that are not recorded yet or have a file lost or cut short, ascending."""
         done = shape.whole_shards(self.records, shape.arrays())
         return [s for s in range(shape.geometry.num_shards) if s not in done]
-
-    def _writable(self, name: str) -> zarr.Array[Any]:
-        """An array of the store to write rows of, whose metadata hold."""
-        if self._sums is None:
-            shape = Shape.read(self.records)
-            self._sums = shape.metadata if shape is not None else {}
-        return open_array(self.records, name, self._sums, mode="r+")
 
     def write_shard(self, geometry: Geometry, shard: int, arrays: dict[str, Array]) -> None:
         """Writes a shard of every array whole, and its sums, then records it with checksums.
@@ -262,35 +249,82 @@ class StoreWriter:
         self.records.write(shard_record(shard), {"rows": stop - start, "crc32c": crcs})
 
     def finish(
-        self, geometry: Geometry, hookpoints: list[str], num_documents: int | None = None
+        self,
+        geometry: Geometry,
+        hookpoints: list[str],
+        num_documents: int | None = None,
+        text: tuple[int, str] | None = None,  # sequences, digest
     ) -> None:
-        """Writes mean and mean squared norm of each hookpoint from the shards' sums, and then the
-        record that the store is complete, with the number of documents that its text came from.
-        One process calls it."""
-        group = zarr.open_group(self.records.zarr, mode="r+", zarr_format=3)
+        """Writes Zarr's metadata, mean and mean squared norm of each hookpoint from the shards'
+        sums, and then the record that the store is complete, with the number of documents that its
+        text came from. One process calls it.
+        """
+        record = self._arrays(geometry, 0 if text is None else text[0])
+        if text is not None and "identity" in record:
+            record["identity"]["parts"]["text"] = text[1]
+        record |= {"metadata": metadata_sums(self.records), **record, **geometry._asdict()}
+        self.records.write(GEOMETRY, record)
         written: Sums = {}
         for hookpoint in hookpoints:
-            where = f"statistics/{hookpoint}"
-            sums = self._writable(f"{where}/shard_sums")
-            chunks = self.records.file_sizes(f"{where}/shard_sums")
-            if sum(not name.endswith("zarr.json") for name in chunks) < geometry.num_shards:
-                # Zarr reads a lost chunk as zeros.
-                raise self.records.damaged(f"{where}/shard_sums", "a file of it is missing")
-            total = np.asarray(readable(sums, slice(None), self.path)).sum(axis=0) / geometry.rows
-            for name, value in (("mean", total[:-1]), ("mean_squared_norm", total[-1])):
-                group.create_array(
-                    f"{where}/{name}",
-                    data=np.asarray(value),
-                    compressors=[Crc32cCodec()],
-                    overwrite=True,
-                )
-                written |= file_sums(self.records, f"{where}/{name}")
-        record: dict[str, Any] = {"rows": geometry.rows, "shards": geometry.num_shards}
-        record["files"] = written
+            written |= self._statistics(geometry, hookpoint, record["metadata"])
+        whole: dict[str, Any] = {"rows": geometry.rows, "shards": geometry.num_shards}
+        whole["files"] = written
         if num_documents is not None:
-            record["documents"] = num_documents
-        record["content"] = self._content(geometry)
-        self.records.write(COMPLETE, record)
+            whole["documents"] = num_documents
+        whole["content"] = self._content(geometry)
+        self.records.write(COMPLETE, whole)
+
+    def _arrays(self, geometry: Geometry, num_sequences: int) -> dict[str, Any]:
+        """Writes Zarr's metadata of every array but those that `_statistics` writes, where they are
+        not there; the record of the store.
+        """
+        record = self.records.read(GEOMETRY) or {}
+        if damaged_metadata := list(damaged_files(self.records, record.get("metadata", {}))):
+            raise damaged_metadata[0]
+        if "metadata" in record:
+            return record
+        about = record.pop("about")
+        # Those of a launch that ended in here.
+        for file in self.records.file_sizes(""):
+            if file.endswith("zarr.json"):
+                self.records.remove(file)
+        group = zarr.open_group(self.records.zarr, mode="a", zarr_format=3)
+        group.attrs.update(about)
+        specs = array_specs(geometry, record["dtype"], record["widths"])
+        if num_sequences:
+            specs += text_specs(num_sequences, TextShape(**record["text"]))
+        for spec in specs:
+            array = group.create_array(
+                spec.name,
+                shape=spec.shape,
+                chunks=spec.chunks,
+                shards=spec.shards,
+                dtype=storage_dtype(spec.dtype),
+                compressors=[Crc32cCodec()],
+            )
+            array.attrs["dtype"] = spec.dtype
+        return record
+
+    def _statistics(self, geometry: Geometry, hookpoint: str, metadata: Sums) -> Sums:
+        """Writes mean and mean squared norm; the checksums of their files."""
+        where = f"statistics/{hookpoint}"
+        written: Sums = {}
+        sums = open_array(self.records, f"{where}/shard_sums", metadata)
+        chunks = self.records.file_sizes(f"{where}/shard_sums")
+        if sum(not name.endswith("zarr.json") for name in chunks) < geometry.num_shards:
+            # Zarr reads a lost chunk as zeros.
+            raise self.records.damaged(f"{where}/shard_sums", "a file of it is missing")
+        total = np.asarray(readable(sums, slice(None), self.path)).sum(axis=0) / geometry.rows
+        group = zarr.open_group(self.records.zarr, mode="r+", zarr_format=3)
+        for name, value in (("mean", total[:-1]), ("mean_squared_norm", total[-1])):
+            group.create_array(
+                f"{where}/{name}",
+                data=np.asarray(value),
+                compressors=[Crc32cCodec()],
+                overwrite=True,
+            )
+            written |= file_sums(self.records, f"{where}/{name}")
+        return written
 
     def _content(self, geometry: Geometry) -> dict[str, str]:
         """A digest of each array's rows, from the checksums in the shards' records."""

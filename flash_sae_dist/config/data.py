@@ -179,6 +179,8 @@ class CacheConfig(StrictModel):
     """Sequences a forward pass."""
     drop_special_tokens: bool = True
     """Leave out positions of BOS, EOS and other special tokens, whose activations are outliers."""
+    skip_first_tokens: int = Field(default=0, ge=0)
+    """Leave out so many first positions of every sequence, whose norms are often outliers."""
     shard_mib: float = Field(default=128, gt=0, le=2**20)
     """Size of one file of the store, written whole by one process; 64-256 suits disks and object
     stores.

@@ -22,6 +22,7 @@ from ..activations.origin import text_digest
 from ..activations.probe import probe
 from ..activations.store import ActivationStore
 from ..activations.text import TokenTable, held_out_table
+from ..activations.tokenising import making_of
 from ..config.run import EvaluateConfig
 from ..files import check_writable
 from ..identity import versions
@@ -120,12 +121,9 @@ def _language_model(
     agree.together(lambda: check_loaded_model(config, lm, store))
     check_has_loss(lm)
     probe(lm, hookpoints, config.cache.context_length)
+    making = making_of(config, lm.tokenizer, causal=lm.causal)
     table = held_out_table(
-        config.text,
-        lm.tokenizer,
-        context_length=config.cache.context_length,
-        causal=lm.causal,
-        drop_special_tokens=config.cache.drop_special_tokens,
+        making,
         # Numbers of imported documents are not those of the text.
         after_documents=store.num_documents() if store.knows_model() else 0,
         num_sequences=config.evaluate.loss_sequences,

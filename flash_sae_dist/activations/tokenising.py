@@ -1,0 +1,199 @@
+"""Tokenising ahead of the forward passes: the first parts of a text in the first process of a
+launch, which needs them to begin, the others in a process of their own:
+
+    python -m flash_sae_dist.activations.tokenising < JOB
+
+which reads its job as a line of JSON, and ends when its standard input does: when the process that
+started it is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from .. import ending
+from ..config.base import ConfigError, UserError
+from ..config.run import RunConfig
+from .language_model import load_tokenizer
+from .records import Records
+from .text import Making
+from .text_parts import TextParts, made_parts
+
+logger = logging.getLogger(__name__)
+_POLL_S = 0.05
+_FAILED = "tokenising.json"
+
+
+def making_of(config: RunConfig, tokenizer: Any, *, causal: bool) -> Making:
+    """How a config's text becomes sequences."""
+    assert config.text is not None
+    assert config.cache is not None
+    cache = config.cache
+    return Making(
+        config.text,
+        tokenizer,
+        cache.context_length,
+        causal,
+        cache.drop_special_tokens,
+        cache.skip_first_tokens,
+    )
+
+
+class Tokeniser:
+    """The text of a store while its rows are made. In the launch's first process it makes the
+    parts; in all of them it waits for those that are not there. A context manager, which ends the
+    process that it started.
+    """
+
+    def __init__(self, config: RunConfig, making: Making, parts: TextParts, *, first: bool) -> None:
+        assert config.cache is not None
+        self.config, self.making, self.parts, self.first = config, making, parts, first
+        self.num_rows = config.cache.num_tokens
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+
+    def begin(self, enough: int, advance: Callable[[int], None]) -> None:
+        """Makes parts until they give that many tokens to store. One process calls it."""
+        self.parts.records.remove(f"records/{_FAILED}")
+        if (damage := self.parts.drop_damaged()) is not None:
+            logger.warning("%s: it is made anew", damage)
+        advance(self.parts.rows_before[-1])
+        if self.parts.ended or self.parts.rows_before[-1] >= enough:
+            return
+        known = list(self.parts.known())
+        for table, part in made_parts(self.making, self.parts.size, self.num_rows, known, advance):
+            self.parts.add(table, part)
+            if self.parts.rows_before[-1] >= enough:
+                return
+
+    def compare(self) -> None:
+        """Tokenises the text anew and raises ConfigError where it is another than that of the parts
+        that are there. One process calls it.
+        """
+        known = self.parts.known()
+        found = made_parts(self.making, self.parts.size, self.num_rows, [])
+        for (_, part), before in zip(found, known, strict=False):
+            if not part.same_text(before):
+                raise ConfigError(
+                    f"cache.store={self.parts.records.root!r} was begun with another text than "
+                    "this one, though under the same config; name another store, or remove that one"
+                )
+
+    def follow(self) -> None:
+        """Starts the process that makes the parts that are left."""
+        if not self.first or self.parts.ended:
+            return
+        job = {
+            "config": self.config.model_dump(mode="json", include={"output", *_SECTIONS}),
+            "causal": self.making.causal,
+            "size": self.parts.size,
+        }
+        # Modules are found where this process finds them, whatever lies in the current folder.
+        command = [sys.executable, "-P", "-m", "flash_sae_dist.activations.tokenising"]
+        paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": paths},
+            # A terminal's Ctrl-C is for the first process alone.
+            start_new_session=True,
+        )
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+
+    def wait(self) -> None:
+        """Called again and again while a part is not there. Raises what its making met."""
+        time.sleep(_POLL_S)
+        if not self.first:
+            if (failed := self.parts.records.read(_FAILED)) is not None:
+                raise _error(failed)
+            return
+        if self.process is None or self.process.poll() is None or self.parts.ended:
+            return
+        failed = self._told()
+        self.parts.records.write(_FAILED, failed)
+        raise _error(failed)
+
+    def _told(self) -> dict[str, Any]:
+        """What the process that ended said of it."""
+        assert self.process is not None
+        assert self.process.stdout is not None
+        lines = [line for line in self.process.stdout.read().splitlines() if '"sentence"' in line]
+        if lines:
+            told: dict[str, Any] = json.loads(lines[-1])
+            return told
+        code = self.process.returncode
+        return {
+            "sentence": f"the process that tokenises the text ended with code {code}; look above "
+            "for its last words (a kill for want of memory leaves none), and run the same command "
+            "again: what was tokenised is kept",
+            "is_config": False,
+        }
+
+
+_SECTIONS = ("model", "text", "cache")
+
+
+def _error(failed: dict[str, Any]) -> UserError:
+    return (ConfigError if failed["is_config"] else UserError)(failed["sentence"])
+
+
+def _end_with_standard_input() -> None:
+    while sys.stdin.read(1 << 16):
+        pass
+    os._exit(1)
+
+
+def main() -> None:
+    """Makes the parts that are left of a text."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_standard_input, daemon=True).start()
+    try:
+        config = RunConfig.model_validate(job["config"])
+        assert config.cache is not None
+        assert config.model is not None
+        making = making_of(config, load_tokenizer(config.model), causal=job["causal"])
+        records = Records(config.cache.store)
+        parts = TextParts(records, config.cache.context_length, job["size"])
+        known = list(parts.known())
+        for table, part in made_parts(making, parts.size, config.cache.num_tokens, known):
+            parts.add(table, part)
+    except Exception as e:
+        sentence = ending.sentence_of(e)
+        if sentence is None:
+            logger.exception("the process that tokenises the text failed")
+            sentence = f"the process that tokenises the text failed: {type(e).__name__}: {e}"
+        told = {"sentence": sentence, "is_config": isinstance(e, ConfigError)}
+        print(json.dumps(told), flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
