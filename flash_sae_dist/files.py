@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-import google_crc32c
-import numpy as np
+from crc32c import crc32c
 
 from .config.base import ConfigError, UserError
-from .crc32c import Part, combine, extend
+from .sums import Part, combine
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +143,7 @@ def seal(text: str) -> str:
 
 
 def _text_crc(text: bytes) -> str:
-    crc = google_crc32c.value(text.rstrip(b"\n"))
+    crc = crc32c(text.rstrip(b"\n"))
     return f"{crc:08x}"
 
 
@@ -217,7 +216,7 @@ def _read(descriptor: int, start: int, size: int | None = None) -> Part:
     while (want := _BLOCK if stop is None else min(_BLOCK, stop - at)) and (
         block := os.pread(descriptor, want, at)
     ):
-        crc, at = extend(crc, np.frombuffer(block, np.uint8)), at + len(block)
+        crc, at = crc32c(block, crc), at + len(block)
     return Part(start, at - start, crc)
 
 

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
+from crc32c import crc32c
 
 from .config.base import UserError
 from .files import write_text
@@ -204,7 +204,7 @@ def _crc32c(path: Path, start: int = 0, size: int | None = None) -> str:
     with path.open("rb") as f:
         f.seek(start)
         while left and (block := f.read(min(_BLOCK, left))):
-            crc, left = google_crc32c.extend(crc, block), left - len(block)
+            crc, left = crc32c(block, crc), left - len(block)
     return f"{crc:08x}"
 
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from crc32c import crc32c
 from torch import Tensor
 
-from .crc32c import Part, combine, extend
+from .sums import Part, combine
 
 # Bytes a write, and of page-locked memory between a device and the file.
 _PIECE = 1 << 23
@@ -115,7 +116,7 @@ def save(path: Path, tensors: Mapping[str, Tensor]) -> str:
 def _write(descriptor: int, start: int, pieces: Iterator[np.ndarray[Any, Any]]) -> Part:
     crc, at = 0, start
     for piece in pieces:
-        crc = extend(crc, piece)
+        crc = crc32c(piece, crc)
         left = memoryview(piece.data)
         while left:
             written = os.pwrite(descriptor, left, at)

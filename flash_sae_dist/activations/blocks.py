@@ -129,9 +129,16 @@ class BlockReader:
         return file, offsets[chunk]
 
     def place(self, block: int) -> tuple[str, int]:
-        """The path of a block's file and where the block begins in it. Raises as `read_into`."""
-        _, offset = self.locate(block)
-        return self.store.shard_file(self.name, block // self.chunks_a_shard), offset
+        """The path of a block's file and where the block begins in it, for others to read: the file
+        does not stay open. Raises as `read_into` does.
+        """
+        shard, chunk = divmod(block, self.chunks_a_shard)
+        path = self.store.shard_file(self.name, shard)
+        if shard not in self.offsets:
+            self.offsets[shard] = self._index(shard, _File(path))
+        if (offset := self.offsets[shard][chunk]) < 0:
+            raise self.damaged(block)
+        return path, offset
 
     def damaged(self, block: int) -> DamagedStoreError:
         shard, chunk = divmod(block, self.chunks_a_shard)

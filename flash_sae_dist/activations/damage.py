@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
 from .metadata import cure, damaged_files, open_array
 from .records import AGAIN, DamagedStoreError, shard_record
@@ -88,7 +88,7 @@ def _read(
     except (ValueError, RuntimeError, FileNotFoundError) as e:
         why = " ".join(str(e).split())
     else:
-        if expected is None or google_crc32c.value(data.tobytes()) == expected:
+        if expected is None or crc32c(data.tobytes()) == expected:
             return
         why = "it does not hold what was written"
     mend = f"delete that file and {AGAIN}"

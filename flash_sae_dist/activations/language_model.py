@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
 import torch
 import torch.nn.functional as F
+from crc32c import crc32c
 from torch import Tensor, nn
 
 from ..config.base import ConfigError, UserError, check_hookpoint, match_names, nearest_name
@@ -188,8 +188,8 @@ def weights_checksum(lm: LanguageModel) -> int:
         # About a thousand values; an odd step, which does not stay in one column of a matrix.
         step = weight.numel() // 1024 | 1
         sample = weight.detach().reshape(-1)[::step].cpu()
-        crc = google_crc32c.extend(crc, f"{name} {list(weight.shape)}".encode())
-        crc = google_crc32c.extend(crc, sample.contiguous().view(torch.uint8).numpy().tobytes())
+        crc = crc32c(f"{name} {list(weight.shape)}".encode(), crc)
+        crc = crc32c(sample.contiguous().view(torch.uint8).numpy().tobytes(), crc)
     return int(crc)
 
 

@@ -125,7 +125,10 @@ class Merge:
         parts: dict[str, Any] = {}
         if all(all_parts):
             parts = {k: v for k, v in all_parts[0].items() if all(p.get(k) == v for p in all_parts)}
-            parts |= {"hookpoints": self.widths, **self.geometry._asdict()}
+            parts |= {"hookpoints": self.widths}
+            # Older stores tell there how they are cut.
+            cut = self.geometry._asdict()
+            parts |= {key: value for key, value in cut.items() if key in all_parts[0]}
             if self.behind:
                 parts["merged"] = [digest(p) for p in all_parts]
         inputs = {"stores": [m["rows"] for m in made]}

@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import google_crc32c
 import zarr
+from crc32c import crc32c
 
 from .records import AGAIN, DamagedStoreError, Records
 
@@ -36,8 +36,8 @@ def _sum(name: str, data: bytes) -> str:
     behind it is the same whatever the data are: it stands beside that of the data alone.
     """
     if name.endswith("zarr.json"):
-        return f"{google_crc32c.value(data):08x}"
-    return f"{google_crc32c.value(data[:-4]):08x}{data[-4:].hex()}"
+        return f"{crc32c(data):08x}"
+    return f"{crc32c(data[:-4]):08x}{data[-4:].hex()}"
 
 
 def check_file(records: Records, name: str, sums: Sums) -> bytes:

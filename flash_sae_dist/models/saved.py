@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..crc32c import Part, combine
 from ..files import replacing
 from ..parallel import agree
 from ..parallel.mesh import Mesh
+from ..sums import Part, combine
 from ..tensor_files import Layout, Spec
 
 

@@ -15,9 +15,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
 import torch
 import torch.distributed as dist
+from crc32c import crc32c
 from safetensors import safe_open
 from torch import Tensor
 
@@ -53,7 +53,7 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != "crc32c"}
     # As JSON reads it: lists for tuples, text for numbers that are keys.
     text = json.dumps(json.loads(json.dumps(rest)), sort_keys=True)
-    return f"{google_crc32c.value(text.encode()):08x}"
+    return f"{crc32c(text.encode()):08x}"
 
 
 def _gather(record: dict[str, Any], mesh: Mesh) -> list[dict[str, Any]]:

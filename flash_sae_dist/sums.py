@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import google_crc32c
-import numpy as np
-
-# google_crc32c holds Python's lock: 0.1 ms of it at a time, so that no thread waits for longer.
-_HELD = 1 << 20
 # Reversed, as crc32c has it.
 _POLYNOMIAL = 0x82F63B78
 
@@ -21,13 +16,6 @@ class Part(NamedTuple):
     start: int
     size: int
     crc: int
-
-
-def extend(crc: int, data: np.ndarray[Any, Any]) -> int:
-    """crc32c of what crc is of, followed by data [bytes] uint8."""
-    for at in range(0, len(data), _HELD):
-        crc = google_crc32c.extend(crc, data[at : at + _HELD])
-    return crc
 
 
 def _times(a: int, b: int) -> int:
