@@ -116,7 +116,7 @@ def save(path: Path, tensors: Mapping[str, Tensor]) -> str:
 def _write(descriptor: int, start: int, pieces: Iterator[np.ndarray[Any, Any]]) -> Part:
     crc, at = 0, start
     for piece in pieces:
-        crc = crc32c(piece, crc)
+        crc = crc32c(piece.data, crc)
         left = memoryview(piece.data)
         while left:
             written = os.pwrite(descriptor, left, at)

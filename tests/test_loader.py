@@ -30,6 +30,7 @@ from flash_sae_dist.activations.loader import ActivationLoader
 from flash_sae_dist.activations.order import BlockOrder, KeptRows
 from flash_sae_dist.activations.read_ahead import Plan, ReadAhead
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError, Geometry
+from flash_sae_dist.activations.stored_rows import StoredRows
 from flash_sae_dist.activations.writer import StoreWriter
 from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.config.train import Preload
@@ -59,6 +60,8 @@ def make_store(
     for number_ in range(geometry.num_shards):
         start, stop = geometry.shard_range(number_)
         arrays = {"activations/h": bits[start:stop].numpy()}
+        if dtype == "int8":
+            arrays = StoredRows.encode(values[start:stop], dtype).arrays("h")
         arrays |= {f"tokens/{n}": tokens[start:stop] for n in ("ids", "position")}
         arrays |= {"tokens/document": document[start:stop]}
         writer.write_shard(geometry, number_, arrays)

@@ -15,11 +15,11 @@ from torch import nn
 
 from flash_sae_dist.activations.language_model import (
     capture_activations,
-    check_has_loss,
     load_language_model,
     replace_activations,
     resolve_hookpoints,
 )
+from flash_sae_dist.activations.model_loss import check_has_loss
 from flash_sae_dist.activations.probe import check_ids, probe, probe_ids
 from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.config.data import ModelConfig

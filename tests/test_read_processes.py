@@ -67,6 +67,24 @@ def test_processes_give_what_threads_give(
     assert not children(), "none is left"
 
 
+@pytest.mark.parametrize("preload", ["none", "host", "device"])
+@pytest.mark.parametrize("processes", [False, True])
+def test_int8_rows_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: str, processes: bool
+) -> None:
+    store = make_store(str(tmp_path / "s.zarr"), dtype="int8")
+    if processes:
+        monkeypatch.setattr(ActivationLoader, "_by_processes", lambda self: self._host is None)
+    rows = torch.from_numpy(store.read("activations/h", 0, store.rows)).bfloat16()
+    found = batches(store, preload)
+    assert {batch.dtype for batch in found} == {torch.bfloat16}
+    known = {tuple(row) for row in rows.tolist()}
+    assert {tuple(row) for batch in found for row in batch.tolist()} < known
+    plain = batches(make_store(str(tmp_path / "plain.zarr"), dtype="bfloat16"))
+    for batch, expected in zip(found, plain, strict=True):
+        torch.testing.assert_close(batch.float(), expected.float(), atol=0.1, rtol=0)
+
+
 def test_damage_is_raised_at_its_batch(store: ActivationStore, by_processes: None) -> None:
     whole = batches(store)
     flip(store, "activations/h", store.geometry.num_shards - 1, 3)
@@ -100,8 +118,8 @@ def test_they_end_with_the_one_that_started_them(tmp_path: Path) -> None:
 
     memory = SharedMemory(16, lock=False)
     reading = ReadProcesses(
-        plans(), lambda block: (str(file), 0), lambda block: UserError("damaged"),
-        memory=memory, block_bytes=16, num_slots=1, num_plans=2,
+        plans(), lambda block, slot: [(str(file), 0, 0, 16)], lambda block: UserError("damaged"),
+        memory=memory, num_slots=1, num_plans=2,
     )  # fmt: skip
     reading.start()
     assert reading.take().blocks == []

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from crc32c import crc32c
 
 from .store import ActivationStore, DamagedStoreError, storage_dtype
@@ -67,7 +68,11 @@ class BlockReader:
         kind, _, hookpoint = name.partition("/")
         is_rows = kind == "activations"
         self.tail = (store.width(hookpoint),) if is_rows else ()
-        self.dtype = storage_dtype(store.dtype) if is_rows else np.dtype("int32")
+        self.dtype = np.dtype("float32" if kind == "scales" else "int32")
+        if is_rows:
+            self.dtype = storage_dtype(store.dtype)
+        is_bf16 = self.dtype == np.uint16
+        self.torch_dtype = torch.bfloat16 if is_bf16 else getattr(torch, str(self.dtype))
         self.chunk_rows = store.geometry.chunk_rows
         self.chunk_bytes = self.chunk_rows * store.shape.row_bytes(name)
         self.num_blocks = -(-store.rows // self.chunk_rows)

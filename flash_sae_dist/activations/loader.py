@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -22,8 +22,9 @@ from .holdout import held_out
 from .order import BlockOrder, Ints, KeptRows
 from .preload import HostRows, choose_preload
 from .read_ahead import Plan, ReadAhead
-from .read_processes import ReadProcesses, SharedMemory
+from .read_processes import Piece, ReadProcesses, SharedMemory
 from .store import ActivationStore
+from .stored_rows import decode_int8, float_dtype
 
 logger = logging.getLogger(__name__)
 # Batches read ahead, as far as they come to no more than this, which hides a disk's latency.
@@ -65,46 +66,71 @@ class _Part(NamedTuple):
 
 
 class _Memory:
-    """Blocks that batches are gathered from: the ring that threads read into, and on a device those
-    that were copied there.
+    """Blocks that batches are gathered from: a ring for each array that threads or processes read
+    into, and on a device those that were copied there.
     """
 
-    def __init__(self, reader: BlockReader, dtype: torch.dtype, device: torch.device) -> None:
-        self.reader, self.dtype, self.device = reader, dtype, device
+    def __init__(self, readers: list[BlockReader], device: torch.device) -> None:
+        """readers: of the rows, and of their scales where the store has int8."""
+        self.readers, self.device = readers, device
         self.is_async, self.pin = is_async(device), device.type == "cuda"
         self.shared: SharedMemory | None = None
+        self.rings: list[Tensor] = []
 
-    def _rows(self, num_blocks: int, device: torch.device | str, pin: bool = False) -> Tensor:
-        shape = (num_blocks * self.reader.chunk_rows, *self.reader.tail)
-        return torch.empty(shape, dtype=self.dtype, device=device, pin_memory=pin)
+    def _rows(
+        self, reader: BlockReader, num_blocks: int, device: torch.device | str, pin: bool = False
+    ) -> Tensor:
+        shape = (num_blocks * reader.chunk_rows, *reader.tail)
+        return torch.empty(shape, dtype=reader.torch_dtype, device=device, pin_memory=pin)
 
     def share(self, num_slots: int) -> None:
-        """Makes the ring of memory that other processes map."""
-        self.shared = SharedMemory(num_slots * self.reader.chunk_bytes, self.pin)
-        shape = (num_slots * self.reader.chunk_rows, *self.reader.tail)
-        self.ring = self.shared.bytes.view(self.dtype).view(shape)
+        """Makes rings of memory that other processes map."""
+        sizes = [num_slots * reader.chunk_bytes for reader in self.readers]
+        self.shared = SharedMemory(sum(sizes), self.pin)
+        for reader, part in zip(self.readers, torch.split(self.shared.bytes, sizes), strict=True):
+            shape = (num_slots * reader.chunk_rows, *reader.tail)
+            self.rings.append(part.view(reader.torch_dtype).view(shape))
+
+    def pieces(self, block: int, slot: int) -> list[Piece]:
+        """What other processes are to read of a block into a slot of the rings."""
+        found, start = [], 0
+        for reader, ring in zip(self.readers, self.rings, strict=True):
+            at = start + slot * reader.chunk_bytes
+            found.append((*reader.place(block), at, reader.chunk_bytes))
+            start += ring.nbytes
+        return found
 
     def allocate(self, num_slots: int, num_staged: int, num_index: int) -> None:
         """num_staged: blocks of the device's memory, 0 where batches come out of the ring."""
         if self.shared is None:
-            self.ring = self._rows(num_slots, "cpu", self.pin)
-        bits = self.ring.view(torch.uint16) if self.dtype == torch.bfloat16 else self.ring
-        blocks = bits.numpy().reshape(num_slots, self.reader.chunk_rows, *self.reader.tail)
-        self.spaces = [BlockSpace.of(block) for block in blocks]
-        self.staged = self._rows(num_staged, self.device) if num_staged else self.ring
+            self.rings = [self._rows(r, num_slots, "cpu", self.pin) for r in self.readers]
+        spaces = []
+        for reader, ring in zip(self.readers, self.rings, strict=True):
+            bits = ring.view(torch.uint16) if ring.dtype == torch.bfloat16 else ring
+            blocks = bits.numpy().reshape(num_slots, reader.chunk_rows, *reader.tail)
+            spaces.append([BlockSpace.of(block) for block in blocks])
+        self.spaces = list(zip(*spaces, strict=True))
+        self.is_staged, self.staged = num_staged > 0, self.rings
+        if self.is_staged:
+            self.staged = [self._rows(r, num_staged, self.device) for r in self.readers]
         self.index = torch.empty((_PARTS_AHEAD, num_index), dtype=torch.int32, pin_memory=self.pin)
         self.device_index = torch.empty(num_index, dtype=torch.int32, device=self.device)
 
     def gather_(self, part: _Part, out: Tensor) -> None:
         """Copies a part's blocks and gathers its rows [n, D] from them, on the current stream."""
         for source, target, rows in part.copies:
-            self.staged[target : target + rows].copy_(
-                self.ring[source : source + rows], non_blocking=True
-            )
+            for staged, ring in zip(self.staged, self.rings, strict=True):
+                staged[target : target + rows].copy_(
+                    ring[source : source + rows], non_blocking=True
+                )
         index = part.places
         if self.is_async:
             index = self.device_index[: len(index)].copy_(index, non_blocking=True)
-        torch.index_select(self.staged, 0, index, out=out)
+        if len(self.staged) == 1:
+            torch.index_select(self.staged[0], 0, index, out=out)
+            return
+        codes, scales = (staged.index_select(0, index) for staged in self.staged)
+        decode_int8(codes, scales, out)
 
 
 class ActivationLoader:
@@ -143,8 +169,11 @@ class ActivationLoader:
                 f"batch_tokens={batch_tokens} is not divisible by the {num_ranks} ranks reading it"
             )
         self.reader = BlockReader(store, f"activations/{hookpoint}")
+        self._readers = [self.reader]
+        if store.dtype == "int8":
+            self._readers.append(BlockReader(store, f"scales/{hookpoint}"))
         self.device, self.rank = torch.device(device), rank
-        self.dtype: torch.dtype = getattr(torch, store.dtype)
+        self.dtype = float_dtype(store.dtype)
         self.shape = (batch_tokens // num_ranks, store.width(hookpoint))
         self.batch_tokens, self.steps = batch_tokens, range(start_step, start_step + num_steps)
         self.left_out = held_out(store, holdout)
@@ -157,8 +186,10 @@ class ActivationLoader:
             logger.info("train.holdout=%g %s", holdout, self.left_out.told())
         epochs, told = num_steps * batch_tokens / self.order.rows, rank == 0
         self.preload = choose_preload(preload, self.reader, epochs, self.device, num_ranks, told)
-        self._host = HostRows(self.reader) if self.preload == "host" else None
-        self._memory = _Memory(self.reader, self.dtype, self.device)
+        self._host: list[HostRows] | None = None
+        if self.preload == "host":
+            self._host = [HostRows(reader) for reader in self._readers]
+        self._memory = _Memory(self._readers, self.device)
         self._ahead = self._allocate()
         self._unreleased: deque[tuple[Plan, torch.cuda.Event]] = deque()
 
@@ -189,10 +220,9 @@ class ActivationLoader:
         if self._memory.shared is not None:
             return ReadProcesses(
                 self._plans(),
-                self.reader.place,
+                self._memory.pieces,
                 self.reader.damaged,
                 memory=self._memory.shared,
-                block_bytes=size,
                 num_slots=self._slots,
                 num_plans=_PARTS_AHEAD,
             )
@@ -216,7 +246,8 @@ class ActivationLoader:
     ) -> None:
         self._ahead.close()
         self._unreleased.clear()
-        self.reader.close()
+        for reader in self._readers:
+            reader.close()
         # Gives back what copies that are under way still read only when they are done: torch's
         # allocators know of them.
         if self._memory.shared is not None:
@@ -224,11 +255,9 @@ class ActivationLoader:
         del self._memory, self._host
 
     def _read(self, block: int, slot: int) -> None:
-        space = self._memory.spaces[slot]
-        if self._host is None:
-            self.reader.read_into(block, space)
-        else:
-            self._host.read_into(block, space)
+        readers: Sequence[HostRows | BlockReader] = self._host or self._readers
+        for reader, space in zip(readers, self._memory.spaces[slot], strict=True):
+            reader.read_into(block, space)
 
     def _plans(self) -> Iterator[Plan]:
         share, slot, last, number = self.shape[0], 0, -1, 0
@@ -263,7 +292,7 @@ class ActivationLoader:
 
     def _copies(self, slot: int, blocks: Ints) -> list[_Copy]:
         """What is copied from the ring for blocks that were read into the slots from one on."""
-        if self._memory.staged is self._memory.ring:
+        if not self._memory.is_staged:
             return []
         slots = slot + np.arange(len(blocks))
         targets = blocks if self.preload == "device" else slots % self._staged

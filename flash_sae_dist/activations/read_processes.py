@@ -29,6 +29,9 @@ from .read_ahead import Plan
 _PROCESSES = 6
 
 
+Piece = tuple[str, int, int, int]  # a file, where it begins there, where in the memory, bytes
+
+
 class SharedMemory:
     """Memory of this process that others can map, page-locked for a GPU."""
 
@@ -66,16 +69,15 @@ class ReadProcesses:
     def __init__(
         self,
         plans: Iterator[Plan],
-        locate: Callable[[int], tuple[str, int]],  # a block's file, and where it begins there
+        locate: Callable[[int, int], list[Piece]],  # what to read of a block into a slot
         damaged: Callable[[int], Exception],  # the error of a block
         *,
         memory: SharedMemory,
-        block_bytes: int,
         num_slots: int,
         num_plans: int,
     ) -> None:
         self._plans, self._locate, self._damaged = plans, locate, damaged
-        self._memory, self._block_bytes = memory, block_bytes
+        self._memory = memory
         self.num_slots, self.num_plans = num_slots, num_plans
         self._changed = Condition()
         self._sent: deque[tuple[Plan, subprocess.Popen[bytes] | None]] = deque()
@@ -88,7 +90,7 @@ class ReadProcesses:
     def start(self) -> None:
         """Starts the processes."""
         command = [sys.executable, "-P", "-m", "flash_sae_dist.activations.read_worker"]
-        command += [str(self._memory.descriptor), str(self._block_bytes)]
+        command.append(str(self._memory.descriptor))
         # Modules are found where this process finds them, whatever lies in the current folder.
         paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
         for _ in range(_PROCESSES):
@@ -139,7 +141,8 @@ class ReadProcesses:
             plan, process = self._sent.popleft()
         if process is not None and (answer := self._answer(process)):
             number, sentence = json.loads(answer)
-            raise UserError(sentence) if sentence else self._damaged(plan.blocks[number])
+            a_block = len(self._locate(plan.blocks[0], 0))
+            raise UserError(sentence) if sentence else self._damaged(plan.blocks[number // a_block])
         if plan.error is not None:
             raise plan.error
         return plan
@@ -197,15 +200,16 @@ class ReadProcesses:
         if not plan.blocks:
             return None
         try:
-            places = [
-                (*self._locate(block), slot % self.num_slots)
+            pieces = [
+                piece
                 for slot, block in enumerate(plan.blocks, plan.first)
+                for piece in self._locate(block, slot % self.num_slots)
             ]
         except Exception as e:
             plan.error = e
             return None
         assert process.stdin is not None
-        line = memoryview(json.dumps(places).encode() + b"\n")
+        line = memoryview(json.dumps(pieces).encode() + b"\n")
         # One that has ended is told of where its answer is read.
         with suppress(BrokenPipeError):
             while line:

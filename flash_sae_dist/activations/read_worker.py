@@ -1,9 +1,9 @@
 """A process that reads blocks into memory that it shares with the one that started it:
 
-    python -m flash_sae_dist.activations.read_worker DESCRIPTOR BLOCK_BYTES
+    python -m flash_sae_dist.activations.read_worker DESCRIPTOR
 
-DESCRIPTOR is that of the memory, in blocks of so many bytes. Each line of standard input is a JSON
-list of [file, offset, place]: a block with its crc32c behind it, to be read to that place. Each is
+DESCRIPTOR is that of the memory. Each line of standard input is a JSON list of [file, offset,
+start, size]: a block with its crc32c behind it, to be read to that byte of the memory. Each is
 answered by a line: empty, or the first of the list that failed, as [number, sentence], where a
 checksum that does not hold has an empty sentence. It ends when its standard input does. It imports
 next to nothing, so that it starts at once.
@@ -41,11 +41,11 @@ class _Files:
         return self.open[path]
 
 
-def read_all(blocks: list[Any], memory: memoryview, size: int, files: _Files) -> str:
+def read_all(blocks: list[Any], memory: memoryview, files: _Files) -> str:
     """Reads blocks; the answer."""
     crc = bytearray(4)
-    for number, (path, offset, place) in enumerate(blocks):
-        space = memory[place * size : (place + 1) * size]
+    for number, (path, offset, start, size) in enumerate(blocks):
+        space = memory[start : start + size]
         try:
             got = os.preadv(files.descriptor(path), [space, crc], offset)
         except OSError as e:
@@ -60,10 +60,9 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         # The first process ends it.
         signal.signal(number, signal.SIG_IGN)
-    descriptor, size = (int(value) for value in sys.argv[1:3])
-    memory, files = memoryview(mmap.mmap(descriptor, 0)), _Files()
+    memory, files = memoryview(mmap.mmap(int(sys.argv[1]), 0)), _Files()
     for line in sys.stdin:
-        sys.stdout.write(read_all(json.loads(line), memory, size, files) + "\n")
+        sys.stdout.write(read_all(json.loads(line), memory, files) + "\n")
         sys.stdout.flush()
 
 

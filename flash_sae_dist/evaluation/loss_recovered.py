@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..activations.language_model import LanguageModel, language_model_loss, replace_activations
+from ..activations.language_model import LanguageModel, replace_activations
+from ..activations.model_loss import language_model_loss
 from ..activations.text import TokenTable
 from ..models.base import SparseCoder
 

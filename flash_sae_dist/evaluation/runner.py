@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..activations.language_model import (
     LanguageModel,
-    check_has_loss,
     load_language_model,
 )
 from ..activations.loader import ActivationLoader
+from ..activations.model_loss import check_has_loss
 from ..activations.origin import text_digest
 from ..activations.probe import probe
 from ..activations.store import ActivationStore
