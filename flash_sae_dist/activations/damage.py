@@ -8,7 +8,7 @@ import numpy as np
 from crc32c import crc32c
 
 from .metadata import cure, damaged_files, open_array
-from .records import AGAIN, DamagedStoreError, shard_record
+from .records import AGAIN, TEXT, DamagedStoreError, shard_record
 from .store import ActivationStore, shard_path
 from .text_parts import TextParts, digest_of
 
@@ -46,6 +46,10 @@ def _damages_of_text(store: ActivationStore) -> Iterator[DamagedStoreError]:
     """What of the token table does not hold; imported stores and those of 0.1.0 have none."""
     if (shape := store.text_shape()) is None:
         return
+    try:
+        store.records.read(TEXT)
+    except DamagedStoreError as e:
+        yield e
     parts = TextParts(store.records, shape.context_length, shape.part_sequences)
     sequences = 0
     for number, part in enumerate(parts.known()):

@@ -19,6 +19,7 @@ from ..config.run import RunConfig
 from ..files import check_space, check_writable, locked, owned
 from ..identity import FREE_KEYS, difference, tell_other_versions, versions
 from ..parallel import agree
+from ..parallel.mesh import with_index
 from ..progress import progress_bar
 from .language_model import (
     LanguageModel,
@@ -39,7 +40,7 @@ from .origin import (
 )
 from .pipeline import Pipeline, Rate, most_shard_bytes
 from .probe import check_ids, probe
-from .records import CONFIG, StoreOwner, check_lasts
+from .records import CONFIG, TEXT, StoreOwner, check_lasts
 from .row_plan import RowPlan, shards_a_unit
 from .store import Geometry, Origin, Shape, TextShape, make_geometry, storage_dtype
 from .stored_rows import float_dtype
@@ -83,7 +84,7 @@ def run_cache(config: RunConfig, accelerator: Any) -> Rate | None:
             print(f"{config.cache.store} is complete; nothing to do")
         return None
     _check_folder(writer)
-    lm = load_language_model(config.model, accelerator.device)
+    lm = load_language_model(config.model, with_index(accelerator.device))
     hookpoints = resolve_hookpoints(lm.model, config.cache.hookpoints)
     widths = probe(lm, hookpoints, config.cache.context_length)
     with ExitStack() as lock:
@@ -187,10 +188,6 @@ def _first_text(
     return stamp
 
 
-# Tells of which config and files the parts of the text are.
-_MARKER = "text.json"
-
-
 def _check_same_text(
     config: RunConfig, writer: StoreWriter, tokeniser: Tokeniser, stamp: str | None
 ) -> None:
@@ -198,14 +195,14 @@ def _check_same_text(
     rows were made of them.
     """
     parts, marker = tokeniser.parts, {"config": _digest(config), "stamp": stamp}
-    before = writer.records.read(_MARKER)
+    before = writer.records.read(TEXT)
     if parts.known() and (before != marker or stamp is None):
         if writer.begun() is not None:
             logger.info("the text lies in other files than when %s was begun", writer.path)
             tokeniser.compare()
         else:
             parts.drop()
-    writer.records.write(_MARKER, marker)
+    writer.records.write(TEXT, marker)
 
 
 def _shape(

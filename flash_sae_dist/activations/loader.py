@@ -168,10 +168,9 @@ class ActivationLoader:
             raise ValueError(
                 f"batch_tokens={batch_tokens} is not divisible by the {num_ranks} ranks reading it"
             )
-        self.reader = BlockReader(store, f"activations/{hookpoint}")
-        self._readers = [self.reader]
-        if store.dtype == "int8":
-            self._readers.append(BlockReader(store, f"scales/{hookpoint}"))
+        kinds = ["activations", *(["scales"] if store.dtype == "int8" else [])]
+        self._readers = [BlockReader(store, f"{kind}/{hookpoint}") for kind in kinds]
+        self.reader = self._readers[0]
         self.device, self.rank = torch.device(device), rank
         self.dtype = float_dtype(store.dtype)
         self.shape = (batch_tokens // num_ranks, store.width(hookpoint))
@@ -186,9 +185,8 @@ class ActivationLoader:
             logger.info("train.holdout=%g %s", holdout, self.left_out.told())
         epochs, told = num_steps * batch_tokens / self.order.rows, rank == 0
         self.preload = choose_preload(preload, self.reader, epochs, self.device, num_ranks, told)
-        self._host: list[HostRows] | None = None
-        if self.preload == "host":
-            self._host = [HostRows(reader) for reader in self._readers]
+        is_host = self.preload == "host"
+        self._host = [HostRows(reader) for reader in self._readers] if is_host else None
         self._memory = _Memory(self._readers, self.device)
         self._ahead = self._allocate()
         self._unreleased: deque[tuple[Plan, torch.cuda.Event]] = deque()
@@ -220,7 +218,7 @@ class ActivationLoader:
         if self._memory.shared is not None:
             return ReadProcesses(
                 self._plans(),
-                self._memory.pieces,
+                lambda block, slot: self._memory.pieces(block, slot),
                 self.reader.damaged,
                 memory=self._memory.shared,
                 num_slots=self._slots,

@@ -15,6 +15,8 @@ _OWNER = "owner.json"
 # What mends a store that lost something.
 AGAIN = "run the same `flash-sae cache` (or `store import`, `store merge`) again"
 GEOMETRY, CONFIG, COMPLETE = "geometry.json", "config.json", "complete.json"
+# Tells of which config and files the parts of the text are.
+TEXT = "text.json"
 
 
 class DamagedStoreError(UserError):

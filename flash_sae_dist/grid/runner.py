@@ -14,7 +14,7 @@ from ..activations.store import ActivationStore
 from ..config.base import ConfigError, UserError
 from ..files import locked
 from ..parallel import agree
-from ..parallel.mesh import Mesh, make_mesh
+from ..parallel.mesh import Mesh, make_mesh, with_index
 from ..progress import process_seconds
 from ..training.job import Config
 from ..training.member import is_finished
@@ -52,7 +52,7 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     verb = "grid" if grid else "train"
     config.need("sae", "train", verb=verb)
     assert config.train is not None
-    device: torch.device = accelerator.device
+    device = with_index(accelerator.device)
     mesh = make_mesh(
         config.train.num_shards,
         config.train.num_replicas,

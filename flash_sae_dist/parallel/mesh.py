@@ -14,6 +14,15 @@ from ..config.base import ConfigError
 from .rendezvous import make_group
 
 
+def with_index(device: torch.device) -> torch.device:
+    """A device by its number: given none, PyTorch asks the driver for the current one, which takes
+    14 us, five times a step (H200, 2026-11-30).
+    """
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 @dataclass(frozen=True)
 class Mesh:
     """This rank's place: which device group it is in, which replica there, which shard of that

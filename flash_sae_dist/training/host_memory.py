@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..parallel.mesh import with_index
 from ..tensor_files import Spec
 from .metrics import PhaseTimer
 from .side_stream import SideStream
@@ -49,10 +50,8 @@ class HostMemory:
     """
 
     def __init__(self, name: str, like: Mapping[str, Tensor], device: torch.device) -> None:
-        if device.type == "cuda" and device.index is None:
-            # A thread's own current device is the first.
-            device = torch.device("cuda", torch.cuda.current_device())
-        self.device, self._side = device, SideStream(device)
+        # A thread's own current device is the first.
+        self.device, self._side = with_index(device), SideStream(device)
         self._specs = {key: Spec.of(tensor) for key, tensor in like.items()}
         self._views: dict[str, Tensor] | None = None
         self._locked: list[int] = []
