@@ -477,3 +477,24 @@ def test_all_ranks_end_with_the_sentence_of_the_one_that_failed(root: Path, tmp_
     assert steps < 20_000, "long before the end"
     status = json.loads((tmp_path / JOB / "status.json").read_text())
     assert status["state"] == "failed"
+
+
+def test_a_folder_that_is_published_meanwhile_tells_of_no_failure(tmp_path: Path) -> None:
+    """Other ranks look into it while the lead renames it."""
+    stop, moves = threading.Event(), [tmp_path / "a.partial", tmp_path / "a"]
+    moves[0].mkdir()
+
+    def rename() -> None:
+        while not stop.is_set():
+            moves[0].rename(moves[1])
+            moves[1].rename(moves[0])
+
+    thread = threading.Thread(target=rename)
+    thread.start()
+    try:
+        assert {checkpoint_writer._failure(moves[0]) for _ in range(3000)} == {None}
+    finally:
+        stop.set()
+        thread.join()
+    (tmp_path / "a.partial/failed-1.json").write_text('{"error": "the disk is full"}')
+    assert checkpoint_writer._failure(moves[0]) == "the disk is full"

@@ -50,6 +50,12 @@ def copied_event(device: torch.device) -> torch.cuda.Event:
     return event
 
 
+def readers_of(store: ActivationStore, hookpoint: str) -> list[BlockReader]:
+    """Of a hookpoint's rows, and of their scales where the store has int8."""
+    kinds = ["activations", *(["scales"] if store.dtype == "int8" else [])]
+    return [BlockReader(store, f"{kind}/{hookpoint}") for kind in kinds]
+
+
 class _Copy(NamedTuple):
     """Rows of the ring on their way to the memory that batches are gathered from."""
 
@@ -168,8 +174,7 @@ class ActivationLoader:
             raise ValueError(
                 f"batch_tokens={batch_tokens} is not divisible by the {num_ranks} ranks reading it"
             )
-        kinds = ["activations", *(["scales"] if store.dtype == "int8" else [])]
-        self._readers = [BlockReader(store, f"{kind}/{hookpoint}") for kind in kinds]
+        self._readers = readers_of(store, hookpoint)
         self.reader = self._readers[0]
         self.device, self.rank = torch.device(device), rank
         self.dtype = float_dtype(store.dtype)
@@ -185,8 +190,7 @@ class ActivationLoader:
             logger.info("train.holdout=%g %s", holdout, self.left_out.told())
         epochs, told = num_steps * batch_tokens / self.order.rows, rank == 0
         self.preload = choose_preload(preload, self.reader, epochs, self.device, num_ranks, told)
-        is_host = self.preload == "host"
-        self._host = [HostRows(reader) for reader in self._readers] if is_host else None
+        self._host = [HostRows(r) for r in self._readers] if self.preload == "host" else None
         self._memory = _Memory(self._readers, self.device)
         self._ahead = self._allocate()
         self._unreleased: deque[tuple[Plan, torch.cuda.Event]] = deque()

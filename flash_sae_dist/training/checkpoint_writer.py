@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import threading
 import time
@@ -175,8 +176,8 @@ class CheckpointWriter:
         or does not come."""
         last, pause = time.monotonic() + _PATIENCE_S, 0.01
         while (found := look()) is None:
-            for failure in partial.glob("failed-*.json"):
-                raise UserError(str(files.read_json(failure)["error"]))
+            if (failure := _failure(partial)) is not None:
+                raise UserError(failure)
             if self._left.wait(pause):
                 raise _LeftError
             if time.monotonic() > last:
@@ -247,6 +248,15 @@ def _records(partial: Path, num_shards: int) -> list[dict[str, Any]] | None:
         if files.is_absent(e):
             return None
         raise
+
+
+def _failure(partial: Path) -> str | None:
+    """What another rank said that it failed of. The folder may be renamed at any moment."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for name in sorted(os.listdir(partial)):
+            if name.startswith("failed-") and name.endswith(".json"):
+                return str(files.read_json(partial / name)["error"])
+    return None
 
 
 def _launch_of(final: Path) -> str | None:
