@@ -4,7 +4,9 @@ whole.
 `activations/<hookpoint>` [rows, D] (bfloat16 as uint16 bits with the attribute `dtype: bfloat16`;
 int8 with `scales/<hookpoint>` [rows] float32, a row being its codes times its scale),
 `tokens/ids`, `tokens/document` and `tokens/position` [rows], `statistics/<hookpoint>/mean` [D] and
-`.../mean_squared_norm`; the attributes tell model, text and versions. Shards are written whole by
+`.../mean_squared_norm`; of what `cache` made also `text/ids`, `.../document`, `.../position`,
+`.../keep` and `.../row` [sequences, context_length], the token table with the row of each token or
+-1; the attributes tell model, text and versions. Shards are written whole by
 one process each and then recorded under `records/`: Zarr reads a missing shard as zeros without an
 error, so what is complete is known from the records alone.
 """
