@@ -54,14 +54,10 @@ class FakeTracker:
     """Keeps what accelerate's trackers are given."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.lines, self.axes = name, [], {}
-        self.tracker = self
+        self.name, self.lines = name, []
 
     def log(self, values: dict[str, float], step: int | None = None) -> None:
         self.lines.append((step, values))
-
-    def define_metric(self, name: str, step_metric: str) -> None:
-        self.axes[name] = step_metric
 
 
 class FakeAccelerator:
@@ -79,23 +75,20 @@ class FakeAccelerator:
             raise self.error
 
 
-def test_each_sae_has_steps_of_its_own_in_wandb() -> None:
-    """wandb drops a step that is smaller than the last one: the second SAE's whole curve."""
-    accelerator = FakeAccelerator("wandb", "tensorboard")
-    trackers = Trackers(accelerator, ["a", "b"])
-    for job in ("a", "b"):
-        for step in (10, 20):
-            trackers.log(job, {"fvu": 0.5}, step)
-    wandb, tensorboard = accelerator.trackers
-    assert wandb.axes == {"a/*": "a/step", "b/*": "b/step"}
-    assert wandb.lines[2] == (None, {"b/fvu": 0.5, "b/step": 10})
-    assert tensorboard.lines[2] == (10, {"b/fvu": 0.5})
+def test_other_trackers_get_one_run_with_every_saes_name() -> None:
+    accelerator = FakeAccelerator("trackio")
+    trackers = Trackers(accelerator, {"a.0": {"sae": {"k": 2}}, "b": {}})
+    for job in ("a.0", "b"):
+        trackers.log(job, {"fvu": 0.5}, 10)
+    (tracker,) = accelerator.trackers
+    assert tracker.lines == [(10, {"a_0/fvu": 0.5}), (10, {"b/fvu": 0.5})]
+    assert accelerator.config == {"sae.k": 2}
 
 
 def test_a_tracker_that_cannot_start_is_told() -> None:
-    accelerator = FakeAccelerator("wandb", error=RuntimeError("no API key\nconfigured"))
-    with pytest.raises(ConfigError, match="trackers: wandb cannot start: no API key configured"):
-        Trackers(accelerator, [])
+    accelerator = FakeAccelerator("trackio", error=RuntimeError("no API key\nconfigured"))
+    with pytest.raises(ConfigError, match="trackers: trackio cannot start: no API key configured"):
+        Trackers(accelerator, {})
     assert not accelerator.trackers, "a half-made tracker must not be ended later"
 
 
@@ -120,7 +113,7 @@ def test_ranks_that_train_together_end_together(
     cfg = config(root, tmp_path)
     store = ActivationStore.open(cfg.store_path())
     job = train_job(cfg, store.hookpoints)
-    trackers = Trackers(FakeAccelerator(), [])
+    trackers = Trackers(FakeAccelerator(), {})
     together = Mesh(0, 2, 0, 1, 1, 2, None, None, None)
     with pytest.raises(OSError, match="no space left"):
         runner._train_bundle([job], store, together, CPU, trackers, only=False)

@@ -14,12 +14,14 @@ from accelerate import Accelerator
 from flash_sae_dist.grid.trackers import Trackers, safe_names
 
 JOBS = ["model.layers.0:input/k=2,lr=0.001", "model.layers.0_input/k=2,lr=0.001", "h.*"]
-CONFIG: dict[str, Any] = {"train": {"lr": 1e-3, "adam_betas": [0.9, 0.999]}, "store": None}
+CONFIG: dict[str, Any] = {"train": {"adam_betas": [0.9, 0.999]}, "store": None}
 
 
 def logged(folder: Path, name: str) -> dict[str, str]:
     """Two metrics of two steps of each job; the jobs' safe names."""
-    trackers = Trackers(Accelerator(cpu=True, log_with=name, project_dir=folder), JOBS, CONFIG)
+    accelerator = Accelerator(cpu=True, log_with=name, project_dir=folder)
+    configs = {job: {**CONFIG, "sae": {"k": number}} for number, job in enumerate(JOBS)}
+    trackers = Trackers(accelerator, configs, group="theirs")
     for number, job in enumerate(JOBS):
         for step in (10, 20):
             trackers.log(job, {"fvu": number + 1 / step, "l0": 4.0}, step)
@@ -39,17 +41,15 @@ def test_names_are_safe_and_no_two_alike() -> None:
 def test_tensorboard_gives_back_what_was_logged(tmp_path: Path) -> None:
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     names = logged(tmp_path, "tensorboard")
-    events = reading.EventAccumulator(str(tmp_path / "flash_sae_dist"))
-    events.Reload()
-    assert sorted(events.Tags()["scalars"]) == sorted(
-        f"{name}/{metric}" for name in names.values() for metric in ("fvu", "l0")
-    )
     for number, job in enumerate(JOBS):
-        events_ = events.Scalars(f"{names[job]}/fvu")
+        folder = tmp_path / "flash_sae_dist" / names[job]
+        events = reading.EventAccumulator(str(folder)).Reload()
+        assert sorted(events.Tags()["scalars"]) == ["fvu", "l0"], "a run of its own"
+        events_ = events.Scalars("fvu")
         assert [e.step for e in events_] == [10, 20]
         assert [e.value for e in events_] == pytest.approx([number + 0.1, number + 0.05])
-    (told,) = tmp_path.rglob("hparams.yml")
-    assert "train.lr: 0.001" in told.read_text()
+        (told,) = folder.glob("*/hparams.yml")
+        assert f"sae.k: {number}" in told.read_text()
 
 
 def wandb_records(data: bytes) -> Iterator[bytes]:
@@ -79,21 +79,22 @@ def test_offline_wandb_gives_back_what_was_logged(
     for key, value in (("MODE", "offline"), ("PROJECT", "theirs"), ("SILENT", "true")):
         monkeypatch.setenv(f"WANDB_{key}", value)
     names = logged(tmp_path, "wandb")
-    (file,) = tmp_path.rglob("*.wandb")
-    curves: dict[str, list[Any]] = {}
-    config, project = {}, ""
-    for data in wandb_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        project = record.run.project or project
-        for item in [*record.run.config.update, *record.config.update]:
-            config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-        row = {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
-        for name in names.values():
-            if f"{name}/fvu" in row:
-                values = (json.loads(row[f"{name}/{m}"]) for m in ("step", "fvu"))
-                curves.setdefault(name, []).append(tuple(values))
-    assert project == "theirs"
-    assert config["train.lr"] == 0.001
-    for number, job in enumerate(JOBS):
-        assert curves[names[job]] == [(10, number + 0.1), (20, number + 0.05)]
+    runs: dict[str, Any] = {}
+    for file in tmp_path.rglob("*.wandb"):
+        curve, config, about = [], {}, None
+        for data in wandb_records(file.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.run.run_id:
+                about = (record.run.project, record.run.run_group)
+                name = record.run.display_name
+            for item in [*record.run.config.update, *record.config.update]:
+                config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+            row = {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
+            if "fvu" in row:
+                curve.append(tuple(json.loads(row[key]) for key in ("_step", "fvu")))
+        runs[name] = (about, config["sae.k"], curve)
+    assert runs == {
+        names[job]: (("theirs", "theirs"), number, [(10, number + 0.1), (20, number + 0.05)])
+        for number, job in enumerate(JOBS)
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,8 +64,10 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     plan = agreed_plan(config, mesh, device, grid=grid)
     # A host that does not see the store ends all of them with its sentence.
     store = agree.together(lambda: ActivationStore.open(config.store_path()))
-    names = [job.name for job in plan.jobs if job.name in plan.unfinished]
-    trackers = Trackers(accelerator, names, config.model_dump(mode="json"))
+    todo = [job for job in plan.jobs if job.name in plan.unfinished]
+    names = [job.name for job in todo]
+    configs = {job.name: job.config.model_dump(mode="json") for job in todo}
+    trackers = Trackers(accelerator, configs, group=Path(config.output).name)
     if accelerator.is_main_process and names and (seconds := process_seconds()) is not None:
         logger.info("%d SAEs to train, %.1f s after this process began", len(names), seconds)
     failed = _train(plan, store, mesh, device, trackers)

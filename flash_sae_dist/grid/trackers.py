@@ -28,10 +28,10 @@ def safe_names(jobs: list[str]) -> dict[str, str]:
     return names
 
 
-def _project(names: str) -> str:
+def _project(trackers: list[Any]) -> str:
     """wandb's project is where its users have said; accelerate would name another."""
     asked = os.environ.get("WANDB_PROJECT")
-    return asked if asked and "wandb" in names.split(", ") else "flash_sae_dist"
+    return asked if asked and "wandb" in trackers else "flash_sae_dist"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -46,49 +46,86 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+# Of these each SAE is a run of its own; others take one run of a launch.
+_WITH_RUNS = ("tensorboard", "wandb")
+
+
 class Trackers:
-    """What a launch logs to. Everything happens on the main process; elsewhere it is silent."""
+    """What a launch logs to. Everything happens on the main process; elsewhere it is silent.
+
+    In TensorBoard and wandb each SAE is a run with its own resolved config and metrics by their
+    plain names; those of a launch are in one group. Other trackers get one run, in which metrics
+    are called `job/metric`.
+    """
 
     def __init__(
-        self, accelerator: Any, job_names: list[str], config: dict[str, Any] | None = None
+        self, accelerator: Any, configs: dict[str, dict[str, Any]], group: str = "train"
     ) -> None:
-        """Starts the trackers and gives them the resolved config as hyperparameters. Raises
-        ConfigError for one that cannot start, such as wandb without a login.
+        """configs: the resolved config of each job, by its name. Raises ConfigError for a tracker
+        that cannot start, such as wandb without a login.
         """
-        self.accelerator, self._names = accelerator, safe_names(job_names)
+        self.accelerator, self._names = accelerator, safe_names(list(configs))
+        self._runs: dict[str, list[Any]] = {}
         if not accelerator.log_with:
             return
-        names = ", ".join(str(getattr(t, "value", t)) for t in accelerator.log_with)
+        names = [str(getattr(t, "value", t)) for t in accelerator.log_with]
         error = None
         try:
-            accelerator.init_trackers(_project(names), config=_flat(config or {}))
+            if accelerator.is_main_process:
+                self._start(names, configs, group)
         except Exception as e:  # each tracker has errors of its own
             accelerator.trackers.clear()  # half-made ones cannot be ended
+            self._runs.clear()
             error = ConfigError(
-                f"trackers: {names} cannot start: {' '.join(str(e).split())}; log in, or drop it "
-                "from the list"
+                f"trackers: {', '.join(names)} cannot start: {' '.join(str(e).split())}; log in, "
+                "or drop it from the list"
             )
         agree.raise_together(error)
-        if accelerator.is_main_process:
-            for tracker in accelerator.trackers:
-                if tracker.name == "wandb":
-                    for job in job_names:
-                        name = self._names[job]
-                        tracker.tracker.define_metric(f"{name}/*", step_metric=f"{name}/step")
+
+    def _start(self, names: list[str], configs: dict[str, dict[str, Any]], group: str) -> None:
+        others = [t for t in self.accelerator.log_with if str(getattr(t, "value", t)) in
+                  set(names) - set(_WITH_RUNS)]  # fmt: skip
+        self.accelerator.trackers = []
+        if others:
+            asked, self.accelerator.log_with = self.accelerator.log_with, others
+            shared = next(iter(configs.values()), {})
+            self.accelerator.init_trackers(_project(others), config=_flat(shared))
+            self.accelerator.log_with = asked
+        for job, config in configs.items():
+            kinds = [name for name in names if name in _WITH_RUNS]
+            self._runs[job] = [self._run(kind, job, _flat(config), group) for kind in kinds]
+            self.accelerator.trackers.extend(self._runs[job])
+
+    def _run(self, kind: str, job: str, config: dict[str, Any], group: str) -> Any:
+        """A run of its own."""
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        name, project = self._names[job], _project([kind])
+        if kind == "wandb":
+            options = {"name": name, "group": group, "reinit": "create_new", "config": config}
+            run = LOGGER_TYPE_TO_CLASS[kind](project, **options)
+            run.start()
+            return run
+        folder = self.accelerator.logging_dir
+        run = LOGGER_TYPE_TO_CLASS[kind](f"{project}/{name}", folder)
+        run.start()
+        run.store_init_configuration(config)
+        return run
 
     def finish(self) -> None:
         """Sends what is left; nothing is logged afterwards."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers.clear()
+        self._runs.clear()
 
     def log(self, job: str, values: dict[str, float], step: int) -> None:
-        """Sends a job's metrics of a step, as `job/metric`, the job by its safe name."""
-        job = self._names.setdefault(job, _safe(job))
-        named = {f"{job}/{name}": value for name, value in values.items()}
+        """Sends a job's metrics of a step."""
+        own = self._runs.get(job, [])
+        for tracker in own:
+            tracker.log(values, step=step)
+        name = self._names.setdefault(job, _safe(job))
+        named = {f"{name}/{metric}": value for metric, value in values.items()}
         for tracker in self.accelerator.trackers:
-            if tracker.name == "wandb":
-                # It drops a step below the last one, and each SAE of a grid counts from 1.
-                tracker.log({**named, f"{job}/step": step})
-            else:
+            if tracker.name not in _WITH_RUNS:
                 tracker.log(named, step=step)
