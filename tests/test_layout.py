@@ -11,7 +11,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"kernels"},
-    {"config", "ending", "files", "identity", "parallel", "progress", "sums", "tensor_files"},
+    {
+        "config",
+        "ending",
+        "files",
+        "identity",
+        "parallel",
+        "page_lock",
+        "progress",
+        "sums",
+        "tensor_files",
+    },
     {"activations", "models"},
     {"training"},
     {"grid", "evaluation", "interop", "planner", "features", "compat", "api", "verify"},

@@ -1,24 +1,16 @@
-"""Host memory of exact size, page-locked for copies to and from a GPU.
-
-torch's own cache of page-locked memory rounds a tensor up to a power of two and never gives it
-back.
-"""
+"""Host memory of exact size, page-locked for copies to and from a GPU."""
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import page_lock
+
 logger = logging.getLogger(__name__)
-_OK = 0
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 class PageLocked:
@@ -36,8 +28,8 @@ class PageLocked:
         raw = torch.empty(size, dtype=torch.uint8)
         self._tensors.append(raw)
         if lock and size:
-            code = int(_cudart().cudaHostRegister(raw.data_ptr(), size, 0))
-            if code == _OK:
+            code = page_lock.lock(raw.data_ptr(), size)
+            if code == 0:
                 self._locked.append(raw.data_ptr())
             else:
                 logger.warning(
@@ -51,6 +43,6 @@ class PageLocked:
     def close(self) -> None:
         """Unlocks and forgets the memory. No copy may be under way."""
         for address in self._locked:
-            _cudart().cudaHostUnregister(address)
+            page_lock.unlock(address)
         self._locked.clear()
         self._tensors.clear()

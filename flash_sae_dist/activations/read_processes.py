@@ -23,6 +23,7 @@ from threading import Condition, Thread
 import torch
 from torch import Tensor
 
+from .. import page_lock
 from ..config.base import UserError
 from .read_ahead import Plan
 
@@ -43,18 +44,13 @@ class SharedMemory:
         )
         self._is_locked = False
         if lock:
-            code = torch.cuda.cudart().cudaHostRegister(  # type: ignore[no-untyped-call]
-                self.bytes.data_ptr(), num_bytes, 1
-            )
-            self._is_locked = not int(code)
+            self._is_locked = page_lock.lock(self.bytes.data_ptr(), num_bytes) == 0
 
     def close(self) -> None:
         """Gives it back. No copy may be under way."""
         if self._is_locked:
             torch.cuda.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(  # type: ignore[no-untyped-call]
-                self.bytes.data_ptr()
-            )
+            page_lock.unlock(self.bytes.data_ptr())
             self._is_locked = False
         if self.descriptor >= 0:
             os.close(self.descriptor)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import page_lock
 from ..parallel.mesh import with_index
 from ..tensor_files import Spec
 from .metrics import PhaseTimer
@@ -79,7 +80,7 @@ class HostMemory:
         """Gives the memory back; no copy may be under way."""
         self._maker.join()
         for address in self._locked:
-            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+            page_lock.unlock(address)
         self._locked, self._views = [], None
 
     def _make(self, name: str) -> None:
@@ -116,9 +117,7 @@ class HostMemory:
 
         def lock(place: tuple[int, int]) -> None:
             torch.cuda.set_device(self.device)
-            # 1: locked for every device's context.
-            code = int(torch.cuda.cudart().cudaHostRegister(*place, 1))  # type: ignore[no-untyped-call]
-            if code:
+            if code := page_lock.lock(*place):
                 raise RuntimeError(f"cudaHostRegister: error {code}")
             self._locked.append(place[0])
 
