@@ -134,10 +134,16 @@ def array_specs(geometry: Geometry, dtype: str, widths: dict[str, int]) -> list[
 def text_specs(num_sequences: int, text: TextShape) -> list[ArraySpec]:
     """The arrays that have a chunk a part of the text."""
     shape = (num_sequences, text.context_length)
-    chunks = (text.part_sequences, text.context_length)
+    shards = (text.part_sequences, text.context_length)
+    chunks = (text_chunk(text.part_sequences), text.context_length)
     types = {"ids": "int32", "document": "int32", "position": "int32", "keep": "uint8"}
     types["row"] = "int64"
-    return [ArraySpec(f"text/{name}", kind, shape, chunks) for name, kind in types.items()]
+    return [ArraySpec(f"text/{name}", kind, shape, chunks, shards) for name, kind in types.items()]
+
+
+def text_chunk(part_sequences: int) -> int:
+    """Sequences of a chunk of the token table: a part that is not full takes few of them."""
+    return math.gcd(part_sequences, 16)
 
 
 def storage_dtype(name: str) -> np.dtype[Any]:

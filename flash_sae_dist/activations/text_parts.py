@@ -1,13 +1,14 @@
 """The token table of a store: its sequences in parts, written ahead of the forward passes.
 
 `text/ids`, `text/document`, `text/position` [S, T] int32 and `text/keep` [S, T] uint8 are Zarr
-arrays with one chunk a part, to which `row` [S, T] int64 comes at the end: the row of the store
-that stands for a token, or -1. Each part has a record, written after its chunks: what they hold,
+arrays with one shard a part, to which `row` [S, T] int64 comes at the end: the row of the store
+that stands for a token, or -1. Each part has a record, written after its files: what they hold,
 and the place in the text that is behind it, so that a launch that ended goes on there.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from crc32c import crc32c
 
 from ..identity import digest
 from .records import DamagedStoreError, Records
-from .shard_files import with_checksum, write_pieces
+from .shard_files import Piece, shard_pieces, write_pieces
+from .store import text_chunk
 from .text import Making, Place, Sequence, TokenTable, no_rows, sequences, table_of
 
 TYPES = {"ids": "int32", "document": "int32", "position": "int32", "keep": "uint8"}
@@ -59,7 +61,7 @@ def _record_name(part: int) -> str:
     return f"text-{part:08d}.json"
 
 
-def chunk_path(name: str, part: int) -> str:
+def part_path(name: str, part: int) -> str:
     """Where a part of an array lives in the store."""
     return f"text/{name}/c/{part}/0"
 
@@ -104,34 +106,42 @@ class TextParts:
         """Writes the part behind those that are known."""
         number = len(self.known())
         for name in TYPES:
-            bits = _bits(table, name)
-            if len(bits) < self.size:
-                padding = np.zeros((self.size - len(bits), self.context_length), bits.dtype)
-                bits = np.concatenate([bits, padding])
-            data = bits.tobytes()
-            write_pieces(self.records, chunk_path(name, number), [data, with_checksum(data)])
+            write_pieces(self.records, part_path(name, number), self._pieces(_bits(table, name)))
         self.records.write(_record_name(number), part._asdict())
+
+    def add_rows(self, number: int, rows: npt.NDArray[np.int64]) -> None:  # [S, T]
+        """Writes the rows of a part's tokens."""
+        write_pieces(self.records, part_path("row", number), self._pieces(rows))
+
+    def _pieces(self, values: npt.NDArray[Any]) -> list[Piece]:
+        """A part's file of an array [S, T]."""
+        chunk = text_chunk(self.size)
+        return shard_pieces(values, chunk, self.size // chunk)[0]
 
     def _load(self, number: int) -> TokenTable:
         """A part's sequences. Raises DamagedStoreError."""
-        part, arrays = self.known()[number], {}
-        for name in TYPES:
-            try:
-                data = self.records.read_bytes(chunk_path(name, number))
-            except FileNotFoundError as e:
-                raise self._damaged(number, f"{chunk_path(name, number)} is missing") from e
-            values = np.frombuffer(data[:-4], dtype=TYPES[name])[
-                : part.sequences * self.context_length
-            ]
-            if (
-                len(data) != self.size * self.context_length * values.itemsize + 4
-                or data[-4:] != with_checksum(memoryview(data)[:-4])
-                or f"{crc32c(values.tobytes()):08x}" != part.crc32c.get(name)
-            ):
-                raise self._damaged(number, f"{chunk_path(name, number)} does not hold its crc32c")
-            arrays[name] = values.reshape(part.sequences, self.context_length)
+        part = self.known()[number]
+        arrays = {name: self._array(number, part, name) for name in TYPES}
         keep = arrays.pop("keep").astype(np.bool_)
         return TokenTable(**arrays, keep=keep)
+
+    def _array(self, number: int, part: Part, name: str) -> npt.NDArray[Any]:
+        file, dtype = part_path(name, number), np.dtype(TYPES[name])
+        try:
+            data = self.records.read_bytes(file)
+        except FileNotFoundError as e:
+            raise self._damaged(number, f"{file} is missing") from e
+        size = text_chunk(self.size) * self.context_length * dtype.itemsize
+        chunks = -(-part.sequences // text_chunk(self.size))
+        if len(data) >= chunks * (size + 4):
+            bodies = np.frombuffer(data, np.uint8, chunks * (size + 4)).reshape(chunks, size + 4)
+            values = np.ascontiguousarray(bodies[:, :size]).view(dtype)
+            values = values.reshape(-1, self.context_length)[: part.sequences]
+            same = f"{crc32c(values.tobytes()):08x}" == part.crc32c.get(name)
+            # The index and the chunks' own checksums, too.
+            if same and b"".join(self._pieces(values)) == data:
+                return values
+        raise self._damaged(number, f"{file} does not hold what was written")
 
     def _damaged(self, number: int, why: str) -> DamagedStoreError:
         record = self.records.where(_record_name(number))
@@ -163,12 +173,6 @@ class TextParts:
             if int(name[5:13]) >= first:
                 self.records.remove(f"records/{name}")
 
-    def add_rows(self, number: int, rows: npt.NDArray[np.int64]) -> None:  # [S, T]
-        """Writes the rows of a part's tokens."""
-        padding = np.full((self.size - len(rows), self.context_length), -1, dtype=np.int64)
-        data = np.concatenate([rows, padding]).tobytes()
-        write_pieces(self.records, chunk_path("row", number), [data, with_checksum(data)])
-
 
 def digest_of(parts: list[Part]) -> str:
     """Of the token ids, of what the model sees and what is stored."""
@@ -176,9 +180,9 @@ def digest_of(parts: list[Part]) -> str:
 
 
 def part_size(context_length: int, batch_sequences: int) -> int:
-    """Sequences of a part: about two million tokens, whole batches."""
-    batches = max(1, _PART_TOKENS // (context_length * batch_sequences))
-    return batches * batch_sequences
+    """Sequences of a part: about two million tokens, whole batches and whole chunks."""
+    unit = math.lcm(batch_sequences, 16)
+    return max(1, _PART_TOKENS // (context_length * unit)) * unit
 
 
 def made_parts(

@@ -80,13 +80,21 @@ class Tokeniser:
         if (damage := self.parts.drop_damaged()) is not None:
             logger.warning("%s: it is made anew", damage)
         advance(self.parts.rows_before[-1])
+        self._keeps()
         if self.parts.ended or self.parts.rows_before[-1] >= enough:
             return
         known = list(self.parts.known())
         for table, part in made_parts(self.making, self.parts.size, self.num_rows, known, advance):
             self.parts.add(table, part)
+            self._keeps()
             if self.parts.rows_before[-1] >= enough:
                 return
+
+    def _keeps(self) -> None:
+        ending.keeps(
+            f"{self.parts.rows_before[-1]} tokens of the text are kept in {self.parts.records.root}"
+            ", and the same command goes on behind them"
+        )
 
     def compare(self) -> None:
         """Tokenises the text anew and raises ConfigError where it is another than that of the parts
