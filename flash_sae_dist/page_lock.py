@@ -4,6 +4,7 @@ up to powers of two, keeps them, and cannot share them with other processes.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,7 +21,12 @@ def lock(address: int, size: int) -> int:
     """Locks memory, so that copies to and from a GPU run beside the host; CUDA's error code, 0 for
     none. Where it fails the memory still works: the host waits for each copy.
     """
-    return int(_cudart().cudaHostRegister(address, size, _PORTABLE))
+    code = int(_cudart().cudaHostRegister(address, size, _PORTABLE))
+    if code:
+        # CUDA keeps the error for whatever is launched next.
+        with suppress(RuntimeError):
+            torch.empty(1, device="cuda").zero_()
+    return code
 
 
 def unlock(address: int) -> None:

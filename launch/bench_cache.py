@@ -1,6 +1,6 @@
 """`flash-sae cache` timed beside the bare forward pass of its model in the same run.
 
-    python -m flash_sae_dist.launch.bench_cache cache [--tokens 8000000] [--folder /dev/shm/bench]
+    python -m flash_sae_dist.launch.bench_cache cache [--tokens 8000000] [--folder /dev/shm]
 
 The model is a Llama of random weights, the text made of the words of Python's manual, the store in
 `--folder`, which should be memory (/dev/shm): the disk is not what is timed. `bare forward` calls
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -138,7 +139,7 @@ def _most_memory() -> Iterator[list[int]]:
         thread.join()
 
 
-def _job(folder: Path, shape: ModelShape, tokens: int) -> dict[str, Any]:
+def _job(folder: Path, shape: ModelShape, tokens: int, device: torch.device) -> dict[str, Any]:
     """Runs the cache job once, as its verb does."""
     from accelerate import Accelerator
 
@@ -155,7 +156,7 @@ def _job(folder: Path, shape: ModelShape, tokens: int) -> dict[str, Any]:
     config = parse_config({**data, "cache": cache})
     start = time.perf_counter()
     with _most_memory() as most:
-        rate = run_cache(config, Accelerator(cpu=not torch.cuda.is_available()))
+        rate = run_cache(config, Accelerator(cpu=device.type == "cpu"))
     seconds = time.perf_counter() - start
     assert rate is not None
     size = sum(f.stat().st_size for f in store.rglob("*") if f.is_file())
@@ -175,8 +176,8 @@ def cache(
     tokens: Annotated[int, typer.Option(help="Rows a hookpoint.")] = 8_000_000,
     width: Annotated[int, typer.Option(help="Width of the model, a multiple of 64.")] = 2048,
     blocks: Annotated[int, typer.Option(help="Blocks of the model.")] = 16,
-    folder: Annotated[Path, typer.Option(help="Scratch folder, emptied.")] = Path(
-        "/dev/shm/flash-sae-bench"
+    folder: Annotated[Path, typer.Option(help="Where a scratch folder is made.")] = Path(
+        "/dev/shm"
     ),
     passes: Annotated[int, typer.Option(help="Bare passes that are timed.")] = 30,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table, too.")] = None,
@@ -185,14 +186,13 @@ def cache(
     """The cache job beside the bare forward pass."""
     device = torch.device("cpu" if cpu else "cuda")
     shape = ModelShape(width, blocks)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = Path(tempfile.mkdtemp(prefix="flash-sae-bench-", dir=folder))
     make_model(folder, shape, device)
     make_text(folder / "text.jsonl", tokens)
     bare = bare_rate(folder, shape, device, passes)
     rows: list[dict[str, Any]] = [{"run": "bare forward", "tokens/s": bare, "x bare": 1.0}]
     for count in (tokens // 10, tokens):
-        row = _job(folder, shape, count)
+        row = _job(folder, shape, count, device)
         rows.append({"run": "cache", **row, "x bare": row["tokens/s"] / bare})
     title = f"Cache, Llama of {blocks} blocks of width {width}"
     print_table(title, rows)

@@ -1,5 +1,5 @@
 """The loader alone, beside what it is made of in the same run: reads of the same blocks by as many
-threads, and on a GPU the copy of pinned memory.
+threads as it may use, and on a GPU the copy of pinned memory.
 
     python -m flash_sae_dist.launch.bench_load load [--store STORE --hookpoint NAME] [--json FILE]
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from flash_sae_dist.activations import harvest, text_parts, tokenising
+from flash_sae_dist.activations.damage import damages
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.records import Records
 from flash_sae_dist.activations.row_plan import RowPlan
@@ -250,6 +251,49 @@ def test_what_the_process_meets_is_one_sentence_and_its_parts_are_kept(
     run_cache(parse_config(data), Accelerator(cpu=True))
     assert {p: p.stat().st_mtime_ns for p in kept} == kept, "compared, not made again"
     ActivationStore.open(data["cache"]["store"]).verify()
+
+
+def test_a_text_in_other_records_is_not_gone_on_with(tmp_path: Path, small_parts: None) -> None:
+    """The same tokens, but the place behind a part is another."""
+    data = config_data(tmp_path, shard_mib=0.002, num_tokens=10**6)
+    file = save_text(tmp_path / "text.jsonl", documents=700)
+    whole = file.read_text()
+    file.write_text("\n".join([*whole.splitlines()[:-3], "no JSON"]))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        run_cache(parse_config(data), Accelerator(cpu=True))
+    file.write_text("\n\n\n" + whole)
+    with pytest.raises(ConfigError, match="begun with this text in other records"):
+        run_cache(parse_config(data), Accelerator(cpu=True))
+
+
+def test_all_of_the_text_is_there_though_every_row_was(tmp_path: Path, small_parts: None) -> None:
+    """A part behind those that tell how the store is cut is made again, with its documents."""
+    data = config_data(tmp_path, shard_mib=0.002)
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    path = data["cache"]["store"]
+    before, records = ActivationStore.open(path), tmp_path / "store.zarr/records"
+    documents, parts = before.num_documents(), before.made_of()["parts"]
+    count = len(list(records.glob("text-*.json")))
+    (records / f"text-{count - 2:08d}.json").unlink()
+    assert [str(e) for e in damages(ActivationStore.open(path))]
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    after = ActivationStore.open(path)
+    after.verify()
+    assert (after.num_documents(), after.made_of()["parts"]) == (documents, parts)
+
+
+def test_a_token_that_the_model_has_not_is_told_wherever_it_stands(
+    tmp_path: Path, small_parts: None
+) -> None:
+    data = config_data(tmp_path, shard_mib=0.002, num_tokens=10**6)
+    file = save_text(tmp_path / "text.jsonl", documents=700)
+    folder = Path(data["model"]["name"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["beyond"])
+    tokenizer.save_pretrained(folder)
+    file.write_text(file.read_text() + json.dumps({"text": "beyond " * 40}) + "\n")
+    with pytest.raises(ConfigError, match="the text has the token"):
+        run_cache(parse_config(data), Accelerator(cpu=True))
 
 
 def test_a_process_that_is_killed_is_told(

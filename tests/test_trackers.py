@@ -52,6 +52,18 @@ def test_tensorboard_gives_back_what_was_logged(tmp_path: Path) -> None:
         assert f"sae.k: {number}" in told.read_text()
 
 
+def test_a_run_that_goes_on_shows_each_step_once(tmp_path: Path) -> None:
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, steps in ((0, range(1, 9)), (5, range(5, 13))):
+        accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+        trackers = Trackers(accelerator, {"a": {}}, first_steps={"a": first})
+        for step in steps:
+            trackers.log("a", {"fvu": 1 / step}, step)
+        trackers.finish()
+    events = reading.EventAccumulator(str(tmp_path / "flash_sae_dist/a")).Reload()
+    assert [e.step for e in events.Scalars("fvu")] == list(range(1, 13))
+
+
 def wandb_records(data: bytes) -> Iterator[bytes]:
     """Records of a .wandb file: LevelDB's log format behind a header of 7 bytes, in blocks of
     32 KiB; a record is cut where a block ends (kinds: 1 whole, 2 first, 3 middle, 4 last).

@@ -51,8 +51,13 @@ def _damages_of_text(store: ActivationStore) -> Iterator[DamagedStoreError]:
     except DamagedStoreError as e:
         yield e
     parts = TextParts(store.records, shape.context_length, shape.part_sequences)
+    try:
+        known = parts.known()
+    except DamagedStoreError as e:
+        yield e
+        return
     sequences = 0
-    for number, part in enumerate(parts.known()):
+    for number, part in enumerate(known):
         try:
             parts.load(number)
         except DamagedStoreError as e:
@@ -61,8 +66,9 @@ def _damages_of_text(store: ActivationStore) -> Iterator[DamagedStoreError]:
         yield from _read(store, "text/row", None, None, rows)
         sequences = rows.stop
     told = store.made_of()["parts"].get("text")
-    if told is not None and told != digest_of(parts.known()):
-        yield store.records.damaged("text-00000000.json", "it and those after it are of other text")
+    if told is not None and told != digest_of(known):
+        why = "one of the records of the text is missing, or of another text"
+        yield store.records.damaged("text-00000000.json", why)
 
 
 def _recorded_sums(store: ActivationStore, shard: int) -> dict[str, int]:

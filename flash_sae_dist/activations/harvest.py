@@ -328,8 +328,8 @@ def _write_shards(
             stop_if_asked()
 
         def wait() -> None:
-            tokeniser.wait()
             stop_if_asked()
+            tokeniser.wait()
 
         pipeline.plan.wait = wait
         rate = pipeline.make(todo, accelerator.process_index, world, advance)

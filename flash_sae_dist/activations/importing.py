@@ -289,6 +289,9 @@ class Importer:
             for shard in self.writer.missing(self.shape):
                 needed += self.geometry.file_bytes(shard, row_bytes)
         root = self.writer.records.root
+        # Streams that an earlier launch has written out.
+        spooled = (Path(root) / "records" / "import").glob("*.npy")
+        needed = max(0, needed - sum(file.stat().st_size for file in spooled))
         check_space("the store", root, needed, "what is left of the import")
 
     def gatherers(self, spool: Path) -> dict[str, Gatherer]:

@@ -1,5 +1,5 @@
 """Batches from a store: the order is a function of (seed, step) alone, blocks are read ahead by
-many threads, checksums verified.
+threads, or for a GPU by processes, checksums verified.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ class ActivationLoader:
         # Gives back what copies that are under way still read only when they are done: torch's
         # allocators know of them.
         if self._memory.shared is not None:
-            self._memory.shared.close()
+            self._memory.shared.close(failed=kind is not None)
         del self._memory, self._host
 
     def _read(self, block: int, slot: int) -> None:

@@ -28,13 +28,15 @@ from ..config.base import UserError
 from ..config.data import CacheConfig
 from .host_memory import PageLocked
 from .language_model import LanguageModel, Pass, tapped
+from .probe import check_ids
 from .row_plan import Batch, RowPlan
 from .stored_rows import StoredRows, float_dtype
 from .writer import StoreWriter, row_sums
 
 Rows = dict[str, Tensor]  # hookpoint -> [shard_rows, D]
 _PASSES_AHEAD = 4
-# Shards on the device: two that a pass straddles, one that is being copied.
+# Shards on the device: two that a pass straddles (more, where they are smaller than a pass), one
+# that is being copied.
 _FILLED = 3
 _MOST_WRITTEN = 4
 # The rest of cache.memory_gib is for tokens and for threads at work.
@@ -142,8 +144,8 @@ class Pipeline:
         trace: TracebackType | None,
     ) -> None:
         self.threads.shutdown(wait=True)
-        if not self.on_cpu:
-            torch.cuda.synchronize()
+        for stream in self.streams.values():
+            stream.synchronize()
         self.memory.close()
 
     def make(self, todo: list[int], rank: int, world: int, advance: Callable[[int], None]) -> Rate:
@@ -178,6 +180,8 @@ class Pipeline:
     def _pass(self, batch: Batch, run: Pass) -> None:
         self.batch = batch
         self.parts.clear()
+        # Known of the first parts of the text alone; on a GPU the model would end the process.
+        check_ids(self.lm, int(batch.ids.max()))
         attention = None if batch.attention.all() else self._tensor(batch.attention, self.lm.device)
         run(self._tensor(batch.ids.astype(np.int64), self.lm.device), attention)
         if self.on_cpu:

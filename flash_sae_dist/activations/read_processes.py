@@ -46,9 +46,11 @@ class SharedMemory:
         if lock:
             self._is_locked = page_lock.lock(self.bytes.data_ptr(), num_bytes) == 0
 
-    def close(self) -> None:
-        """Gives it back. No copy may be under way."""
-        if self._is_locked:
+    def close(self, *, failed: bool = False) -> None:
+        """Gives it back, once copies that are under way have ended; where something failed they may
+        wait for ranks that have gone, and it is left to the end of the process.
+        """
+        if self._is_locked and not failed:
             torch.cuda.synchronize()
             page_lock.unlock(self.bytes.data_ptr())
             self._is_locked = False
@@ -123,7 +125,10 @@ class ReadProcesses:
         if process is None:
             return True
         assert process.stdout is not None
-        return bool(select.select([process.stdout], [], [], 0)[0])
+        # Not select, which takes no descriptor beyond 1023.
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+        return bool(poll.poll(0))
 
     def take(self) -> Plan:
         """The next plan, its blocks read. Raises what reading them raised."""

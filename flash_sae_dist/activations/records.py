@@ -96,6 +96,8 @@ class Records:
         """Bytes of each file below a folder of the store, by its path in the store: one listing,
         for a question a file would take minutes on an object store.
         """
+        # A listing that was kept may be older than what other processes wrote.
+        self.fs.invalidate_cache()
         found = self.fs.find(f"{self.root}/{folder}", detail=True)
         return {path[len(self.root) + 1 :]: info["size"] for path, info in found.items()}
 
@@ -106,10 +108,9 @@ class Records:
 
     def names(self, start: str) -> list[str]:
         """Records whose names begin so and end in .json."""
+        self.fs.invalidate_cache()
         if not self.fs.exists(f"{self.root}/records"):
             return []
-        # A listing that was kept may be older than what other processes wrote.
-        self.fs.invalidate_cache(f"{self.root}/records")
         names = [n.rsplit("/", 1)[-1] for n in self.fs.ls(f"{self.root}/records", detail=False)]
         return sorted(n for n in names if n.startswith(start) and n.endswith(".json"))
 

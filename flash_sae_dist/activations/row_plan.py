@@ -90,9 +90,9 @@ class RowPlan:
             rows = min(self.geometry.rows, self.parts.rows_before[-1])
             self.geometry = self.geometry._replace(rows=rows)
 
-    def _await(self, rows: int) -> None:
+    def _await(self, rows: int | None) -> None:
         """Waits until the text has given so many rows, or has ended."""
-        while self.parts.rows_before[-1] < rows and not self.parts.ended:
+        while not self.parts.ended and (rows is None or self.parts.rows_before[-1] < rows):
             self.wait()
         self._settle()
 
@@ -146,6 +146,9 @@ class RowPlan:
             shards = range(unit * self.unit, (unit + 1) * self.unit)
             start = shards.start * self.geometry.shard_rows
             if start >= self.geometry.rows:
+                # The first process ends the one that tokenises when it leaves: others may wait for
+                # it still, and the store has all of the text.
+                self._await(None)
                 return
             if missing.isdisjoint(shards) or next(turns) % world != rank:
                 continue

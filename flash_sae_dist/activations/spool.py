@@ -4,8 +4,9 @@ all rows asks for rows in no order, which a stream cannot give.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,13 +40,24 @@ def _is_whole(file: Path) -> bool:
         return False
 
 
-def _write(source: Source, file: Path, advance: Callable[[int], None]) -> None:
+def _blocks(source: Source) -> Iterator[Any]:
+    """The blocks of a stream. Raises UserError where its file is damaged."""
     assert source.blocks is not None
+    try:
+        yield from source.blocks()
+    except UserError:
+        raise
+    except Exception as e:  # each library has errors of its own for a torn file
+        told = " ".join(str(e).split())[:200]
+        raise UserError(f"{source.path} cannot be read ({told}); copy it anew") from e
+
+
+def _write(source: Source, file: Path, advance: Callable[[int], None]) -> None:
     shape = (source.rows, source.width)
     with replacing(file) as partial:
         written = np.lib.format.open_memmap(partial, "w+", np.dtype(source.dtype), shape)
         at = 0
-        for block in source.blocks():
+        for block in _blocks(source):
             if block.shape[1] != source.width or at + len(block) > source.rows:
                 raise UserError(
                     f"{source.path} has items of another size after row {at}; all have to be alike"

@@ -30,7 +30,7 @@ from .text import Making
 from .text_parts import TextParts, made_parts
 
 logger = logging.getLogger(__name__)
-_POLL_S = 0.05
+_POLL_S, _POLL_REMOTE_S = 0.05, 1.0
 _FAILED = "tokenising.json"
 
 
@@ -102,11 +102,16 @@ class Tokeniser:
         """
         known = self.parts.known()
         found = made_parts(self.making, self.parts.size, self.num_rows, [])
-        for (_, part), before in zip(found, known, strict=False):
-            if not part.same_text(before):
+        # known first: else a part behind the last known one is tokenised for nothing.
+        for before, (_, part) in zip(known, found, strict=False):
+            what = "another text than this one" if not part.same_text(before) else None
+            if what is None and not before.last and part.behind != before.behind:
+                # It would go on at another place.
+                what = "this text in other records (blank lines, files cut elsewhere)"
+            if what is not None:
                 raise ConfigError(
-                    f"cache.store={self.parts.records.root!r} was begun with another text than "
-                    "this one, though under the same config; name another store, or remove that one"
+                    f"cache.store={self.parts.records.root!r} was begun with {what}, though under "
+                    "the same config; name another store, or remove that one"
                 )
 
     def follow(self) -> None:
@@ -136,7 +141,7 @@ class Tokeniser:
 
     def wait(self) -> None:
         """Called again and again while a part is not there. Raises what its making met."""
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_S if self.parts.records.local else _POLL_REMOTE_S)
         if not self.first:
             if (failed := self.parts.records.read(_FAILED)) is not None:
                 raise _error(failed)
@@ -179,7 +184,12 @@ def _end_with_standard_input() -> None:
 
 def main() -> None:
     """Makes the parts that are left of a text."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # The process that started it ends it.
+        signal.signal(number, signal.SIG_IGN)
+    # What others print must not fill the pipe, which is read at the end.
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
@@ -199,7 +209,7 @@ def main() -> None:
             logger.exception("the process that tokenises the text failed")
             sentence = f"the process that tokenises the text failed: {type(e).__name__}: {e}"
         told = {"sentence": sentence, "is_config": isinstance(e, ConfigError)}
-        print(json.dumps(told), flush=True)
+        print(json.dumps(told), file=answer, flush=True)
         sys.exit(1)
 
 

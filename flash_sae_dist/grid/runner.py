@@ -17,6 +17,7 @@ from ..files import locked
 from ..parallel import agree
 from ..parallel.mesh import Mesh, make_mesh, with_index
 from ..progress import process_seconds
+from ..training.checkpoint import newest_info
 from ..training.job import Config
 from ..training.member import is_finished
 from ..training.metrics import read_metrics
@@ -66,8 +67,7 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     store = agree.together(lambda: ActivationStore.open(config.store_path()))
     todo = [job for job in plan.jobs if job.name in plan.unfinished]
     names = [job.name for job in todo]
-    configs = {job.name: job.config.model_dump(mode="json") for job in todo}
-    trackers = Trackers(accelerator, configs, group=Path(config.output).name)
+    trackers = _trackers(accelerator, Path(config.output), plan, todo)
     if accelerator.is_main_process and names and (seconds := process_seconds()) is not None:
         logger.info("%d SAEs to train, %.1f s after this process began", len(names), seconds)
     failed = _train(plan, store, mesh, device, trackers)
@@ -183,6 +183,27 @@ def _held(jobs: list[Job], mesh: Mesh) -> Iterator[None]:
         if busy := agree.from_lead(busy, mesh):
             raise BusyError(busy)
         yield
+
+
+def _trackers(accelerator: Any, output: Path, plan: Plan, todo: list[Job]) -> Trackers:
+    return Trackers(
+        accelerator,
+        {job.name: job.config.model_dump(mode="json") for job in todo},
+        group=output.resolve().name,
+        names=[job.name for job in plan.jobs],
+        first_steps=_first_steps(plan, todo),
+    )
+
+
+def _first_steps(plan: Plan, todo: list[Job]) -> dict[str, int]:
+    """The step from which on each job is logged in this launch: those of other groups are replayed
+    whole."""
+    own = {job.name for bundle in plan.groups[0] for job in bundle.jobs}
+    found = {}
+    for job in (job for job in todo if job.name in own):
+        info = newest_info(job.folder / "checkpoints")
+        found[job.name] = int(info["step"]) + 1 if info else 0
+    return found
 
 
 def _replay_other_groups(others: list[list[Bundle]], trackers: Trackers) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config.base import ConfigError
@@ -59,25 +60,30 @@ class Trackers:
     """
 
     def __init__(
-        self, accelerator: Any, configs: dict[str, dict[str, Any]], group: str = "train"
+        self,
+        accelerator: Any,
+        configs: dict[str, dict[str, Any]],  # the resolved one of each job that is trained
+        group: str = "train",
+        *,
+        names: Sequence[str] = (),  # of all jobs of the launch, finished ones too
+        first_steps: Mapping[str, int] | None = None,  # from which on each job is logged
     ) -> None:
-        """configs: the resolved config of each job, by its name. Raises ConfigError for a tracker
-        that cannot start, such as wandb without a login.
-        """
-        self.accelerator, self._names = accelerator, safe_names(list(configs))
+        """Raises ConfigError for a tracker that cannot start, such as wandb without a login."""
+        self.accelerator, self._names = accelerator, safe_names(list(names or configs))
+        self._first_steps = first_steps or {}
         self._runs: dict[str, list[Any]] = {}
         if not accelerator.log_with:
             return
-        names = [str(getattr(t, "value", t)) for t in accelerator.log_with]
+        kinds = [str(getattr(t, "value", t)) for t in accelerator.log_with]
         error = None
         try:
             if accelerator.is_main_process:
-                self._start(names, configs, group)
+                self._start(kinds, configs, group)
         except Exception as e:  # each tracker has errors of its own
             accelerator.trackers.clear()  # half-made ones cannot be ended
             self._runs.clear()
             error = ConfigError(
-                f"trackers: {', '.join(names)} cannot start: {' '.join(str(e).split())}; log in, "
+                f"trackers: {', '.join(kinds)} cannot start: {' '.join(str(e).split())}; log in, "
                 "or drop it from the list"
             )
         agree.raise_together(error)
@@ -107,7 +113,9 @@ class Trackers:
             run.start()
             return run
         folder = self.accelerator.logging_dir
-        run = LOGGER_TYPE_TO_CLASS[kind](f"{project}/{name}", folder)
+        # What an earlier launch logged from there on is logged again.
+        first = self._first_steps.get(job, 0)
+        run = LOGGER_TYPE_TO_CLASS[kind](f"{project}/{name}", folder, purge_step=first)
         run.start()
         run.store_init_configuration(config)
         return run

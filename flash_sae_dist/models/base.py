@@ -19,6 +19,7 @@ from ..config.file import parse
 from ..config.sae import SAEConfig
 from ..files import check_readable, checksum, read_json, write_json
 from ..kernels import ops
+from ..parallel import agree
 from ..parallel.collectives import feed_shards, sum_over_shards
 from ..parallel.mesh import Mesh
 from .initial import unit_rows_
@@ -198,13 +199,13 @@ class SparseCoder(nn.Module):
         path = Path(folder)
         if weights is None:
             weights = self.state_dict()
-        if self.mesh.is_lead:
-            (path / CONFIG_FILE).unlink(missing_ok=True)
+        config = path / CONFIG_FILE
+        agree.by_lead(lambda: config.unlink(missing_ok=True), self.mesh)
         rows = {name: t for name, t in weights.items() if self.roles[name] == "rows"}
         whole = {name: t for name, t in weights.items() if name not in rows}
         crc = save_weights(path / WEIGHTS_FILE, rows, whole, self.mesh)
-        if self.mesh.is_lead:
-            write_json(path / CONFIG_FILE, self.spec() | {"weights_crc32c": crc}, indent=2)
+        spec = self.spec() | {"weights_crc32c": crc}
+        agree.by_lead(lambda: write_json(config, spec, indent=2), self.mesh)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Self:

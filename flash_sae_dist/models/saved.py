@@ -51,4 +51,6 @@ def save_weights(
             return layout.write(partial, rows, first) + layout.write(partial, own)
 
         written = agree.by_member(write, mesh)
+        # The lead's rename, where it may fail as well.
+        agree.by_member(stack.close, mesh)
     return combine([begun[1], *(part for parts in written for part in parts)])

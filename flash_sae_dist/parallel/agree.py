@@ -97,6 +97,13 @@ def from_lead(found: Any, mesh: Mesh) -> Any:
     return told[0]
 
 
+def by_lead(do: Callable[[], None], mesh: Mesh) -> None:
+    """Lets the lead of a mesh's members do something; an error that it meets is raised on all.
+    Collective over the members.
+    """
+    by_member(do if mesh.is_lead else lambda: None, mesh)
+
+
 def by_member(make: Callable[[], T], mesh: Mesh) -> list[T]:
     """What each member of a mesh makes, in their order; an error that any of them meets is raised
     on all. Collective over the members.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -137,7 +138,7 @@ class CheckpointWriter:
                 if copied is not None:
                     self._copied_s += copied.wait()
                     tensors = copied.tensors
-                written = write_shard(partial, tensors, info, self.mesh)
+                written = write_shard(partial, tensors, info, self.mesh, self._left)
                 files.write_json(partial / _record(self.mesh.shard), {"files": written})
             if self.mesh.is_lead:
                 self._publish(partial, final, info)
@@ -168,7 +169,9 @@ class CheckpointWriter:
 
     def _is_out(self, final: Path) -> bool:
         """Whether this launch has published a checkpoint; a later one may have replaced it."""
-        later = [path for path in found_in(self.folder) if path >= final]
+        # Names alone: the lead may be removing older ones.
+        names = [n for n in os.listdir(self.folder) if re.fullmatch(r"step-\d+", n)]
+        later = [self.folder / name for name in names if name >= final.name]
         return any(_launch_of(path) == self._launch for path in later)
 
     def _await(self, partial: Path, look: Callable[[], Any]) -> Any:
@@ -199,7 +202,11 @@ class CheckpointWriter:
 
 
 def write_shard(
-    folder: Path, tensors: dict[str, Tensor], info: dict[str, Any], mesh: Mesh
+    folder: Path,
+    tensors: dict[str, Tensor],
+    info: dict[str, Any],
+    mesh: Mesh,
+    left: threading.Event | None = None,  # set where nobody waits for it any more
 ) -> list[dict[str, Any]]:
     """Writes a shard's tensors, those of rows and of the whole named apart, as one file or more of
     some of its rows each; returns the manifest's records of them.
@@ -212,6 +219,9 @@ def write_shard(
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(number: int) -> dict[str, Any]:
+        if left is not None and left.is_set():
+            # The interpreter's end waits for all that a pool was given.
+            raise _LeftError
         start, stop = (num_rows * n // count for n in (number, number + 1))
         some = {name: t[start:stop] for name, t in rows.items()} | (whole if number == 0 else {})
         index, first = mesh.shard * count + number, mesh.shard * num_rows + start

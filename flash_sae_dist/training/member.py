@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import ending
 from ..activations.store import ActivationStore
 from ..models.base import SparseCoder
+from ..parallel import agree
 from ..parallel.mesh import Mesh
 from . import checkpoint, made_of
 from .checkpoint_writer import CheckpointWriter
@@ -122,15 +123,13 @@ class Member:
     def save_final(self) -> None:
         """Writes the SAE to `sae/`, each shard its rows. Collective over the members."""
         folder, sae = self.job.folder / "sae", self.training.sae
-        if self.mesh.is_lead:
-            # Gone while the weights are replaced, last when they are: without it they are written
-            # again.
-            (folder / made_of.MADE_OF).unlink(missing_ok=True)
+        # Gone while the weights are replaced, and last when they are: without it they are written
+        # again.
+        agree.by_lead(lambda: (folder / made_of.MADE_OF).unlink(missing_ok=True), self.mesh)
         weights = {n: t.to(torch.float32) for n, t in self.training.final_weights().items()}
         sae.save(folder, weights)
         self.writer.wait()
-        if self.mesh.is_lead:
-            made_of.write(folder, self.made_of)
+        agree.by_lead(lambda: made_of.write(folder, self.made_of), self.mesh)
         self.write_status()
 
 
