@@ -282,7 +282,7 @@ class FakeEvent:
         self.done = True
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(case=cases())
 def test_batches_are_those_of_the_plain_stream(case: Case) -> None:
     """Whatever the shapes, ranks, parts and where rows are kept."""
@@ -304,7 +304,7 @@ def test_batches_are_those_of_the_plain_stream(case: Case) -> None:
                 assert shares(store, case, preload, only=only) == want, preload
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(case=cases())
 def test_blocks_that_are_copied_on_are_not_overwritten(case: Case) -> None:
     """As on a GPU: batches come out of its own memory, and slots of the ring come back late."""

@@ -515,6 +515,15 @@ def test_a_broken_stream_is_opened_again(
     assert caplog.text.count("the connection broke after 5 documents") == 2
 
 
+def test_a_stream_that_goes_on_has_as_many_tries(opened: Callable[[Stream], None]) -> None:
+    """Also where it breaks before its first new row: it was reached once."""
+    opened(Stream(5, [BROKEN[0]] * 2))
+    assert texts(HUB, skip=5) == [f"word{i}" for i in range(5, 10)]
+    opened(Stream(5, [BROKEN[0]] * 3))
+    with pytest.raises(UserError, match="broke after 5 documents, and at each of 2 tries"):
+        texts(HUB, skip=5)
+
+
 def test_a_stream_that_breaks_again_and_again_is_told(opened: Callable[[Stream], None]) -> None:
     opened(Stream(5, [BROKEN[0]] * 3))
     found: list[Document] = []

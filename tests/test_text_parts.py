@@ -239,7 +239,7 @@ def test_what_the_process_meets_is_one_sentence_and_its_parts_are_kept(
     tmp_path: Path, small_parts: None
 ) -> None:
     data = config_data(tmp_path, shard_mib=0.002, num_tokens=10**6)
-    file = save_text(tmp_path / "text.jsonl", documents=700)
+    file = save_text(tmp_path / "text.jsonl", documents=400)
     whole = file.read_text()
     lines = whole.splitlines()
     file.write_text("\n".join([*lines[:-3], "no JSON"]))
@@ -256,7 +256,7 @@ def test_what_the_process_meets_is_one_sentence_and_its_parts_are_kept(
 def test_a_text_in_other_records_is_not_gone_on_with(tmp_path: Path, small_parts: None) -> None:
     """The same tokens, but the place behind a part is another."""
     data = config_data(tmp_path, shard_mib=0.002, num_tokens=10**6)
-    file = save_text(tmp_path / "text.jsonl", documents=700)
+    file = save_text(tmp_path / "text.jsonl", documents=400)
     whole = file.read_text()
     file.write_text("\n".join([*whole.splitlines()[:-3], "no JSON"]))
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -286,7 +286,7 @@ def test_a_token_that_the_model_has_not_is_told_wherever_it_stands(
     tmp_path: Path, small_parts: None
 ) -> None:
     data = config_data(tmp_path, shard_mib=0.002, num_tokens=10**6)
-    file = save_text(tmp_path / "text.jsonl", documents=700)
+    file = save_text(tmp_path / "text.jsonl", documents=400)
     folder = Path(data["model"]["name"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["beyond"])

@@ -217,7 +217,7 @@ def unbroken(
                 raise
             key = f"{source.at}.name" if source.cfg.name else f"{source.at}.paths"
             name = source.cfg.name or shown(source.cfg.paths)
-            if at == skip:
+            if at == skip == 0:
                 raise ConfigError(
                     f"{key}={name!r} cannot be reached: {_told(e)}; check the name and the network"
                 ) from e
