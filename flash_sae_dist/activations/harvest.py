@@ -21,6 +21,7 @@ from ..identity import FREE_KEYS, difference, tell_other_versions, versions
 from ..parallel import agree
 from ..parallel.mesh import with_index
 from ..progress import progress_bar
+from .documents import documents
 from .language_model import (
     LanguageModel,
     load_language_model,
@@ -87,12 +88,22 @@ def run_cache(config: RunConfig, accelerator: Any) -> Rate | None:
     lm = load_language_model(config.model, with_index(accelerator.device))
     hookpoints = resolve_hookpoints(lm.model, config.cache.hookpoints)
     widths = probe(lm, hookpoints, config.cache.context_length)
+    agree.first_checks(lambda: _check_text(config, writer, lm))
     with ExitStack() as lock:
         held = owned(StoreOwner(writer.records), config.cache.store)
         if writer.records.local:
             held = locked(Path(writer.records.root), deep=True)
         agree.first_checks(lambda: lock.enter_context(held))
         return _fill(config, accelerator, writer, lm, widths)
+
+
+def _check_text(config: RunConfig, writer: StoreWriter, lm: LanguageModel) -> None:
+    """Reads the first document of a text that nothing was made of yet: what is wrong with its keys
+    leaves no folder behind.
+    """
+    assert config.text is not None
+    if writer.begun() is None:
+        next(documents(config.text, lm.tokenizer), None)
 
 
 def _fill(
@@ -173,11 +184,12 @@ def _first_text(
     error: Exception | None = None
     if accelerator.is_main_process:
         try:
-            _check_same_text(config, writer, tokeniser, stamp)
+            marker = {"config": _digest(config), "stamp": stamp}
+            _check_same_text(writer, tokeniser, marker)
             most = config.cache.num_tokens
             enough = min(most, _geometry(config.cache, widths, 2**62).enough_rows)
             with progress_bar("tokenise", enough, "tokens", enabled=True) as bar:
-                tokeniser.begin(enough, bar.advance)
+                tokeniser.begin(enough, bar.advance, lambda: writer.records.write(TEXT, marker))
                 if bar.done < bar.total:
                     bar.show(bar.total, f"all {bar.done} tokens of the text")
             check_ids(lm, max(part.largest for part in tokeniser.parts.known()))
@@ -189,19 +201,23 @@ def _first_text(
 
 
 def _check_same_text(
-    config: RunConfig, writer: StoreWriter, tokeniser: Tokeniser, stamp: str | None
+    writer: StoreWriter,
+    tokeniser: Tokeniser,
+    marker: dict[str, Any],  # of which config and files the text is now
 ) -> None:
     """Takes back parts that an earlier launch made of another text, and raises ConfigError where
     rows were made of them.
     """
-    parts, marker = tokeniser.parts, {"config": _digest(config), "stamp": stamp}
-    before = writer.records.read(TEXT)
-    if parts.known() and (before != marker or stamp is None):
+    parts, before = tokeniser.parts, writer.records.read(TEXT)
+    if not parts.known():
+        return
+    if before != marker or marker["stamp"] is None:
         if writer.begun() is not None:
             logger.info("the text lies in other files than when %s was begun", writer.path)
             tokeniser.compare()
         else:
             parts.drop()
+            return
     writer.records.write(TEXT, marker)
 
 

@@ -74,8 +74,10 @@ class Tokeniser:
             self.process.kill()
             self.process.communicate()
 
-    def begin(self, enough: int, advance: Callable[[int], None]) -> None:
-        """Makes parts until they give that many tokens to store. One process calls it."""
+    def begin(self, enough: int, advance: Callable[[int], None], mark: Callable[[], None]) -> None:
+        """Makes parts until they give that many tokens to store. mark is called before the first
+        is written: a text that gives none leaves nothing behind. One process calls it.
+        """
         self.parts.records.remove(f"records/{_FAILED}")
         if (damage := self.parts.drop_damaged()) is not None:
             logger.warning("%s: it is made anew", damage)
@@ -85,6 +87,7 @@ class Tokeniser:
             return
         known = list(self.parts.known())
         for table, part in made_parts(self.making, self.parts.size, self.num_rows, known, advance):
+            mark()
             self.parts.add(table, part)
             self._keeps()
             if self.parts.rows_before[-1] >= enough:
