@@ -82,13 +82,17 @@ def make_store(path: str, rows: int, width: int) -> ActivationStore:
 
 @contextmanager
 def _store(
-    store: str, hookpoint: str, folder: str, gib: float, width: int
+    store: str, hookpoint: str, folder: str, gib: float, width: int, keep: str
 ) -> Iterator[tuple[ActivationStore, str]]:
+    rows = int(gib * 2**30 / (2 * width))
     if store:
         yield ActivationStore.open(store), hookpoint
         return
+    if keep:
+        yield make_store(keep, rows, width), HOOKPOINT
+        return
     with tempfile.TemporaryDirectory(dir=folder) as made:
-        yield make_store(f"{made}/rows.zarr", int(gib * 2**30 / (2 * width)), width), HOOKPOINT
+        yield make_store(f"{made}/rows.zarr", rows, width), HOOKPOINT
 
 
 def read_rate(store: ActivationStore, hookpoint: str, threads: int) -> float:
@@ -169,6 +173,9 @@ def load(
     folder: Annotated[str, typer.Option(help="Where a store is made.")] = "/dev/shm",
     gib: Annotated[float, typer.Option(help="Size of the store that is made.")] = 4.0,
     width: Annotated[int, typer.Option(help="Width of its rows.")] = 768,
+    keep: Annotated[
+        str, typer.Option(help="Make it here and leave it; its hookpoint is rows.")
+    ] = "",
     batch_tokens: Annotated[int, typer.Option(help="Rows of a batch.")] = 4096,
     holdout: Annotated[float, typer.Option(help="As train.holdout.")] = 0.01,
     preload: Annotated[list[str] | None, typer.Option(help="none, host, device.")] = None,
@@ -183,7 +190,7 @@ def load(
         raise typer.BadParameter(f"--preload {wrong.pop()} is none of {', '.join(modes)}")
     device = torch.device("cpu" if cpu else "cuda")
     table: list[dict[str, Any]] = []
-    with _store(store, hookpoint, folder, gib, width) as (opened, name):
+    with _store(store, hookpoint, folder, gib, width, keep) as (opened, name):
         size = opened.shape.row_bytes(f"activations/{name}")
         for threads in (1, READERS):
             rate = read_rate(opened, name, threads)

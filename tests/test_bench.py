@@ -10,6 +10,7 @@ import torch
 import typer
 
 from flash_sae_dist.activations.loader import ActivationLoader
+from flash_sae_dist.activations.store import ActivationStore
 from flash_sae_dist.launch.bench_against import compare
 from flash_sae_dist.launch.bench_load import HOOKPOINT, load, load_rate, make_store, read_rate
 from flash_sae_dist.launch.bench_step import EXACT, OURS
@@ -136,6 +137,9 @@ def test_bench_load_prints_every_rate(tmp_path: Path, capsys: pytest.CaptureFixt
     for row in ("preadv, 1 threads", "preload=none", "preload=host", "preload=device"):
         assert row in out
     assert not list(tmp_path.iterdir()), "the store is removed"
+    kept = str(tmp_path / "kept.zarr")
+    load(keep=kept, gib=0.001, width=16, batch_tokens=512, cpu=True, preload=["none"])
+    ActivationStore.open(kept).verify()
     with pytest.raises(typer.BadParameter, match="none of none, host, device"):
         load(cpu=True, preload=["disk"])
     with pytest.raises(typer.BadParameter, match="go together"):

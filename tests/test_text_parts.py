@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from flash_sae_dist.activations import harvest, text_parts, tokenising
+from flash_sae_dist.activations import harvest, tokenising
 from flash_sae_dist.activations.damage import damages
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.records import Records
@@ -186,7 +186,6 @@ def test_every_row_is_made_once(
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of 16 sequences, of which one tells how a store is cut."""
     monkeypatch.setattr(harvest, "part_size", lambda *_: 16)
-    monkeypatch.setattr(text_parts, "_PART_TOKENS", 16 * 24)
     monkeypatch.setattr(Geometry, "enough_rows", 300)
 
 

@@ -71,8 +71,8 @@ def choose_preload(
     if asked != "auto":
         if size > free[asked]:
             raise ConfigError(
-                f"train.preload={asked!r} needs {size / 1e9:.1f} GB, and {free[asked] / 1e9:.1f} "
-                "GB are free; set train.preload=auto or none"
+                f"train.preload={asked!r} needs {size / 1e9:.1f} GB of the {asked}'s memory, of "
+                f"which there are {free[asked] / 1e9:.1f} GB; set train.preload=auto or none"
             )
         return asked
     kept: Kept = "none"

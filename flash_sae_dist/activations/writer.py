@@ -92,7 +92,6 @@ class StoreWriter:
     def __init__(self, path: str, config: dict[str, Any], create: bool) -> None:
         self.path, self.config = path, config
         self.records = Records(path)
-        self._sums: Sums | None = None
         if create:
             self._check()
 
