@@ -20,8 +20,9 @@ from .reference_adam import adam_scalars_ as adam_scalars_
 from .reference_adam import adam_vector_ as adam_vector_
 from .reference_adam import clip_ as clip_
 from .reference_adam import count_fired_ as count_fired_
+from .reference_adam import decoder_gradient as decoder_gradient
 from .reference_adam import decoder_squares as decoder_squares
-from .reference_adam import dense_gradients as dense_gradients
+from .reference_adam import encoder_gradients as encoder_gradients
 from .reference_adam import encoder_squares as encoder_squares
 from .reference_adam import heavy_sums as heavy_sums
 from .reference_adam import random_bits as random_bits

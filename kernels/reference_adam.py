@@ -12,6 +12,10 @@ from torch import Tensor
 
 from .reference_sparse import PairOrder, scatter_rows, scatter_values
 
+# On the CPU a block's weights, moments and gradient stay in a core's cache from one operation to
+# the next.
+_BLOCK_ELEMENTS = 1 << 17
+
 
 class LatentRows(NamedTuple):
     """The parameters whose rows are latents, with Adam's moments; a step changes them in place.
@@ -140,44 +144,58 @@ def heavy_sums(order: PairOrder, pairs: Pairs, num_latents: int) -> None:
     return
 
 
-def dense_gradients(grads: Gradients, num_latents: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of W_enc [F, D], b_enc [F] and W_dec [F, D] that a step forms row by row."""
-    pairs, shape = grads.pairs, (-1, grads.pairs.k)
-    idx, enc_coef = pairs.indices.view(shape), pairs.enc_coef.view(shape)
-    enc = scatter_rows(enc_coef, idx, pairs.enc_rows, num_latents)
-    dec = scatter_rows(pairs.dec_coef.view(shape), idx, pairs.dec_rows, num_latents)
-    bias = scatter_values(enc_coef, idx, num_latents)
+def _add_dense_(total: Tensor, grads: Gradients, part: str) -> None:
+    """Adds the listed latents' rows of one of DenseRows' gradients."""
     if grads.dense is not None:
-        dense = grads.dense
-        listed = (dense.slots >= 0).nonzero().squeeze(1)
-        slots = dense.slots[listed].long()
-        for total, part in ((enc, dense.enc), (dec, dense.dec), (bias, dense.bias)):
-            total[listed] += part[slots].to(total.dtype)
-    return enc, bias, dec
+        listed = (grads.dense.slots >= 0).nonzero().squeeze(1)
+        rows = getattr(grads.dense, part)[grads.dense.slots[listed].long()]
+        total.index_add_(0, listed, rows.to(total.dtype))
+
+
+def encoder_gradients(grads: Gradients, num_latents: int) -> tuple[Tensor, Tensor]:
+    """The gradients of W_enc [F, D] and b_enc [F] that a step forms row by row."""
+    pairs, shape = grads.pairs, (-1, grads.pairs.k)
+    idx, coef = pairs.indices.view(shape), pairs.enc_coef.view(shape)
+    enc = scatter_rows(coef, idx, pairs.enc_rows, num_latents)
+    bias = scatter_values(coef, idx, num_latents)
+    _add_dense_(enc, grads, "enc")
+    _add_dense_(bias, grads, "bias")
+    return enc, bias
+
+
+def decoder_gradient(grads: Gradients, num_latents: int) -> Tensor:  # [F, D]
+    """`encoder_gradients` for W_dec."""
+    pairs, shape = grads.pairs, (-1, grads.pairs.k)
+    idx, coef = pairs.indices.view(shape), pairs.dec_coef.view(shape)
+    dec = scatter_rows(coef, idx, pairs.dec_rows, num_latents)
+    _add_dense_(dec, grads, "dec")
+    return dec
+
+
+def _blocks(rows: Tensor) -> list[slice]:
+    """Rows [F, any] in blocks that stay in a core's cache on the CPU, whole elsewhere."""
+    size = max(1, _BLOCK_ELEMENTS // rows[0].numel()) if rows.device.type == "cpu" else len(rows)
+    return [slice(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
 
 
 def _adam_(
-    param: Tensor,
+    param: Tensor,  # [any, ...], as all below
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    grad: Tensor,
+    grad: Tensor,  # of param's dtype
     scalars: Tensor,
     options: AdamOptions,
-    rows: Tensor,  # the latents that move
     bits: Tensor | None = None,  # for bfloat16 moments
     unit: float = 1.0,  # of the parameter
 ) -> None:
-    grad = grad[rows].to(param.dtype)
-    m = exp_avg[rows].to(param.dtype).lerp(grad, 1 - options.betas[0])
-    v = exp_avg_sq[rows].to(param.dtype) * options.betas[1]
-    v = v.addcmul(grad, grad, value=1 - options.betas[1])
-    step_size, eps = scalars[0] * unit, options.eps / unit
-    param[rows] -= step_size * (m / (v.sqrt() / scalars[1] + eps))
-    if bits is None:
-        exp_avg[rows], exp_avg_sq[rows] = m.to(exp_avg.dtype), v.to(exp_avg.dtype)
-    else:
-        exp_avg[rows] = round_stochastic(m, bits[rows] & 0xFFFF)
-        exp_avg_sq[rows] = round_stochastic(v, bits[rows] >> 16)
+    m = exp_avg.to(param.dtype).lerp_(grad, 1 - options.betas[0])
+    v = exp_avg_sq.to(param.dtype).mul_(options.betas[1])
+    v.addcmul_(grad, grad, value=1 - options.betas[1])
+    update = v.sqrt().div_(scalars[1]).add_(options.eps / unit)
+    param.sub_(torch.div(m, update, out=update).mul_(scalars[0] * unit))
+    if bits is not None:
+        exp_avg.copy_(round_stochastic(m, bits & 0xFFFF))
+        exp_avg_sq.copy_(round_stochastic(v, bits >> 16))
 
 
 def _tangent(dec: Tensor, W_dec: Tensor, options: AdamOptions) -> Tensor:
@@ -187,22 +205,48 @@ def _tangent(dec: Tensor, W_dec: Tensor, options: AdamOptions) -> Tensor:
     return dec - (dec * W_dec).sum(dim=1, keepdim=True) * W_dec
 
 
-def _moved(rows: LatentRows, grads: Gradients, options: AdamOptions) -> Tensor:
-    order, moved = grads.order, torch.ones_like(rows.b_enc, dtype=torch.bool)
-    if options.lazy:
-        moved = order.offsets[1:] > order.offsets[:-1]
-        if grads.dense is not None:
-            moved = moved | (grads.dense.slots >= 0)
-    return moved
-
-
-def _bits(
-    rows: LatentRows, i: int, step: Tensor, options: AdamOptions, first_latent: int
-) -> Tensor | None:
-    if rows.exp_avg[i].dtype != torch.bfloat16:
+def _moved(rows: LatentRows, grads: Gradients, options: AdamOptions) -> Tensor | None:  # [F] bool
+    """The latents that move; None where all do."""
+    if not options.lazy:
         return None
-    F_local, D = rows.W_dec.shape
-    return random_bits(options.seed, step, i // 2, F_local, D, first_latent)
+    moved = grads.order.offsets[1:] > grads.order.offsets[:-1]
+    return moved if grads.dense is None else moved | (grads.dense.slots >= 0)
+
+
+def _step_rows_(
+    rows: LatentRows,
+    i: int,  # which of the three
+    grad: Tensor,  # as rows[i]; changed
+    moved: Tensor | None,  # [F] bool
+    scalars: Tensor,
+    step: Tensor,
+    options: AdamOptions,
+    first_latent: int,
+) -> None:
+    """Adam over one parameter's rows; W_dec's stay unit-norm."""
+    whole = (rows[i], rows.exp_avg[i], rows.exp_avg_sq[i], grad.to(rows[i].dtype))
+    unit = options.unit if i == 1 else 1.0
+    for block in _blocks(rows[i]):
+        own = None if moved is None else moved[block].nonzero().squeeze(1)
+        param, exp_avg, exp_avg_sq, g = (
+            t[block] if own is None else t[block][own] for t in whole
+        )
+        if i == 2:
+            g = _tangent(g, param, options)
+        if options.scaled:
+            g = g * scalars[2]
+        bits: Tensor | None = None
+        if exp_avg.dtype == torch.bfloat16:
+            first, count = first_latent + block.start, block.stop - block.start
+            bits = random_bits(options.seed, step, i // 2, count, rows[i].shape[1], first)
+            bits = bits if own is None else bits[own]
+        _adam_(param, exp_avg, exp_avg_sq, g, scalars, options, bits, unit)
+        if i == 2 and options.unit_norm:
+            norm = param.norm(dim=1, keepdim=True)
+            param /= norm.clamp_min_(torch.finfo(norm.dtype).tiny)
+        if own is not None:
+            for t, changed in zip(whole, (param, exp_avg, exp_avg_sq), strict=False):
+                t[block][own] = changed
 
 
 def encoder_squares(
@@ -211,7 +255,7 @@ def encoder_squares(
     """Squared norm of the gradients of W_enc and b_enc (per unit) in parts that are to be added,
     and the sums that `adam_encoder_` returns.
     """
-    enc, bias, _ = dense_gradients(grads, rows.W_dec.shape[0])
+    enc, bias = encoder_gradients(grads, rows.W_dec.shape[0])
     squares = torch.stack([enc.square().sum(), (bias * options.unit).square().sum()])
     return squares, bias[None] @ rows.W_enc.to(bias.dtype)
 
@@ -222,7 +266,7 @@ def decoder_squares(
     """Squared norm of W_dec's gradient, without its part along the rows, in parts that are to be
     added.
     """
-    _, _, dec = dense_gradients(grads, rows.W_dec.shape[0])
+    dec = decoder_gradient(grads, rows.W_dec.shape[0])
     return _tangent(dec, rows.W_dec, options).square().sum().view(1)
 
 
@@ -262,13 +306,11 @@ def adam_encoder_(
     b_enc / unit moves as at unit 1. first_latent is the index of the first row
     over all shards, by which bfloat16 moments are rounded alike on any number of shards.
     """
-    enc, bias, _ = dense_gradients(grads, rows.W_dec.shape[0])
+    enc, bias = encoder_gradients(grads, rows.W_dec.shape[0])
     sums = bias[None] @ rows.W_enc.to(bias.dtype)
     moved = _moved(rows, grads, options)
-    for i, (param, grad) in enumerate(((rows.W_enc, enc), (rows.b_enc, bias))):
-        bits = _bits(rows, i, step, options, first_latent) if i == 0 else None
-        moments, unit = (rows.exp_avg[i], rows.exp_avg_sq[i]), options.unit if i == 1 else 1.0
-        _adam_(param, *moments, grad * scalars[2], scalars, options, moved, bits, unit)
+    for i, grad in enumerate((enc, bias)):
+        _step_rows_(rows, i, grad, moved, scalars, step, options, first_latent)
     if rows.copies is not None:
         rows.copies[0].copy_(rows.W_enc)
     return sums
@@ -285,13 +327,8 @@ def adam_decoder_(
     """`adam_encoder_` for W_dec's rows: the gradient's part along a row is removed before, the row
     renormalised after.
     """
-    _, _, dec = dense_gradients(grads, rows.W_dec.shape[0])
-    dec = _tangent(dec, rows.W_dec, options) * scalars[2]
-    moved, bits = _moved(rows, grads, options), _bits(rows, 2, step, options, first_latent)
-    _adam_(rows.W_dec, rows.exp_avg[2], rows.exp_avg_sq[2], dec, scalars, options, moved, bits)
-    if options.unit_norm:
-        norm = rows.W_dec[moved].norm(dim=1, keepdim=True)
-        rows.W_dec[moved] /= norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    dec, moved = decoder_gradient(grads, rows.W_dec.shape[0]), _moved(rows, grads, options)
+    _step_rows_(rows, 2, dec, moved, scalars, step, options, first_latent)
     if rows.copies is not None:
         rows.copies[1].copy_(rows.W_dec)
 
@@ -305,8 +342,8 @@ def adam_vector_(
     options: AdamOptions,
 ) -> None:
     """One Adam step of a parameter that has no latents and is in the data's units, in place."""
-    every, scaled = torch.ones_like(param, dtype=torch.bool), grad * scalars[2]
-    _adam_(param, exp_avg, exp_avg_sq, scaled, scalars, options, every, unit=options.unit)
+    scaled = (grad * scalars[2]).to(param.dtype)
+    _adam_(param, exp_avg, exp_avg_sq, scaled, scalars, options, unit=options.unit)
 
 
 def count_fired_(

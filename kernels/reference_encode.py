@@ -25,10 +25,10 @@ def select_topk(
     """The k largest of each row, exactly: ties go to the lowest column, NaN sorts above +inf as in
     `torch.topk`.
     """
-    top, cols = values.topk(k, dim=1)
-    # topk breaks ties arbitrarily: wherever more than k columns reach the k-th value, sort.
-    reach = (values >= top[:, -1:]) | values.isnan()
-    ambiguous = ~(reach.sum(dim=1) == k)
+    # topk breaks ties arbitrarily: where the next value equals the k-th, or both are NaN, sort.
+    top, cols = values.topk(min(k + 1, values.shape[1]), dim=1)
+    ambiguous = ((top[:, k:] == top[:, k - 1 : k]) | top[:, k:].isnan()).any(dim=1)
+    top, cols = top[:, :k], cols[:, :k]
     if bool(ambiguous.any()):
         rows = ambiguous.nonzero().squeeze(1)
         ordered, order = values[rows].sort(dim=1, descending=True, stable=True)

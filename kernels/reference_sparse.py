@@ -38,10 +38,19 @@ def gathered_dots(
     activations.
     """
     dtype = accumulate_dtype(W.dtype)
-    out = []
-    for g, idx in zip(torch.split(grad, 256), torch.split(top_idx, 256), strict=True):
-        out.append(torch.einsum("nkd,nd->nk", W[idx.long()].to(dtype), g.to(dtype)))
-    return torch.cat(out)
+    # The gradient of embedding_bag's weights, which gathers no [N, K, D]: a quarter of the time of
+    # an einsum at N=1024 K=32 D=576.
+    dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad.to(dtype), W.to(dtype), top_idx.flatten().long(), *_bags(top_idx), 0
+    )
+    return dots.view(top_idx.shape)
+
+
+def _bags(top_idx: Tensor) -> tuple[Tensor, Tensor]:  # [N], [N * K] int64
+    """Where each token's pairs begin, and each pair's token."""
+    num_tokens, k = top_idx.shape
+    token = torch.arange(num_tokens, device=top_idx.device)
+    return token * k, token.repeat_interleave(k)
 
 
 def scatter_rows(
@@ -60,8 +69,7 @@ def scatter_rows(
     """
     del order
     wanted, dtype = dtype, accumulate_dtype(rows.dtype)
-    num_tokens, k = top_idx.shape
-    token = torch.arange(num_tokens, device=rows.device).repeat_interleave(k)
+    token = _bags(top_idx)[1]
     empty = token.new_empty(0)
     # embedding_bag's own backward is this sum without an [N, K, D] tensor: 20x index_add_ at
     # N=1024 K=32 D=576.
