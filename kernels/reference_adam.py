@@ -216,7 +216,7 @@ def _moved(rows: LatentRows, grads: Gradients, options: AdamOptions) -> Tensor |
 def _step_rows_(
     rows: LatentRows,
     i: int,  # which of the three
-    grad: Tensor,  # as rows[i]; changed
+    grad: Tensor,  # as rows[i]
     moved: Tensor | None,  # [F] bool
     scalars: Tensor,
     step: Tensor,
@@ -224,13 +224,12 @@ def _step_rows_(
     first_latent: int,
 ) -> None:
     """Adam over one parameter's rows; W_dec's stay unit-norm."""
-    whole = (rows[i], rows.exp_avg[i], rows.exp_avg_sq[i], grad.to(rows[i].dtype))
+    weights = (rows.W_enc, rows.b_enc, rows.W_dec)[i]
+    whole = (weights, rows.exp_avg[i], rows.exp_avg_sq[i], grad.to(weights.dtype))
     unit = options.unit if i == 1 else 1.0
-    for block in _blocks(rows[i]):
+    for block in _blocks(weights):
         own = None if moved is None else moved[block].nonzero().squeeze(1)
-        param, exp_avg, exp_avg_sq, g = (
-            t[block] if own is None else t[block][own] for t in whole
-        )
+        param, exp_avg, exp_avg_sq, g = (t[block] if own is None else t[block][own] for t in whole)
         if i == 2:
             g = _tangent(g, param, options)
         if options.scaled:
@@ -238,7 +237,7 @@ def _step_rows_(
         bits: Tensor | None = None
         if exp_avg.dtype == torch.bfloat16:
             first, count = first_latent + block.start, block.stop - block.start
-            bits = random_bits(options.seed, step, i // 2, count, rows[i].shape[1], first)
+            bits = random_bits(options.seed, step, i // 2, count, weights.shape[1], first)
             bits = bits if own is None else bits[own]
         _adam_(param, exp_avg, exp_avg_sq, g, scalars, options, bits, unit)
         if i == 2 and options.unit_norm:

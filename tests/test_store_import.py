@@ -10,6 +10,7 @@ import pickle
 import random
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 

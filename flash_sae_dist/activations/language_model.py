@@ -4,10 +4,12 @@ measure its loss.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,8 +85,9 @@ def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel
     adapter = None if cfg.adapter is None else folder_or_name(cfg.adapter, "model.adapter")
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        model, task, new = _pretrained(cfg, source, device)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_where(cfg))
+        with _gguf_read_once(cfg.gguf_file):
+            model, task, new = _pretrained(cfg, source, device)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_where(cfg))
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as e:  # files of each kind have errors of their own
@@ -101,6 +104,23 @@ def load_language_model(cfg: ModelConfig, device: torch.device) -> LanguageModel
     device = first_device(cfg, model, device)
     two_streams = bool(getattr(model.config, "is_encoder_decoder", False))
     return LanguageModel(model.eval(), tokenizer, task, device, two_streams, new)
+
+
+@contextmanager
+def _gguf_read_once(file: str | None) -> Iterator[None]:
+    """transformers opens a GGUF file for its config, its tokenizer and its weights, and each time
+    parses a vocabulary of strings one by one, seconds: here they share one reader.
+    """
+    if file is None or importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    gguf: Any = importlib.import_module("gguf")
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _where(cfg: ModelConfig) -> dict[str, Any]:
@@ -127,7 +147,7 @@ def _pretrained(
     as_stored = cfg.dtype == "auto" and own_quantization(config) is not None
     dtype = "auto" if as_stored else _dtype(cfg.dtype, device)
     model, told = _loader(task, config).from_pretrained(
-        source, dtype=dtype, output_loading_info=True, **options, **where
+        source, config=config, dtype=dtype, output_loading_info=True, **options, **where
     )
     if "device_map" not in options:
         model = model.to(device)
