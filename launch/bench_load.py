@@ -81,9 +81,10 @@ def make_store(path: str, rows: int, width: int) -> ActivationStore:
 
 
 @contextmanager
-def _store(
+def store_for(
     store: str, hookpoint: str, folder: str, gib: float, width: int, keep: str
 ) -> Iterator[tuple[ActivationStore, str]]:
+    """The named store and hookpoint, or one of random rows that is kept at `keep` or removed."""
     rows = int(gib * 2**30 / (2 * width))
     if store:
         yield ActivationStore.open(store), hookpoint
@@ -190,7 +191,7 @@ def load(
         raise typer.BadParameter(f"--preload {wrong.pop()} is none of {', '.join(modes)}")
     device = torch.device("cpu" if cpu else "cuda")
     table: list[dict[str, Any]] = []
-    with _store(store, hookpoint, folder, gib, width, keep) as (opened, name):
+    with store_for(store, hookpoint, folder, gib, width, keep) as (opened, name):
         size = opened.shape.row_bytes(f"activations/{name}")
         for threads in (1, READERS):
             rate = read_rate(opened, name, threads)

@@ -17,6 +17,7 @@ is reserved but not allocated once a step is captured: the graph's pool, held be
 from __future__ import annotations
 
 import gc
+import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -101,13 +102,17 @@ def _openai_step(shape: Shape) -> Step:
     return _autograd_step(sae, optimizer, loss_of)
 
 
-def _sparsify_step(shape: Shape) -> Step:
+def sparsify_step(shape: Shape, device: str = "cuda") -> Step:
+    """A step of sparsify's SparseCoder with fused Adam, as its trainer makes it."""
+    if device == "cpu":
+        # Read where it is imported: without it its decoder asks Triton for a GPU.
+        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
     from sparsify import SparseCoder, SparseCoderConfig
 
     n, d, f, k = shape
-    coder = SparseCoder(d, SparseCoderConfig(num_latents=f, k=k), device="cuda")
+    coder = SparseCoder(d, SparseCoderConfig(num_latents=f, k=k), device=device)
     optimizer = torch.optim.Adam(coder.parameters(), lr=LR, eps=6.25e-10, fused=True)
-    x = _batch(n, d)
+    x = torch.randn(n, d, device=device)
 
     def step() -> None:
         coder.set_decoder_norm_to_unit_norm()
@@ -127,7 +132,7 @@ def _fused_step(shape: Shape) -> OurStep:
 PEERS: dict[str, Callable[[Shape], Step]] = {
     "dense PyTorch": lambda s: _dense_step(s, compiled=False),
     "dense PyTorch, compiled": lambda s: _dense_step(s, compiled=True),
-    "sparsify, fused Adam": _sparsify_step,
+    "sparsify, fused Adam": sparsify_step,
     "OpenAI-style Triton, fused Adam": _openai_step,
 }
 EXACT = "ours, fused, exact"

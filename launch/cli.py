@@ -26,6 +26,7 @@ BENCHES = {
     "shards": "bench_shards",
     "cache": "bench_cache",
     "load": "bench_load",
+    "train": "bench_train",
 }
 VERBS = ("cache", "train", "grid", "evaluate", "export", "verify")
 # Those that take a folder in place of a config.
@@ -123,11 +124,11 @@ def _has_gpu() -> bool:
 def bench(
     context: typer.Context,
     what: Annotated[
-        str, typer.Argument(help="encode, decode, step, parity, shards, cache or load")
+        str, typer.Argument(help="encode, decode, step, parity, shards, cache, load or train")
     ] = "",
 ) -> None:
-    """Time kernels beside their peers on this machine's GPU, and the loader beside its limits:
-    `flash-sae bench encode --help`."""
+    """Time kernels beside their peers on this machine's GPU, and jobs (cache, load, train) beside
+    their limits: `flash-sae bench encode --help`."""
     if what in ("", "--help"):
         typer.echo(context.get_help())
         typer.echo(f"WHAT is one of {', '.join(BENCHES)}; each has a --help of its own.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from flash_sae_dist.activations.store import ActivationStore
 from flash_sae_dist.launch.bench_against import compare
 from flash_sae_dist.launch.bench_load import HOOKPOINT, load, load_rate, make_store, read_rate
 from flash_sae_dist.launch.bench_step import EXACT, OURS
+from flash_sae_dist.launch.bench_train import train
 from flash_sae_dist.launch.bench_training import (
     SHAPES,
     OurStep,
@@ -144,3 +146,26 @@ def test_bench_load_prints_every_rate(tmp_path: Path, capsys: pytest.CaptureFixt
         load(cpu=True, preload=["disk"])
     with pytest.raises(typer.BadParameter, match="go together"):
         load(cpu=True, store="s.zarr")
+
+
+def test_bench_train_prints_every_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
+    report = tmp_path / "report.json"
+    train(
+        shape="n64-d16-f128-k4", folder=str(tmp_path), gib=0.0005, tokens=1280, jobs=2,
+        log_every=5, seconds=0.05, cpu=True, json=report,
+    )  # fmt: skip
+    rows = {row["what"]: row for row in json.loads(report.read_text())["rows"]}
+    assert rows.keys() == {
+        "step alone", "sparsify's step alone", "loader alone, preload=none", "train, windows",
+        "train, whole",
+    }  # fmt: skip
+    assert all(row["tokens/s"] > 0 for row in rows.values())
+    assert "train, whole" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"], "the rest is removed"
+    with pytest.raises(typer.BadParameter, match="--jobs 0"):
+        train(jobs=0, cpu=True)
+    with pytest.raises(typer.BadParameter, match="go together"):
+        train(store="s.zarr", cpu=True)
