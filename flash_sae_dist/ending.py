@@ -52,6 +52,7 @@ class _State:
     deferred = 0
     where = "before the first step"
     kept = ""
+    last: Callable[[str], None] = staticmethod(lambda text: None)
     tell: Callable[[str], None] = staticmethod(lambda text: print(text, file=sys.stderr))
 
 
@@ -68,6 +69,11 @@ def name_of(number: int) -> str:
 def keeps(text: str) -> None:
     """Notes what is kept should this launch fail from here on, and how it goes on."""
     _State.kept = text
+
+
+def before_end(call: Callable[[str], None]) -> None:
+    """Has `end_now` call this first, with its sentence."""
+    _State.last = staticmethod(call)
 
 
 def kept() -> str:
@@ -146,6 +152,8 @@ def _received(number: int) -> None:
 def end_now(sentence: str, code: int) -> None:
     """Ends this process from any thread: what waits in a collective could not end itself."""
     with suppress(Exception):
+        _State.last(sentence)
+    with suppress(Exception):
         drop_partials()
     with suppress(Exception):
         _State.tell(sentence)
@@ -186,6 +194,8 @@ def sentence_of(error: BaseException) -> str | None:
     traceback."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, StopRequested):
+        return error.sentence
     told = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno is not None:
         return _of_system(error.errno, _path_of(error))
@@ -196,7 +206,7 @@ def sentence_of(error: BaseException) -> str | None:
             f"not enough memory ({told}); lower train.batch_tokens, cache.batch_sequences or "
             + ("sae.d_sae, or use more processes")
         )
-    if _is_of_group(error, told):
+    if is_of_group(error):
         return f"another process of this launch ended or cannot be reached ({_shortened(told)})"
     if (package := _package_of(error)) is not None:
         return f"{package} failed: {type(error).__name__}: {_shortened(told)}"
@@ -227,13 +237,15 @@ def _noted_path(error: BaseException) -> str:
     return next((n.removeprefix("while writing ") for n in notes if "while writing" in n), "")
 
 
-def _is_of_group(error: BaseException, told: str) -> bool:
-    """Whether an error is torch.distributed's, whose classes are DistError and plain."""
+def is_of_group(error: BaseException) -> bool:
+    """Whether an error is torch.distributed's, whose classes are DistError and plain: it tells that
+    a connection broke, not why.
+    """
     dist = sys.modules.get("torch.distributed")
     if dist is None or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, dist.DistError) or (
-        type(error) is RuntimeError and _PEER_GONE.search(told) is not None
+        type(error) is RuntimeError and _PEER_GONE.search(str(error)) is not None
     )
 
 

@@ -55,7 +55,10 @@ NAMING_KEYS = frozenset(
 FREE_KEYS = frozenset(
     [f"train.{key}" for key in ("num_tokens", "num_shards", "num_replicas", "micro_batches")]
     + [f"train.{key}" for key in ("log_every", "checkpoint_every", "keep_checkpoints")]
-    + [f"train.{key}" for key in ("checkpoint_minutes", "rendezvous_timeout_s", "preload")]
+    + [
+        f"train.{key}"
+        for key in ("checkpoint_minutes", "rendezvous_timeout_s", "heartbeat_s", "preload")
+    ]
     + ["text.streaming", "cache.store", "cache.memory_gib", "store", "output", "trackers"]
     + ["model.trust_remote_code", "model.device_map"]
     + [f"evaluate.{key}" for key in ("num_tokens", "batch_tokens", "loss_sequences")]

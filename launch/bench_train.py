@@ -12,6 +12,7 @@ wall time.
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import tempfile
 import time
@@ -104,11 +105,7 @@ def train(
         raise typer.BadParameter(f"--jobs {jobs}: give 1 or more")
     sizes = shape_of(shape)
     device = torch.device("cpu" if cpu else "cuda")
-    table: list[dict[str, Any]] = [
-        {"what": "step alone", "tokens/s": _step_alone(sizes, device, seconds)}
-    ]
-    if peers and (rate := _peer(sizes, device, seconds)):
-        table.append({"what": "sparsify's step alone", "tokens/s": rate})
+    table = _alone(sizes, device, seconds, peers)
     with store_for(store, hookpoint, folder, gib, sizes[1], "") as (opened, name):
         batches, _ = load_rate(opened, name, sizes[0], "none", 0.01, device)
         table.append({"what": "loader alone, preload=none", "tokens/s": batches * sizes[0]})
@@ -126,16 +123,16 @@ def train(
         write_json(json, title, table)
 
 
-def _step_alone(sizes: Shape, device: torch.device, seconds: float) -> float:
-    return step_rate(OurStep(sizes, device), sizes[0], device, seconds)
-
-
-def _peer(sizes: Shape, device: torch.device, seconds: float) -> float | None:
-    try:
-        step = sparsify_step(sizes, device.type)
-    except ImportError:
-        return None
-    return step_rate(step, sizes[0], device, seconds)
+def _alone(sizes: Shape, device: torch.device, seconds: float, peers: bool) -> list[dict[str, Any]]:
+    steps: dict[str, Callable[[], Callable[[], Any]]] = {
+        "step alone": lambda: OurStep(sizes, device)
+    }
+    if peers and importlib.util.find_spec("sparsify") is not None:
+        steps["sparsify's step alone"] = lambda: sparsify_step(sizes, device.type)
+    return [
+        {"what": what, "tokens/s": step_rate(make(), sizes[0], device, seconds)}
+        for what, make in steps.items()
+    ]
 
 
 def _job(

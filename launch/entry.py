@@ -190,12 +190,15 @@ def _check_devices() -> None:
         )
 
 
-def rendezvous_seconds(config: Config) -> float:
-    """train.rendezvous_timeout_s, or its default where a config has no section train."""
+def launch_seconds(config: Config) -> tuple[float, float]:
+    """train.rendezvous_timeout_s and train.heartbeat_s, or their defaults where a config has no
+    section train."""
     from ..config.train import TrainConfig
 
-    default: float = TrainConfig.model_fields["rendezvous_timeout_s"].default
-    return config.train.rendezvous_timeout_s if config.train is not None else default
+    if (train := config.train) is not None:
+        return train.rendezvous_timeout_s, train.heartbeat_s
+    fields = TrainConfig.model_fields
+    return fields["rendezvous_timeout_s"].default, fields["heartbeat_s"].default
 
 
 @contextmanager
@@ -208,7 +211,7 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    from ..parallel.mesh import end_groups
+    from ..parallel.heartbeat import beating
     from ..parallel.rendezvous import come_together
 
     # Only the agent of accelerate and torchrun stays with its processes: another launcher, such as
@@ -218,6 +221,7 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     _check_devices()
     if trackers:
         _check_trackers(config.trackers)
+    rendezvous_s, heartbeat_s = launch_seconds(config)
     accelerator = come_together(
         lambda timeout: Accelerator(
             cpu=not torch.cuda.is_available(),
@@ -227,13 +231,21 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
             project_dir=config.output,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         ),
-        rendezvous_seconds(config),
+        rendezvous_s,
     )
-    try:
+    with _torn_down(accelerator), beating(heartbeat_s, rendezvous_s):
         yield accelerator
         # Together: the launcher ends all when one ends badly, be it at its very end, and the first
         # may still be writing.
         accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _torn_down(accelerator: Any) -> Iterator[None]:
+    from ..parallel.mesh import end_groups
+
+    try:
+        yield
     except BaseException:
         for tracker in accelerator.trackers:
             with suppress(Exception):

@@ -488,7 +488,7 @@ OTHER: dict[str, Any] = {
     "train.keep_checkpoints": 3, "train.adam_mode": "lazy", "train.moment_dtype": "bfloat16",
     "train.ema_decay": 0.9, "train.normalize": "unit_mean_square",
     "train.checkpoint_minutes": 5.0, "train.rendezvous_timeout_s": 30, "train.holdout": 0.5,
-    "train.preload": "host",
+    "train.preload": "host", "train.heartbeat_s": 9,
 }  # fmt: skip
 
 

@@ -89,6 +89,11 @@ class TrainConfig(StrictModel):
     """Newest checkpoints kept."""
     rendezvous_timeout_s: float = Field(default=600, ge=1, le=86_400)
     """Seconds within which all processes of a launch (of any verb) have to come together."""
+    heartbeat_s: float = Field(default=45, ge=1, le=86_400)
+    """Seconds after which a process of a launch (of any verb) that is not heard of is taken for
+    gone, and all others end. One that compiles, loads or waits is heard of; raise it where C code
+    keeps Python from running for longer.
+    """
 
     @model_validator(mode="before")
     @classmethod
