@@ -52,7 +52,7 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     """
     cfg, output = config.evaluate, Path(config.output)
     saes = finished_saes(output)
-    store = ActivationStore.open(config.store_path())
+    store = agree.after_first(lambda: ActivationStore.open(config.store_path()))
     for sae in saes:
         sae.check_fits(store)
     agree.first_checks(lambda: check_writable("output", output))

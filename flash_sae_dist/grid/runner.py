@@ -63,8 +63,8 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
         rendezvous_s=config.train.rendezvous_timeout_s,
     )
     plan = agreed_plan(config, mesh, device, grid=grid)
-    # A host that does not see the store ends all of them with its sentence.
-    store = agree.together(lambda: ActivationStore.open(config.store_path()))
+    # A host that does not come to see the store ends all of them with its sentence.
+    store = agree.after_first(lambda: ActivationStore.open(config.store_path()))
     todo = [job for job in plan.jobs if job.name in plan.unfinished]
     names = [job.name for job in todo]
     trackers = _trackers(accelerator, Path(config.output), plan, todo)

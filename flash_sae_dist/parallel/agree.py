@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,7 +13,11 @@ from ..config.base import ConfigError, UserError
 from ..ending import sentence_of
 from .mesh import Mesh
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+# How long a file that one host has written may take to be seen by others: attribute caches of NFS
+# hold for up to a minute.
+LAG_S = 60.0
 
 
 def raise_together(error: Exception | None) -> None:
@@ -76,6 +82,40 @@ def from_first(make: Callable[[], T]) -> T:
         dist.broadcast_object_list(told, src=0)
         made = told[0]
     result: T = made
+    return result
+
+
+def patiently(make: Callable[[], T], seconds: float = LAG_S) -> T:
+    """What this process makes of files that another one sees: a shared file system may show them
+    here later, so a failure is tried again for up to so many seconds.
+    """
+    ends, told = time.monotonic() + seconds, False
+    while True:
+        try:
+            return make()
+        except (UserError, OSError) as e:
+            if time.monotonic() >= ends:
+                raise
+            if not told:
+                logger.warning(
+                    "%s; another process sees it, so a shared file system may lag: trying again "
+                    "for up to %g s", e, seconds,
+                )  # fmt: skip
+                told = True
+        time.sleep(min(1.0, seconds / 10))
+
+
+def after_first(make: Callable[[], T]) -> T:
+    """What each process makes of files, the first one before the others, which are then patient;
+    an error that remains is raised on all. Collective over all processes.
+    """
+    if not dist.is_initialized():
+        return make()
+    is_first = dist.get_rank() == 0
+    first = together(lambda: make() if is_first else None)
+    made = together(lambda: None if is_first else patiently(make))
+    result: T | None = first if is_first else made
+    assert result is not None
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -93,13 +94,28 @@ class _RollCall:
             multi_tenant=True,
         )
         # Restarted by torchrun, a launch counts anew.
-        key = f"flash_sae_dist/came/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        key = f"flash_sae_dist/came/{attempt}"
+        if attempt != "0":
+            self._meet_anew(f"flash_sae_dist/port/{attempt}", rank)
         self.came = self.store.add(key, 1)
         while self.came < self.world:
             if time.monotonic() > self.ends:
                 raise RuntimeError("not all came")
             time.sleep(0.02)
             self.came = self.store.add(key, 0)
+
+    def _meet_anew(self, key: str, rank: int) -> None:
+        """Has the group come up at a new store of the first process: the launcher's, where it has
+        one for all of its restarts, still holds the addresses of processes that are gone.
+        """
+        assert self.store is not None
+        if rank == 0:
+            with socket.socket() as free:
+                free.bind(("", 0))
+                self.store.set(key, str(free.getsockname()[1]))
+        os.environ["MASTER_PORT"] = self.store.get(key).decode()
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
     def sentence(self) -> str:
         """Who is missing."""

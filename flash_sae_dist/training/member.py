@@ -56,7 +56,11 @@ class Member:
         """Goes on from the checkpoint of a step; returns the last step that it has a metrics line
         of."""
         sae, job, mesh = self.training.sae, self.job, self.mesh
-        state = checkpoint.load(self.checkpoints, step, sae.first_latent, sae.d_sae_local)
+        state = agree.patiently(
+            lambda: checkpoint.load(self.checkpoints, step, sae.first_latent, sae.d_sae_local),
+            # The lead has just verified it.
+            0 if mesh.is_lead else agree.LAG_S,
+        )
         if (was := state.info.get("made_of")) is not None:
             made_of.check_same(f"{job.folder}'s checkpoint of step {step}", was, self.made_of)
             if mesh.is_lead:

@@ -1,4 +1,4 @@
-"""A verb on a host of its own: a network namespace, named by HOST."""
+"""A verb, or accelerate's launcher, on a host of its own: a network namespace, named by HOST."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import importlib
 import os
 import socket
+
+from accelerate.commands import launch
 
 from flash_sae_dist.launch.entry import verb_main
 
@@ -23,4 +25,7 @@ def enter(host: str) -> None:
 
 if __name__ == "__main__":
     enter(os.environ["HOST"])
-    verb_main(importlib.import_module(f"flash_sae_dist.launch.{os.environ['VERB']}").run)
+    if os.environ["VERB"] == "launcher":
+        launch.main()
+    else:
+        verb_main(importlib.import_module(f"flash_sae_dist.launch.{os.environ['VERB']}").run)

@@ -26,7 +26,7 @@ from tests.tiny_model import config_data, write_config
 
 pytestmark = pytest.mark.slow
 HEARTBEAT_S = 4
-STEPS = 3000
+STEPS, RESTARTED_STEPS = 3000, 600
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def newest(job: Path) -> int:
     """The step of the newest checkpoint; -1 where there is none."""
-    found = job.glob("checkpoints/step-*/manifest.json")
+    found = job.glob("checkpoints/step-????????/manifest.json")
     return max((int(file.parent.name[5:]) for file in found), default=-1)
 
 
@@ -177,3 +177,71 @@ def test_any_kill_ends_the_other(root: Path, tmp_path: Path, seed: int) -> None:
     finally:
         kill(processes)
     goes_on(root, job)
+
+
+def launched(root: Path, out: Path, *options: str, **env: str) -> Running:
+    """`accelerate launch --max_restarts 1` of a short run."""
+    args = ["--multi_gpu", "--max_restarts", "1", "--monitor_interval", "0.2"]
+    args += ["--mixed_precision", "no", "--dynamo_backend", "no", *options]
+    args += ["-m", "flash_sae_dist.launch.train", str(root / "c.yaml"), f"output={out}"]
+    args += [f"train.num_tokens={64 * RESTARTED_STEPS}"]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"} | env
+    module = "tests.dist.host_worker" if "HOST" in env else "accelerate.commands.launch"
+    return start_module(module, args, environ, out.with_name(f"{env.get('HOST', 'launch')}.log"))
+
+
+def rank_process(rank: int, out: Path) -> int:
+    """The pid of a rank that a launcher started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            env = (folder / "environ").read_bytes().split(b"\0")
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"RANK={rank}".encode() in env and f"output={out}".encode() in words:
+            return int(folder.name)
+    raise AssertionError(f"no process is rank {rank} of {out}")
+
+
+def restarted(launchers: list[Running], job: Path) -> None:
+    """The launchers end well, and the curve holds every tenth step once."""
+    for launcher in launchers:
+        launcher.process.join(120)
+        assert launcher.process.exitcode == 0, launcher.text()[-5000:]
+    assert [x["step"] for x in curve(job)] == list(range(10, RESTARTED_STEPS + 1, 10))
+
+
+def test_a_launcher_that_restarts_goes_on(root: Path, tmp_path: Path) -> None:
+    job = tmp_path / "run" / "model.layers.0"
+    port = str(free_port())
+    launcher = launched(
+        root, job.parent, "--num_processes", "2", "--num_machines", "1", "--main_process_port", port
+    )
+    try:
+        wait_for_checkpoint([launcher], job, random.Random(0))
+        os.kill(rank_process(1, job.parent), signal.SIGKILL)
+        restarted([launcher], job)
+    finally:
+        kill([launcher])
+    assert "process 1 on host" in launcher.text()
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("victim", [0, 1])
+def test_launchers_on_two_hosts_that_restart_go_on(
+    wire: tuple[str, str], root: Path, tmp_path: Path, victim: int
+) -> None:
+    job, port = tmp_path / "run" / "model.layers.0", str(free_port())
+    options = ["--num_processes", "2", "--num_machines", "2", "--main_process_ip", "10.213.7.1"]
+    options += ["--main_process_port", port]
+    launchers = [
+        launched(root, job.parent, *options, "--machine_rank", str(rank),
+                 HOST=host, VERB="launcher", GLOO_SOCKET_IFNAME="wire")
+        for rank, host in enumerate(wire)
+    ]  # fmt: skip
+    try:
+        wait_for_checkpoint(launchers, job, random.Random(victim))
+        os.kill(rank_process(victim, job.parent), signal.SIGKILL)
+        restarted(launchers, job)
+    finally:
+        kill(launchers)

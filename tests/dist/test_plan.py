@@ -46,3 +46,10 @@ def test_a_mistake_that_the_first_finds_ends_all(
     config: Path, tmp_path: Path, case: str, first: list[str], second: list[str]
 ) -> None:
     assert run_ranks("tests.dist.plan_worker", 2, tmp_path, str(config), case) == [first, second]
+
+
+def test_a_store_that_another_host_sees_later_is_waited_for(config: Path, tmp_path: Path) -> None:
+    store, link = config.parent / "store.zarr", tmp_path / "late.zarr"
+    rows = run_ranks("tests.dist.lag_worker", 2, tmp_path / "ranks", str(store), str(link))
+    assert rows == [1500, 1500]
+    assert "a shared file system may lag" in (tmp_path / "ranks" / "1.err").read_text()
