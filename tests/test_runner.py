@@ -161,7 +161,7 @@ def test_an_sae_that_does_not_fit_leaves_the_others_alone(
             super().run()
 
     monkeypatch.setattr(runner, "Trainer", Small)
-    monkeypatch.setattr(plan, "usable_memory", lambda device: 0)
+    monkeypatch.setattr(plan, "bundle_memory", lambda launch: 0)
     cfg = grid_config(root, tmp_path)
     with pytest.raises(runner.JobsFailedError, match=r"k=2: OutOfMemoryError"):
         runner.run_jobs(cfg, Accelerator(cpu=True), grid=True)
@@ -257,7 +257,7 @@ def test_a_grid_goes_on_beside_a_job_that_another_launch_holds(
 ) -> None:
     cfg = grid_config(root, tmp_path)
     monkeypatch.setattr(files, "_WAIT_S", 0.3)
-    monkeypatch.setattr(plan, "usable_memory", lambda device: 0)  # a bundle a job
+    monkeypatch.setattr(plan, "bundle_memory", lambda launch: 0)  # a bundle a job
     held = tmp_path / "model.layers.0" / "k=2"
     with files.locked(held):
         write_status(Job("held", held, cfg), Status("failed", 1, 2, "the other's reason"))

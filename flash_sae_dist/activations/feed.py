@@ -22,6 +22,11 @@ _LARGE_BYTES, _LARGE_BUFFERS = 48 << 20, 2
 _COPIES_AHEAD = 8
 
 
+def num_buffers(batch_bytes: int) -> int:
+    """Batches of a size that a feed has room for on a GPU."""
+    return _BUFFERS if batch_bytes <= _LARGE_BYTES else _LARGE_BUFFERS
+
+
 class BatchSource(Protocol):
     """What a feed takes batches from: a loader of a store, or whatever else makes rows."""
 
@@ -74,7 +79,7 @@ class BatchFeed:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         rows, width = source.shape
         size = rows * width * source.dtype.itemsize * mesh.num_shards
-        self._num_buffers = _BUFFERS if size <= _LARGE_BYTES else _LARGE_BUFFERS
+        self._num_buffers = num_buffers(size)
         self._buffers: list[_Buffer] = []
         self._filled: deque[torch.cuda.Event] = deque()  # of copies that the host may wait for
         self._error: Exception | None = None

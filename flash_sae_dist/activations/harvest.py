@@ -187,7 +187,7 @@ def _first_text(
             marker = {"config": _digest(config), "stamp": stamp}
             _check_same_text(writer, tokeniser, marker)
             most = config.cache.num_tokens
-            enough = min(most, _geometry(config.cache, widths, 2**62).enough_rows)
+            enough = min(most, geometry_of(config.cache, widths, 2**62).enough_rows)
             with progress_bar("tokenise", enough, "tokens", enabled=True) as bar:
                 tokeniser.begin(enough, bar.advance, lambda: writer.records.write(TEXT, marker))
                 if bar.done < bar.total:
@@ -230,13 +230,14 @@ def _shape(
         assert shape is not None
         return shape, TextShape(**begun["text"])
     rows = min(cfg.num_tokens, text.rows_before[-1]) if text.ended else cfg.num_tokens
-    geometry = _geometry(cfg, widths, rows)
+    geometry = geometry_of(cfg, widths, rows)
     unit = shards_a_unit(geometry.num_shards)
     shape_of_text = TextShape(text.size, text.context_length, unit)
     return Shape(geometry, cfg.dtype, widths), shape_of_text
 
 
-def _geometry(cfg: CacheConfig, widths: dict[str, int], rows: int) -> Geometry:
+def geometry_of(cfg: CacheConfig, widths: dict[str, int], rows: int) -> Geometry:
+    """How a store of rows at hookpoints of these widths is cut."""
     itemsize = storage_dtype(cfg.dtype).itemsize
     row_bytes = float_dtype(cfg.dtype).itemsize * sum(widths.values())
     most_rows = most_shard_bytes(cfg.memory_gib) // row_bytes

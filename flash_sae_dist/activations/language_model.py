@@ -67,7 +67,8 @@ def folder_or_name(name: str, key: str = "model.name") -> str:
     return str(Path(next(iter(spec.submodule_search_locations))) / below)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def weights_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type that model.dtype comes to on a device."""
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -145,13 +146,34 @@ def _pretrained(
     options = loading_options(cfg, config, device)
     # Kernels of quantised weights take the type that the model's own config names.
     as_stored = cfg.dtype == "auto" and own_quantization(config) is not None
-    dtype = "auto" if as_stored else _dtype(cfg.dtype, device)
+    dtype = "auto" if as_stored else weights_dtype(cfg.dtype, device)
     model, told = _loader(task, config).from_pretrained(
         source, config=config, dtype=dtype, output_loading_info=True, **options, **where
     )
     if "device_map" not in options:
         model = model.to(device)
     return model, task, frozenset(told["missing_keys"])
+
+
+def model_on_meta(cfg: ModelConfig) -> LanguageModel:
+    """The model that a config names without its weights, which are not read, for shapes alone; it
+    has no tokenizer. Raises ConfigError where its own config cannot be had or run no code unasked.
+    """
+    import transformers
+
+    source, where = folder_or_name(cfg.name), _where(cfg)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **where)
+        task = cfg.task if cfg.task != "auto" else _task(config)
+        where.pop("gguf_file", None)
+        with torch.device("meta"):
+            model = _loader(task, config).from_config(config, **where)
+    except Exception as e:  # files of each kind have errors of their own
+        told = " ".join(str(e).split())[:200]
+        raise ConfigError(f"model.name={cfg.name!r} has no config at hand: {told}") from e
+    two_streams = bool(getattr(model.config, "is_encoder_decoder", False))
+    # The device of autocast, which knows no meta.
+    return LanguageModel(model.eval(), None, task, torch.device("cpu"), two_streams)
 
 
 def _cure(cfg: ModelConfig, error: Exception) -> str:

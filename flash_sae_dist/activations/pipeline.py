@@ -48,6 +48,18 @@ def most_shard_bytes(memory_gib: float) -> int:
     return int(memory_gib * 2**30 * _SHARE_OF_MEMORY / _FILLED)
 
 
+def num_buffers(
+    cfg: CacheConfig, shard_rows: int, shard_bytes: int, on_cpu: bool
+) -> tuple[int, int]:
+    """Shards of all hookpoints that there is room for on the host, and that lie on the model's
+    device, beside which passes fill no others.
+    """
+    fit = int(cfg.memory_gib * 2**30 * _SHARE_OF_MEMORY) // shard_bytes
+    straddled = 2 + cfg.batch_sequences * cfg.context_length // shard_rows
+    least = straddled + 1 if on_cpu else 1
+    return max(least, min(_MOST_WRITTEN, fit)), 0 if on_cpu else max(_FILLED, straddled)
+
+
 class Rate(NamedTuple):
     """How fast rows were made."""
 
@@ -128,10 +140,7 @@ class Pipeline:
         shards.
         """
         shard_bytes = sum(self.widths.values()) * self.dtype.itemsize * self.shard_rows
-        fit = int(cfg.memory_gib * 2**30 * _SHARE_OF_MEMORY) // shard_bytes
-        straddled = 2 + cfg.batch_sequences * cfg.context_length // self.shard_rows
-        least = straddled + 1 if self.on_cpu else 1
-        for _ in range(max(least, min(_MOST_WRITTEN, fit))):
+        for _ in range(num_buffers(cfg, self.shard_rows, shard_bytes, self.on_cpu)[0]):
             self.host.put({})
 
     def __enter__(self) -> Self:

@@ -49,6 +49,15 @@ def _host_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def kept_by_auto(size: int, epochs: float, free_device: int, free_host: int) -> Kept:
+    """Where auto keeps a hookpoint's rows, of so many bytes, that a GPU and, for a remote store,
+    the host have so much free memory for.
+    """
+    if epochs > 1 and size <= _MODEST * free_device:
+        return "device"
+    return "host" if epochs > 1 and size <= _MODEST * free_host else "none"
+
+
 def choose_preload(
     asked: Preload,
     reader: BlockReader,
@@ -75,12 +84,9 @@ def choose_preload(
                 f"which there are {free[asked] / 1e9:.1f} GB; set train.preload=auto or none"
             )
         return asked
-    kept: Kept = "none"
     why = f"{epochs:.2g} epochs are read" if epochs <= 1 else "the page cache does as well"
-    if epochs > 1 and device.type == "cuda" and size <= _MODEST * free["device"]:
-        kept = "device"
-    elif epochs > 1 and reader.remote is not None and size <= _MODEST * free["host"]:
-        kept = "host"
+    on_device = free["device"] if device.type == "cuda" else 0
+    kept = kept_by_auto(size, epochs, on_device, free["host"] if reader.remote is not None else 0)
     if kept != "none":
         why = f"{size / 1e9:.3g} GB of rows, {free[kept] / 1e9:.3g} GB free"
     if tell:

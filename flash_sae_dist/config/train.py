@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from .base import Beta, Hookpoint, Latents, OneOf, Seed, StrictModel
+from .base import Beta, Hookpoint, Latents, OneOf, Seed, StrictModel, shown
 
 Precision = Literal["auto", "float64", "float32", "bfloat16"]
 Preload = Literal["auto", "none", "host", "device"]
+
+
+def _num_shards(value: Any) -> Any:
+    if value is None or value == "auto" or (type(value) is int and value > 0):
+        return value
+    raise ValueError(
+        f"train.num_shards={shown(value)} is no number of processes; write a whole number greater "
+        "than 0, or auto"
+    )
+
+
+NumShards = Annotated[int | Literal["auto"], BeforeValidator(_num_shards)]
 STEP_IS_GONE = (
     "train.step is gone: train.step=plain is now train.engine=autograd, and train.step=fused is "
     "train.engine=fused"
@@ -63,8 +75,10 @@ class TrainConfig(StrictModel):
     """Arithmetic of matmuls and gathers; master weights are float32 (float64 for float64). auto:
     bfloat16 on GPUs, else float32.
     """
-    num_shards: int | None = Field(default=None, gt=0)
-    """Processes that share one SAE's latents; left out, all of them."""
+    num_shards: NumShards | None = None
+    """Processes that share one SAE's latents; left out, all of them. auto: as many as train
+    fastest in the memory that there is, by the planner's figures (`flash-sae plan`), with as many
+    replicas as go with them where num_replicas is left out, too."""
     num_replicas: int = Field(default=1, gt=0)
     """Copies of the sharded SAE that split each batch."""
     seed: Seed = 0

@@ -14,12 +14,18 @@ from typing import NamedTuple
 import torch
 
 from ..activations.store import ActivationStore
+from ..activations.stored_rows import float_dtype
 from ..config.base import ConfigError, match_names, nearest_name
 from ..config.train import TrainConfig
 from ..files import check_space, check_writable
 from ..models.base import CONFIG_FILE, check_weights, read_spec
 from ..parallel import agree
 from ..parallel.mesh import Mesh
+from ..planner.devices import Launch, launch_here, memory_of
+from ..planner.memory import DEAD_SHARE, Work, memory_of_rank, work_of
+from ..planner.search import check_memory, fits, meshes, splits
+from ..planner.storage import disk_bytes
+from ..planner.timing import bundle_seconds
 from ..training.engine import choose_engine
 from ..training.job import Config, with_values
 from ..training.made_of import check_same_job
@@ -27,15 +33,13 @@ from ..training.member import is_finished
 from ..training.records import Job
 
 logger = logging.getLogger(__name__)
-# fp32 weights, gradients and two moments, and a 2-byte compute copy, of two [d_sae, d_in] matrices.
-_BYTES_A_WEIGHT = 4 * 4 + 2
 
 
 class Bundle(NamedTuple):
     """Jobs that are trained together on each batch of one hookpoint."""
 
     jobs: list[Job]
-    cost: float
+    cost: float  # seconds, as planner/timing.py has them
 
 
 class Plan(NamedTuple):
@@ -50,35 +54,57 @@ def agreed_plan(config: Config, mesh: Mesh, device: torch.device, *, grid: bool)
     """The first process's plan, on all of them; an error that it meets is raised on all. Collective
     over all processes.
     """
+    launch = agreed_launch(mesh.members * mesh.num_groups, device)
+    return agree.from_first(lambda: make_plan(config, mesh, launch, device, grid=grid))
+
+
+def agreed_launch(processes: int, device: torch.device) -> Launch:
+    """What this launch runs on. Collective over all processes."""
     # The least over all ranks: a bundle has to fit any of them.
-    memory = min(agree.from_all(usable_memory(device)))
-    return agree.from_first(lambda: make_plan(config, mesh, memory, device, grid=grid))
+    return launch_here(device, processes, min(agree.from_all(memory_of(device))))
 
 
 def make_plan(
-    config: Config, mesh: Mesh, memory_bytes: int, device: torch.device, *, grid: bool
+    config: Config, mesh: Mesh, launch: Launch, device: torch.device, *, grid: bool
 ) -> Plan:
     """The plan of `train` or `grid`. Raises ConfigError or another UserError before any work when
     something does not fit.
     """
     store = ActivationStore.open(config.store_path())
-    hookpoints = store.hookpoints
-    jobs = expand(config, hookpoints) if grid else [train_job(config, hookpoints)]
-    widths = {name: store.width(name) for name in hookpoints}
-    check_fit(jobs, widths, mesh)
+    jobs = jobs_of(config, store.hookpoints, grid=grid)
+    check_fit(jobs, store.widths, mesh)
     check_writable("output", config.output)
     for job in jobs:
         check_same_job(job, store, device)
     unfinished = [job for job in jobs if not _is_intact(job)]
+    works = works_of(unfinished, store.widths, float_dtype(store.dtype).itemsize, launch)
     for job in unfinished:
-        check_memory(job, widths[str(_train(job).hookpoint)], mesh, memory_bytes)
+        check_memory(works[job.name], mesh.num_shards, mesh.num_replicas, launch)
         if not (job.folder / "job.yaml").exists():
             check_schedule(job)
-    needed = sum(disk_bytes(job, widths[str(_train(job).hookpoint)]) for job in unfinished)
+    needed = sum(disk_bytes(works[job.name], job.folder) for job in unfinished)
     what = "what is written for checkpoints (train.keep_checkpoints) and SAEs"
     check_space("output", config.output, needed, what)
-    bundles = make_bundles(unfinished, widths, mesh.num_shards, memory_bytes)
+    bundles = make_bundles(unfinished, works, launch, mesh.num_shards, mesh.num_replicas)
     return Plan(jobs, {job.name for job in unfinished}, assign(bundles, mesh.num_groups))
+
+
+def jobs_of(config: Config, hookpoints: list[str], *, grid: bool) -> list[Job]:
+    """The jobs of `grid`, or the one of `train`. Raises ConfigError."""
+    return expand(config, hookpoints) if grid else [train_job(config, hookpoints)]
+
+
+def works_of(
+    jobs: list[Job], widths: dict[str, int], row_bytes: int, launch: Launch
+) -> dict[str, Work]:
+    """What of each job decides what it takes, by its name."""
+    return {
+        job.name: work_of(
+            job.name, job.config, widths[str(_train(job).hookpoint)], row_bytes,
+            on_gpu=launch.on_gpu,
+        )
+        for job in jobs
+    }  # fmt: skip
 
 
 def _is_intact(job: Job) -> bool:
@@ -215,90 +241,43 @@ def check_schedule(job: Job) -> None:
         )
 
 
-def check_memory(job: Job, d_in: int, mesh: Mesh, memory_bytes: int) -> None:
-    """Raises ConfigError for what no memory of this kind can hold: twice what a bundle may take."""
-    cfg, sae = _train(job), job.config.sae
-    assert sae is not None
-    batch = cfg.batch_tokens // mesh.num_replicas * d_in * 2
-    # Weights, and moments of two bytes: the least of any engine.
-    weights = 2 * sae.width(d_in) * d_in * (4 + 2 * 2) // mesh.num_shards
-    for key, value, needed in (
-        ("train.batch_tokens", cfg.batch_tokens, batch),
-        ("sae.d_sae", sae.width(d_in), weights),
-    ):
-        if needed > (limit := max(2 * memory_bytes, 1 << 30)):
-            raise ConfigError(
-                f"{key}={value} takes {needed:,} bytes a process at width {d_in}, but its memory "
-                f"has about {limit:,}; lower it, or use more processes"
-            )
-
-
-def disk_bytes(job: Job, d_in: int) -> int:
-    """Bytes that training a job to its end adds to the disk: its checkpoints, one more while it is
-    renamed, and its SAE, less what is there already."""
-    cfg, sae = _train(job), job.config.sae
-    assert sae is not None
-    weights = 2 * sae.width(d_in) * d_in
-    moment = 2 if getattr(cfg, "moment_dtype", None) == "bfloat16" else 4
-    average = 4 if getattr(cfg, "ema_decay", None) else 0
-    steps = -(-cfg.num_tokens // cfg.batch_tokens)
-    kept = min(cfg.keep_checkpoints, -(-steps // cfg.checkpoint_every))
-    whole = (kept + 1) * weights * (4 + 2 * moment + average) + 4 * weights
-    found = job.folder.rglob("*.safetensors") if job.folder.is_dir() else iter(())
-    return max(0, whole - sum(file.stat().st_size for file in found))
-
-
-def usable_memory(device: torch.device) -> int:
-    """Bytes that one bundle may take on this rank: most of the free device memory, half of the
-    host's share.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * local)
-
-
-def job_bytes(job: Job, d_in: int, num_shards: int) -> int:
-    """Bytes of one job's parameters, gradients and optimizer state on one rank."""
-    assert job.config.sae is not None
-    return 2 * job.config.sae.width(d_in) * d_in * _BYTES_A_WEIGHT // num_shards
-
-
-def job_cost(job: Job, d_in: int) -> float:
-    """Flops of a job's encoder matmuls, the dense part of its work."""
-    assert job.config.sae is not None
-    assert job.config.train is not None
-    return 2.0 * job.config.train.num_tokens * job.config.sae.width(d_in) * d_in
-
-
 def make_bundles(
-    jobs: list[Job], widths: dict[str, int], num_shards: int, memory_bytes: int
+    jobs: list[Job], works: dict[str, Work], launch: Launch, num_shards: int, num_replicas: int
 ) -> list[Bundle]:
-    """Puts jobs that read the same batches together, as many as fit memory_bytes; at least one a
-    bundle.
+    """Puts jobs that read the same batches together, as many as fit the memory of a process beside
+    one another with a tenth of their latents dead; at least one a bundle.
     """
     streams: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
-        t = job.config.train
-        assert t is not None
+        t = _train(job)
         often = (t.log_every, t.checkpoint_every, t.checkpoint_minutes)
         key = (t.hookpoint, t.batch_tokens, t.num_tokens, t.seed, t.holdout, t.preload, *often)
         streams.setdefault(key, []).append(job)
+
+    def bundle(together: list[Job]) -> Bundle:
+        of = [works[job.name] for job in together]
+        return Bundle(together, bundle_seconds(of, launch, num_shards, num_replicas))
+
     bundles = []
     for stream in streams.values():
-        assert stream[0].config.train is not None
-        d_in = widths[str(stream[0].config.train.hookpoint)]
         together: list[Job] = []
         used = 0
         for job in stream:
-            need = job_bytes(job, d_in, num_shards)
-            if together and used + need > memory_bytes:
-                bundles.append(Bundle(together, sum(job_cost(j, d_in) for j in together)))
+            memory = memory_of_rank(works[job.name], num_shards, num_replicas, dead=DEAD_SHARE)
+            if together and used + memory.own > bundle_memory(launch):
+                bundles.append(bundle(together))
                 together, used = [], 0
+            used += memory.own if together else memory.peak
             together.append(job)
-            used += need
-        bundles.append(Bundle(together, sum(job_cost(j, d_in) for j in together)))
+        bundles.append(bundle(together))
     return bundles
+
+
+def bundle_memory(launch: Launch) -> int:
+    """Bytes that one bundle may take on each rank: most of the free device memory, half of the
+    host's share.
+    """
+    return int(launch.memory * (0.8 if launch.on_gpu else 0.5))
 
 
 def assign(bundles: list[Bundle], num_groups: int) -> list[list[Bundle]]:
@@ -310,3 +289,69 @@ def assign(bundles: list[Bundle], num_groups: int) -> list[list[Bundle]]:
         groups[least].append(bundle)
         loads[least] += bundle.cost
     return groups
+
+
+def seconds_of(groups: list[list[Bundle]]) -> float:
+    """Time until the last group is done."""
+    return max((sum(bundle.cost for bundle in group) for group in groups), default=0.0)
+
+
+def choose_mesh(
+    jobs: list[Job], works: dict[str, Work], launch: Launch, *, grid: bool
+) -> tuple[int, int]:
+    """P shards x R replicas for train.num_shards=auto: those with which all jobs fit and the last
+    one is done first. Raises ConfigError where none fits, telling why the most shards do not.
+    """
+    train = _train(jobs[0])
+    replicas = train.num_replicas if "num_replicas" in train.model_fields_set else None
+    pairs = [
+        pair
+        for pair in meshes(launch.processes, replicas, several_groups=grid)
+        if all(splits(work, *pair) for work in works.values())
+    ]
+    if not pairs:
+        raise ConfigError(
+            f"train.num_shards=auto: no shards x replicas of {launch.processes} processes divide "
+            f"sae.d_sae={works[jobs[0].name].d_sae} and train.batch_tokens={train.batch_tokens} "
+            "evenly; change one of them or --num_processes"
+        )
+    fitting = [pair for pair in pairs if all(fits(w, *pair, launch.memory) for w in works.values())]
+    for work in works.values():
+        if not fitting:
+            check_memory(work, *max(pairs), launch)
+
+    def seconds(pair: tuple[int, int]) -> float:
+        groups = launch.processes // (pair[0] * pair[1])
+        return seconds_of(assign(make_bundles(jobs, works, launch, *pair), groups))
+
+    return min(fitting, key=lambda pair: (seconds(pair), pair))
+
+
+def with_mesh(config: Config, device: torch.device, processes: int, *, grid: bool) -> Config:
+    """A config whose train.num_shards is a number: auto is looked for by the first process, and all
+    have what it found. Collective over all processes where it is auto.
+    """
+    assert config.train is not None
+    if config.train.num_shards != "auto":
+        return config
+    launch = agreed_launch(processes, device)
+
+    def choose() -> tuple[int, int]:
+        store = ActivationStore.open(config.store_path())
+        jobs = jobs_of(config, store.hookpoints, grid=grid)
+        works = works_of(jobs, store.widths, float_dtype(store.dtype).itemsize, launch)
+        found = choose_mesh(jobs, works, launch, grid=grid)
+        logger.info(
+            "train.num_shards=auto: %d shards x %d replicas an SAE on %d processes", *found,
+            launch.processes,
+        )  # fmt: skip
+        return found
+
+    return on_mesh(config, *agree.from_first(choose))
+
+
+def on_mesh(config: Config, num_shards: int, num_replicas: int) -> Config:
+    """A config with these shards and replicas."""
+    assert config.train is not None
+    update = {"num_shards": num_shards, "num_replicas": num_replicas}
+    return config.model_copy(update={"train": config.train.model_copy(update=update)})

@@ -29,7 +29,7 @@ from ..training.records import (
     record_failure,
 )
 from ..training.trainer import Trainer
-from .plan import Bundle, Plan, agreed_plan
+from .plan import Bundle, Plan, agreed_plan, with_mesh
 from .trackers import Trackers
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,9 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     config.need("sae", "train", verb=verb)
     assert config.train is not None
     device = with_index(accelerator.device)
+    config = with_mesh(config, device, accelerator.num_processes, grid=grid)
+    assert config.train is not None
+    assert not isinstance(config.train.num_shards, str)
     mesh = make_mesh(
         config.train.num_shards,
         config.train.num_replicas,

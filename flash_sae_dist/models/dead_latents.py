@@ -93,7 +93,7 @@ class DeadLatents:
         mine = dead.sum().reshape(1)
         counts = all_gather(mine, self.mesh.shard_group, self.mesh.num_shards).flatten().tolist()
         self.num_listed = sum(counts)
-        capacity = _padded(max(counts)) if self.num_listed else 0
+        capacity = padded(max(counts)) if self.num_listed else 0
         if capacity != len(self.rows):
             self.rows = self.rows.new_empty(capacity)
             self._padding = self._padding.new_empty(capacity)
@@ -110,7 +110,7 @@ class DeadLatents:
         return b_enc[self.rows].masked_fill(left_out, -torch.inf)
 
 
-def _padded(count: int) -> int:
+def padded(count: int) -> int:
     """Rows that a list has room for: coarse, at most a sixteenth too many, so that lists of about
     one length share a captured graph.
     """

@@ -25,7 +25,7 @@ from ..side_stream import SideStream
 
 # Of the pre-activations of one block of tokens, float32: 8192 tokens x 43690 latents (a third of
 # 131072) in one piece.
-_MAX_BLOCK_BYTES = 1500 << 20
+MAX_BLOCK_BYTES = 1500 << 20
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class DeadStep:
                 inverse = inverse_variance(*residual_sums(residual, mesh), tokens)
             scale = 2 * self.coef * inverse
             scaled = side.mark()
-        block = max(1, _MAX_BLOCK_BYTES // (4 * max(1, len(listed.bias))))
+        block = max(1, MAX_BLOCK_BYTES // (4 * max(1, len(listed.bias))))
         blocks = zip(torch.split(local.enc_rows, block), torch.split(residual, block), strict=True)
         sums: list[Tensor] = []
         losses: list[Tensor] = []

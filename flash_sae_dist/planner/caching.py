@@ -1,0 +1,221 @@
+"""What a cache job takes: rows and their widths, the model, buffers, the store's bytes, time."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+
+from ..activations.harvest import geometry_of
+from ..activations.language_model import (
+    LanguageModel,
+    model_on_meta,
+    resolve_hookpoints,
+    tapped,
+    weights_dtype,
+)
+from ..activations.pipeline import num_buffers
+from ..activations.placement import own_quantization
+from ..activations.records import CONFIG, Records
+from ..activations.store import Shape
+from ..activations.stored_rows import float_dtype
+from ..config.base import ConfigError, UserError, check_hookpoint
+from ..config.data import CacheConfig
+from ..config.run import RunConfig
+from .devices import GIB, Launch
+
+logger = logging.getLogger(__name__)
+# A forward pass reaches this of the matmul rate, and cache this of a bare forward pass: 266,000 and
+# 246,000 tokens/s of a Llama of 1.2 billion parameters on an H200 (docs/performance.md).
+_FORWARD, _CACHED = 0.52, 0.89
+_START_S = 20.0
+# Beside the weights: what a pass holds of each token, in rows of the residual stream.
+_PASS_ROWS = 24
+
+
+class Rows(NamedTuple):
+    """A store that is there, or that `cache` would make."""
+
+    shape: Shape
+    is_there: bool
+    is_local: bool
+
+    @property
+    def bytes(self) -> int:
+        """On the disk, without the table of the text."""
+        geometry, total = self.shape.geometry, 0
+        for name in self.shape.arrays():
+            each = self.shape.row_bytes(name)
+            total += (geometry.num_shards - 1) * geometry.file_bytes(0, each)
+            total += geometry.file_bytes(geometry.num_shards - 1, each)
+        return total
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of a batch."""
+        return float_dtype(self.shape.dtype).itemsize
+
+
+class ModelShape(NamedTuple):
+    """A language model as its config alone tells it."""
+
+    parameters: int
+    widths: dict[str, int]  # of the hookpoints
+    flops: float  # a token, up to the last hookpoint
+    is_quantized: bool  # as it is stored
+
+
+class CachePlan(NamedTuple):
+    """What `cache` takes of each process, and in all."""
+
+    rows: Rows
+    model: ModelShape | None
+    device: dict[str, int]  # bytes of a process on its device
+    host: dict[str, int]  # bytes of a process on its host
+    seconds: float | None
+    left_out: str  # why there is no figure of the model
+
+
+def model_shape(config: RunConfig) -> ModelShape:
+    """Parameters, widths and flops of a model, by a pass without data. Raises ConfigError where its
+    config is not at hand, a hookpoint is none of its modules, or it does not run without data.
+    """
+    assert config.model is not None
+    assert config.cache is not None
+    lm = model_on_meta(config.model)
+    hookpoints = resolve_hookpoints(lm.model, config.cache.hookpoints)
+    widths, flops = _pass(lm, hookpoints, config.cache.context_length)
+    parameters = sum(p.numel() for p in lm.model.parameters())
+    return ModelShape(parameters, widths, flops, own_quantization(lm.model.config) is not None)
+
+
+def _pass(lm: LanguageModel, hookpoints: list[str], length: int) -> tuple[dict[str, int], float]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    widths: dict[str, int] = {}
+    ids = torch.zeros((1, length), dtype=torch.int64, device="meta")
+    counter = FlopCounterMode(display=False)
+    try:
+        with tapped(lm, hookpoints, lambda h, x: widths.update({h: x.shape[-1]})) as run, counter:
+            run(ids, None)
+    except UserError:
+        raise
+    except Exception as e:  # models look at their data, each in its way
+        told = " ".join(str(e).split())[:200]
+        raise ConfigError(f"the model does not run without data ({told})") from e
+    return {name: widths[name] for name in hookpoints}, counter.get_total_flops() / length
+
+
+def rows_there(path: str) -> Rows | None:
+    """A store that lies at a path, whole or begun."""
+    records = Records(path)
+    shape = Shape.read(records)
+    if shape is None:
+        return None
+    return Rows(shape, records.read(CONFIG) is not None, records.local)
+
+
+def rows_to_be(cfg: CacheConfig, widths: dict[str, int]) -> Rows:
+    """The store that `cache` would make of a text that is long enough."""
+    geometry = geometry_of(cfg, widths, cfg.num_tokens)
+    return Rows(Shape(geometry, cfg.dtype, widths), False, Records(cfg.store).local)
+
+
+def named_widths(cfg: CacheConfig, width: int) -> dict[str, int]:
+    """Hookpoints that are written out, all of one width. Raises ConfigError for a pattern, which
+    takes the model to know.
+    """
+    for name in cfg.hookpoints:
+        try:
+            check_hookpoint(name)
+            if set("*?[") & set(name):
+                raise ValueError(f"{name!r} is a pattern")
+        except ValueError as e:
+            raise ConfigError(
+                f"cache.hookpoints: {e}: without the model's config, write the names out"
+            ) from e
+    return dict.fromkeys(cfg.hookpoints, width)
+
+
+def cache_plan(config: RunConfig, launch: Launch, width: int | None = None) -> CachePlan:
+    """What `cache` takes; a width stands in for a model whose config is not at hand. Raises
+    ConfigError where neither tells the hookpoints.
+    """
+    config.need("model", "cache", verb="cache")
+    assert config.cache is not None
+    model, left_out = None, ""
+    try:
+        model = model_shape(config)
+        widths = model.widths
+    except ConfigError as e:
+        if width is None:
+            raise ConfigError(f"{e}; --width D plans without the model") from e
+        left_out, widths = f"{e}: the model's memory and time are left out", {}
+        widths = named_widths(config.cache, width)
+    rows = rows_to_be(config.cache, widths)
+    device, host = _buffers(config.cache, rows, launch.on_gpu)
+    seconds = None
+    if model is not None:
+        device["model"] = _weight_bytes(config, model, launch.on_gpu)
+        tokens = config.cache.batch_sequences * config.cache.context_length
+        device["a forward pass"] = tokens * max(widths.values()) * _PASS_ROWS * 2
+        rate = _FORWARD * _CACHED * 1e12 * launch.gpu.matmul_tflops / model.flops
+        seconds = _START_S + config.cache.num_tokens / (rate * launch.processes)
+    if not launch.on_gpu:
+        device, host = {}, host | device
+    return CachePlan(rows, model, device, host, seconds, left_out)
+
+
+def _buffers(cfg: CacheConfig, rows: Rows, on_gpu: bool) -> tuple[dict[str, int], dict[str, int]]:
+    geometry, widths = rows.shape.geometry, rows.shape.widths
+    shard_bytes = sum(widths.values()) * rows.itemsize * geometry.shard_rows
+    on_host, on_device = num_buffers(cfg, geometry.shard_rows, shard_bytes, not on_gpu)
+    device = {"shards that are filled": on_device * shard_bytes} if on_device else {}
+    return device, {"shards on their way to the disk": on_host * shard_bytes}
+
+
+def _weight_bytes(config: RunConfig, model: ModelShape, on_gpu: bool) -> int:
+    """Weights as they are loaded; quantised ones with a little of what is not."""
+    assert config.model is not None
+    kind = config.model.quantization or ("4bit" if model.is_quantized else None)
+    if kind is not None:
+        return int(model.parameters * {"8bit": 1.1, "4bit": 0.6}[kind])
+    device = torch.device("cuda" if on_gpu else "cpu")
+    return model.parameters * weights_dtype(config.model.dtype, device).itemsize
+
+
+def check_cache(plan: CachePlan, config: RunConfig, launch: Launch, free_host: int) -> None:
+    """Raises ConfigError where a process's device or a host has not the memory that `cache` takes,
+    in a sentence that names what to change.
+    """
+    assert config.cache is not None
+    assert config.model is not None
+    device, host = sum(plan.device.values()), sum(plan.host.values())
+    if launch.on_gpu and device > launch.memory and config.model.device_map is None:
+        model = plan.device.get("model", 0)
+        cure = _model_cure(config, device - model, launch)
+        raise ConfigError(
+            f"model.name={config.model.name!r} takes {device / GIB:,.1f} GiB of a process's GPU "
+            f"(weights {model / GIB:,.1f}), but the {launch.gpu.name} has "
+            f"{launch.memory / GIB:,.1f} GiB free; set {cure}"
+        )
+    if host * launch.local > free_host:
+        shards = plan.host["shards on their way to the disk"]
+        raise ConfigError(
+            f"cache.memory_gib={config.cache.memory_gib:g}: {launch.local} processes a host take "
+            f"{host * launch.local / GIB:,.1f} GiB of its memory (shards of all hookpoints "
+            f"{shards * launch.local / GIB:,.1f}), of which {free_host / GIB:,.1f} GiB are free; "
+            "lower cache.memory_gib or cache.batch_sequences, or start fewer processes a host"
+        )
+
+
+def _model_cure(config: RunConfig, rest: int, launch: Launch) -> str:
+    assert config.model is not None
+    assert config.cache is not None
+    if rest > launch.memory:
+        return f"cache.batch_sequences={max(1, config.cache.batch_sequences // 2)} or fewer"
+    wide = config.model.dtype == "float32" and config.model.quantization is None
+    return ("model.dtype=bfloat16, or " if wide else "") + (
+        "model.quantization=4bit, or model.device_map=auto with several GPUs a process"
+    )

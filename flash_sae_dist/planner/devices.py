@@ -1,0 +1,122 @@
+"""What a launch runs on: GPUs with their rates, processes and hosts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..config.base import ConfigError, nearest_name
+from ..training.host_memory import free_bytes, local_processes
+
+GIB = 1 << 30
+
+
+class Gpu(NamedTuple):
+    """A kind of device and the rates that its libraries reach, not its data sheet's."""
+
+    name: str
+    memory_gib: float
+    matmul_tflops: float  # bfloat16 with float32 sums
+    copy_tb_s: float  # bytes read and written
+    link_gb_s: float  # a direction, to the GPUs of its host
+    network_gb_s: float  # a direction, of its share of the host's adapters
+    measured: bool = False  # here; else 0.78 of the data sheet's flops and 0.9 of its bandwidth
+
+
+# H200 and H100: docs/performance.md. Their networks, and all of the others, are of data sheets.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("H200", 139.8, 790, 4.3, 450, 50, measured=True),
+        Gpu("H100", 79.1, 750, 3.0, 450, 50, measured=True),
+        Gpu("B200", 178.0, 1755, 7.2, 900, 50),
+        Gpu("A100", 79.2, 243, 1.83, 300, 25),
+        Gpu("L40S", 44.4, 282, 0.78, 32, 12.5),
+    )
+}
+DEFAULT = "H200"
+# Of two cores and gloo, by order of magnitude: what the plain PyTorch reference gets.
+CPU = Gpu("cpu", 0, 0.02, 0.01, 1, 1)
+
+
+class Launch(NamedTuple):
+    """The processes of a launch, and what each has."""
+
+    gpu: Gpu
+    processes: int
+    hosts: int
+    memory: int  # bytes that a process may take of its device's memory
+    why: str = ""  # the GPU is planned for, where it is not the one that is here
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the processes compute on GPUs."""
+        return self.gpu is not CPU
+
+    @property
+    def local(self) -> int:
+        """Processes of a host."""
+        return -(-self.processes // self.hosts)
+
+
+def named(name: str) -> Gpu:
+    """A kind of GPU by its name in the table, whatever its case, or `cpu`. Raises ConfigError."""
+    known = {"cpu": CPU, **{key.lower(): gpu for key, gpu in GPUS.items()}}
+    if name.lower() not in known:
+        raise ConfigError(
+            f"--gpu {name} is not in the planner's table{nearest_name(name, ['cpu', *GPUS])}"
+        )
+    return known[name.lower()]
+
+
+def gpu_of(device: torch.device) -> tuple[Gpu, str]:
+    """The kind of a device, and a remark where the table has rates of another one alone."""
+    if device.type != "cuda":
+        return CPU, ""
+    called = torch.cuda.get_device_name(device)
+    for name, gpu in GPUS.items():
+        if name in called:
+            return gpu, ""
+    memory = torch.cuda.get_device_properties(device).total_memory / GIB
+    gpu = GPUS[DEFAULT]._replace(name=called, memory_gib=memory, measured=False)
+    return gpu, f"{called} is not in the planner's table: its rates are taken for an {DEFAULT}'s"
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that this process may take: what is free on its GPU, or its share of the host's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_bytes() // local_processes()
+
+
+def launch_here(device: torch.device, world: int, memory: int) -> Launch:
+    """This launch, as the processes that run see it; memory is the least that any of them has."""
+    gpu, why = gpu_of(device)
+    return Launch(gpu, world, max(1, world // local_processes()), memory, why)
+
+
+def launch_for(gpu: str | None, processes: int | None, hosts: int) -> Launch:
+    """A launch that is planned: on the GPU that is named, or the one that is here, or DEFAULT.
+
+    Raises ConfigError for a GPU that is not in the table and for processes that the hosts cannot
+    have alike.
+    """
+    here = torch.cuda.device_count()
+    if processes is None:
+        processes = max(1, here) * hosts if gpu is None else hosts
+    if processes % hosts:
+        raise ConfigError(
+            f"--processes {processes} is not divisible by --hosts {hosts}; change one"
+        )
+    if gpu is not None:
+        kind, why = named(gpu), ""
+    elif here:
+        kind, why = gpu_of(torch.device("cuda", 0))
+    else:
+        kind, why = GPUS[DEFAULT], "no GPU is here: --gpu names another, or cpu"
+    if kind is CPU:
+        return Launch(kind, processes, hosts, free_bytes() // (processes // hosts), why)
+    if gpu is None and here:
+        return Launch(kind, processes, hosts, memory_of(torch.device("cuda", 0)), why)
+    return Launch(kind, processes, hosts, int(kind.memory_gib * GIB), why)

@@ -1,0 +1,240 @@
+"""Memory of a rank that trains an SAE: what its engine keeps, and what a step takes beside it.
+
+Legend: N tokens a step, R replicas, P shards, n = N / R, D d_in, F d_sae / P, K slots a token,
+M listed dead latents, padded.
+
+What is kept is exact, a test compares it with engines' tensors. What a step takes follows the
+fused engine's kernels and the autograd engine's saved tensors; beside docs/performance.md's
+measured peaks it is within a tenth (tests/test_planner.py).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from ..activations.feed import num_buffers
+from ..config.train import TrainConfig
+from ..models.dead_latents import padded
+from ..training.engine import choose_engine
+from ..training.engines.dead_step import MAX_BLOCK_BYTES
+from ..training.job import Config
+from ..training.step import resolve_precision
+
+# Slots a token of an architecture that has no k.
+_SLOTS = 64
+# Of the encoder's lists or its pre-activations: docs/notes/encoder.md.
+_ENCODER_BYTES = 63 << 20
+# The reference encodes rows in blocks of so many pre-activations (kernels/reference_encode.py),
+# beside which a selection holds as much again.
+_REFERENCE_ELEMENTS, _REFERENCE_COPIES = 1 << 25, 3
+# What the loader stages on a GPU: parts of 16 MiB, a block more, indices.
+_STAGED_BYTES = 18 << 20
+# A latent's share that is dead, for figures that need one.
+DEAD_SHARE = 0.1
+
+
+class Work(NamedTuple):
+    """What of a job decides what it takes."""
+
+    name: str
+    d_in: int
+    d_sae: int
+    k: int
+    train: TrainConfig
+    engine: Literal["fused", "autograd"]
+    compute: torch.dtype
+    row_bytes: int  # of an element of a batch, as the store gives it
+    on_gpu: bool
+
+    @property
+    def master(self) -> int:
+        """Bytes of a master weight."""
+        return 8 if self.compute == torch.float64 else 4
+
+    @property
+    def moment(self) -> int:
+        """Bytes of an element of a matrix's moment."""
+        halves = getattr(self.train, "moment_dtype", "float32") == "bfloat16"
+        return 2 if halves and self.master == 4 else self.master
+
+    @property
+    def averages(self) -> bool:
+        """Whether a running average of the weights is kept."""
+        return getattr(self.train, "ema_decay", None) is not None
+
+    @property
+    def revives(self) -> bool:
+        """Whether dead latents have gradients of their own."""
+        return self.train.dead_latents in ("auxk", "ghost")
+
+    @property
+    def k_aux(self) -> int:
+        """Dead latents that a token uses."""
+        return min(self.train.k_aux or max(1, self.d_in // 2), self.d_sae)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole job."""
+        return -(-self.train.num_tokens // self.train.batch_tokens)
+
+    def slots(self, num_shards: int) -> int:
+        """Candidates of a token on a shard."""
+        return min(self.k, self.d_sae // num_shards)
+
+    def listed(self, num_shards: int, share: float) -> int:
+        """Rows of a shard's list where a share of the latents is dead; 0 where none are revived."""
+        count = round(share * (self.d_sae // num_shards)) if self.revives else 0
+        return padded(count) if count else 0
+
+
+def work_of(name: str, config: Config, d_in: int, row_bytes: int, *, on_gpu: bool) -> Work:
+    """What of a job's config decides what it takes, at a hookpoint of some width. Raises
+    ConfigError where the config does not fit that width.
+    """
+    sae, train = config.sae, config.train
+    assert sae is not None
+    assert train is not None
+    d_sae = sae.width(d_in)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    return Work(
+        name,
+        d_in,
+        d_sae,
+        min(getattr(sae, "k", _SLOTS), d_sae),
+        train,
+        choose_engine(train, d_in).engine,
+        resolve_precision(train.precision, device),
+        row_bytes,
+        on_gpu,
+    )
+
+
+class Memory(NamedTuple):
+    """Bytes of a rank by what they hold."""
+
+    kept: dict[str, int]  # from the first step to the last
+    step: dict[str, int]  # while a step is made
+    feed: dict[str, int]  # batches ahead and rows in memory, which the jobs of a bundle share
+
+    @property
+    def own(self) -> int:
+        """Of one SAE, without what it shares."""
+        return sum(self.kept.values()) + sum(self.step.values())
+
+    @property
+    def peak(self) -> int:
+        """Of a rank that trains this SAE alone."""
+        return self.own + sum(self.feed.values())
+
+
+def kept_bytes(work: Work, num_shards: int) -> dict[str, int]:
+    """What an engine keeps on each shard."""
+    D, F = work.d_in, work.d_sae // num_shards
+    matrices, vectors = 2 * F * D, F + D
+    whole = (matrices + vectors) * work.master
+    fused = work.engine == "fused"
+    kept = {"weights": whole}
+    if fused and work.compute.itemsize != work.master:
+        kept["compute copies"] = matrices * work.compute.itemsize
+    kept["moments"] = 2 * (matrices * work.moment + vectors * work.master) if fused else 2 * whole
+    if work.averages:
+        kept["running average"] = whole
+    if not fused:
+        kept["gradients"] = whole
+    # int64 tokens since each latent fired, int32 place among the dead.
+    kept["counters"] = 12 * F
+    return kept
+
+
+def step_bytes(work: Work, num_shards: int, num_replicas: int, dead: float) -> dict[str, int]:
+    """What a step takes beside that, a share of the latents being dead."""
+    make = _fused_step if work.engine == "fused" else _autograd_step
+    return make(work, num_shards, num_replicas, work.listed(num_shards, dead))
+
+
+def _batch_bytes(work: Work, num_replicas: int) -> int:
+    """The batch as the step takes it, centred in the compute dtype, and its residual."""
+    n, D = work.train.batch_tokens // num_replicas, work.d_in
+    divided = work.master if work.train.normalize != "none" else 0
+    given = max(work.row_bytes, divided)
+    return n * D * (given * (2 if divided else 1) + 2 * work.compute.itemsize)
+
+
+def _encoder_bytes(work: Work, F: int, n: int) -> int:
+    if work.on_gpu and work.compute.itemsize < 8:
+        return _ENCODER_BYTES
+    block = min(n * F, max(_REFERENCE_ELEMENTS, F))
+    return _REFERENCE_COPIES * block * work.master
+
+
+def _fused_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
+    N, D, F, K = work.train.batch_tokens, work.d_in, work.d_sae // P, work.slots(P)
+    n, wide, narrow = N // R, work.master, work.compute.itemsize
+    # Values, indices and two coefficients a pair; their order, with numbers and places.
+    pairs = n * K * (3 * wide + 4) + N * K * 4 * 4 + 8 * F
+    if R > 1:
+        pairs += N * K * 3 * wide * 2 + 2 * N * D * narrow
+    found = {"batch": _batch_bytes(work, R), "pairs": pairs}
+    part = -(-n // work.train.micro_batches)
+    encode = _encoder_bytes(work, F, part)
+    if P > 1:
+        # Everyone's candidates, gathered, in order, as sort keys; partial reconstructions.
+        encode = max(encode, 10 * wide * part * K * P, 2 * wide * part * D)
+    if not M:
+        return found | {"encoder": encode}
+    return found | {"encoder and dead latents": max(encode, _dead_bytes(work, n, M))}
+
+
+def dead_block(work: Work, M: int) -> int:
+    """Tokens of a product over M dead latents, of which longer batches have several."""
+    return max(1, MAX_BLOCK_BYTES // (4 * M))
+
+
+def _dead_bytes(work: Work, n: int, M: int) -> int:
+    """Products over M dead latents: their rows, a block's activations, dense gradients."""
+    D, wide, narrow = work.d_in, work.master, work.compute.itemsize
+    b = min(n, dead_block(work, M))
+    listed, gradients = 2 * M * D * narrow, 2 * M * D * wide * (1 if b == n else 2)
+    forward = b * M * (wide + narrow)
+    backward = 2 * b * M * narrow + gradients + b * D * (wide + narrow)
+    return listed + max(forward, backward)
+
+
+def _autograd_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
+    D, F, K = work.d_in, work.d_sae // P, work.slots(P)
+    n, wide, narrow = work.train.batch_tokens // R, work.master, work.compute.itemsize
+    part = -(-n // work.train.micro_batches)
+    found = {"batch": _batch_bytes(work, R) + 4 * part * D * wide, "pairs": 8 * n * K * wide}
+    encode = _encoder_bytes(work, F, part)
+    if P > 1:
+        encode = max(encode, 10 * wide * part * K * P)
+    # Copies that autocast makes and one's gradient, or a gradient's part along the decoder rows.
+    copies = 3 * F * D * narrow if narrow != wide else 0
+    more = F * D * wide * (2 if work.train.micro_batches > 1 else 1)
+    dense = max(copies, more)
+    if M:
+        # Pre-activations and masks are saved; the gradient of picked rows is as large as all.
+        dense += 2 * M * D * (wide + narrow) + 4 * part * M * wide + F * D * wide
+    return found | {"encoder": encode, "dense products": dense}
+
+
+def feed_bytes(work: Work, num_replicas: int, preloaded: int = 0) -> dict[str, int]:
+    """Batches ahead of the step; preloaded are the bytes of rows that stay on the device."""
+    batch = work.train.batch_tokens // num_replicas * work.d_in * work.row_bytes
+    if not work.on_gpu:
+        return {"batches ahead": batch}
+    feed = {"batches ahead": num_buffers(batch) * batch + _STAGED_BYTES}
+    return feed | {"rows": preloaded} if preloaded else feed
+
+
+def memory_of_rank(
+    work: Work, num_shards: int, num_replicas: int, *, dead: float = 0.0, preloaded: int = 0
+) -> Memory:
+    """Memory of each rank of P shards x R replicas, a share of the latents being dead."""
+    return Memory(
+        kept_bytes(work, num_shards),
+        step_bytes(work, num_shards, num_replicas, dead),
+        feed_bytes(work, num_replicas, preloaded),
+    )
