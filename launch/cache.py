@@ -23,8 +23,12 @@ def run(config: Config) -> None:
     accelerate launch -m flash_sae_dist.launch.cache configs/gpt2-small.yaml
     """
     from ..activations.harvest import run_cache
+    from ..parallel.mesh import with_index
+    from ..planner.caching import check_launch
 
+    config.need("model", "text", "cache", verb="cache")
     with processes(config) as accelerator:
+        check_launch(config, with_index(accelerator.device), accelerator.num_processes)
         run_cache(config, accelerator)
 
 

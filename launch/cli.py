@@ -28,9 +28,11 @@ BENCHES = {
     "load": "bench_load",
     "train": "bench_train",
 }
-VERBS = ("cache", "train", "grid", "evaluate", "export", "verify")
+VERBS = ("plan", "cache", "train", "grid", "evaluate", "export", "verify")
 # Those that take a folder in place of a config.
 PATH_VERBS = ("verify",)
+# Those with options of their own.
+OWN_COMMANDS = ("plan", *PATH_VERBS)
 
 app = typer.Typer(
     name="flash-sae",
@@ -147,7 +149,7 @@ def build() -> typer.Typer:
     """The application with every verb; each verb's own imports wait until it runs."""
     for name in VERBS:
         run = importlib.import_module(f"{__package__}.{name}").run
-        app.command(name)(run if name in PATH_VERBS else command(run))
+        app.command(name)(run if name in OWN_COMMANDS else command(run))
     app.add_typer(store.app)
     app.command()(keys)
     extra = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -155,24 +155,28 @@ def _pretrained(
     return model, task, frozenset(told["missing_keys"])
 
 
-def model_on_meta(cfg: ModelConfig) -> LanguageModel:
-    """The model that a config names without its weights, which are not read, for shapes alone; it
-    has no tokenizer. Raises ConfigError where its own config cannot be had or run no code unasked.
+def model_without_weights(cfg: ModelConfig) -> LanguageModel:
+    """The model that a config names, its weights neither read nor drawn, for shapes alone; it has
+    no tokenizer. To be called, and the model run, under a FakeTensorMode.
+
+    Raises ConfigError where the model's own config is not at hand, or needs code of its own files.
     """
     import transformers
 
     source, where = folder_or_name(cfg.name), _where(cfg)
     try:
         config = transformers.AutoConfig.from_pretrained(source, **where)
-        task = cfg.task if cfg.task != "auto" else _task(config)
         where.pop("gguf_file", None)
-        with torch.device("meta"):
-            model = _loader(task, config).from_config(config, **where)
+        task = cfg.task if cfg.task != "auto" else _task(config)
+        # Attention as products, which count as such.
+        how = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+        model = _loader(task, config).from_config(config, **how, **where)
     except Exception as e:  # files of each kind have errors of their own
-        told = " ".join(str(e).split())[:200]
-        raise ConfigError(f"model.name={cfg.name!r} has no config at hand: {told}") from e
+        told = " ".join(str(e).split())
+        raise ConfigError(
+            f"model.name={cfg.name!r} has no config at hand ({told[:120]} ...)"
+        ) from e
     two_streams = bool(getattr(model.config, "is_encoder_decoder", False))
-    # The device of autocast, which knows no meta.
     return LanguageModel(model.eval(), None, task, torch.device("cpu"), two_streams)
 
 

@@ -22,10 +22,10 @@ from ..models.base import CONFIG_FILE, check_weights, read_spec
 from ..parallel import agree
 from ..parallel.mesh import Mesh
 from ..planner.devices import Launch, launch_here, memory_of
-from ..planner.memory import DEAD_SHARE, Work, memory_of_rank, work_of
+from ..planner.memory import Work, work_of
 from ..planner.search import check_memory, fits, meshes, splits
 from ..planner.storage import disk_bytes
-from ..planner.timing import bundle_seconds
+from ..planner.timing import Cost, bundle_seconds, cost_of
 from ..training.engine import choose_engine
 from ..training.job import Config, with_values
 from ..training.made_of import check_same_job
@@ -85,8 +85,8 @@ def make_plan(
     needed = sum(disk_bytes(works[job.name], job.folder) for job in unfinished)
     what = "what is written for checkpoints (train.keep_checkpoints) and SAEs"
     check_space("output", config.output, needed, what)
-    bundles = make_bundles(unfinished, works, launch, mesh.num_shards, mesh.num_replicas)
-    return Plan(jobs, {job.name for job in unfinished}, assign(bundles, mesh.num_groups))
+    groups = place(unfinished, works, launch, mesh.num_shards, mesh.num_replicas)
+    return Plan(jobs, {job.name for job in unfinished}, groups)
 
 
 def jobs_of(config: Config, hookpoints: list[str], *, grid: bool) -> list[Job]:
@@ -241,11 +241,35 @@ def check_schedule(job: Job) -> None:
         )
 
 
+def place(
+    jobs: list[Job],
+    works: dict[str, Work],
+    launch: Launch,
+    num_shards: int,
+    num_replicas: int,
+) -> list[list[Bundle]]:
+    """The bundles of each group of processes: of as many jobs as end the last group first, the most
+    where that makes no difference, for a bundle reads its rows once.
+    """
+    costs = {j.name: cost_of(works[j.name], launch, num_shards, num_replicas) for j in jobs}
+    num_groups = launch.processes // (num_shards * num_replicas)
+    fullest = make_bundles(jobs, costs, bundle_memory(launch))
+    best = assign(fullest, num_groups)
+    most = max((len(bundle.jobs) for bundle in fullest), default=1)
+    if num_groups == 1:
+        return best
+    for limit in sorted({-(-most // parts) for parts in range(2, most + 1)}, reverse=True):
+        groups = assign(make_bundles(jobs, costs, bundle_memory(launch), limit), num_groups)
+        if seconds_of(groups) < seconds_of(best):
+            best = groups
+    return best
+
+
 def make_bundles(
-    jobs: list[Job], works: dict[str, Work], launch: Launch, num_shards: int, num_replicas: int
+    jobs: list[Job], costs: dict[str, Cost], memory: int, most: int | None = None
 ) -> list[Bundle]:
-    """Puts jobs that read the same batches together, as many as fit the memory of a process beside
-    one another with a tenth of their latents dead; at least one a bundle.
+    """Puts jobs that read the same batches together: as many as fit some bytes on each rank beside
+    one another, `most` at the most, and at least one.
     """
     streams: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
@@ -255,19 +279,18 @@ def make_bundles(
         streams.setdefault(key, []).append(job)
 
     def bundle(together: list[Job]) -> Bundle:
-        of = [works[job.name] for job in together]
-        return Bundle(together, bundle_seconds(of, launch, num_shards, num_replicas))
+        return Bundle(together, bundle_seconds([costs[job.name] for job in together]))
 
     bundles = []
     for stream in streams.values():
         together: list[Job] = []
         used = 0
         for job in stream:
-            memory = memory_of_rank(works[job.name], num_shards, num_replicas, dead=DEAD_SHARE)
-            if together and used + memory.own > bundle_memory(launch):
+            takes = costs[job.name].memory
+            if together and (used + takes.own > memory or len(together) == most):
                 bundles.append(bundle(together))
                 together, used = [], 0
-            used += memory.own if together else memory.peak
+            used += takes.own if together else takes.peak
             together.append(job)
         bundles.append(bundle(together))
     return bundles
@@ -320,11 +343,7 @@ def choose_mesh(
         if not fitting:
             check_memory(work, *max(pairs), launch)
 
-    def seconds(pair: tuple[int, int]) -> float:
-        groups = launch.processes // (pair[0] * pair[1])
-        return seconds_of(assign(make_bundles(jobs, works, launch, *pair), groups))
-
-    return min(fitting, key=lambda pair: (seconds(pair), pair))
+    return min(fitting, key=lambda p: (seconds_of(place(jobs, works, launch, *p)), p))
 
 
 def with_mesh(config: Config, device: torch.device, processes: int, *, grid: bool) -> Config:

@@ -10,26 +10,30 @@ import torch
 from ..activations.harvest import geometry_of
 from ..activations.language_model import (
     LanguageModel,
-    model_on_meta,
+    model_without_weights,
     resolve_hookpoints,
     tapped,
     weights_dtype,
 )
 from ..activations.pipeline import num_buffers
 from ..activations.placement import own_quantization
-from ..activations.records import CONFIG, Records
+from ..activations.records import COMPLETE, CONFIG, Records
 from ..activations.store import Shape
 from ..activations.stored_rows import float_dtype
 from ..config.base import ConfigError, UserError, check_hookpoint
 from ..config.data import CacheConfig
 from ..config.run import RunConfig
-from .devices import GIB, Launch
+from ..parallel import agree
+from ..training.host_memory import free_bytes
+from .devices import GIB, Launch, launch_here, memory_of
 
 logger = logging.getLogger(__name__)
 # A forward pass reaches this of the matmul rate, and cache this of a bare forward pass: 266,000 and
 # 246,000 tokens/s of a Llama of 1.2 billion parameters on an H200 (docs/performance.md).
-_FORWARD, _CACHED = 0.52, 0.89
+_FORWARD, _CACHED = 0.51, 0.89
 _START_S = 20.0
+# GB/s that a process writes: what was seen, not its limit.
+_WRITE_GB_S = 2.0
 # Beside the weights: what a pass holds of each token, in rows of the residual stream.
 _PASS_ROWS = 24
 
@@ -83,27 +87,39 @@ def model_shape(config: RunConfig) -> ModelShape:
     """
     assert config.model is not None
     assert config.cache is not None
-    lm = model_on_meta(config.model)
-    hookpoints = resolve_hookpoints(lm.model, config.cache.hookpoints)
-    widths, flops = _pass(lm, hookpoints, config.cache.context_length)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # Its own account of what it cannot run, which ends as a ConfigError here.
+    told = logging.getLogger("torch._subclasses.fake_tensor")
+    before = told.level
+    told.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode():
+            lm = model_without_weights(config.model)
+            hookpoints = resolve_hookpoints(lm.model, config.cache.hookpoints)
+            widths, flops = _pass(lm, hookpoints, config.cache.context_length)
+    finally:
+        told.setLevel(before)
     parameters = sum(p.numel() for p in lm.model.parameters())
     return ModelShape(parameters, widths, flops, own_quantization(lm.model.config) is not None)
 
 
 def _pass(lm: LanguageModel, hookpoints: list[str], length: int) -> tuple[dict[str, int], float]:
+    """Widths, and flops a token, of one sequence without data."""
     from torch.utils.flop_counter import FlopCounterMode
 
     widths: dict[str, int] = {}
-    ids = torch.zeros((1, length), dtype=torch.int64, device="meta")
-    counter = FlopCounterMode(display=False)
+    ids, counter = torch.zeros((1, length), dtype=torch.int64), FlopCounterMode(display=False)
     try:
         with tapped(lm, hookpoints, lambda h, x: widths.update({h: x.shape[-1]})) as run, counter:
-            run(ids, None)
+            run(ids, torch.ones_like(ids, dtype=torch.bool))
     except UserError:
         raise
     except Exception as e:  # models look at their data, each in its way
-        told = " ".join(str(e).split())[:200]
-        raise ConfigError(f"the model does not run without data ({told})") from e
+        told = " ".join(str(e).split())
+        raise ConfigError(
+            f"model.name: the model does not run without data ({told[:120]} ...)"
+        ) from e
     return {name: widths[name] for name in hookpoints}, counter.get_total_flops() / length
 
 
@@ -150,7 +166,7 @@ def cache_plan(config: RunConfig, launch: Launch, width: int | None = None) -> C
         widths = model.widths
     except ConfigError as e:
         if width is None:
-            raise ConfigError(f"{e}; --width D plans without the model") from e
+            raise ConfigError(f"{e}; `plan --width D` goes without it") from e
         left_out, widths = f"{e}: the model's memory and time are left out", {}
         widths = named_widths(config.cache, width)
     rows = rows_to_be(config.cache, widths)
@@ -161,10 +177,41 @@ def cache_plan(config: RunConfig, launch: Launch, width: int | None = None) -> C
         tokens = config.cache.batch_sequences * config.cache.context_length
         device["a forward pass"] = tokens * max(widths.values()) * _PASS_ROWS * 2
         rate = _FORWARD * _CACHED * 1e12 * launch.gpu.matmul_tflops / model.flops
-        seconds = _START_S + config.cache.num_tokens / (rate * launch.processes)
+        written = _WRITE_GB_S * launch.local
+        if launch.store_gb_s is not None:
+            written = min(written, launch.store_gb_s)
+        seconds = _START_S + max(
+            config.cache.num_tokens / (rate * launch.processes),
+            rows.bytes / (1e9 * written * launch.hosts),
+        )
     if not launch.on_gpu:
         device, host = {}, host | device
     return CachePlan(rows, model, device, host, seconds, left_out)
+
+
+def check_launch(config: RunConfig, device: torch.device, processes: int) -> None:
+    """Raises ConfigError on all processes where `cache` would not fit, before anything is loaded.
+
+    What is left of a store that is whole takes nothing. A model whose config alone does not tell
+    its shape is not looked at, nor one in GGUF form, whose config takes its whole file.
+    Collective over all processes.
+    """
+    launch = launch_here(device, processes, min(agree.from_all(memory_of(device))))
+
+    def check() -> None:
+        assert config.model is not None
+        assert config.cache is not None
+        whole = Records(config.cache.store).read(COMPLETE) is not None
+        if whole or config.model.gguf_file is not None:
+            return
+        try:
+            plan = cache_plan(config, launch)
+        except ConfigError as e:
+            logger.info("memory is not planned before: %s", e)
+            return
+        check_cache(plan, config, launch, free_bytes())
+
+    agree.first_checks(check)
 
 
 def _buffers(cfg: CacheConfig, rows: Rows, on_gpu: bool) -> tuple[dict[str, int], dict[str, int]]:
@@ -185,9 +232,10 @@ def _weight_bytes(config: RunConfig, model: ModelShape, on_gpu: bool) -> int:
     return model.parameters * weights_dtype(config.model.dtype, device).itemsize
 
 
-def check_cache(plan: CachePlan, config: RunConfig, launch: Launch, free_host: int) -> None:
+def check_cache(plan: CachePlan, config: RunConfig, launch: Launch, free_host: int | None) -> None:
     """Raises ConfigError where a process's device or a host has not the memory that `cache` takes,
-    in a sentence that names what to change.
+    in a sentence that names what to change. Without free_host, its free memory, that is not looked
+    at.
     """
     assert config.cache is not None
     assert config.model is not None
@@ -200,7 +248,7 @@ def check_cache(plan: CachePlan, config: RunConfig, launch: Launch, free_host: i
             f"(weights {model / GIB:,.1f}), but the {launch.gpu.name} has "
             f"{launch.memory / GIB:,.1f} GiB free; set {cure}"
         )
-    if host * launch.local > free_host:
+    if free_host is not None and host * launch.local > free_host:
         shards = plan.host["shards on their way to the disk"]
         raise ConfigError(
             f"cache.memory_gib={config.cache.memory_gib:g}: {launch.local} processes a host take "

@@ -37,7 +37,7 @@ GPUS = {
 }
 DEFAULT = "H200"
 # Of two cores and gloo, by order of magnitude: what the plain PyTorch reference gets.
-CPU = Gpu("cpu", 0, 0.02, 0.01, 1, 1)
+CPU = Gpu("cpu", 0, 0.06, 0.01, 1, 1)
 
 
 class Launch(NamedTuple):
@@ -47,7 +47,9 @@ class Launch(NamedTuple):
     processes: int
     hosts: int
     memory: int  # bytes that a process may take of its device's memory
-    why: str = ""  # the GPU is planned for, where it is not the one that is here
+    why: str = ""  # a remark on the GPU
+    is_here: bool = True  # on this machine, whose disks and memory count
+    store_gb_s: float | None = None  # of a host from the store, where that is known
 
     @property
     def on_gpu(self) -> bool:
@@ -96,7 +98,9 @@ def launch_here(device: torch.device, world: int, memory: int) -> Launch:
     return Launch(gpu, world, max(1, world // local_processes()), memory, why)
 
 
-def launch_for(gpu: str | None, processes: int | None, hosts: int) -> Launch:
+def launch_for(
+    gpu: str | None, processes: int | None, hosts: int, store_gb_s: float | None = None
+) -> Launch:
     """A launch that is planned: on the GPU that is named, or the one that is here, or DEFAULT.
 
     Raises ConfigError for a GPU that is not in the table and for processes that the hosts cannot
@@ -104,19 +108,26 @@ def launch_for(gpu: str | None, processes: int | None, hosts: int) -> Launch:
     """
     here = torch.cuda.device_count()
     if processes is None:
-        processes = max(1, here) * hosts if gpu is None else hosts
+        processes = hosts * max(1, here if gpu is None else 1)
     if processes % hosts:
-        raise ConfigError(
-            f"--processes {processes} is not divisible by --hosts {hosts}; change one"
-        )
+        raise ConfigError(f"--processes {processes} cannot be split over --hosts {hosts} evenly")
+    local = processes // hosts
+    if gpu is None and here:
+        device = torch.device("cuda", 0)
+        kind, why = gpu_of(device)
+        is_here = hosts == 1 and local <= here
+        return Launch(kind, processes, hosts, memory_of(device), why, is_here, store_gb_s)
+    kind, why = GPUS[DEFAULT], "no GPU is here: --gpu names another, or cpu"
     if gpu is not None:
         kind, why = named(gpu), ""
-    elif here:
-        kind, why = gpu_of(torch.device("cuda", 0))
-    else:
-        kind, why = GPUS[DEFAULT], "no GPU is here: --gpu names another, or cpu"
     if kind is CPU:
-        return Launch(kind, processes, hosts, free_bytes() // (processes // hosts), why)
-    if gpu is None and here:
-        return Launch(kind, processes, hosts, memory_of(torch.device("cuda", 0)), why)
-    return Launch(kind, processes, hosts, int(kind.memory_gib * GIB), why)
+        return Launch(kind, processes, hosts, free_bytes() // local, why, hosts == 1, store_gb_s)
+    return Launch(
+        kind,
+        processes,
+        hosts,
+        int(kind.memory_gib * GIB),
+        why,
+        is_here=False,
+        store_gb_s=store_gb_s,
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +12,10 @@ from ..activations.preload import kept_by_auto
 from ..config.base import ConfigError
 from ..grid.plan import (
     Bundle,
-    assign,
     check_fit,
     choose_mesh,
     jobs_of,
-    make_bundles,
-    on_mesh,
+    place,
     seconds_of,
     works_of,
 )
@@ -37,7 +36,7 @@ class JobFigures(NamedTuple):
     """What one of several jobs of a shape takes."""
 
     work: Work
-    count: int  # jobs of this shape
+    num: int  # jobs of this shape
     memory: Memory  # of a rank, with a tenth of the latents dead
     fresh_peak: int  # of a rank, while none is dead
     sent: list[Sent]  # of a step
@@ -60,7 +59,7 @@ class TrainPlan(NamedTuple):
     @property
     def num_jobs(self) -> int:
         """SAEs in all."""
-        return sum(figures.count for figures in self.jobs)
+        return sum(figures.num for figures in self.jobs)
 
 
 class Overview(NamedTuple):
@@ -75,9 +74,7 @@ class Overview(NamedTuple):
     free_disk: dict[str, int]  # by key of the config
 
 
-def overview(
-    config: Config, launch: Launch, *, width: int | None, store_gb_s: float | None
-) -> Overview:
+def overview(config: Config, launch: Launch, width: int | None = None) -> Overview:
     """Plans a config. Raises ConfigError for what cannot be planned at all; what does not fit is
     told in `refused`.
     """
@@ -89,77 +86,48 @@ def overview(
             raise ConfigError(f"store={config.store!r} is no activation store; check the path")
         cache = cache_plan(config, launch, width)
         rows = cache.rows
-        _tell(lambda: check_cache(cache, config, launch, free_bytes()), refused)
+        free_host = free_bytes() if launch.is_here else None
+        _tell(partial(check_cache, cache, config, launch, free_host), refused)
     train = None
     if config.sae is not None and config.train is not None:
         try:
-            train = _train_plan(config, rows, launch, store_gb_s, refused)
+            train = _train_plan(config, rows, launch, refused)
         except ConfigError as e:
             refused.append(str(e))
     free_disk = _free_disk(config, rows)
-    _check_disk(config, rows, cache, train, free_disk, refused)
+    if launch.is_here:
+        _check_disk(config, rows, cache, train, free_disk, refused)
     return Overview(launch, rows, cache, train, refused, free_bytes(), free_disk)
 
 
-def _tell(check: object, refused: list[str]) -> None:
-    assert callable(check)
+def _tell(check: Callable[[], None], refused: list[str]) -> None:
     try:
         check()
     except ConfigError as e:
         refused.append(str(e))
 
 
-def _train_plan(
-    config: Config, rows: Rows, launch: Launch, store_gb_s: float | None, refused: list[str]
-) -> TrainPlan:
-    assert config.train is not None
+def _train_plan(config: Config, rows: Rows, launch: Launch, refused: list[str]) -> TrainPlan:
     grid = config.grid is not None
-    hookpoints = list(rows.shape.widths)
-    jobs = jobs_of(config, hookpoints, grid=grid)
+    jobs = jobs_of(config, list(rows.shape.widths), grid=grid)
     works = works_of(jobs, rows.shape.widths, rows.itemsize, launch)
     P, R, why = _mesh(config, jobs, works, launch, grid=grid)
     num_groups = launch.processes // (P * R)
-    mesh = Mesh(0, num_groups, 0, R, 0, P, None, None, None)
-    jobs = [job._replace(config=on_mesh(job.config, P, R)) for job in jobs]
-    check_fit(jobs, rows.shape.widths, mesh)
-    for work in works.values():
-        if not fits(work, P, R, launch.memory):
-            _tell(lambda work=work: check_memory(work, P, R, launch), refused)
-            break
-    groups = assign(make_bundles(jobs, works, launch, P, R), num_groups)
-    figures = _figures(list(works.values()), rows, launch, P, R, store_gb_s)
+    check_fit(jobs, rows.shape.widths, Mesh(0, num_groups, 0, R, 0, P, None, None, None))
+    too_large = (work for work in works.values() if not fits(work, P, R, launch.memory))
+    if (work := next(too_large, None)) is not None:
+        _tell(partial(check_memory, work, P, R, launch), refused)
+    groups = place(jobs, works, launch, P, R)
+    figures = _figures(list(works.values()), rows, launch, P, R)
     largest = max(figures, key=lambda f: f.memory.peak).work
     fullest = max((b for group in groups for b in group), key=lambda b: len(b.jobs))
-    preloaded = figures[0].memory.feed.get("rows", 0)
+    together = [works[job.name] for job in fullest.jobs]
+    on_host = rows_kept(together[0], rows, launch).get("host", 0)
     return TrainPlan(
-        P, R, why, figures, groups,
-        host_bytes([works[job.name] for job in fullest.jobs], P, 0 if preloaded else 0),
-        _disk(jobs, works),
-        _seconds(groups, works, launch, P, R, store_gb_s),
-        choices(largest, launch, meshes(launch.processes, None, several_groups=grid), store_gb_s),
+        P, R, why, figures, groups, host_bytes(together, P, on_host), _disk(jobs, works),
+        seconds_of(groups),
+        choices(largest, launch, meshes(launch.processes, None, several_groups=grid)),
     )  # fmt: skip
-
-
-def _seconds(
-    groups: list[list[Bundle]],
-    works: dict[str, Work],
-    launch: Launch,
-    P: int,
-    R: int,
-    store_gb_s: float | None,
-) -> float:
-    from .timing import bundle_seconds
-
-    if store_gb_s is None:
-        return seconds_of(groups)
-    timed = [
-        [
-            b._replace(cost=bundle_seconds([works[j.name] for j in b.jobs], launch, P, R, store_gb_s))
-            for b in group
-        ]
-        for group in groups
-    ]
-    return seconds_of(timed)
 
 
 def _mesh(
@@ -185,35 +153,42 @@ def _mesh(
     return shards, replicas, "asked for"
 
 
-def _figures(
-    works: list[Work], rows: Rows, launch: Launch, P: int, R: int, store_gb_s: float | None
-) -> list[JobFigures]:
+def _figures(works: list[Work], rows: Rows, launch: Launch, P: int, R: int) -> list[JobFigures]:
     """By shape, in the order of the jobs: those that take the same are told once."""
     shapes: dict[object, list[Work]] = {}
     for work in works:
-        taken = (memory_of_rank(work, P, R), step_sent(work, P, R), work.d_sae, work.k)
-        shapes.setdefault(str(taken), []).append(work)
+        train = work.train
+        taken = (memory_of_rank(work, P, R), step_sent(work, P, R), work.d_sae, work.k, work.steps)
+        shapes.setdefault((str(taken), train.grad_clip is None, train.preload), []).append(work)
     found = []
     for alike in shapes.values():
         work = alike[0]
-        preloaded = _preloaded(work, rows, launch)
-        memory = memory_of_rank(work, P, R, dead=DEAD_SHARE, preloaded=preloaded)
+        kept = rows_kept(work, rows, launch).get("device", 0)
         dead = round(DEAD_SHARE * (work.d_sae // P)) if work.revives else 0
-        sent = [*step_sent(work, P, R, dead), *batch_sent(work, P, R)]
-        time = step_time(work, launch, P, R, store_gb_s=store_gb_s)
-        fresh = memory_of_rank(work, P, R, preloaded=preloaded).peak
-        found.append(JobFigures(work, len(alike), memory, fresh, sent, time))
+        found.append(
+            JobFigures(
+                work,
+                len(alike),
+                memory_of_rank(work, P, R, dead=DEAD_SHARE, preloaded=kept),
+                memory_of_rank(work, P, R, preloaded=kept).peak,
+                [*step_sent(work, P, R, dead), *batch_sent(work, P, R)],
+                step_time(work, launch, P, R),
+            )
+        )
     return found
 
 
-def _preloaded(work: Work, rows: Rows, launch: Launch) -> int:
-    """Bytes of rows that train.preload keeps on a GPU."""
+def rows_kept(work: Work, rows: Rows, launch: Launch) -> dict[str, int]:
+    """Bytes of rows that train.preload keeps, by where."""
     asked, geometry = work.train.preload, rows.shape.geometry
     size = geometry.rows * work.d_in * rows.itemsize
-    epochs = work.train.num_tokens / geometry.rows
-    if asked == "auto" and launch.on_gpu:
-        asked = kept_by_auto(size, epochs, launch.memory, 0)
-    return size if asked == "device" and launch.on_gpu else 0
+    if asked == "auto":
+        free_host = 0 if rows.is_local or not launch.is_here else free_bytes() // launch.local
+        on_device = launch.memory if launch.on_gpu else 0
+        asked = kept_by_auto(size, work.train.num_tokens / geometry.rows, on_device, free_host)
+    if asked == "device" and not launch.on_gpu:
+        asked = "host"
+    return {} if asked == "none" else {asked: size}
 
 
 def _disk(jobs: list[Job], works: dict[str, Work]) -> dict[str, int]:
@@ -234,8 +209,8 @@ def _free_disk(config: Config, rows: Rows) -> dict[str, int]:
     if not rows.is_there and rows.is_local and config.cache is not None:
         places["cache.store"] = config.cache.store
     found = {}
-    for key, place in places.items():
-        folder = Path(place).absolute()
+    for key, where in places.items():
+        folder = Path(where).absolute()
         while not folder.exists():
             folder = folder.parent
         found[key] = shutil.disk_usage(folder).free
@@ -270,12 +245,3 @@ def _check_disk(
 def rounds(groups: list[list[Bundle]]) -> int:
     """Bundles that the busiest group trains one after another."""
     return max((len(group) for group in groups), default=0)
-
-
-def hours(seconds: float) -> str:
-    """A time in words."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{math.ceil(seconds / 86400)} days"

@@ -59,14 +59,10 @@ def meshes(
     return [(m // r, r) for m in members for r in sizes if m % r == 0 and num_replicas in (None, r)]
 
 
-def choices(
-    work: Work, launch: Launch, pairs: Sequence[tuple[int, int]], store_gb_s: float | None = None
-) -> list[Choice]:
+def choices(work: Work, launch: Launch, pairs: Sequence[tuple[int, int]]) -> list[Choice]:
     """What each (P, R) takes, the fastest step first; those that cannot be split are left out."""
     found = [
-        Choice(
-            p, r, memory_of_rank(work, p, r), step_time(work, launch, p, r, store_gb_s=store_gb_s)
-        )
+        Choice(p, r, memory_of_rank(work, p, r), step_time(work, launch, p, r))
         for p, r in pairs
         if splits(work, p, r)
     ]
@@ -83,12 +79,12 @@ def check_memory(work: Work, num_shards: int, num_replicas: int, launch: Launch)
     kept, step = sum(takes.kept.values()), sum(takes.step.values()) + sum(takes.feed.values())
     where = f"the {launch.gpu.name}" if launch.on_gpu else "its share of this host"
     cures = list(_cures(work, num_shards, num_replicas, launch.memory))
-    told = ", or ".join(cures[:3]) or "lower sae.d_sae and train.batch_tokens"
+    told = f"set {', or '.join(cures[:3])}" if cures else "lower sae.d_sae and train.batch_tokens"
     raise ConfigError(
         f"{work.name}: sae.d_sae={work.d_sae} at width {work.d_in} over train.num_shards="
         f"{num_shards} takes {takes.peak / GIB:,.1f} GiB of a process's memory (weights and Adam's "
         f"state {kept / GIB:,.1f}, a step of train.batch_tokens={work.train.batch_tokens} "
-        f"{step / GIB:,.1f}), but {where} has {launch.memory / GIB:,.1f} GiB free; set {told}"
+        f"{step / GIB:,.1f}), but {where} has {launch.memory / GIB:,.1f} GiB free; {told}"
     )
 
 

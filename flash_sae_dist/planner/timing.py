@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .devices import Launch
-from .memory import DEAD_SHARE, Work
+from .memory import DEAD_SHARE, Memory, Work, memory_of_rank
 from .wire import Sent, batch_sent, step_sent
 
 # Gathers of N*k rows, some of which come from the L2 cache; a step's launch, in ms.
@@ -108,9 +108,9 @@ def sent_ms(sent: Sequence[Sent], launch: Launch, num_shards: int, num_replicas:
     return total
 
 
-def loader_ms(work: Work, launch: Launch, num_members: int, store_gb_s: float | None) -> float:
+def loader_ms(work: Work, launch: Launch, num_members: int) -> float:
     """A process's rows of a batch from the store, beside those of the others of its host."""
-    host = HOST_GB_S if store_gb_s is None else store_gb_s
+    host = HOST_GB_S if launch.store_gb_s is None else launch.store_gb_s
     rate = min(LOADER_GB_S, host / launch.local)
     return work.train.batch_tokens // num_members * work.d_in * work.row_bytes / (rate * 1e6)
 
@@ -122,7 +122,6 @@ def step_time(
     num_replicas: int,
     *,
     dead: float = DEAD_SHARE,
-    store_gb_s: float | None = None,
 ) -> StepTime:
     """Time of a step of P shards x R replicas where a share of the latents is dead."""
     P, R = num_shards, num_replicas
@@ -130,19 +129,31 @@ def step_time(
     return StepTime(
         compute_ms(work, launch, P, R, dead),
         sent_ms(step_sent(work, P, R, listed), launch, P, R),
-        loader_ms(work, launch, P * R, store_gb_s) + sent_ms(batch_sent(work, P, R), launch, P, R),
+        loader_ms(work, launch, P * R) + sent_ms(batch_sent(work, P, R), launch, P, R),
     )
 
 
-def bundle_seconds(
-    works: Sequence[Work],
-    launch: Launch,
-    num_shards: int,
-    num_replicas: int,
-    store_gb_s: float | None = None,
-) -> float:
+class Cost(NamedTuple):
+    """What a job adds to a bundle on P shards x R replicas."""
+
+    memory: Memory  # with a tenth of the latents dead
+    time: StepTime
+    steps: int
+    written: int  # bytes of the finished SAE that a rank writes
+
+
+def cost_of(work: Work, launch: Launch, num_shards: int, num_replicas: int) -> Cost:
+    """A job's cost."""
+    return Cost(
+        memory_of_rank(work, num_shards, num_replicas, dead=DEAD_SHARE),
+        step_time(work, launch, num_shards, num_replicas),
+        work.steps,
+        8 * work.d_sae * work.d_in // num_shards,
+    )
+
+
+def bundle_seconds(costs: Sequence[Cost]) -> float:
     """Seconds of jobs that are trained together on each batch, whose rows are read once."""
-    times = [step_time(w, launch, num_shards, num_replicas, store_gb_s=store_gb_s) for w in works]
-    ms = max(sum(t.compute + t.wire for t in times), times[0].loader)
-    written = sum(8 * w.d_sae * w.d_in for w in works)
-    return _START_S + ms * works[0].steps / 1e3 + written / num_shards / (_WRITE_GB_S * 1e9)
+    ms = max(sum(c.time.compute + c.time.wire for c in costs), costs[0].time.loader)
+    written = sum(c.written for c in costs)
+    return _START_S + ms * costs[0].steps / 1e3 + written / (_WRITE_GB_S * 1e9)
