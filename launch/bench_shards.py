@@ -9,7 +9,7 @@ the same weights and batches. `ms`: wall time of a step in a synchronised loop, 
 median of blocks. `eager`: a step without a CUDA graph in which each collective is waited for;
 `wire`: what it spends in collectives, the wait for slower ranks included; `compute`: the rest.
 `sent`: bytes that a rank contributes to collectives in a step, counted around torch.distributed,
-beside the formula of docs/notes/several-gpus.md. `losses`: largest relative difference from one
+beside the planner's figure. `losses`: largest relative difference from one
 process's over the first 20 steps.
 """
 
@@ -32,7 +32,9 @@ import typer
 from torch import Tensor
 
 from ..parallel.mesh import Mesh, make_mesh
-from ..training.job import Config
+from ..planner.memory import work_of
+from ..planner.wire import step_sent
+from ..training.job import Config, parse_config
 from ..training.metrics import PhaseTimer
 from ..training.step import SAETraining
 from .bench_timing import print_table, write_json
@@ -224,26 +226,17 @@ def _measured(run: _Run, place: _Place) -> tuple[list[_Found], str]:
 
 
 def formula_bytes(shape: Shape, place: _Place, dead: float, double: bool) -> float:
-    """Bytes that the first rank contributes a step by docs/notes/several-gpus.md.
-
-    Shards: packed candidates and partial reconstructions. Replicas: pairs with two coefficients,
-    rows of x and of the residual; with dead latents a sum of their gradients. Compute is in bf16
-    with float32 sums, or all in float64.
+    """Bytes that the first rank contributes a step by the planner: compute in bf16 with float32
+    sums, or all in float64.
     """
     n, d, f, k = shape
-    wide, compute = (8, 8) if double else (4, 2)
-    rows, local = n // place.replicas, f // place.shards
-    own = min(k, local)
-    total = 0.0
-    if place.shards > 1:
-        total += rows * own * 2 * wide + rows * d * wide
-        # The dead latents' reconstruction, and counts of 256 digits a byte of a sort key.
-        total += rows * (d * wide + wide * 256 * 4 + 4) if dead else 0
-    if place.replicas > 1:
-        # An index travels as wide as the coefficients beside it.
-        total += rows * (own * 3 * wide + 2 * compute * d)
-        total += 2 * wide * d * int(dead_latents(f, dead)[:local].sum()) if dead else 0
-    return total
+    train: dict[str, Any] = {"num_tokens": n, "batch_tokens": n}
+    train["precision"] = "float64" if double else "bfloat16"
+    train["dead_latents"] = "auxk" if dead else "none"
+    config = parse_config({"output": ".", "sae": {"k": k, "d_sae": f}, "train": train})
+    listed = int(dead_latents(f, dead)[: f // place.shards].sum()) if dead else 0
+    work = work_of("", config, d, 4, on_gpu=True)
+    return sum(sent.bytes for sent in step_sent(work, place.shards, place.replicas, listed))
 
 
 def difference(losses: list[float], one: list[float]) -> float:

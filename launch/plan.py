@@ -11,11 +11,11 @@ from .entry import ConfigArgument, DebugOption, OverridesArgument, end_well, hel
 
 _HELP = """Predict what a config takes before it is launched: memory, time, bytes, disk.
 
-Of `cache`, `train` or `grid`, whichever sections the file has: memory of a rank by what holds it,
-bytes that a step sends, host memory and disk, hours; with train.num_shards=auto the shards x
-replicas that are fastest; for a grid which group trains what. No GPU is needed, nothing is
-allocated, no weights are downloaded. Ends with 2 and a sentence that names what to change where a
-launch would be refused.
+Of `cache`, and of `grid` where the file has that section, else of `train` (grid=null leaves it
+out): memory of a rank by what holds it, bytes that a step sends, host memory and disk, hours; with
+train.num_shards=auto the shards x replicas that are fastest; for a grid which group trains what.
+No GPU is needed, nothing is allocated, no weights are downloaded. Ends with 2 and a sentence that
+names what to change where a launch would be refused.
 
 flash-sae plan configs/gemma-2-2b-grid.yaml --gpu H100 --processes 8
 

@@ -33,6 +33,7 @@ from flash_sae_dist.training.records import Job
 from flash_sae_dist.training.step import SAETraining
 from tests.tiny_model import config_data, write_config
 
+ROOT = Path(__file__).parents[1]
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
@@ -58,7 +59,7 @@ def launch(processes: int, hosts: int = 1, gib: float = 139.8) -> Launch:
 def training_of(config: Config, d: int, mesh: Mesh, device: torch.device) -> SAETraining:
     assert config.sae is not None
     assert config.train is not None
-    return SAETraining(config.sae, config.train, d, mesh, device, rms=1.0, drawn=device == CPU)
+    return SAETraining(config.sae, config.train, d, mesh, device, rms=1.0, drawn=device != META)
 
 
 def kept_tensors(training: SAETraining) -> int:
@@ -421,6 +422,30 @@ def test_a_width_stands_in_for_the_model(file: Path) -> None:
     assert "width 64, " in result.output
 
 
+LAYERS = ",".join(f"model.layers.{i}" for i in range(26))
+GRID = "grid.values={sae.d_sae: [16384, 32768, 65536, 131072], sae.k: [16, 32, 64, 128, 256]}"
+LARGE = {
+    "llama-3.1-8b-wide 8": ["--width", "4096", "sae.d_sae=1_048_576"],
+    "llama-3.1-8b-wide 64": [
+        *("--hosts", "8", "--width", "4096", "sae.d_sae=16_777_216", "train.num_shards=auto"),
+    ],
+    "gemma-2-2b-grid 64": [
+        *("--hosts", "8", "--width", "2304", f"cache.hookpoints=[{LAYERS}]", GRID),
+        "train.num_shards=auto",
+    ],
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_the_page_of_large_jobs_holds_what_is_printed(case: str) -> None:
+    name, processes = case.split()
+    given = [*LARGE[case], "--gpu", "H200", "--processes", processes, "model.name=no/model"]
+    result = planned(ROOT / "configs" / f"{name}.yaml", *given)
+    assert result.exit_code == 0, result.output
+    train = result.output[result.output.index("\ntrain ") :].strip()
+    assert train in (ROOT / "docs" / "scale.md").read_text()
+
+
 def test_the_models_shape_is_its_own(file: Path) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -483,19 +508,14 @@ def test_a_gpus_peak_is_the_predicted_one(options: dict[str, Any], dead: float) 
     """A whole run's first steps, eager and captured, as the loader would feed them: within 15%."""
     device, n, d, f = torch.device("cuda", torch.cuda.current_device()), 4096, 2048, 65536
     config = config_of(n, f, 64, dead_after_tokens=n, **options)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
     training = training_of(config, d, Mesh.single(), device)
-    with torch.no_grad():
-        training.sae.W_enc.normal_(std=0.02)
-        training.sae.W_dec.copy_(torch.nn.functional.normalize(training.sae.W_enc, dim=1))
-    training.engine.refresh_()
     if dead:
         training.dead.tokens_since_fired[: int(dead * f)] = 10**12
     training.step_index = 100 if dead else 1
     batches = [torch.randn(n, d, device=device, dtype=torch.bfloat16) for _ in range(4)]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
     for step in range(6):
         training.step(batches[step % 4], PhaseTimer(device, enabled=False))
     torch.cuda.synchronize()

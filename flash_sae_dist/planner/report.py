@@ -99,7 +99,7 @@ def _train_lines(found: Overview, plan: TrainPlan) -> list[str]:
     if len(plan.groups) > 1:
         lines += _group_lines(plan)
     if len(plan.others) > 1:
-        lines += _other_lines(plan, launch.memory)
+        lines += _other_lines(plan)
     return lines
 
 
@@ -165,13 +165,12 @@ def _names(group: Sequence[Bundle]) -> str:
     return (shown or "nothing") + (f"; {len(told) - 3} more" if len(told) > 3 else "")
 
 
-def _other_lines(plan: TrainPlan, memory: int) -> list[str]:
+def _other_lines(plan: TrainPlan) -> list[str]:
     lines = ["  shards x replicas that these processes can be, for the largest of the SAEs"]
     lines.append("                       peak      a step")
     for choice in plan.others[:_OTHERS]:
-        peak = choice.memory.peak
-        fits = "" if peak <= memory else "  does not fit"
-        lines.append(f"    {choice!s:11} {_size(peak):>12} {choice.time.ms:>8,.2f} ms{fits}")
+        peak, fits = _size(choice.memory.peak), "" if choice.fits else "  does not fit"
+        lines.append(f"    {choice!s:11} {peak:>12} {choice.time.ms:>8,.2f} ms{fits}")
     return lines
 
 
@@ -277,4 +276,5 @@ def _choice_data(choice: Choice) -> dict[str, Any]:
         "num_replicas": choice.num_replicas,
         "peak": choice.memory.peak,
         "step_ms": choice.time.ms,
+        "fits": choice.fits,
     }

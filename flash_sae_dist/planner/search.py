@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..config.base import ConfigError
 from .devices import GIB, Launch
-from .memory import Memory, Work, memory_of_rank
+from .memory import DEAD_SHARE, Memory, Work, memory_of_rank
 from .timing import StepTime, step_time
 
 # A prediction within a tenth is no reason to refuse what may fit: free memory counts a little more.
@@ -21,8 +21,9 @@ class Choice(NamedTuple):
 
     num_shards: int
     num_replicas: int
-    memory: Memory
+    memory: Memory  # with a tenth of the latents dead
     time: StepTime
+    fits: bool
 
     def __str__(self) -> str:
         return f"{self.num_shards} x {self.num_replicas}"
@@ -62,7 +63,13 @@ def meshes(
 def choices(work: Work, launch: Launch, pairs: Sequence[tuple[int, int]]) -> list[Choice]:
     """What each (P, R) takes, the fastest step first; those that cannot be split are left out."""
     found = [
-        Choice(p, r, memory_of_rank(work, p, r), step_time(work, launch, p, r))
+        Choice(
+            p,
+            r,
+            memory_of_rank(work, p, r, dead=DEAD_SHARE),
+            step_time(work, launch, p, r),
+            fits(work, p, r, launch.memory),
+        )
         for p, r in pairs
         if splits(work, p, r)
     ]
