@@ -138,11 +138,7 @@ def _pretrained(
     cfg: ModelConfig, source: str, device: torch.device
 ) -> tuple[Any, str, frozenset[str]]:
     """The model where it belongs, its task, and the names of weights that its files lack."""
-    import transformers
-
-    where = _where(cfg)
-    config = transformers.AutoConfig.from_pretrained(source, **where)
-    task = cfg.task if cfg.task != "auto" else _task(config)
+    where, config, task = _read_config(cfg, source)
     options = loading_options(cfg, config, device)
     # Kernels of quantised weights take the type that the model's own config names.
     as_stored = cfg.dtype == "auto" and own_quantization(config) is not None
@@ -155,27 +151,26 @@ def _pretrained(
     return model, task, frozenset(told["missing_keys"])
 
 
-def model_without_weights(cfg: ModelConfig) -> LanguageModel:
-    """The model that a config names, its weights neither read nor drawn, for shapes alone; it has
-    no tokenizer. To be called, and the model run, under a FakeTensorMode.
-
-    Raises ConfigError where the model's own config is not at hand, or needs code of its own files.
-    """
+def _read_config(cfg: ModelConfig, source: str) -> tuple[dict[str, Any], Any, str]:
     import transformers
 
-    source, where = folder_or_name(cfg.name), _where(cfg)
+    where = _where(cfg)
+    config = transformers.AutoConfig.from_pretrained(source, **where)
+    return where, config, cfg.task if cfg.task != "auto" else _task(config)
+
+
+def model_without_weights(cfg: ModelConfig) -> LanguageModel:
+    """The model that a config names, without weights and tokenizer, for shapes alone; to be called,
+    and run, under a FakeTensorMode. Raises ConfigError where its own config is not at hand.
+    """
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **where)
+        where, config, task = _read_config(cfg, folder_or_name(cfg.name))
         where.pop("gguf_file", None)
-        task = cfg.task if cfg.task != "auto" else _task(config)
-        # Attention as products, which count as such.
-        how = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+        how = {"dtype": torch.bfloat16, "attn_implementation": "eager"}  # products, counted as such
         model = _loader(task, config).from_config(config, **how, **where)
     except Exception as e:  # files of each kind have errors of their own
-        told = " ".join(str(e).split())
-        raise ConfigError(
-            f"model.name={cfg.name!r} has no config at hand ({told[:120]} ...)"
-        ) from e
+        told = " ".join(str(e).split())[:120]
+        raise ConfigError(f"model.name={cfg.name!r} has no config at hand ({told} ...)") from e
     two_streams = bool(getattr(model.config, "is_encoder_decoder", False))
     return LanguageModel(model.eval(), None, task, torch.device("cpu"), two_streams)
 
