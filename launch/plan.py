@@ -30,7 +30,10 @@ def run(
         str | None, typer.Option(help="H200, H100, B200, A100, L40S or cpu; else what is here.")
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Of the launch, over all hosts; else a GPU each.")
+        int | None,
+        typer.Option(
+            min=1, help="Of the launch, over all hosts; else one a GPU here, or the config's."
+        ),
     ] = None,
     hosts: Annotated[int, typer.Option(min=1, help="Of the launch.")] = 1,
     width: Annotated[
@@ -44,23 +47,31 @@ def run(
     debug: DebugOption = False,
 ) -> None:
     """See _HELP."""
+    launch = (gpu, processes, hosts, store_gb_s)
+    end_well(lambda: _show(config, overrides or [], launch, width, as_json), debug)
 
-    def work() -> None:
-        # Not at the top: `--help` need not wait for torch.
-        from ..config.base import ConfigError
-        from ..planner import report
-        from ..planner.devices import launch_for
-        from ..planner.overview import overview
-        from ..training.job import load_config
 
-        whole = load_config(config, overrides or [])
-        found = overview(whole, launch_for(gpu, processes, hosts, store_gb_s), width)
-        told = json.dumps(report.data(found), indent=1)
-        typer.echo(told if as_json else report.text(found, whole, config))
-        if found.refused:
-            raise ConfigError(found.refused[0])
+def _show(
+    config: str,
+    overrides: list[str],
+    launch: tuple[str | None, int | None, int, float | None],
+    width: int | None,
+    as_json: bool,
+) -> None:
+    """Prints the plan. Raises ConfigError where a launch would be refused."""
+    # Not at the top: `--help` need not wait for torch.
+    from ..config.base import ConfigError
+    from ..planner import report
+    from ..planner.devices import launch_for
+    from ..planner.overview import overview, processes_of
+    from ..training.job import load_config
 
-    end_well(work, debug)
+    whole = load_config(config, overrides)
+    found = overview(whole, launch_for(*launch, processes_of(whole)), width)
+    page = report.text(found, whole, config)
+    typer.echo(json.dumps(report.data(found), indent=1) if as_json else page)
+    if found.refused:
+        raise ConfigError(found.refused[0])
 
 
 run.__doc__ = help_text(_HELP)

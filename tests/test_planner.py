@@ -311,6 +311,13 @@ def test_what_does_not_fit_is_refused_with_a_cure(
         assert search.fits(one._replace(train=halved), 1, 1, limit)
 
 
+def test_more_processes_are_no_cure_where_they_share_a_hosts_memory() -> None:
+    one = work(64, 4096, 200_000, 64, on_gpu=False)
+    with pytest.raises(ConfigError, match=r"its share of this host has 8\.0 GiB free; set ") as e:
+        search.check_memory(one, 1, 1, Launch(devices.CPU, 1, 1, 8 * GIB))
+    assert "processes an SAE" not in str(e.value)
+
+
 def test_what_fits_is_not_refused() -> None:
     search.check_memory(work(8192, 2304, 2**20, 64), 1, 1, launch(1, 1, 63.5))
 
@@ -366,6 +373,13 @@ def test_the_page_fits_100_columns_and_names_all(file: Path) -> None:
     assert result.output.rstrip().endswith("fits")
 
 
+def test_processes_are_the_configs_where_no_gpu_is(file: Path) -> None:
+    result = planned(file, "grid=null", "train.num_shards=4", "train.num_replicas=2")
+    assert "plan of" in result.output
+    if not torch.cuda.is_available():
+        assert "8 processes, H200" in result.output
+
+
 def test_json_holds_the_same(file: Path) -> None:
     result = planned(file, "--json", "--gpu", "h100", "--processes", "2")
     told = json.loads(result.output)
@@ -400,7 +414,7 @@ def test_a_config_that_does_not_fit_ends_with_a_cure(file: Path) -> None:
             ("--processes", "8", "grid=null", "train.num_shards=4"),
             "set --processes 4",
         ),
-        (("model.name=no/such-model-at-all",), "`plan --width D` goes without it"),
+        (("model.name=no/such-model-at-all",), "--width D plans without the model"),
         (
             ("model.name=no/such-model-at-all", "--width", "64", "cache.hookpoints=[layers.*]"),
             "'layers.*' is a pattern: without the model's config, write the names out",

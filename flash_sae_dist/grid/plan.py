@@ -258,7 +258,9 @@ def place(
     most = max((len(bundle.jobs) for bundle in fullest), default=1)
     if num_groups == 1:
         return best
-    for limit in sorted({-(-most // parts) for parts in range(2, most + 1)}, reverse=True):
+    # Four bundles a group are even enough.
+    finest = min(most, -(-4 * num_groups // len(fullest)) if fullest else 1)
+    for limit in sorted({-(-most // parts) for parts in range(2, finest + 1)}, reverse=True):
         groups = assign(make_bundles(jobs, costs, bundle_memory(launch), limit), num_groups)
         if seconds_of(groups) < seconds_of(best):
             best = groups

@@ -17,7 +17,7 @@ from ..activations.language_model import (
 )
 from ..activations.pipeline import num_buffers
 from ..activations.placement import own_quantization
-from ..activations.records import COMPLETE, CONFIG, Records
+from ..activations.records import COMPLETE, Records
 from ..activations.store import Shape
 from ..activations.stored_rows import float_dtype
 from ..config.base import ConfigError, UserError, check_hookpoint
@@ -34,8 +34,9 @@ _FORWARD, _CACHED = 0.51, 0.89
 _START_S = 20.0
 # GB/s that a process writes: what was seen, not its limit.
 _WRITE_GB_S = 2.0
-# Beside the weights: what a pass holds of each token, in rows of the residual stream.
-_PASS_ROWS = 24
+# What a pass holds of each token beside the weights, in rows of the residual stream: a guess, for
+# which nothing is refused.
+_PASS, _PASS_ROWS = "a forward pass", 24
 
 
 class Rows(NamedTuple):
@@ -124,12 +125,12 @@ def _pass(lm: LanguageModel, hookpoints: list[str], length: int) -> tuple[dict[s
 
 
 def rows_there(path: str) -> Rows | None:
-    """A store that lies at a path, whole or begun."""
+    """A store that lies at a path; one that was only begun is not there."""
     records = Records(path)
     shape = Shape.read(records)
     if shape is None:
         return None
-    return Rows(shape, records.read(CONFIG) is not None, records.local)
+    return Rows(shape, records.read(COMPLETE) is not None, records.local)
 
 
 def rows_to_be(cfg: CacheConfig, widths: dict[str, int]) -> Rows:
@@ -166,7 +167,7 @@ def cache_plan(config: RunConfig, launch: Launch, width: int | None = None) -> C
         widths = model.widths
     except ConfigError as e:
         if width is None:
-            raise ConfigError(f"{e}; `plan --width D` goes without it") from e
+            raise
         left_out, widths = f"{e}: the model's memory and time are left out", {}
         widths = named_widths(config.cache, width)
     rows = rows_to_be(config.cache, widths)
@@ -175,7 +176,7 @@ def cache_plan(config: RunConfig, launch: Launch, width: int | None = None) -> C
     if model is not None:
         device["model"] = _weight_bytes(config, model, launch.on_gpu)
         tokens = config.cache.batch_sequences * config.cache.context_length
-        device["a forward pass"] = tokens * max(widths.values()) * _PASS_ROWS * 2
+        device[_PASS] = tokens * max(widths.values()) * _PASS_ROWS * 2
         rate = _FORWARD * _CACHED * 1e12 * launch.gpu.matmul_tflops / model.flops
         written = _WRITE_GB_S * launch.local
         if launch.store_gb_s is not None:
@@ -239,7 +240,10 @@ def check_cache(plan: CachePlan, config: RunConfig, launch: Launch, free_host: i
     """
     assert config.cache is not None
     assert config.model is not None
-    device, host = sum(plan.device.values()), sum(plan.host.values())
+    device, host = (
+        sum(size for what, size in parts.items() if what != _PASS)
+        for parts in (plan.device, plan.host)
+    )
     if launch.on_gpu and device > launch.memory and config.model.device_map is None:
         model = plan.device.get("model", 0)
         cure = _model_cure(config, device - model, launch)

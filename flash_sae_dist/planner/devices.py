@@ -99,16 +99,21 @@ def launch_here(device: torch.device, world: int, memory: int) -> Launch:
 
 
 def launch_for(
-    gpu: str | None, processes: int | None, hosts: int, store_gb_s: float | None = None
+    gpu: str | None,
+    processes: int | None,
+    hosts: int,
+    store_gb_s: float | None = None,
+    asked: int = 1,  # processes that the config names
 ) -> Launch:
     """A launch that is planned: on the GPU that is named, or the one that is here, or DEFAULT.
+    Without a number it has a process a GPU that is here, or else as many as the config names.
 
     Raises ConfigError for a GPU that is not in the table and for processes that the hosts cannot
     have alike.
     """
     here = torch.cuda.device_count()
     if processes is None:
-        processes = hosts * max(1, here if gpu is None else 1)
+        processes = hosts * here if gpu is None and here else max(hosts, asked)
     if processes % hosts:
         raise ConfigError(f"--processes {processes} cannot be split over --hosts {hosts} evenly")
     local = processes // hosts

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..activations.preload import kept_by_auto
 from ..config.base import ConfigError
+from ..files import check_space
 from ..grid.plan import (
     Bundle,
     check_fit,
@@ -75,16 +76,19 @@ class Overview(NamedTuple):
 
 
 def overview(config: Config, launch: Launch, width: int | None = None) -> Overview:
-    """Plans a config. Raises ConfigError for what cannot be planned at all; what does not fit is
-    told in `refused`.
+    """Plans a config's jobs from their first step to the last, whatever is done already. Raises
+    ConfigError for what cannot be planned at all; what does not fit is told in `refused`.
     """
     refused: list[str] = []
     rows = rows_there(config.store_path())
     cache = None
-    if rows is None:
-        if config.cache is None or config.store not in (None, config.cache.store):
-            raise ConfigError(f"store={config.store!r} is no activation store; check the path")
-        cache = cache_plan(config, launch, width)
+    is_made_here = config.cache is not None and config.store in (None, config.cache.store)
+    if rows is None or (is_made_here and not rows.is_there):
+        if not is_made_here:
+            raise ConfigError(
+                f"store={config.store_path()!r} is no activation store; check the path"
+            )
+        cache = _cache_plan(config, launch, width)
         rows = cache.rows
         free_host = free_bytes() if launch.is_here else None
         _tell(partial(check_cache, cache, config, launch, free_host), refused)
@@ -95,9 +99,26 @@ def overview(config: Config, launch: Launch, width: int | None = None) -> Overvi
         except ConfigError as e:
             refused.append(str(e))
     free_disk = _free_disk(config, rows)
+    found = Overview(launch, rows, cache, train, refused, free_bytes(), free_disk)
     if launch.is_here:
-        _check_disk(config, rows, cache, train, free_disk, refused)
-    return Overview(launch, rows, cache, train, refused, free_bytes(), free_disk)
+        _check_disk(config, found)
+    return found
+
+
+def _cache_plan(config: Config, launch: Launch, width: int | None) -> CachePlan:
+    try:
+        return cache_plan(config, launch, width)
+    except ConfigError as e:
+        if width is not None:
+            raise
+        raise ConfigError(f"{e}; --width D plans without the model") from e
+
+
+def processes_of(config: Config) -> int:
+    """Processes that a config's shards and replicas are, 1 where it leaves them out or to auto."""
+    if config.train is None or not isinstance(config.train.num_shards, int):
+        return 1
+    return config.train.num_shards * config.train.num_replicas
 
 
 def _tell(check: Callable[[], None], refused: list[str]) -> None:
@@ -217,29 +238,16 @@ def _free_disk(config: Config, rows: Rows) -> dict[str, int]:
     return found
 
 
-def _check_disk(
-    config: Config,
-    rows: Rows,
-    cache: CachePlan | None,
-    train: TrainPlan | None,
-    free: dict[str, int],
-    refused: list[str],
-) -> None:
-    """What the disks that are seen from here cannot take."""
-    if cache is not None and "cache.store" in free and rows.bytes > free["cache.store"]:
+def _check_disk(config: Config, found: Overview) -> None:
+    """What the disks of this machine cannot take, as the verbs say it."""
+    if found.cache is not None and found.rows.is_local:
         assert config.cache is not None
-        refused.append(
-            f"cache.store={config.cache.store!r} has {free['cache.store']:,} bytes free, but the "
-            f"store takes {rows.bytes:,}; lower cache.num_tokens, name fewer cache.hookpoints, or "
-            "another disk"
-        )
-    if train is not None:
-        needed = sum(size for what, size in train.disk.items() if what != "exports")
-        if needed > free["output"]:
-            refused.append(
-                f"output={config.output!r} has {free['output']:,} bytes free, but checkpoints and "
-                f"SAEs take {needed:,}; lower train.keep_checkpoints, or name another disk"
-            )
+        place, what = config.cache.store, "the store"
+        _tell(partial(check_space, "cache.store", place, found.rows.bytes, what), found.refused)
+    if found.train is not None:
+        needed = sum(size for what, size in found.train.disk.items() if what != "exports")
+        what = "what is written for checkpoints (train.keep_checkpoints) and SAEs"
+        _tell(partial(check_space, "output", config.output, needed, what), found.refused)
 
 
 def rounds(groups: list[list[Bundle]]) -> int:

@@ -109,7 +109,8 @@ def _cures(work: Work, P: int, R: int, memory: int) -> Iterator[str]:
         if enough(micro_batches=parts):
             yield f"train.micro_batches={parts}"
             break
-    for p in _doublings(P, _MOST_SHARDS):
+    # Processes on one host without GPUs share its memory: more of them have no more.
+    for p in _doublings(P, _MOST_SHARDS) if work.on_gpu else ():
         if splits(work, p, R) and enough(p):
             yield f"train.num_shards={p} with {p * R} processes an SAE"
             break
