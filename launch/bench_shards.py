@@ -235,7 +235,7 @@ def formula_bytes(shape: Shape, place: _Place, dead: float, double: bool) -> flo
     train["dead_latents"] = "auxk" if dead else "none"
     config = parse_config({"output": ".", "sae": {"k": k, "d_sae": f}, "train": train})
     listed = int(dead_latents(f, dead)[: f // place.shards].sum()) if dead else 0
-    work = work_of("", config, d, 4, on_gpu=True)
+    work = work_of("", config, d, "float32", on_gpu=True)
     return sum(sent.bytes for sent in step_sent(work, place.shards, place.replicas, listed))
 
 

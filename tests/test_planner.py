@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from typer.testing import CliRunner
 
@@ -48,7 +50,7 @@ def config_of(n: int, f: int, k: int, **train: Any) -> Config:
 
 
 def work(n: int, d: int, f: int, k: int, *, on_gpu: bool = True, **train: Any) -> Work:
-    return work_of("h", config_of(n, f, k, **train), d, 4, on_gpu=on_gpu)
+    return work_of("h", config_of(n, f, k, **train), d, "float32", on_gpu=on_gpu)
 
 
 def launch(processes: int, hosts: int = 1, gib: float = 139.8) -> Launch:
@@ -89,7 +91,7 @@ def test_what_an_engine_keeps_is_exact(options: dict[str, Any]) -> None:
     config = config_of(8, 96, 4, **options)
     training = training_of(config, 24, Mesh.single(), CPU)
     training.step(torch.randn(8, 24), PhaseTimer(CPU, enabled=False))
-    planned = work_of("h", config, 24, 4, on_gpu=False)
+    planned = work_of("h", config, 24, "float32", on_gpu=False)
     assert kept_tensors(training) == sum(memory.kept_bytes(planned, 1).values())
     rows, whole, _ = training.state()
     state = sum(t.numel() * t.element_size() for t in [*rows.values(), *whole.values()])
@@ -167,7 +169,7 @@ def simulate(p: int, r: int, dead: int, **train: Any) -> Simulated:
         timer, x = PhaseTimer(CPU, enabled=False), torch.randn(n, d)
         training.step(x, timer)
         sent = measure_sent(lambda: training.step(x, timer), CPU, 1)
-    planned = wire.step_sent(work_of("h", config, d, 4, on_gpu=False), p, r, dead)
+    planned = wire.step_sent(work_of("h", config, d, "float32", on_gpu=False), p, r, dead)
     counted = [(c.what, round(c.calls), round(c.bytes)) for c in sent.collectives]
     return Simulated(counted, planned, training)
 
@@ -222,7 +224,7 @@ def test_shards_of_a_large_launch(world: int, p: int, f: int, options: dict[str,
         assert (mesh.shard, mesh.replica) == (p - 1, world // p - 1)
         training = training_of(config, 4096, mesh, META)
     assert training.sae.W_dec.shape == (f // p, 4096)
-    planned = work_of("h", config, 4096, 2, on_gpu=True)
+    planned = work_of("h", config, 4096, "bfloat16", on_gpu=True)
     assert kept_tensors(training) == sum(memory.kept_bytes(planned, p).values())
 
 
@@ -242,7 +244,7 @@ def best(processes: int, hosts: int, gib: float, grid: int = 0, **sae: Any) -> t
     config = config_of(n, f, 64, num_shards="auto", **sae)
     jobs = [Job(f"h/{i}", Path("x"), config) for i in range(max(1, grid))]
     here = launch(processes, hosts, gib)
-    works = plan.works_of(jobs, {"h": 4096}, 2, here)
+    works = plan.works_of(jobs, {"h": 4096}, "bfloat16", here)
     return plan.choose_mesh(jobs, works, here, grid=bool(grid))
 
 
@@ -285,7 +287,6 @@ def test_auto_refuses_what_fits_on_no_mesh(options: dict[str, Any], words: str) 
 def test_what_does_not_fit_is_refused_with_a_cure(
     gib: float, options: dict[str, Any], cures: list[str]
 ) -> None:
-    """Each change that is named is enough by itself."""
     n, f = options.pop("n", 8192), options.pop("f", 200_000)
     one = work(n, 4096, f, 64, **options)
     with pytest.raises(ConfigError) as e:
@@ -296,19 +297,36 @@ def test_what_does_not_fit_is_refused_with_a_cure(
     assert f"but the H200 has {gib:.1f} GiB free" in told
     for cure in cures:
         assert cure in told
-    parts = told.partition("; set ")[2].split(", or ")
-    named = dict(part.split("=", 1) for part in parts if part)
-    limit = int(gib * GIB)
-    if "sae.d_sae" in named:
-        assert search.fits(one._replace(d_sae=int(named["sae.d_sae"])), 1, 1, limit)
-    if "train.batch_tokens" in named:
-        fewer = one.train.model_copy(update={"batch_tokens": int(named["train.batch_tokens"])})
-        assert search.fits(one._replace(train=fewer), 1, 1, limit)
-    if "train.num_shards" in named:
-        assert search.fits(one, int(named["train.num_shards"].split()[0]), 1, limit)
-    if "train.moment_dtype" in named:
-        halved = one.train.model_copy(update={"moment_dtype": "bfloat16"})
-        assert search.fits(one._replace(train=halved), 1, 1, limit)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.sampled_from([64, 4096, 2**17]),
+    f=st.integers(256, 2**22),
+    gib=st.sampled_from([0.5, 4, 40]),
+    engine=st.sampled_from(["auto", "autograd"]),
+    r=st.sampled_from([1, 4]),
+)
+def test_every_change_that_is_named_is_enough(
+    n: int, f: int, gib: float, engine: str, r: int
+) -> None:
+    one, limit = work(n, 1024, f, 64, engine=engine), int(gib * GIB)
+    if search.fits(one, 1, r, limit):
+        search.check_memory(one, 1, r, launch(r, 1, gib))
+        return
+    with pytest.raises(ConfigError) as e:
+        search.check_memory(one, 1, r, launch(r, 1, gib))
+    for change in filter(None, str(e.value).partition("; set ")[2].split(", or ")):
+        key, _, value = change.partition("=")
+        section, _, name = key.partition(".")
+        if name == "num_shards":
+            assert search.fits(one, int(value.split()[0]), r, limit), change
+        elif section == "sae":
+            assert search.fits(one._replace(d_sae=int(value)), 1, r, limit), change
+        else:
+            new = value if name == "moment_dtype" else int(value)
+            train = one.train.model_copy(update={name: new})
+            assert search.fits(one._replace(train=train), 1, r, limit), change
 
 
 def test_more_processes_are_no_cure_where_they_share_a_hosts_memory() -> None:
@@ -328,7 +346,7 @@ def test_a_grid_uses_every_group() -> None:
     jobs = [Job(f"h/{i}", Path("x"), config) for i in range(20)]
     for processes, rounds in ((1, 20), (4, 5), (20, 1), (64, 1)):
         here = launch(processes)
-        works = plan.works_of(jobs, {"h": 768}, 2, here)
+        works = plan.works_of(jobs, {"h": 768}, "bfloat16", here)
         groups = plan.place(jobs, works, here, 1, 1)
         assert len(groups) == processes
         placed = [job.name for group in groups for b in group for job in b.jobs]
@@ -365,6 +383,7 @@ def test_the_page_fits_100_columns_and_names_all(file: Path) -> None:
         "kept a rank",
         "host memory",
         "disk ",
+        "over the bus",
         "time ",
         "which group trains what",
         "peak",
@@ -534,7 +553,7 @@ def test_a_gpus_peak_is_the_predicted_one(options: dict[str, Any], dead: float) 
         training.step(batches[step % 4], PhaseTimer(device, enabled=False))
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated(device) - before
-    planned = memory_of_rank(work_of("h", config, d, 2, on_gpu=True), 1, 1, dead=dead)
+    planned = memory_of_rank(work_of("h", config, d, "bfloat16", on_gpu=True), 1, 1, dead=dead)
     assert planned.peak == pytest.approx(peak, rel=0.15)
 
 

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 
 from ..activations.store import ActivationStore
-from ..activations.stored_rows import float_dtype
 from ..config.base import ConfigError, match_names, nearest_name
 from ..config.train import TrainConfig
 from ..files import check_space, check_writable
@@ -77,7 +76,7 @@ def make_plan(
     for job in jobs:
         check_same_job(job, store, device)
     unfinished = [job for job in jobs if not _is_intact(job)]
-    works = works_of(unfinished, store.widths, float_dtype(store.dtype).itemsize, launch)
+    works = works_of(unfinished, store.widths, store.dtype, launch)
     for job in unfinished:
         check_memory(works[job.name], mesh.num_shards, mesh.num_replicas, launch)
         if not (job.folder / "job.yaml").exists():
@@ -95,13 +94,12 @@ def jobs_of(config: Config, hookpoints: list[str], *, grid: bool) -> list[Job]:
 
 
 def works_of(
-    jobs: list[Job], widths: dict[str, int], row_bytes: int, launch: Launch
+    jobs: list[Job], widths: dict[str, int], dtype: str, launch: Launch
 ) -> dict[str, Work]:
     """What of each job decides what it takes, by its name."""
     return {
         job.name: work_of(
-            job.name, job.config, widths[str(_train(job).hookpoint)], row_bytes,
-            on_gpu=launch.on_gpu,
+            job.name, job.config, widths[str(_train(job).hookpoint)], dtype, on_gpu=launch.on_gpu
         )
         for job in jobs
     }  # fmt: skip
@@ -360,7 +358,7 @@ def with_mesh(config: Config, device: torch.device, processes: int, *, grid: boo
     def choose() -> tuple[int, int]:
         store = ActivationStore.open(config.store_path())
         jobs = jobs_of(config, store.hookpoints, grid=grid)
-        works = works_of(jobs, store.widths, float_dtype(store.dtype).itemsize, launch)
+        works = works_of(jobs, store.widths, store.dtype, launch)
         found = choose_mesh(jobs, works, launch, grid=grid)
         logger.info(
             "train.num_shards=auto: %d shards x %d replicas an SAE on %d processes", *found,

@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from ..activations.feed import num_buffers
+from ..activations.store import storage_dtype
+from ..activations.stored_rows import float_dtype
 from ..config.train import TrainConfig
 from ..models.dead_latents import padded
 from ..training.engine import choose_engine
@@ -45,8 +47,9 @@ class Work(NamedTuple):
     train: TrainConfig
     engine: Literal["fused", "autograd"]
     compute: torch.dtype
-    row_bytes: int  # of an element of a batch, as the store gives it
+    row_bytes: int  # of an element of a batch, as the loader gives it
     on_gpu: bool
+    stored_bytes: int  # of the same element in the store
 
     @property
     def master(self) -> int:
@@ -89,9 +92,9 @@ class Work(NamedTuple):
         return padded(count) if count else 0
 
 
-def work_of(name: str, config: Config, d_in: int, row_bytes: int, *, on_gpu: bool) -> Work:
-    """What of a job's config decides what it takes, at a hookpoint of some width. Raises
-    ConfigError where the config does not fit that width.
+def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -> Work:
+    """What of a job's config decides what it takes, at a hookpoint of some width in a store of some
+    dtype. Raises ConfigError where the config does not fit that width.
     """
     sae, train = config.sae, config.train
     assert sae is not None
@@ -106,8 +109,9 @@ def work_of(name: str, config: Config, d_in: int, row_bytes: int, *, on_gpu: boo
         train,
         choose_engine(train, d_in).engine,
         resolve_precision(train.precision, device),
-        row_bytes,
+        float_dtype(dtype).itemsize,
         on_gpu,
+        storage_dtype(dtype).itemsize,
     )
 
 

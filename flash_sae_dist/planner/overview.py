@@ -41,6 +41,8 @@ class JobFigures(NamedTuple):
     memory: Memory  # of a rank, with a tenth of the latents dead
     fresh_peak: int  # of a rank, while none is dead
     sent: list[Sent]  # of a step
+    to_device: int  # bytes of a rank's rows a step
+    to_host: int  # bytes of its part of a checkpoint
     time: StepTime
 
 
@@ -131,7 +133,7 @@ def _tell(check: Callable[[], None], refused: list[str]) -> None:
 def _train_plan(config: Config, rows: Rows, launch: Launch, refused: list[str]) -> TrainPlan:
     grid = config.grid is not None
     jobs = jobs_of(config, list(rows.shape.widths), grid=grid)
-    works = works_of(jobs, rows.shape.widths, rows.itemsize, launch)
+    works = works_of(jobs, rows.shape.widths, rows.shape.dtype, launch)
     P, R, why = _mesh(config, jobs, works, launch, grid=grid)
     num_groups = launch.processes // (P * R)
     check_fit(jobs, rows.shape.widths, Mesh(0, num_groups, 0, R, 0, P, None, None, None))
@@ -193,6 +195,8 @@ def _figures(works: list[Work], rows: Rows, launch: Launch, P: int, R: int) -> l
                 memory_of_rank(work, P, R, dead=DEAD_SHARE, preloaded=kept),
                 memory_of_rank(work, P, R, preloaded=kept).peak,
                 [*step_sent(work, P, R, dead), *batch_sent(work, P, R)],
+                work.train.batch_tokens // (P * R) * work.d_in * work.stored_bytes,
+                checkpoint_bytes(work) // P,
                 step_time(work, launch, P, R),
             )
         )

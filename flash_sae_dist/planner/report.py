@@ -121,6 +121,8 @@ def _shape_lines(figures: JobFigures, memory: int) -> list[str]:
             parts = ", ".join(f"{s.what} {_size(s.bytes)}" for s in of if s.bytes >= 1 << 20)
             whole = f"{_size(sum(s.bytes for s in of))} in {sum(s.calls for s in of)} collectives"
             lines.append(f"    over {group:9} {whole}{parts and ': '}{parts}")
+    rows, back = _size(figures.to_device), _size(figures.to_host)
+    lines.append(f"    over the bus   {rows} a step to the device, {back} a checkpoint to the host")
     dead = f", {DEAD_SHARE:.0%} dead" if work.revives else ""
     rate = 1e3 * work.train.batch_tokens / t.ms
     lines.append(
@@ -266,6 +268,8 @@ def _job_data(figures: JobFigures) -> dict[str, Any]:
         "memory": {**figures.memory._asdict(), "peak": figures.memory.peak},
         "peak_while_none_is_dead": figures.fresh_peak,
         "sent": [sent._asdict() for sent in figures.sent],
+        "to_device": figures.to_device,
+        "to_host": figures.to_host,
         "step_ms": {**figures.time._asdict(), "all": figures.time.ms},
     }
 

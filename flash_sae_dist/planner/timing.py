@@ -112,7 +112,7 @@ def loader_ms(work: Work, launch: Launch, num_members: int) -> float:
     """A process's rows of a batch from the store, beside those of the others of its host."""
     host = HOST_GB_S if launch.store_gb_s is None else launch.store_gb_s
     rate = min(LOADER_GB_S, host / launch.local)
-    return work.train.batch_tokens // num_members * work.d_in * work.row_bytes / (rate * 1e6)
+    return work.train.batch_tokens // num_members * work.d_in * work.stored_bytes / (rate * 1e6)
 
 
 def step_time(
