@@ -504,6 +504,13 @@ def test_caching_is_refused_before_work(
     tight = Launch(GPUS["A100"], 1, 1, 1000)
     with pytest.raises(ConfigError, match=r"model\.name=.* takes .*, but the A100 has 0\.0 GiB"):
         caching.check_cache(caching.cache_plan(config, tight), config, tight, None)
+    large = Launch(GPUS["A100"], 1, 1, 8 * GIB)
+    takes = caching.cache_plan(config, large)
+    takes.device.update({"model": 5 * GIB, "shards that are filled": 6 * GIB})
+    with pytest.raises(
+        ConfigError, match=r"set model\.dtype=bfloat16, or cache\.memory_gib=3, or "
+    ):
+        caching.check_cache(takes, config, large, None)
     # A model whose config is nowhere is left to the job itself.
     data = config_data(file.parent) | {"model": {"name": "no/such-model-at-all"}}
     caching.check_launch(parse_config(data), CPU, 1)

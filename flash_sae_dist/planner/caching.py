@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 # 246,000 tokens/s of a Llama of 1.2 billion parameters on an H200 (docs/performance.md).
 _FORWARD, _CACHED = 0.51, 0.89
 _START_S = 20.0
+# Below it cache.memory_gib makes shards too small to read well.
+_LEAST_GIB = 0.5
 # GB/s that a process writes: what was seen, not its limit.
 _WRITE_GB_S = 2.0
 # What a pass holds of each token beside the weights, in rows of the residual stream: a guess, for
@@ -177,7 +180,7 @@ def cache_plan(config: RunConfig, launch: Launch, width: int | None = None) -> C
         device["model"] = _weight_bytes(config, model, launch.on_gpu)
         tokens = config.cache.batch_sequences * config.cache.context_length
         device[_PASS] = tokens * max(widths.values()) * _PASS_ROWS * 2
-        rate = _FORWARD * _CACHED * 1e12 * launch.gpu.matmul_tflops / model.flops
+        rate = _FORWARD * _CACHED * 1e12 * launch.gpu.matmul_tflops / max(1, model.flops)
         written = _WRITE_GB_S * launch.local
         if launch.store_gb_s is not None:
             written = min(written, launch.store_gb_s)
@@ -246,7 +249,7 @@ def check_cache(plan: CachePlan, config: RunConfig, launch: Launch, free_host: i
     )
     if launch.on_gpu and device > launch.memory and config.model.device_map is None:
         model = plan.device.get("model", 0)
-        cure = _model_cure(config, device - model, launch)
+        cure = _model_cure(config, model, launch)
         raise ConfigError(
             f"model.name={config.model.name!r} takes {device / GIB:,.1f} GiB of a process's GPU "
             f"(weights {model / GIB:,.1f}), but the {launch.gpu.name} has "
@@ -262,12 +265,12 @@ def check_cache(plan: CachePlan, config: RunConfig, launch: Launch, free_host: i
         )
 
 
-def _model_cure(config: RunConfig, rest: int, launch: Launch) -> str:
+def _model_cure(config: RunConfig, weights: int, launch: Launch) -> str:
     assert config.model is not None
-    assert config.cache is not None
-    if rest > launch.memory:
-        return f"cache.batch_sequences={max(1, config.cache.batch_sequences // 2)} or fewer"
     wide = config.model.dtype == "float32" and config.model.quantization is None
-    return ("model.dtype=bfloat16, or " if wide else "") + (
-        "model.quantization=4bit, or model.device_map=auto with several GPUs a process"
-    )
+    cures = ["model.dtype=bfloat16"] if wide else []
+    # Shards on the device take no more than cache.memory_gib.
+    if (room := (launch.memory - weights) / GIB) > _LEAST_GIB:
+        cures.append(f"cache.memory_gib={math.floor(10 * room) / 10:g}")
+    cures.append("model.quantization=4bit")
+    return ", or ".join([*cures, "model.device_map=auto with several GPUs a process"])
