@@ -42,7 +42,7 @@ ROW_KEYS = frozenset(
     f"cache.{key}"
     for key in (
         *("hookpoints", "num_tokens", "context_length", "batch_sequences", "drop_special_tokens"),
-        *("shard_mib", "dtype", "seed", "skip_first_tokens"),
+        *("shard_mib", "dtype", "seed", "skip_first_tokens", "max_norm_ratio"),
     )
 ) | {"model.quantization"}
 # Keys that name content, which is compared in their place: checksums of weights, tokenizer, text.

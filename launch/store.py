@@ -47,6 +47,14 @@ def import_(
     shard_mib: Annotated[
         float, typer.Option(min=1e-3, max=2**20, help="Size of one file of the store.")
     ] = 128,
+    max_norm_ratio: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RATIO|NAME=RATIO",
+            help="Leave out rows whose norm exceeds so many times the median, such as 10: of all "
+            "hookpoints, or NAME=RATIO of one; may be given several times.",
+        ),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Make a store of arrays [rows, width] in .npy, .npz, .safetensors, .pt, .parquet files, or in
@@ -72,7 +80,9 @@ def import_(
     def work() -> None:
         from ..activations.importing import ImportOptions, run_import
 
-        typer.echo(run_import(out, named, ImportOptions(dtype, seed, shard_mib, documents)))
+        ratios = tuple(max_norm_ratio or ())
+        options = ImportOptions(dtype, seed, shard_mib, documents, ratios)
+        typer.echo(run_import(out, named, options))
 
     end_well(work, debug)
 

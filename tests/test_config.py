@@ -293,7 +293,7 @@ FIELDS = {
     ),
     "cache": (
         "store hookpoints num_tokens context_length batch_sequences drop_special_tokens "
-        "skip_first_tokens shard_mib memory_gib dtype seed"
+        "skip_first_tokens max_norm_ratio shard_mib memory_gib dtype seed"
     ),
     "sae": "architecture d_sae expansion_factor k",
     "train": (

@@ -8,6 +8,7 @@ import numpy as np
 from crc32c import crc32c
 
 from .metadata import cure, damaged_files, open_array
+from .norm_limits import NormLimits
 from .records import AGAIN, TEXT, DamagedStoreError, shard_record
 from .store import ActivationStore, shard_path
 from .text_parts import TextParts, digest_of
@@ -28,6 +29,10 @@ def damages(
     for hookpoint in store.hookpoints:
         for name in ("shard_sums", "mean", "mean_squared_norm"):
             yield from _read(store, f"statistics/{hookpoint}/{name}", None, None)
+    try:
+        NormLimits.read(store.records)
+    except DamagedStoreError as e:
+        yield e
     yield from _damages_of_text(store)
     sizes = row_bytes(store)
     for shard in range(store.geometry.num_shards):

@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import ending
 from ..config.base import ConfigError
 from ..config.data import CacheConfig
@@ -31,6 +33,7 @@ from .language_model import (
     resolve_hookpoints,
     weights_checksum,
 )
+from .norm_limits import SAMPLE_ROWS, NormLimits, resolve_ratios, told, union
 from .origin import (
     content_stamp,
     loaded_parts,
@@ -39,7 +42,7 @@ from .origin import (
     text_is_here,
     tokenizer_digest,
 )
-from .pipeline import Pipeline, Rate, most_shard_bytes
+from .pipeline import MAX_NORM_RATIO, Pipeline, Rate, most_shard_bytes
 from .probe import check_ids, probe
 from .records import CONFIG, TEXT, StoreOwner, check_lasts
 from .row_plan import RowPlan, shards_a_unit
@@ -87,6 +90,7 @@ def run_cache(config: RunConfig, accelerator: Any) -> Rate | None:
     _check_folder(writer)
     lm = load_language_model(config.model, with_index(accelerator.device))
     hookpoints = resolve_hookpoints(lm.model, config.cache.hookpoints)
+    resolve_ratios(MAX_NORM_RATIO, config.cache.max_norm_ratio, hookpoints)
     widths = probe(lm, hookpoints, config.cache.context_length)
     agree.first_checks(lambda: _check_text(config, writer, lm))
     with ExitStack() as lock:
@@ -247,11 +251,18 @@ def geometry_of(cfg: CacheConfig, widths: dict[str, int], rows: int) -> Geometry
 def _finish(writer: StoreWriter, plan: RowPlan, hookpoints: list[str]) -> None:
     """Writes the row of each token, and the records that the store is whole."""
     text, known = plan.parts, plan.parts.known()
+    limits = NormLimits.read(writer.records)
+    over = writer.left_out(plan.geometry) if limits is not None else {}
+    left_out = union(over)
     for number in range(len(known)):
-        text.add_rows(number, plan.rows_of_part(number))
+        rows = plan.rows_of_part(number)
+        rows[np.isin(rows, left_out)] = -1
+        text.add_rows(number, rows)
     sequences = sum(part.sequences for part in known)
     documents = max(part.documents for part in known)
     writer.finish(plan.geometry, hookpoints, documents, (sequences, digest_of(known)))
+    if over:
+        logger.info("%s", told(MAX_NORM_RATIO, plan.geometry.rows, over))
 
 
 def _shared_parts(config: RunConfig, lm: LanguageModel, accelerator: Any) -> dict[str, Any]:
@@ -349,6 +360,7 @@ def _write_shards(
             tokeniser.wait()
 
         pipeline.plan.wait = wait
+        pipeline.limits = agree.from_first(lambda: _norm_limits(pipeline))
         rate = pipeline.make(todo, accelerator.process_index, world, advance)
         if accelerator.is_main_process and pipeline.plan.geometry.rows < geometry.rows:
             bar.show(bar.total, f"all {bar.done} tokens of the text")
@@ -356,6 +368,23 @@ def _write_shards(
         _tell_end_of_text(pipeline)
     logger.info("rows made: %s", rate)
     return rate
+
+
+def _norm_limits(pipeline: Pipeline) -> NormLimits:
+    """Which norms are too large: what the first launch found, and recorded before it made a shard.
+    One process calls it.
+    """
+    if not pipeline.ratios:
+        return NormLimits()
+    records = pipeline.writer.records
+    if (before := NormLimits.read(records)) is not None:
+        return before
+    if records.shards():
+        logger.warning("%s has lost its median norms: they are measured again", records.root)
+    norms = pipeline.sample_norms(list(pipeline.ratios), SAMPLE_ROWS)
+    limits = NormLimits.of(MAX_NORM_RATIO, pipeline.ratios, norms)
+    limits.write(records)
+    return limits
 
 
 def _tell_end_of_text(pipeline: Pipeline) -> None:

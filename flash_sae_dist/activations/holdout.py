@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .blocks import BlockReader
-from .order import Ints
+from .order import Ints, KeptRows
 from .store import ActivationStore
 
 MAX_ROWS = 100_000
@@ -46,7 +46,7 @@ def held_out(store: ActivationStore, share: float) -> HeldOut:
 
     Documents of more rows than that alone are left in, and so are all beyond twice the share of
     hashes: a store of few documents, or of one, may have none held out. Rows of no document (-1)
-    never are. Raises DamagedStoreError.
+    never are; those that the store leaves out are in no document's. Raises DamagedStoreError.
     """
     limit = min(MAX_ROWS, int(share * store.rows))
     bound = min(2**32, int(2 * limit / store.rows * 2**32))
@@ -57,7 +57,16 @@ def held_out(store: ActivationStore, share: float) -> HeldOut:
     taken = order[np.cumsum(counts[order]) <= limit]
     is_out = np.zeros(len(names), dtype=bool)
     is_out[taken] = True
-    return HeldOut(rows[is_out[of]], len(taken))
+    found = np.setdiff1d(rows[is_out[of]], store.left_out, assume_unique=True)
+    return HeldOut(found, len(taken))
+
+
+def served_rows(store: ActivationStore, out: HeldOut, *, alone: bool) -> KeptRows:
+    """The rows of a stream: all but those that are held out and those that the store leaves out,
+    or what is held out alone.
+    """
+    listed = out.rows if alone else np.union1d(out.rows, store.left_out)
+    return KeptRows(store.rows, store.geometry.chunk_rows, listed, alone=alone)
 
 
 def _candidates(store: ActivationStore, bound: int) -> tuple[Ints, Ints]:

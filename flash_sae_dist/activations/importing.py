@@ -32,8 +32,10 @@ from ..config.base import ConfigError, UserError, check_hookpoint
 from ..files import check_space, check_writable, locked, owned, private_folder
 from ..identity import checksums, difference, digest, stamp, tell_other_versions, versions
 from ..progress import progress_bar
-from .array_files import Part, Source, find_sources, open_numbers
+from .array_files import Part, Source, find_sources
+from .norm_limits import SAMPLE_ROWS, NormLimits, parse_ratios, row_norms, told, union
 from .records import StoreOwner, check_lasts
+from .row_documents import Documents, open_documents
 from .spool import mapped_stream
 from .store import Geometry, Shape, make_geometry, storage_dtype
 from .stored_rows import StoredRows
@@ -41,7 +43,7 @@ from .writer import StoreWriter, row_sums
 
 logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
-MAX_DOCUMENT = 2**31
+MAX_NORM_RATIO = "--max-norm-ratio"
 _RUN_ROWS, _RUN_BYTES = 64, 1 << 16
 _RUNS_A_SHARD = 64
 # Each holds a shard of a hookpoint.
@@ -58,29 +60,7 @@ class ImportOptions(NamedTuple):
     seed: int = 0
     shard_mib: float = 128
     documents: str | None = None  # rows a document, or a .npy file of each row's
-
-
-class Documents(NamedTuple):
-    """Which rows belong together: a hold-out takes whole documents."""
-
-    rows_each: int  # where they are of one size
-    numbers: Array | None = None  # [rows], from a file
-    starts: Array | None = None  # first row of each stretch of one number
-
-    def of(self, rows: Array) -> tuple[Array, Array]:
-        """Document and place in it of rows, by their numbers in the files."""
-        if self.numbers is None or self.starts is None:
-            document, place = np.divmod(rows, self.rows_each)
-        else:
-            document = self.numbers[rows]
-            place = rows - self.starts[np.searchsorted(self.starts, rows, side="right") - 1]
-        return document.astype(np.int32), place.astype(np.int32)
-
-    def count(self, rows: int) -> int:
-        """How many there are."""
-        if self.numbers is not None:
-            return int(self.numbers.max()) + 1
-        return -(-rows // self.rows_each)
+    max_norm_ratio: tuple[str, ...] = ()  # a ratio for all hookpoints, or NAME=RATIO of some
 
 
 def find_inputs(named: Sequence[str]) -> dict[str, list[Source]]:
@@ -115,31 +95,6 @@ def find_inputs(named: Sequence[str]) -> dict[str, list[Source]]:
             "its files, or make several stores"
         )
     return inputs
-
-
-def open_documents(option: str | None, inputs: dict[str, list[Source]]) -> Documents:
-    """Which rows are a document: as many beside one another as the option says, those that a file
-    numbers alike, those of an item (a sequence) of the files, or each row by itself.
-
-    Raises ConfigError.
-    """
-    rows = sum(s.rows for s in next(iter(inputs.values())))
-    contexts = {s.context for sources in inputs.values() for s in sources} - {1}
-    if option is None or option.isdecimal():
-        each = int(option) if option else contexts.pop() if len(contexts) == 1 else 1
-        if each < 1 or rows // each >= MAX_DOCUMENT:
-            raise ConfigError(
-                f"--documents={option or each} makes {rows // max(1, each):,} documents of {rows:,}"
-                f" rows; give at least {rows // MAX_DOCUMENT + 1} rows a document"
-            )
-        return Documents(each)
-    numbers = open_numbers(Path(option).expanduser())
-    if len(numbers) != rows:
-        raise ConfigError(f"--documents={option!r} numbers {len(numbers):,} rows, not {rows:,}")
-    if int(numbers.min()) < 0 or int(numbers.max()) >= MAX_DOCUMENT:
-        raise ConfigError(f"--documents={option!r} holds numbers that are not in 0 .. 2**31 - 1")
-    starts = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1])
-    return Documents(1, numbers, starts)
 
 
 class Gatherer:
@@ -179,6 +134,10 @@ class Gatherer:
             if out.scales is not None:
                 out.scales[places] = block.scales
         return out
+
+    def norms(self, rows: Array) -> Tensor:
+        """[n] float64, of what a store holds of them."""
+        return row_norms(self.rows(rows).tensor())
 
     def ids(self, rows: Array) -> Array:
         """Token ids [n] int32, -1 where the files have none."""
@@ -239,6 +198,9 @@ class Importer:
         self.widths = {name: sources[0].width for name, sources in inputs.items()}
         config = {f"import.{key}": getattr(options, key) for key in ("dtype", "seed", "shard_mib")}
         config["import.hookpoints"] = list(inputs)
+        self.ratios = parse_ratios(MAX_NORM_RATIO, options.max_norm_ratio, list(inputs))
+        config["import.max_norm_ratio"] = self.ratios or None
+        self.limits = NormLimits()
         self.writer = StoreWriter(out, config, create=True)
         self.geometry = self._geometry()
         self.shape = Shape(self.geometry, options.dtype, self.widths)
@@ -308,9 +270,27 @@ class Importer:
             for name, found in parts.items()
         }
 
+    def find_limits(self, gatherers: dict[str, Gatherer]) -> None:
+        """Measures the median norms of the first rows, or reads what the first launch found."""
+        records = self.writer.records
+        found = NormLimits.read(records) if self.ratios else self.limits
+        if found is None:
+            shards = range(
+                min(self.geometry.num_shards, -(-SAMPLE_ROWS // self.geometry.shard_rows))
+            )
+            rows = np.concatenate([self.shuffle.rows(shard) for shard in shards])[:SAMPLE_ROWS]
+            norms = {name: gatherers[name].norms(rows) for name in self.ratios}
+            found = NormLimits.of(MAX_NORM_RATIO, self.ratios, norms)
+            found.write(records)
+        self.limits = found
+
     def write(self, shard: int, gatherers: dict[str, Gatherer]) -> None:
-        """Writes a shard, one hookpoint after another: memory holds one."""
+        """Writes a shard, one hookpoint after another: memory holds one. Where rows are left out
+        they are read twice, first for their norms.
+        """
         rows = self.shuffle.rows(shard)
+        over = self.limits.over({n: gatherers[n].norms(rows) for n in self.limits.ratios})
+        left_out = union(over)
         document, place = self.documents.of(rows)
         with_text = [g for g in gatherers.values() if any(p.ids is not None for p in g.parts)]
         tokens = {
@@ -319,7 +299,13 @@ class Importer:
             "tokens/position": place,
         }
         write_shard(
-            self.writer, self.geometry, shard, gatherers, lambda h: gatherers[h].rows(rows), tokens
+            self.writer,
+            self.geometry,
+            shard,
+            gatherers,
+            lambda h: gatherers[h].rows(rows).without(left_out),
+            tokens,
+            over=over,
         )
 
 
@@ -374,6 +360,7 @@ def _fill(job: Importer) -> str:
         writer.reopen()
         spool = _spool_folder(job)
         gatherers = job.gatherers(spool)
+        job.find_limits(gatherers)
         write_shards(writer, geometry, todo, lambda shard: job.write(shard, gatherers), "import")
         if job.stamps() != stamps:
             raise UserError(
@@ -381,7 +368,11 @@ def _fill(job: Importer) -> str:
             )
         shutil.rmtree(spool, ignore_errors=True)
     writer.finish(geometry, list(job.widths), job.documents.count(geometry.rows))
-    return f"{writer.path}: {geometry.rows:,} rows of {', '.join(job.widths)}"
+    done = f"{writer.path}: {geometry.rows:,} rows of {', '.join(job.widths)}"
+    if job.ratios:
+        over = writer.left_out(geometry)
+        done += f"; {told(MAX_NORM_RATIO, geometry.rows, over)}"
+    return done
 
 
 def write_shard(
@@ -393,9 +384,10 @@ def write_shard(
     tokens: Mapping[str, Array],
     crcs: Mapping[str, int] | None = None,
     sums: Mapping[str, Tensor] | None = None,
+    over: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Writes hookpoints of a shard one by one, and tokens, and records it. crcs and sums: those of
-    arrays whose files are there already.
+    arrays whose files are there already; over: as StoreWriter.record_shard takes it.
     """
     crcs, sums = dict(crcs or {}), dict(sums or {})
     for hookpoint in hookpoints:
@@ -405,7 +397,7 @@ def write_shard(
             crcs[name] = writer.write_rows(geometry, shard, name, values)
     for name, values in tokens.items():
         crcs[name] = writer.write_rows(geometry, shard, name, values)
-    writer.record_shard(geometry, shard, crcs, sums)
+    writer.record_shard(geometry, shard, crcs, sums, over)
 
 
 def write_shards(

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..config.train import Preload
 from .blocks import BlockReader, BlockSpace
-from .holdout import held_out
-from .order import BlockOrder, Ints, KeptRows
+from .holdout import held_out, served_rows
+from .order import BlockOrder, Ints
 from .preload import HostRows, choose_preload
 from .read_ahead import Plan, ReadAhead
 from .read_processes import Piece, ReadProcesses, SharedMemory
@@ -181,8 +181,7 @@ class ActivationLoader:
         self.shape = (batch_tokens // num_ranks, store.width(hookpoint))
         self.batch_tokens, self.steps = batch_tokens, range(start_step, start_step + num_steps)
         self.left_out = held_out(store, holdout)
-        listed, chunk_rows = self.left_out.rows, store.geometry.chunk_rows
-        self.kept = KeptRows(store.rows, chunk_rows, listed, alone=only_held_out)
+        self.kept = served_rows(store, self.left_out, alone=only_held_out)
         if not self.kept.counts.any():
             raise ValueError(f"no row of the store is held out by holdout={holdout}")
         self.order = BlockOrder(self.kept.counts, seed)

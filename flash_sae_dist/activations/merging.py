@@ -22,9 +22,10 @@ from torch import Tensor
 from ..config.base import ConfigError
 from ..files import check_space, check_writable, locked, owned, replacing
 from ..identity import difference, digest, tell_other_versions, versions
-from .importing import MAX_DOCUMENT, write_shard, write_shards
+from .importing import write_shard, write_shards
 from .metadata import attributes
 from .records import COMPLETE, StoreOwner, check_lasts, shard_record
+from .row_documents import MAX_DOCUMENT
 from .store import TOKEN_ARRAYS, ActivationStore, Geometry, Shape, shard_path
 from .stored_rows import StoredRows
 from .writer import StoreWriter
@@ -109,6 +110,17 @@ class Merge:
         """A hookpoint's rows of a shard."""
         scales = self.rows(f"scales/{hookpoint}", shard) if self.first.dtype == "int8" else None
         return StoredRows(self.rows(f"activations/{hookpoint}", shard), scales)
+
+    def over(self, shard: int) -> dict[str, list[int]]:
+        """Rows of a shard that are left out, as StoreWriter.record_shard takes them."""
+        first, after = self.geometry.shard_range(shard)
+        found: dict[str, list[int]] = {}
+        for number, store in enumerate(self.stores):
+            start = self.starts[number] if self.behind else 0
+            for name, rows in store.over.items():
+                here = rows[(rows >= first - start) & (rows < after - start)] + start - first
+                found.setdefault(name, []).extend(here.tolist())
+        return found
 
     def config(self) -> dict[str, Any]:
         """The keys in which all configs agree; the hookpoints of all."""
@@ -250,6 +262,7 @@ class _Links:
             {name: self.merge.rows(name, shard) for name in tokens},
             crcs,
             sums,
+            self.merge.over(shard),
         )
         self.linked[shard] = len(crcs)
 
@@ -326,6 +339,11 @@ def _check_same_rows(stores: Sequence[ActivationStore]) -> None:
         parts, others = first.made_of()["parts"], store.made_of()["parts"]
         if other := difference(parts, others, (parts.keys() & others.keys()) - skip):
             raise ConfigError(f"{store.path} is made of other things than {first.path}: {other}")
+        if not np.array_equal(store.left_out, first.left_out):
+            raise ConfigError(
+                f"{store.path} and {first.path} leave out other rows for their norms "
+                "(max_norm_ratio); make one store of their hookpoints"
+            )
         if name := _other_tokens(first, store):
             raise ConfigError(
                 f"{store.path} and {first.path} hold other rows, or the same in another order "

@@ -119,7 +119,9 @@ def _damaged(records: Records, name: str, why: str) -> DamagedStoreError:
 
 def cure(name: str) -> str:
     """What mends a damaged file of a store that is no shard of rows."""
-    # Both are made again from the shards' sums.
+    # All are made again from the shards' records and sums.
+    if name.startswith("left_out/"):
+        return f"{AGAIN}, which makes it anew"
     if name.startswith("statistics/") and {"mean", "mean_squared_norm"} & set(name.split("/")[2:]):
         return f"{AGAIN}, which makes it anew"
     return "restore it from a copy, or remove the whole store and make it anew"

@@ -33,10 +33,11 @@ HOOK_SEMANTICS = 1
 MODEL_PARTS = (
     *("model weights", "model sample", "model config", "model code", "tokenizer", "hooks"),
     *("cache.context_length", "cache.drop_special_tokens", "cache.skip_first_tokens"),
+    "cache.max_norm_ratio",
 )
 _ROW_PARTS = (
     *("context_length", "batch_sequences", "drop_special_tokens", "skip_first_tokens"),
-    *("dtype", "seed"),
+    *("dtype", "seed", "max_norm_ratio"),
 )
 # Keys that older stores did not know: a stamp has them where they are set.
 _LATER_TEXT_KEYS = ("tokens_column", "messages_column", "weight")

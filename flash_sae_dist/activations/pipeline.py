@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from queue import Empty, Queue
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -28,6 +29,7 @@ from ..config.base import UserError
 from ..config.data import CacheConfig
 from .host_memory import PageLocked
 from .language_model import LanguageModel, Pass, tapped
+from .norm_limits import NormLimits, resolve_ratios, row_norms
 from .probe import check_ids
 from .row_plan import Batch, RowPlan
 from .stored_rows import StoredRows, float_dtype
@@ -39,6 +41,7 @@ _PASSES_AHEAD = 4
 # that is being copied.
 _FILLED = 3
 _MOST_WRITTEN = 4
+MAX_NORM_RATIO = "cache.max_norm_ratio"
 # The rest of cache.memory_gib is for tokens and for threads at work.
 _SHARE_OF_MEMORY = 0.75
 
@@ -90,6 +93,7 @@ class _Written:
         self.lock = threading.Lock()
         self.crcs: dict[str, int] = {}
         self.sums: dict[str, Tensor] = {}
+        self.over: dict[str, Tensor] = {}  # hookpoint -> [n] bool
         self.copied: dict[torch.device, torch.cuda.Event] = {}
 
     def add(self, name: str, crc: int) -> bool:
@@ -117,6 +121,9 @@ class Pipeline:
         self.shard_rows, self.num_tokens = plan.geometry.shard_rows, cfg.num_tokens
         # Told of each shard that is whole on the disk, in a thread.
         self.recorded: Callable[[int], None] = lambda shard: None
+        self.ratios = resolve_ratios(MAX_NORM_RATIO, cfg.max_norm_ratio, list(widths))
+        # Which rows are left out; set before any shard is made.
+        self.limits = NormLimits()
         self.stored, self.dtype = cfg.dtype, float_dtype(cfg.dtype)
         self.on_cpu = lm.device.type == "cpu"
         self.parts: dict[torch.device, list[_Part]] = {}
@@ -174,6 +181,28 @@ class Pipeline:
                 start, rows = (start, rows + made) if start else (time.perf_counter(), 0)
         self.drain()
         return Rate(rows, time.perf_counter() - start if start else 0.0, self.waited)
+
+    def sample_norms(self, hookpoints: list[str], num_rows: int) -> dict[str, Tensor]:
+        """Norms [n] of the store's first rows, num_rows or the rest of a pass more, in the passes
+        and the type in which `make` makes them. No shard is made.
+        """
+        found: dict[str, list[Tensor]] = {name: [] for name in hookpoints}
+
+        def take(hookpoint: str, value: Tensor) -> None:
+            assert self.batch is not None
+            flat = value.reshape(-1, value.shape[-1])
+            for piece in self.batch.pieces:
+                rows = flat.index_select(0, self._tensor(piece.source, value.device))
+                found[hookpoint].append(row_norms(rows.to(self.dtype)).cpu())
+
+        left, shards = num_rows, range(self.plan.geometry.num_shards)
+        with tapped(self.lm, hookpoints, take) as run:
+            for batch in self.plan.batches(list(shards), 0, 1):
+                self._pass(batch, run)
+                left -= sum(len(piece.source) for piece in batch.pieces)
+                if left <= 0:
+                    break
+        return {name: torch.cat(norms) for name, norms in found.items()}
 
     def drain(self) -> None:
         """Waits until every shard that is whole has been recorded. Raises what a thread met."""
@@ -259,7 +288,10 @@ class Pipeline:
         rows, tokens = self.open.pop(shard), self.plan.tokens(shard)
         arrays = len(self.widths) * (2 if self.stored == "int8" else 1)
         written = _Written(shard, rows, arrays + len(tokens))
-        if not self.on_cpu:
+        start, stop = self.plan.geometry.shard_range(shard)
+        if self.on_cpu:
+            written.over = self.limits.leave_out({n: r[: stop - start] for n, r in rows.items()})
+        else:
             written.rows = self._free_host()
             self._copy(rows, written)
             self.idle.append((rows, written.copied))
@@ -271,12 +303,20 @@ class Pipeline:
     def _copy(self, rows: Rows, written: _Written) -> None:
         """Sums up and copies a shard's rows, each device's on a stream of its own."""
         start, stop = self.plan.geometry.shard_range(written.shard)
-        cpu = torch.device("cpu")
-        for device in {r.device for r in rows.values()}:
-            if device not in self.streams:
-                self.streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        cpu, devices = torch.device("cpu"), {r.device for r in rows.values()}
+        with ExitStack() as current:
+            for device in devices:
+                if device not in self.streams:
+                    self.streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                self.streams[device].wait_stream(torch.cuda.current_stream(device))
+                # All are current at once: which rows are left out goes from one to the others.
+                current.enter_context(torch.cuda.stream(self.streams[device]))
+            over = self.limits.leave_out({n: r[: stop - start] for n, r in rows.items()})
+            for name, found in over.items():
+                host = torch.empty(found.shape, dtype=torch.bool, pin_memory=True)
+                written.over[name] = host.copy_(found, non_blocking=True)
+        for device in devices:
             stream = self.streams[device]
-            stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 for name in [n for n, r in rows.items() if r.device == device]:
                     found = rows[name][: stop - start]
@@ -308,6 +348,9 @@ class Pipeline:
         crc = self.writer.write_rows(self.plan.geometry, written.shard, name, values)
         if not written.add(name, crc):
             return
-        self.writer.record_shard(self.plan.geometry, written.shard, written.crcs, written.sums)
+        over = {name: rows.nonzero().flatten().tolist() for name, rows in written.over.items()}
+        self.writer.record_shard(
+            self.plan.geometry, written.shard, written.crcs, written.sums, over
+        )
         self.recorded(written.shard)
         self.host.put(written.rows)

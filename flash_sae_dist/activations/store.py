@@ -6,7 +6,9 @@ int8 with `scales/<hookpoint>` [rows] float32, a row being its codes times its s
 `tokens/ids`, `tokens/document` and `tokens/position` [rows], `statistics/<hookpoint>/mean` [D] and
 `.../mean_squared_norm`; of what `cache` made also `text/ids`, `.../document`, `.../position`,
 `.../keep` and `.../row` [sequences, context_length], the token table with the row of each token or
--1; the attributes tell model, text and versions. Shards are written whole by
+-1; with `cache.max_norm_ratio` also `left_out` [n, 2], rows that hold zeros and belong to nothing,
+with the number of the hookpoint (in its attribute `hookpoints`) whose limit each is above; the
+attributes tell model, text and versions. Shards are written whole by
 one process each and then recorded under `records/`: Zarr reads a missing shard as zeros without an
 error, so what is complete is known from the records alone.
 """
@@ -24,12 +26,16 @@ import zarr
 from ..config.base import ConfigError, UserError, check_hookpoint, nearest_name
 from ..identity import digest
 from .metadata import Sums, attributes, open_array
+from .norm_limits import union
 from .records import AGAIN, COMPLETE, CONFIG, GEOMETRY, Records
 from .records import DamagedStoreError as DamagedStoreError
 from .stored_rows import StoredRows
 
 Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
 FORMAT = 1
+# Rows that are left out: [n, 2] int64, row and number of the hookpoint whose limit it is above.
+LEFT_OUT = "left_out"
 _CHUNK_BYTES = 1 << 20
 _MIN_SHARDS = 16
 _MIN_CHUNKS = 64
@@ -330,6 +336,29 @@ class ActivationStore:
     def shard_file(self, name: str, shard: int) -> str:
         """Where a shard of an array lives."""
         return f"{self.records.root}/{shard_path(name, shard)}"
+
+    @cached_property
+    def over(self) -> dict[str, Ints]:
+        """Rows that are left out, ascending, by the hookpoint at which their norm is above its
+        limit; of no hookpoint in a store without limits. Raises DamagedStoreError.
+        """
+        counts = (self.records.read(COMPLETE) or {}).get("left_out", {})
+        if not any(counts.values()):
+            return {name: np.empty(0, np.int64) for name in counts}
+        array = self.array(LEFT_OUT)
+        pairs = np.asarray(readable(array, slice(None), self.path))
+        names: Any = array.attrs["hookpoints"]
+        return {name: pairs[pairs[:, 1] == names.index(name), 0] for name in counts}
+
+    @cached_property
+    def left_out(self) -> Ints:
+        """Rows that belong to nothing, ascending: zeros stand in their place."""
+        return union(self.over)
+
+    @property
+    def kept_rows(self) -> int:
+        """Rows that training and evaluation see."""
+        return self.rows - len(self.left_out)
 
     @property
     def hookpoints(self) -> list[str]:

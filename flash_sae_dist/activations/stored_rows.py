@@ -70,6 +70,13 @@ class StoredRows(NamedTuple):
             return decode_int8(bits, torch.from_numpy(self.scales), out)
         return bits.view(torch.bfloat16) if bits.dtype == torch.uint16 else bits
 
+    def without(self, rows: Array) -> Self:
+        """Writes zeros over some rows, by their numbers."""
+        self.bits[rows] = 0
+        if self.scales is not None:
+            self.scales[rows] = 0
+        return self
+
     def arrays(self, hookpoint: str) -> dict[str, Array]:
         """By their names in a store."""
         found = {f"activations/{hookpoint}": self.bits}

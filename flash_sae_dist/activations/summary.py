@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from .damage import row_bytes
 from .metadata import attributes
+from .norm_limits import NormLimits
 from .records import COMPLETE
 from .store import ActivationStore, as_float64
 
@@ -51,6 +52,15 @@ def describe(store: ActivationStore) -> dict[str, Any]:
         "shard_rows": geometry.shard_rows,
         "chunk_rows": geometry.chunk_rows,
     }
+    if store.over:
+        each = {name: len(rows) for name, rows in store.over.items()}
+        found["left_out"] = {"rows": len(store.left_out), "share": len(store.left_out) / store.rows}
+        found["left_out"] |= {"above the limit of": each}
+    if (limits := NormLimits.read(records)) is not None:
+        found["norm_limits"] = {
+            name: {"ratio": ratio, "median": limits.medians[name], "of_rows": limits.sample}
+            for name, ratio in limits.ratios.items()
+        }
     for section in ("model", "text", "cache", "import"):
         values = {k.partition(".")[2]: v for k, v in config.items() if k.startswith(f"{section}.")}
         found |= {section: {k: v for k, v in values.items() if v is not None}} if values else {}
@@ -71,8 +81,8 @@ def _hookpoint(store: ActivationStore, name: str) -> dict[str, Any]:
 
 
 def distribution(store: ActivationStore, hookpoint: str, num_rows: int) -> Distribution:
-    """Of about num_rows rows in whole chunks from everywhere in a store; of all where it has no
-    more. Memory holds a chunk and the norms.
+    """Of about num_rows rows in whole chunks from everywhere in a store, without those that are
+    left out; of all where it has no more. Memory holds a chunk and the norms.
     """
     chunk = store.geometry.chunk_rows
     chunks = -(-store.rows // chunk)
@@ -85,6 +95,8 @@ def distribution(store: ActivationStore, hookpoint: str, num_rows: int) -> Distr
             f"activations/{hookpoint}", int(start), min(int(start) + chunk, store.rows)
         )
         rows = as_float64(found, store.dtype)
+        here = (store.left_out >= start) & (store.left_out < start + chunk)
+        rows = np.delete(rows, store.left_out[here] - start, axis=0)
         squares += np.square(rows).sum(axis=0)
         norms.append(np.linalg.norm(rows, axis=1))
         away = rows - mean

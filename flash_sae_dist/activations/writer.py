@@ -4,7 +4,7 @@ of what is whole; store.py says what a store is.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import zarr
 from torch import Tensor
 from zarr.codecs import Crc32cCodec
 
-from ..config.base import ConfigError, StrictModel
+from ..config.base import ConfigError, StrictModel, UserError
 from ..config.data import CacheConfig, ModelConfig, TextConfig
 from ..identity import NAMING_KEYS, digest, plain
 from ..identity import difference as first_difference
@@ -25,10 +25,12 @@ from .metadata import (
     metadata_sums,
     open_array,
 )
+from .norm_limits import union
 from .records import COMPLETE, CONFIG, GEOMETRY, Records, shard_record
 from .shard_files import shard_pieces, with_checksum, write_pieces
 from .store import (
     FORMAT,
+    LEFT_OUT,
     Array,
     Geometry,
     Origin,
@@ -239,14 +241,18 @@ class StoreWriter:
         shard: int,
         crcs: dict[str, int],  # by array
         sums: dict[str, Tensor],  # hookpoint -> [D + 1], as `row_sums` gives them
+        over: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        """Records a shard whose every array has been written, with the sums of its rows."""
+        """Records a shard whose every array has been written, with the sums of its rows. over: the
+        rows of the shard that are left out, by the hookpoint whose limit they are above.
+        """
         for hookpoint, values in sums.items():
             data = values.numpy().astype("<f8").tobytes()
             file = f"statistics/{hookpoint}/shard_sums/c/{shard}/0"
             write_pieces(self.records, file, [data, with_checksum(data)])
         start, stop = geometry.shard_range(shard)
-        self.records.write(shard_record(shard), {"rows": stop - start, "crc32c": crcs})
+        record = {"rows": stop - start, "crc32c": crcs}
+        self.records.write(shard_record(shard), record | ({"left_out": over} if over else {}))
 
     def finish(
         self,
@@ -264,15 +270,20 @@ class StoreWriter:
             record["identity"]["parts"]["text"] = text[1]
         record |= {"metadata": metadata_sums(self.records), **record, **geometry._asdict()}
         self.records.write(GEOMETRY, record)
-        written: Sums = {}
+        shards, written = self._shards(geometry), Sums()
+        over = self.left_out(geometry, shards)
+        kept = geometry.rows - len(union(over))
         for hookpoint in hookpoints:
-            written |= self._statistics(geometry, hookpoint, record["metadata"])
+            written |= self._statistics(geometry, hookpoint, record["metadata"], kept)
+        written |= self._left_out(over)
         whole: dict[str, Any] = {"rows": geometry.rows, "shards": geometry.num_shards}
         whole["files"] = written
+        if over:
+            whole["left_out"] = {name: len(rows) for name, rows in over.items()}
         if num_documents is not None:
             whole["documents"] = num_documents
         whole["text_parts"] = len(self.records.names("text-"))
-        whole["content"] = self._content(geometry)
+        whole["content"] = self._content(shards)
         self.records.write(COMPLETE, whole)
 
     def _arrays(self, geometry: Geometry, num_sequences: int) -> dict[str, Any]:
@@ -306,8 +317,47 @@ class StoreWriter:
             array.attrs["dtype"] = spec.dtype
         return record
 
-    def _statistics(self, geometry: Geometry, hookpoint: str, metadata: Sums) -> Sums:
-        """Writes mean and mean squared norm; the checksums of their files."""
+    def left_out(
+        self, geometry: Geometry, shards: list[dict[str, Any]] | None = None
+    ) -> dict[str, list[int]]:
+        """Rows that are left out, by the hookpoint whose limit they are above; empty without
+        limits. shards: their records, where they have been read. Raises UserError where no row is
+        left.
+        """
+        over: dict[str, list[int]] = {}
+        for shard, record in enumerate(self._shards(geometry) if shards is None else shards):
+            start = shard * geometry.shard_rows
+            for name, rows in record.get("left_out", {}).items():
+                over.setdefault(name, []).extend(start + row for row in rows)
+        if len(union(over)) == geometry.rows:
+            raise UserError(
+                f"{self.path}: max_norm_ratio leaves out every row; raise it, and make the store "
+                "anew"
+            )
+        return over
+
+    def _shards(self, geometry: Geometry) -> list[dict[str, Any]]:
+        return [self.records.read(shard_record(n)) or {} for n in range(geometry.num_shards)]
+
+    def _left_out(self, over: Mapping[str, Sequence[int]]) -> Sums:
+        """Writes which rows are left out, and for which hookpoints; the checksums of the files."""
+        if not any(over.values()):
+            return {}
+        pairs = [(row, number) for number, name in enumerate(over) for row in over[name]]
+        group = zarr.open_group(self.records.zarr, mode="r+", zarr_format=3)
+        array = group.create_array(
+            LEFT_OUT,
+            data=np.array(sorted(pairs), dtype=np.int64),
+            compressors=[Crc32cCodec()],
+            overwrite=True,
+        )
+        array.attrs["hookpoints"] = list(over)
+        return file_sums(self.records, LEFT_OUT)
+
+    def _statistics(self, geometry: Geometry, hookpoint: str, metadata: Sums, kept: int) -> Sums:
+        """Writes mean and mean squared norm of the rows that are kept, so many; the checksums of
+        their files.
+        """
         where = f"statistics/{hookpoint}"
         written: Sums = {}
         sums = open_array(self.records, f"{where}/shard_sums", metadata)
@@ -315,7 +365,7 @@ class StoreWriter:
         if sum(not name.endswith("zarr.json") for name in chunks) < geometry.num_shards:
             # Zarr reads a lost chunk as zeros.
             raise self.records.damaged(f"{where}/shard_sums", "a file of it is missing")
-        total = np.asarray(readable(sums, slice(None), self.path)).sum(axis=0) / geometry.rows
+        total = np.asarray(readable(sums, slice(None), self.path)).sum(axis=0) / kept
         group = zarr.open_group(self.records.zarr, mode="r+", zarr_format=3)
         for name, value in (("mean", total[:-1]), ("mean_squared_norm", total[-1])):
             group.create_array(
@@ -327,10 +377,10 @@ class StoreWriter:
             written |= file_sums(self.records, f"{where}/{name}")
         return written
 
-    def _content(self, geometry: Geometry) -> dict[str, str]:
+    def _content(self, shards: list[dict[str, Any]]) -> dict[str, str]:
         """A digest of each array's rows, from the checksums in the shards' records."""
         sums: dict[str, list[int]] = {}
-        for shard in range(geometry.num_shards):
-            for name, value in (self.records.read(shard_record(shard)) or {})["crc32c"].items():
+        for record in shards:
+            for name, value in record["crc32c"].items():
                 sums.setdefault(name, []).append(value)
         return {name: digest(values) for name, values in sums.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -21,6 +22,22 @@ def _placement(value: Any) -> Any:
     )
 
 
+def _norm_ratio(value: Any) -> Any:
+    ratios = list(value.values()) if isinstance(value, dict) else [value]
+    names = list(value) if isinstance(value, dict) else []
+    if value is None or (
+        ratios
+        and all(isinstance(r, int | float) and 1 < r < math.inf for r in ratios)
+        and all(isinstance(name, str) and name for name in names)
+    ):
+        return value
+    raise ValueError(
+        f"cache.max_norm_ratio={shown(value)} leaves out rows by no ratio; write a number above 1, "
+        "such as 10, or one for each of some hookpoints, such as {model.layers.3: 10}"
+    )
+
+
+NormRatio = Annotated[float | dict[str, float], BeforeValidator(_norm_ratio)]
 Placement = Annotated[str | dict[str, int | str], BeforeValidator(_placement)]
 
 
@@ -181,6 +198,13 @@ class CacheConfig(StrictModel):
     """Leave out positions of BOS, EOS and other special tokens, whose activations are outliers."""
     skip_first_tokens: int = Field(default=0, ge=0)
     """Leave out so many first positions of every sequence, whose norms are often outliers."""
+    max_norm_ratio: NormRatio | None = None
+    """Leave out rows whose norm exceeds so many times the median, such as 10; a mapping has ratios
+    for some hookpoints, wildcards as in `hookpoints`, such as {model.layers.3: 10} (the last that
+    names a hookpoint counts). The median is that of the first rows, each hookpoint's own. A row
+    that is left out at one hookpoint is left out at all: training, evaluation and statistics pass
+    over its place, which holds zeros. `flash-sae store info` tells how many they are.
+    """
     shard_mib: float = Field(default=128, gt=0, le=2**20)
     """Size of one file of the store, written whole by one process; 64-256 suits disks and object
     stores.

@@ -70,7 +70,7 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
         hookpoints = list(dict.fromkeys(found.hookpoint for found in mine))
         lm, text = _language_model(config, store, accelerator.device, hookpoints)
     passes = len(mine) + 2 * len({s.hookpoint for s in mine})
-    num_tokens = min(cfg.num_tokens, store.rows)
+    num_tokens = min(cfg.num_tokens, store.kept_rows)
     work = num_tokens * len(mine) + (text.ids.size * passes if text is not None else 0)
     meters: dict[str, LossMeter] = {}
     records = []
@@ -152,7 +152,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     sae = found.load(device)
     # Never more than the store holds: a row measured twice is no new evidence.
-    num_tokens = min(cfg.num_tokens, store.rows)
+    num_tokens = min(cfg.num_tokens, store.kept_rows)
     num_steps = -(-num_tokens // cfg.batch_tokens)
     loader = ActivationLoader(
         store,
