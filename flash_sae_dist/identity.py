@@ -49,7 +49,7 @@ ROW_KEYS = frozenset(
 NAMING_KEYS = frozenset(
     [f"model.{key}" for key in ("name", "revision", "gguf_file", "task", "dtype", "adapter")]
     + [f"text.{key}" for key in ("source", "name", "subset", "split", "column", "paths")]
-    + [f"text.{key}" for key in ("tokens_column", "messages_column", "mixture")]
+    + [f"text.{key}" for key in ("tokens_column", "messages_column", "mixture", "revision")]
 )
 # Keys that may change from one launch to the next: how long, how spread, how logged, where.
 FREE_KEYS = frozenset(

@@ -289,7 +289,8 @@ FIELDS = {
         "name revision gguf_file task dtype adapter quantization device_map trust_remote_code"
     ),
     "text": (
-        "source name subset split column tokens_column messages_column paths streaming mixture"
+        "source name subset revision split column tokens_column messages_column paths streaming "
+        "mixture"
     ),
     "cache": (
         "store hookpoints num_tokens context_length batch_sequences drop_special_tokens "

@@ -21,16 +21,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from flash_sae_dist.activations import sources, text_files
 from flash_sae_dist.activations.documents import Document, documents
+from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.origin import _text_stamp, text_is_here
+from flash_sae_dist.activations.records import Records
 from flash_sae_dist.config.base import ConfigError, UserError
 from flash_sae_dist.config.data import TextConfig, TextPart
-from tests.tiny_model import WORDS, save_bert, save_llama, token_table
+from flash_sae_dist.training.job import parse_config
+from tests.tiny_model import WORDS, config_data, save_bert, save_llama, token_table
 
 PACKINGS: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
@@ -593,3 +597,47 @@ def test_text_of_the_hub_is_not_here(tmp_path: Path) -> None:
     assert not text_is_here(HUB)
     parts = (TextPart(source="pydoc"), TextPart(source="hub", name="some/dataset"))
     assert not text_is_here(TextConfig(source="mixture", mixture=parts))
+
+
+# --- revisions
+
+
+def test_a_revision_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(name: str, subset: str | None, **how: Any) -> Stream:
+        asked.append((name, how["revision"]))
+        return Stream(10, [])
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    texts(HUB)
+    texts(HUB.model_copy(update={"revision": "v1.2"}))
+    assert asked == [("some/dataset", None), ("some/dataset", "v1.2")]
+
+
+def test_a_revision_of_what_has_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="text.revision='v1' is that of a dataset of the hub"):
+        TextConfig(source="files", paths=("a.txt",), revision="v1")
+    cfg = TextConfig(source="hub", name=str(tmp_path), revision="v1")
+    with pytest.raises(ConfigError, match="text.revision='v1': .* is a folder, which has none"):
+        texts(cfg)
+
+
+def test_a_finished_store_is_of_one_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: Stream(10, []))
+    data = config_data(tmp_path, num_tokens=8, context_length=4, hookpoints=["model.layers.0"])
+    data["text"] = {"source": "hub", "name": "some/dataset", "revision": "v1"}
+
+    def cache(**text: str) -> None:
+        run_cache(parse_config(data | {"text": data["text"] | text}), Accelerator(cpu=True))
+
+    cache()
+    record = Records(str(tmp_path / "store.zarr")).read("config.json")
+    assert record is not None
+    assert record["text.revision"] == "v1"
+    cache()
+    for key, value in (("revision", "v2"), ("name", "other/dataset")):
+        with pytest.raises(ConfigError, match=f"text.{key}='{value}' differs from"):
+            cache(**{key: value})

@@ -52,6 +52,7 @@ from .text import begin_token
 from .text_parts import TextParts, digest_of, made_parts, part_size
 from .tokenising import Tokeniser, making_of
 from .writer import StoreWriter
+from .writer import difference as other_keys
 
 logger = logging.getLogger(__name__)
 
@@ -320,6 +321,12 @@ def _check_still_same_text(config: RunConfig, writer: StoreWriter, before: dict[
     writer.check_identity({"tokenizer": tokenizer_digest(tokenizer), "model task": task})
     if not text_is_here(config.text):
         # Its name is all that there is to compare without the network.
+        named, asked = (
+            {key: value for key, value in flat.items() if key.startswith("text.")}
+            for flat in (writer.records.read(CONFIG) or {}, writer.config)
+        )
+        if (error := other_keys(writer.path, named, asked, FREE_KEYS)) is not None:
+            raise error
         return
     begun = writer.begun() or {}
     if "text" not in begun:

@@ -40,7 +40,7 @@ _ROW_PARTS = (
     *("dtype", "seed", "max_norm_ratio"),
 )
 # Keys that older stores did not know: a stamp has them where they are set.
-_LATER_TEXT_KEYS = ("tokens_column", "messages_column", "weight")
+_LATER_TEXT_KEYS = ("tokens_column", "messages_column", "weight", "revision")
 # In the order in which transformers looks for them.
 _WEIGHTS = (
     "model.safetensors",

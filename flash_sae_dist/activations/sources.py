@@ -168,7 +168,8 @@ def hub(source: Source, skip: int) -> Iterator[Record]:
             raise
         what = f"cannot be read on after {read:,} rows" if read > skip else "cannot be loaded"
         raise ConfigError(
-            f"{told} {what}: {_told(e)}; check the name, {source.at}.subset and {source.at}.split"
+            f"{told} {what}: {_told(e)}; check the name, {source.at}.subset, {source.at}.split and "
+            f"{source.at}.revision"
         ) from e
 
 
@@ -181,9 +182,14 @@ def _dataset(source: Source, told: str) -> Any:
 
     cfg, folder = source.cfg, Path(str(source.cfg.name)).expanduser()
     saved = [name for name in ("dataset_dict.json", "state.json") if (folder / name).is_file()]
+    if folder.is_dir() and cfg.revision is not None:
+        raise ConfigError(
+            f"{source.at}.revision={cfg.revision!r}: {told} is a folder, which has none; drop it"
+        )
     if not saved:
         # A stream is asked for its data only as it is read.
-        return load_dataset(cfg.name, cfg.subset, split=cfg.split, streaming=cfg.streaming)
+        how = {"revision": cfg.revision, "split": cfg.split, "streaming": cfg.streaming}
+        return load_dataset(cfg.name, cfg.subset, **how)
     data = load_from_disk(str(folder))
     if saved[0] == "state.json":
         if cfg.split not in ("train", str(data.split)):

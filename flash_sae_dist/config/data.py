@@ -86,6 +86,10 @@ class TextSource(StrictModel):
     """Dataset name on the hub, or a local dataset folder (source: hub)."""
     subset: str | None = None
     """Dataset configuration (source: hub)."""
+    revision: Text | None = None
+    """Branch, tag or commit of a dataset of the hub. A branch moves: a commit makes sure that a
+    launch that goes on reads the text that the first one read (source: hub).
+    """
     split: str = "train"
     """Dataset split (source: hub)."""
     column: str = "text"
@@ -115,6 +119,11 @@ class TextSource(StrictModel):
         if self.source == "files" and not self.paths:
             raise ValueError(
                 f"{self._AT}paths is empty: source 'files' needs at least one file or pattern"
+            )
+        if self.source not in ("hub", "mixture") and self.revision is not None:
+            raise ValueError(
+                f"{self._AT}revision={shown(self.revision)} is that of a dataset of the hub, not "
+                f"of source {self.source!r}; drop it"
             )
         columns = [c for c in ("tokens_column", "messages_column") if getattr(self, c) is not None]
         if columns and self.source == "pydoc":
