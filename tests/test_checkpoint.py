@@ -16,6 +16,7 @@ from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training import checkpoint, step
 from flash_sae_dist.training.checkpoint import TrainingState
 from flash_sae_dist.training.checkpoint_writer import CheckpointWriter, _tensors, write_shard
+from flash_sae_dist.training.host_memory import HostShare
 from flash_sae_dist.training.metrics import PhaseTimer
 from flash_sae_dist.training.step import SAETraining
 
@@ -42,7 +43,7 @@ def advance(t: SAETraining, steps: int) -> list[float]:
 
 def save(folder: Path, t: SAETraining, *, keep: int) -> None:
     state = t.state()
-    writer = CheckpointWriter("job", folder, state, MESH, CPU, keep)
+    writer = CheckpointWriter("job", folder, state, MESH, CPU, keep, HostShare(1 << 30))
     writer.begin(state)
     writer.wait()
     writer.close()

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training import checkpoint, checkpoint_writer, host_memory
 from flash_sae_dist.training.checkpoint import TrainingState
 from flash_sae_dist.training.checkpoint_writer import CheckpointWriter
-from flash_sae_dist.training.host_memory import HostMemory
+from flash_sae_dist.training.host_memory import HostMemory, HostShare
 from tests.dist.ranks import ROOT, free_port, rank_env
 from tests.tiny_model import config_data, write_config
 
@@ -90,8 +91,11 @@ def state(step: int, value: float, rows: int = 12) -> TrainingState:
     )  # fmt: skip
 
 
-def writer(folder: Path, mesh: Mesh = ALONE, rows: int = 12) -> CheckpointWriter:
-    return CheckpointWriter("job", folder, state(0, 0.0, rows), mesh, CPU, keep=2)
+def writer(
+    folder: Path, mesh: Mesh = ALONE, rows: int = 12, memory: int = 1 << 30
+) -> CheckpointWriter:
+    share = HostShare(memory)
+    return CheckpointWriter("job", folder, state(0, 0.0, rows), mesh, CPU, 2, share)
 
 
 def test_a_state_is_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,8 +120,7 @@ def test_a_state_is_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_without_memory_training_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(host_memory, "free_bytes", lambda: 1000)
-    made, now = writer(tmp_path), state(7, 1.0)
+    made, now = writer(tmp_path, memory=1000), state(7, 1.0)
     made.begin(now)
     assert checkpoint.newest_step(tmp_path, ALONE) == 7, "it is whole at once"
     assert "training waits while one is written" in caplog.text
@@ -129,7 +132,7 @@ def test_memory_is_used_again_and_holds_every_type() -> None:
         "wide": torch.randn(700_000), "half": torch.randn(3, 5).bfloat16(),
         "flag": torch.tensor([True, False]), "none": torch.empty(0, 4), "one": torch.tensor(5),
     }  # fmt: skip
-    memory = HostMemory("job", like, CPU)
+    memory = HostMemory("job", like, CPU, HostShare(1 << 30))
     first = memory.copy(like)
     assert first is not None
     assert first.wait() == 0
@@ -149,10 +152,32 @@ def test_memory_that_cannot_be_had_is_done_without(
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(host_memory.mmap, "mmap", refuse)
-    memory = HostMemory("job", {"x": torch.ones(3)}, CPU)
+    memory = HostMemory("job", {"x": torch.ones(3)}, CPU, HostShare(1 << 30))
     assert memory.copy({"x": torch.ones(3)}) is None
     assert "training waits while a checkpoint is written: " in caplog.text
     memory.close()
+
+
+def test_shares_of_a_host_are_alike_whoever_takes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank has as much as the others, of what was free before any took it."""
+    here = socket.gethostname()
+    told = [(here, 1000), (here, 900), ("another host", 10)]
+    monkeypatch.setattr(host_memory.agree, "from_all", lambda own: told)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    share = HostShare.agreed()
+    assert share.left == int(0.8 * 900) // 2
+    # A process's own memories share it, and what is closed can be had again.
+    like = {"x": torch.ones(3)}
+    share = HostShare(4096)
+    first, second = (HostMemory(name, like, CPU, share) for name in ("a", "b"))
+    found = [memory.copy(like) is not None for memory in (first, second)]
+    assert sorted(found) == [False, True]
+    for memory in (first, second):
+        memory.close()
+    assert share.left == 4096
+    third = HostMemory("c", like, CPU, share)
+    assert third.copy(like) is not None
+    third.close()
 
 
 def test_the_hosts_memory_is_told() -> None:
@@ -345,7 +370,7 @@ def test_a_gpus_state_is_of_one_moment_and_nothing_waits_but_the_device(tmp_path
     device = torch.device("cuda")
     weights = torch.zeros(4096, 65536, device=device)
     now = TrainingState({"W": weights}, {}, {"step": 1, "d_sae": 4096})
-    made = CheckpointWriter("job", tmp_path, now, ALONE, device, keep=2)
+    made = CheckpointWriter("job", tmp_path, now, ALONE, device, 2, HostShare(1 << 30))
     assert made._memory is not None
     made._memory._maker.join()
     assert made._memory._views is not None

@@ -527,6 +527,11 @@ def test_what_is_kept_where(
     assert preloading.choose_preload("auto", reader, epochs, device) == "none"
     for asked in ("host", "device"):
         assert preloading.choose_preload(asked, reader, epochs, device) == asked
+    with monkeypatch.context() as patch:
+        # Each process of the host keeps all of the rows.
+        patch.setenv("LOCAL_WORLD_SIZE", "5")
+        with pytest.raises(ConfigError, match="'host' needs"):
+            preloading.choose_preload("host", reader, epochs, device)
     monkeypatch.setattr(preloading, "_host_bytes", lambda: size - 1)
     monkeypatch.setattr(preloading, "_free_device_bytes", lambda device: size - 1)
     for asked in ("host", "device"):

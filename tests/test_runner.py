@@ -23,6 +23,7 @@ from flash_sae_dist.grid.trackers import Trackers
 from flash_sae_dist.models.topk import TopKSAE
 from flash_sae_dist.parallel import agree
 from flash_sae_dist.parallel.mesh import Mesh
+from flash_sae_dist.training.host_memory import HostShare
 from flash_sae_dist.training.job import Config, parse_config
 from flash_sae_dist.training.member import Member
 from flash_sae_dist.training.records import (
@@ -116,11 +117,11 @@ def test_ranks_that_train_together_end_together(
     trackers = Trackers(FakeAccelerator(), {})
     together = Mesh(0, 2, 0, 1, 1, 2, None, None, None)
     with pytest.raises(OSError, match="no space left"):
-        runner._train_bundle([job], store, together, CPU, trackers, only=False)
+        runner._train_bundle([job], store, together, CPU, trackers, HostShare(0), only=False)
     status = Status("failed", 3, 10, "OSError: no space left")
     assert read_status(job.folder) == status
     alone = Mesh(1, 2, 0, 1, 0, 1, None, None, None)
-    runner._train_bundle([job], store, alone, CPU, trackers, only=False)
+    runner._train_bundle([job], store, alone, CPU, trackers, HostShare(0), only=False)
     assert read_status(job.folder) == status
 
 

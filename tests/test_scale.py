@@ -18,6 +18,7 @@ from flash_sae_dist.config.train import ENGINES
 from flash_sae_dist.models.topk import TopKConfig, TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.checkpoint import TrainingState
+from flash_sae_dist.training.host_memory import HostShare
 from flash_sae_dist.training.job import parse_config
 from flash_sae_dist.training.metrics import PhaseTimer
 from flash_sae_dist.training.records import Job
@@ -198,7 +199,7 @@ def test_float32_through_the_store(tmp_path: Path, normalize: str) -> None:
             {"output": str(folder / "run"), "sae": {"k": K, "d_sae": D_SAE}, "train": train}
         )
         job = Job("acts", folder / "run", config)
-        Trainer([job], store, Mesh.single(), CPU, lambda *_: None).run()
+        Trainer([job], store, Mesh.single(), CPU, lambda *_: None, HostShare(1 << 30)).run()
         sae = TopKSAE.load(job.folder / "sae")
         outcomes.append(outcome(sae, x.float(), torch.empty(0)))
     for got in outcomes[1:]:

@@ -188,7 +188,7 @@ class ActivationLoader:
         if rank == 0 and holdout and not only_held_out:
             logger.info("train.holdout=%g %s", holdout, self.left_out.told())
         epochs, told = num_steps * batch_tokens / self.order.rows, rank == 0
-        self.preload = choose_preload(preload, self.reader, epochs, self.device, num_ranks, told)
+        self.preload = choose_preload(preload, self.reader, epochs, self.device, tell=told)
         self._host = [HostRows(r) for r in self._readers] if self.preload == "host" else None
         self._memory = _Memory(self._readers, self.device)
         self._ahead = self._allocate()

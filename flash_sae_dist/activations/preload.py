@@ -11,6 +11,7 @@ import torch
 
 from ..config.base import ConfigError
 from ..config.train import Preload
+from ..parallel.mesh import local_processes
 from .blocks import BlockReader, BlockSpace
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def choose_preload(
     reader: BlockReader,
     epochs: float,
     device: torch.device,
-    num_ranks: int = 1,
+    *,
     tell: bool = False,
 ) -> Kept:
     """What `train.preload` comes to here; with `tell` a log line says so.
@@ -74,7 +75,7 @@ def choose_preload(
     fit.
     """
     size = reader.num_blocks * reader.chunk_bytes
-    free = {"device": _free_device_bytes(device), "host": _host_bytes() // num_ranks}
+    free = {"device": _free_device_bytes(device), "host": _host_bytes() // local_processes()}
     if asked == "none":
         return asked
     if asked != "auto":

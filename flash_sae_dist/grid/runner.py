@@ -18,6 +18,7 @@ from ..parallel import agree
 from ..parallel.mesh import Mesh, make_mesh, with_index
 from ..progress import process_seconds
 from ..training.checkpoint import newest_info
+from ..training.host_memory import HostShare
 from ..training.job import Config
 from ..training.member import is_finished
 from ..training.metrics import read_metrics
@@ -66,6 +67,7 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
         rendezvous_s=config.train.rendezvous_timeout_s,
     )
     plan = agreed_plan(config, mesh, device, grid=grid)
+    share = HostShare.agreed()
     # A host that does not come to see the store ends all of them with its sentence.
     store = agree.after_first(lambda: ActivationStore.open(config.store_path()))
     todo = [job for job in plan.jobs if job.name in plan.unfinished]
@@ -73,7 +75,7 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     trackers = _trackers(accelerator, Path(config.output), plan, todo)
     if accelerator.is_main_process and names and (seconds := process_seconds()) is not None:
         logger.info("%d SAEs to train, %.1f s after this process began", len(names), seconds)
-    failed = _train(plan, store, mesh, device, trackers)
+    failed = _train(plan, store, mesh, device, trackers, share)
     if accelerator.is_main_process:
         _replay_other_groups(plan.groups[1:], trackers)
         for job in plan.jobs:
@@ -90,16 +92,21 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
 
 
 def _train(
-    plan: Plan, store: ActivationStore, mesh: Mesh, device: torch.device, trackers: Trackers
+    plan: Plan,
+    store: ActivationStore,
+    mesh: Mesh,
+    device: torch.device,
+    trackers: Trackers,
+    share: HostShare,
 ) -> dict[str, str]:
     """Trains this group's bundles; the reasons of all groups' failed jobs by name. Collective over
     all processes.
     """
-    mine = plan.groups[mesh.group]
+    mine, only = plan.groups[mesh.group], len(plan.jobs) == 1
     busy: dict[str, str] = {}
     for bundle in mine:
         try:
-            _train_bundle(bundle.jobs, store, mesh, device, trackers, only=len(plan.jobs) == 1)
+            _train_bundle(bundle.jobs, store, mesh, device, trackers, share, only=only)
         except BusyError as e:
             # Not ours to write a reason into.
             busy |= {job.name: str(e) for job in bundle.jobs}
@@ -139,6 +146,7 @@ def _train_bundle(
     mesh: Mesh,
     device: torch.device,
     trackers: Trackers,
+    share: HostShare,
     *,
     only: bool,  # the launch has no other job
 ) -> None:
@@ -147,7 +155,7 @@ def _train_bundle(
     ends = mesh.members > 1 or only
     try:
         with ending.deferred(), _held(jobs, mesh):
-            Trainer(jobs, store, mesh, device, trackers.log).run()
+            Trainer(jobs, store, mesh, device, trackers.log, share).run()
         return
     except BusyError:
         raise
@@ -166,7 +174,7 @@ def _train_bundle(
         torch.cuda.empty_cache()
     for job in jobs:
         if not is_finished(job):
-            _train_bundle([job], store, mesh, device, trackers, only=False)
+            _train_bundle([job], store, mesh, device, trackers, share, only=False)
 
 
 @contextmanager

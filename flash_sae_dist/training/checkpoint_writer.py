@@ -33,7 +33,7 @@ from ..ending import sentence_of
 from ..parallel import agree
 from ..parallel.mesh import Mesh
 from .checkpoint import FORMAT, MANIFEST, TrainingState, found_in, manifest_checksum, step_folder
-from .host_memory import Copied, HostMemory
+from .host_memory import Copied, HostMemory, HostShare
 
 logger = logging.getLogger(__name__)
 # A shard is written as files of about this size, by several threads: of one file a system writes
@@ -56,11 +56,12 @@ class CheckpointWriter:
 
     def __init__(
         self, name: str, folder: Path, state: TrainingState | None, mesh: Mesh,
-        device: torch.device, keep: int, published: Callable[[int], None] = lambda step: None,
+        device: torch.device, keep: int, share: HostShare,
+        published: Callable[[int], None] = lambda step: None,
     ) -> None:  # fmt: skip
-        """state tells for what memory is made, and without it training waits for each checkpoint;
-        published is called, by a thread, with each step published. The folder must be one that
-        every member sees.
+        """state tells for what memory is made, of a share of the host's, and without it training
+        waits for each checkpoint; published is called, by a thread, with each step published. The
+        folder must be one that every member sees.
         """
         self.name, self.folder, self.mesh, self.keep = name, folder, mesh, keep
         self._begun_s, self._copied_s = 0.0, 0.0  # of this thread and of the writing one
@@ -72,7 +73,7 @@ class CheckpointWriter:
         self._left = threading.Event()
         self._memory: HostMemory | None = None
         if mesh.replica == 0 and state is not None:
-            self._memory = HostMemory(name, _tensors(state, mesh), device)
+            self._memory = HostMemory(name, _tensors(state, mesh), device, share)
 
     @property
     def blocked_s(self) -> float:

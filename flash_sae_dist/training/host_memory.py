@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import socket
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from .. import page_lock
+from ..parallel import agree
+from ..parallel.mesh import local_processes as local_processes
 from ..parallel.mesh import with_index
 from ..tensor_files import Spec
 from .metrics import PhaseTimer
@@ -29,6 +32,36 @@ _THREADS = 4
 _SHARE = 0.8
 # One at a time, so that each sees what those before it took.
 _MAKING = threading.Lock()
+
+
+class HostShare:
+    """What this process may take of its host's memory: measured before any process takes of it, for
+    what others have taken since is not to be divided again.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self.left = num_bytes
+        self._lock = threading.Lock()
+
+    @classmethod
+    def agreed(cls) -> Self:
+        """An equal share of what is free now. Collective over all processes."""
+        here = socket.gethostname()
+        free = min(n for host, n in agree.from_all((here, free_bytes())) if host == here)
+        return cls(int(_SHARE * free) // local_processes())
+
+    def take(self, num_bytes: int) -> bool:
+        """Takes memory, or all that there is left is too little."""
+        with self._lock:
+            if num_bytes > self.left:
+                return False
+            self.left -= num_bytes
+            return True
+
+    def give_back(self, num_bytes: int) -> None:
+        """Lets others of this process take it."""
+        with self._lock:
+            self.left += num_bytes
 
 
 class Copied(NamedTuple):
@@ -50,12 +83,15 @@ class HostMemory:
     enough of it there is none, and one log line says so.
     """
 
-    def __init__(self, name: str, like: Mapping[str, Tensor], device: torch.device) -> None:
+    def __init__(
+        self, name: str, like: Mapping[str, Tensor], device: torch.device, share: HostShare
+    ) -> None:
         # A thread's own current device is the first.
         self.device, self._side = with_index(device), SideStream(device)
         self._specs = {key: Spec.of(tensor) for key, tensor in like.items()}
         self._views: dict[str, Tensor] | None = None
         self._locked: list[int] = []
+        self._share, self._taken = share, 0
         self._maker = threading.Thread(target=self._make, args=(name,), daemon=True)
         self._maker.start()
 
@@ -82,6 +118,8 @@ class HostMemory:
         for address in self._locked:
             page_lock.unlock(address)
         self._locked, self._views = [], None
+        self._share.give_back(self._taken)
+        self._taken = 0
 
     def _make(self, name: str) -> None:
         try:
@@ -92,14 +130,15 @@ class HostMemory:
 
     def _make_alone(self, name: str) -> None:
         sizes = [_rounded(spec.bytes) for spec in self._specs.values()]
-        free, needed = free_bytes() // local_processes(), sum(sizes)
-        if needed > _SHARE * free:
+        needed = sum(sizes)
+        if not self._share.take(needed):
             logger.warning(
-                "%s: a checkpoint takes %.1f GB of host memory, of which %.1f GB are free: "
-                "training waits while one is written",
-                name, needed / 1e9, free / 1e9,
+                "%s: a checkpoint takes %.1f GB of host memory, of which this process's share has "
+                "%.1f GB left: training waits while one is written",
+                name, needed / 1e9, self._share.left / 1e9,
             )  # fmt: skip
             return
+        self._taken = needed
         room = mmap.mmap(-1, max(needed, _PAGE))
         with suppress(OSError, AttributeError):
             room.madvise(mmap.MADV_HUGEPAGE)
@@ -135,11 +174,6 @@ class HostMemory:
 def _rounded(size: int) -> int:
     page = _HUGE_PAGE if size >= _HUGE_PAGE else _PAGE
     return -(-size // page) * page
-
-
-def local_processes() -> int:
-    """Processes of this launch on this host."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def free_bytes() -> int:

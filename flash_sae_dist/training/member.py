@@ -15,6 +15,7 @@ from ..parallel import agree
 from ..parallel.mesh import Mesh
 from . import checkpoint, made_of
 from .checkpoint_writer import CheckpointWriter
+from .host_memory import HostShare
 from .metrics import MetricsLog, PhaseTimer, StepMetrics
 from .records import Job, State, Status, write_job, write_status
 from .step import SAETraining
@@ -25,7 +26,9 @@ logger = logging.getLogger(__name__)
 class Member:
     """One job in the loop: its training state, files and fate."""
 
-    def __init__(self, job: Job, store: ActivationStore, mesh: Mesh, device: torch.device) -> None:
+    def __init__(
+        self, job: Job, store: ActivationStore, mesh: Mesh, device: torch.device, share: HostShare
+    ) -> None:
         assert job.config.sae is not None
         assert job.config.train is not None
         self.job, self.mesh, self.cfg = job, mesh, job.config.train
@@ -49,7 +52,7 @@ class Member:
         self.write_status()
         self.writer = CheckpointWriter(
             job.name, self.checkpoints, None if self.done else self.training.state(), mesh, device,
-            self.cfg.keep_checkpoints, self._is_published,
+            self.cfg.keep_checkpoints, share, self._is_published,
         )  # fmt: skip
 
     def _resume(self, step: int) -> int:

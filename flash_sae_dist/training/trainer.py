@@ -19,6 +19,7 @@ from ..config.base import UserError
 from ..parallel.mesh import Mesh
 from ..progress import progress_bar
 from .checkpoint_writer import GRACE_TOGETHER_S
+from .host_memory import HostShare
 from .member import Member
 from .metrics import HostCopy, LoggedStep, LogMetrics, Pace, PhaseTimer, StepMetrics
 from .pauses import Pauses
@@ -61,6 +62,7 @@ class Trainer:
         mesh: Mesh,
         device: torch.device,
         log_metrics: LogMetrics,
+        share: HostShare,  # of the host's memory, for checkpoints
     ) -> None:
         cfg = jobs[0].config.train
         assert cfg is not None
@@ -75,7 +77,7 @@ class Trainer:
         with self._ends_writers():
             for job in jobs:
                 with self._fails_alone(job):
-                    self.members.append(Member(job, store, mesh, device))
+                    self.members.append(Member(job, store, mesh, device, share))
 
     def run(self) -> None:
         """Steps every job to its end, then writes its SAE."""
