@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
 
+from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.grid.trackers import Trackers, safe_names
 
 JOBS = ["model.layers.0:input/k=2,lr=0.001", "model.layers.0_input/k=2,lr=0.001", "h.*"]
@@ -40,6 +41,7 @@ def test_names_are_safe_and_no_two_alike() -> None:
 
 def test_tensorboard_gives_back_what_was_logged(tmp_path: Path) -> None:
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    plugin_data_pb2 = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
     names = logged(tmp_path, "tensorboard")
     for number, job in enumerate(JOBS):
         folder = tmp_path / "flash_sae_dist" / names[job]
@@ -48,8 +50,12 @@ def test_tensorboard_gives_back_what_was_logged(tmp_path: Path) -> None:
         events_ = events.Scalars("fvu")
         assert [e.step for e in events_] == [10, 20]
         assert [e.value for e in events_] == pytest.approx([number + 0.1, number + 0.05])
-        (told,) = folder.glob("*/hparams.yml")
-        assert f"sae.k: {number}" in told.read_text()
+        about = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        told = plugin_data_pb2.HParamsPluginData.FromString(about).session_start_info.hparams
+        assert told["sae.k"].number_value == number
+        assert told["train.adam_betas"].string_value == "[0.9, 0.999]"
+    folders = {file.parent for file in tmp_path.rglob("*tfevents*")}
+    assert folders == {tmp_path / "flash_sae_dist" / name for name in names.values()}, "no others"
 
 
 def test_a_run_that_goes_on_shows_each_step_once(tmp_path: Path) -> None:
@@ -62,6 +68,34 @@ def test_a_run_that_goes_on_shows_each_step_once(tmp_path: Path) -> None:
         trackers.finish()
     events = reading.EventAccumulator(str(tmp_path / "flash_sae_dist/a")).Reload()
     assert [e.step for e in events.Scalars("fvu")] == list(range(1, 13))
+
+
+def test_runs_that_started_end_where_another_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, finished = [], []
+
+    class Run:
+        def __init__(self, project: str, *_: Any, **options: Any) -> None:
+            self.name = options["name"]
+
+        def start(self) -> None:
+            if len(started) == 2:
+                raise RuntimeError("no API key")
+            started.append(self.name)
+
+        def finish(self) -> None:
+            finished.append(self.name)
+            if len(finished) == 1:
+                raise RuntimeError("no network")
+
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    accelerator.log_with = ["wandb"]
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Run)
+    with pytest.raises(ConfigError, match="trackers: wandb cannot start: no API key"):
+        Trackers(accelerator, {"a": {}, "b": {}, "c": {}})
+    assert started == finished == ["a", "b"]
+    assert not accelerator.trackers
 
 
 def wandb_records(data: bytes) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..config.base import ConfigError
@@ -80,7 +81,11 @@ class Trackers:
             if accelerator.is_main_process:
                 self._start(kinds, configs, group)
         except Exception as e:  # each tracker has errors of its own
-            accelerator.trackers.clear()  # half-made ones cannot be ended
+            # Those that did start would be left running.
+            for tracker in accelerator.trackers:
+                with suppress(Exception):
+                    tracker.finish()
+            accelerator.trackers.clear()
             self._runs.clear()
             error = ConfigError(
                 f"trackers: {', '.join(kinds)} cannot start: {' '.join(str(e).split())}; log in, "
@@ -100,10 +105,9 @@ class Trackers:
         for job, config in configs.items():
             kinds = [name for name in names if name in _WITH_RUNS]
             self._runs[job] = [self._run(kind, job, _flat(config), group) for kind in kinds]
-            self.accelerator.trackers.extend(self._runs[job])
 
     def _run(self, kind: str, job: str, config: dict[str, Any], group: str) -> Any:
-        """A run of its own."""
+        """A run of its own, among the accelerator's trackers from its start on."""
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         name, project = self._names[job], _project([kind])
@@ -111,13 +115,20 @@ class Trackers:
             options = {"name": name, "group": group, "reinit": "create_new", "config": config}
             run = LOGGER_TYPE_TO_CLASS[kind](project, **options)
             run.start()
+            self.accelerator.trackers.append(run)
             return run
+        from torch.utils.tensorboard.summary import hparams
+
         folder = self.accelerator.logging_dir
         # What an earlier launch logged from there on is logged again.
         first = self._first_steps.get(job, 0)
         run = LOGGER_TYPE_TO_CLASS[kind](f"{project}/{name}", folder, purge_step=first)
         run.start()
-        run.store_init_configuration(config)
+        self.accelerator.trackers.append(run)
+        # As the run's own: accelerate's way, `add_hparams`, makes another run beside it, which
+        # stays empty.
+        for summary in hparams(config, {}):  # type: ignore[no-untyped-call]
+            run.writer.file_writer.add_summary(summary)
         return run
 
     def finish(self) -> None:
