@@ -176,8 +176,9 @@ def merge(
 
     Files that serve as they are become hard links, which take no space and outlive the old stores;
     --copy makes files of their own. The others are written anew: the rows from the first one on
-    that no longer begins at a shard's border, and the numbers of documents, which go on from those
-    of the store before.
+    that no longer begins at a shard's border, the numbers of documents, which go on from those of
+    the store before, and the token table of what `cache` made. Files that are linked or copied are
+    not read: `flash-sae verify OUT.zarr` compares them with their checksums.
 
     flash-sae store merge both.zarr layer3.zarr layer7.zarr
 

@@ -14,13 +14,14 @@ from accelerate import Accelerator
 from typer.testing import CliRunner
 
 from flash_sae_dist import ending
+from flash_sae_dist.activations import text_parts
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.importing import ImportOptions, run_import
 from flash_sae_dist.activations.merging import run_merge
 from flash_sae_dist.activations.store import ActivationStore, Geometry, array_names
 from flash_sae_dist.activations.summary import describe, distribution
 from flash_sae_dist.activations.writer import StoreWriter
-from flash_sae_dist.config.base import ConfigError
+from flash_sae_dist.config.base import ConfigError, UserError
 from flash_sae_dist.launch.cli import build
 from flash_sae_dist.training.job import parse_config
 from tests.dist.jobs import finish, kill_after
@@ -153,6 +154,49 @@ def test_stores_that_do_not_fit(tmp_path: Path) -> None:
         run_merge(out, [make(tmp_path, "a2", "a", seed=9), str(tmp_path / "b")])
 
 
+def assert_table_is_of_rows(store: ActivationStore) -> None:
+    """Each row stands once in the token table, at the token that the row's arrays tell."""
+    row = store.read("text/row", 0, 10**6)
+    has = row >= 0
+    np.testing.assert_array_equal(np.sort(row[has]), np.arange(store.rows))
+    for name in ("ids", "document", "position"):
+        values = store.read(f"tokens/{name}", 0, store.rows)
+        np.testing.assert_array_equal(store.read(f"text/{name}", 0, 10**6)[has], values[row[has]])
+    store.verify()
+
+
+def test_token_tables_of_any_cut_follow_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of few sequences, whose last ones are not full."""
+    monkeypatch.setattr(text_parts, "_PART_TOKENS", 24 * 16)
+    data, stores = config_data(tmp_path, num_tokens=900), []
+    for seed in range(2):
+        save_text(tmp_path / "text.jsonl", seed=seed)
+        data["cache"]["store"] = str(tmp_path / str(seed))
+        run_cache(parse_config(data), Accelerator(cpu=True))
+        stores.append(data["cache"]["store"])
+    run_merge(str(tmp_path / "long"), stores)
+    long = ActivationStore.open(str(tmp_path / "long"))
+    assert len(list(tmp_path.glob("long/records/text-*.json"))) > 4
+    assert_table_is_of_rows(long)
+    before = ActivationStore.open(stores[0])
+    own = before.read("text/ids", 0, 10**6)
+    np.testing.assert_array_equal(long.read("text/ids", 0, len(own)), own)
+    part = tmp_path / "long/text/ids/c/1/0"
+    part.write_bytes(part.read_bytes()[::-1])
+    with pytest.raises(UserError, match="part 1 of the text is damaged"):
+        long.verify()
+
+
+def test_stores_without_a_text_merge_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_merge(str(tmp_path / "out"), [make(tmp_path, "1", "a"), make(tmp_path, "2", "b")])
+    assert ActivationStore.open(str(tmp_path / "out")).text_shape() is None
+    assert "token table" not in caplog.text
+
+
 def test_cached_stores_keep_what_they_are_made_of(tmp_path: Path) -> None:
     data = config_data(tmp_path, shard_mib=0.01)
     hookpoints = data["cache"]["hookpoints"]
@@ -167,6 +211,10 @@ def test_cached_stores_keep_what_they_are_made_of(tmp_path: Path) -> None:
     merged = ActivationStore.open(out)
     for hookpoint in hookpoints:
         assert merged.made_of(hookpoint) == ActivationStore.open(stores[2]).made_of(hookpoint)
+    for name in ("ids", "document", "position", "keep", "row"):
+        tables = [ActivationStore.open(s).read(f"text/{name}", 0, 10**6) for s in (out, stores[2])]
+        np.testing.assert_array_equal(*tables)
+    assert_table_is_of_rows(merged)
     assert merged.knows_model()
     assert describe(merged)["model"] == describe(ActivationStore.open(stores[0]))["model"]
     save_text(tmp_path / "text.jsonl", seed=3)
@@ -176,6 +224,10 @@ def test_cached_stores_keep_what_they_are_made_of(tmp_path: Path) -> None:
     long = ActivationStore.open(str(tmp_path / "long"))
     assert long.rows == 3000
     assert "text" not in long.made_of()["parts"]
+    assert_table_is_of_rows(long)
+    each = [ActivationStore.open(s) for s in (str(tmp_path / "z"), out)]
+    size, *sizes = (s.array("text/ids").shape[0] for s in (long, *each))
+    assert size == sum(sizes)
     assert long.made_of()["parts"]["model weights"] == merged.made_of()["parts"]["model weights"]
 
 

@@ -22,11 +22,13 @@ from torch import Tensor
 from ..config.base import ConfigError
 from ..files import check_space, check_writable, locked, owned, replacing
 from ..identity import difference, digest, tell_other_versions, versions
+from . import merged_text
 from .importing import write_shard, write_shards
+from .merged_text import Behind
 from .metadata import attributes
 from .records import COMPLETE, StoreOwner, check_lasts, shard_record
 from .row_documents import MAX_DOCUMENT
-from .store import TOKEN_ARRAYS, ActivationStore, Geometry, Shape, shard_path
+from .store import TOKEN_ARRAYS, ActivationStore, Geometry, Shape, TextShape, shard_path
 from .stored_rows import StoredRows
 from .writer import StoreWriter
 
@@ -154,6 +156,16 @@ class Merge:
         told = {"config": self.config(), "merged_from": paths, "versions": versions()}
         return same | told
 
+    def texts(self) -> list[Behind]:
+        """The stores whose token tables come behind one another; one of the same rows stands for
+        all.
+        """
+        if not self.behind:
+            has = [store for store in self.stores if store.text_shape() is not None]
+            return [Behind((has or list(self.stores))[0], 0, 0)]
+        before = [sum(self.documents[:n]) for n in range(len(self.stores))]
+        return [Behind(*each) for each in zip(self.stores, self.starts, before, strict=False)]
+
     def num_documents(self) -> int:
         """Documents of all stores whose rows follow one another."""
         return sum(self.documents) if self.behind else self.first.num_documents()
@@ -193,20 +205,25 @@ def _fill(writer: StoreWriter, merge: Merge, copy: bool) -> str:
         tell_other_versions(f"the first part of {writer.path}", before["versions"])
     if writer.is_complete():
         return f"{writer.path} is complete; nothing to do"
-    links = _Links(writer, merge, copy)
-    links.check_space()
-    writer.create(merge.geometry, merge.widths, merge.first.dtype, merge.about(), identity=identity)
+    links, texts = _Links(writer, merge, copy), merge.texts()
+    shape = merged_text.shape_of([text.store for text in texts])
+    links.check_space(shape)
+    about, dtype = merge.about(), merge.first.dtype
+    writer.create(merge.geometry, merge.widths, dtype, about, identity=identity, text=shape)
     todo = writer.missing(merge.shape)
     if todo:
         writer.reopen()
         write_shards(writer, merge.geometry, todo, links.write, "merge")
-    writer.finish(merge.geometry, list(merge.widths), merge.num_documents())
+    # The identity has the digest of stores of one text already; several are known by their own.
+    text = None if shape is None else (merged_text.write(writer.records, shape, texts), None)
+    writer.finish(merge.geometry, list(merge.widths), merge.num_documents(), text)
     linked = sum(links.linked.values())
     of = len(merge.shape.arrays()) * merge.geometry.num_shards
     how = "copied" if copy else "linked or copied"
     return (
         f"{writer.path}: {merge.geometry.rows:,} rows of {', '.join(merge.widths)}; "
-        f"{linked} of {of} files {how}, the others written anew"
+        f"{linked} of {of} files {how} unread (`flash-sae verify` reads them), the others written "
+        "anew"
     )
 
 
@@ -221,12 +238,15 @@ class _Links:
     def _source(self, name: str, shard: int) -> tuple[ActivationStore, int] | None:
         return self.merge.linkable(name, shard) if self.writer.records.local else None
 
-    def check_space(self) -> None:
+    def check_space(self, text: TextShape | None) -> None:
         """Raises ConfigError where the disk cannot take what is written or copied."""
         if not self.writer.records.local:
             return
         root = Path(self.writer.records.root)
         device, needed = _device(root), 0
+        if text is not None:
+            stores = [behind.store for behind in self.merge.texts()]
+            needed = merged_text.num_tokens(stores, text) * merged_text.BYTES_A_TOKEN
         for name in self.names:
             row_bytes = self.merge.shape.row_bytes(name)
             for shard in self.writer.missing(self.merge.shape):

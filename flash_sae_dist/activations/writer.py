@@ -259,14 +259,14 @@ class StoreWriter:
         geometry: Geometry,
         hookpoints: list[str],
         num_documents: int | None = None,
-        text: tuple[int, str] | None = None,  # sequences, digest
+        text: tuple[int, str | None] | None = None,  # sequences, digest if it is of the identity
     ) -> None:
         """Writes Zarr's metadata, mean and mean squared norm of each hookpoint from the shards'
         sums, and then the record that the store is complete, with the number of documents that its
         text came from. One process calls it.
         """
         record = self._arrays(geometry, 0 if text is None else text[0])
-        if text is not None and "identity" in record:
+        if text is not None and text[1] is not None and "identity" in record:
             record["identity"]["parts"]["text"] = text[1]
         record |= {"metadata": metadata_sums(self.records), **record, **geometry._asdict()}
         self.records.write(GEOMETRY, record)
