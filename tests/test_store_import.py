@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from flash_sae_dist import ending
-from flash_sae_dist.activations.importing import ImportOptions, run_import
+from flash_sae_dist.activations.importing import Importer, ImportOptions, run_import
 from flash_sae_dist.activations.store import ActivationStore, array_names
 from flash_sae_dist.config.base import ConfigError, UserError
 from flash_sae_dist.launch.cli import build
@@ -535,3 +535,27 @@ def test_help_of_every_part() -> None:
             command.name == "verify" and "flash-sae verify" in result.output
         )
     assert "store" in RUNNER.invoke(app, ["--help"]).output
+
+
+@pytest.mark.parametrize("changed", ["rows.npy", "documents.npy"])
+def test_a_file_that_changes_meanwhile_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    np.save(tmp_path / "rows.npy", numbers(400, 4).astype("float32"))
+    np.save(tmp_path / "documents.npy", np.arange(400) // 10)
+    options = ImportOptions(documents=str(tmp_path / "documents.npy"))
+    write_one = Importer.write
+
+    def write(self: Importer, shard: int, gatherers: Any) -> None:
+        # In place: a mapped file gives what it holds now.
+        array = np.load(tmp_path / changed, mmap_mode="r+")
+        array[:5] = 1
+        array.flush()
+        write_one(self, shard, gatherers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Importer, "write", write)
+        with pytest.raises(UserError, match="a file changed while it was imported"):
+            run_import(str(tmp_path / "s.zarr"), [f"rows={tmp_path}/rows.npy"], options)
+    with pytest.raises(ConfigError, match="is unfinished"):
+        ActivationStore.open(str(tmp_path / "s.zarr"))

@@ -222,12 +222,13 @@ class Importer:
 
     def stamps(self) -> dict[Path, list[int]]:
         """Size, times and inode of each file: another content has another one."""
-        return {file: stamp(file) for source in self.sources() for file in source.files}
+        named = [file for source in self.sources() for file in source.files]
+        return {file: stamp(file) for file in [*named, *self.documents.stamps]}
 
     def made_of(self) -> dict[str, Any]:
         """Checksums of all that decides the rows. Reads each file once, ever."""
         found: dict[str, Any] = {"import.run_rows": self.shuffle.run}
-        sizes = {file: about[0] for file, about in self.stamps().items()}
+        sizes = {file: stamp(file)[0] for source in self.sources() for file in source.files}
         sums: dict[Path, list[list[str]]] = {}
         total = sum(sizes.values())
         with progress_bar("checksums", total, "bytes", total > _SHOWN_FROM) as bar:
@@ -339,7 +340,7 @@ def _fill(job: Importer) -> str:
     writer, geometry = job.writer, job.geometry
     writer.restore_config()
     before = writer.identity()
-    stamps, made_of = job.stamps(), job.made_of()
+    stamps, made_of = job.stamps() | job.documents.stamps, job.made_of()
     if before is not None and (other := difference(before.get("inputs", {}), made_of)):
         raise ConfigError(
             f"{writer.path} is made of other files: {other}; name another store, or remove that one"

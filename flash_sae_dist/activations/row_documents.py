@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config.base import ConfigError
+from ..identity import stamp
 from .array_files import Source, open_numbers
 
 Array = npt.NDArray[Any]
@@ -21,6 +22,7 @@ class Documents(NamedTuple):
     rows_each: int  # where they are of one size
     numbers: Array | None = None  # [rows], from a file
     starts: Array | None = None  # first row of each stretch of one number
+    stamps: dict[Path, list[int]] = {}  # of that file, from before it was read
 
     def of(self, rows: Array) -> tuple[Array, Array]:
         """Document and place in it of rows, by their numbers in the files."""
@@ -54,10 +56,12 @@ def open_documents(option: str | None, inputs: dict[str, list[Source]]) -> Docum
                 f" rows; give at least {rows // MAX_DOCUMENT + 1} rows a document"
             )
         return Documents(each)
-    numbers = open_numbers(Path(option).expanduser())
+    file = Path(option).expanduser()
+    stamps = {file: stamp(file)} if file.is_file() else {}
+    numbers = open_numbers(file)
     if len(numbers) != rows:
         raise ConfigError(f"--documents={option!r} numbers {len(numbers):,} rows, not {rows:,}")
     if int(numbers.min()) < 0 or int(numbers.max()) >= MAX_DOCUMENT:
         raise ConfigError(f"--documents={option!r} holds numbers that are not in 0 .. 2**31 - 1")
     starts = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1])
-    return Documents(1, numbers, starts)
+    return Documents(1, numbers, starts, stamps)
