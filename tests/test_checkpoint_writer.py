@@ -24,14 +24,17 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from flash_sae_dist import ending
+from flash_sae_dist.activations.store import ActivationStore
 from flash_sae_dist.config.base import UserError
+from flash_sae_dist.grid.plan import train_job
 from flash_sae_dist.launch.cli import build
 from flash_sae_dist.parallel import agree
 from flash_sae_dist.parallel.mesh import Mesh
-from flash_sae_dist.training import checkpoint, checkpoint_writer, host_memory
+from flash_sae_dist.training import checkpoint, checkpoint_writer, host_memory, trainer
 from flash_sae_dist.training.checkpoint import TrainingState
 from flash_sae_dist.training.checkpoint_writer import CheckpointWriter
 from flash_sae_dist.training.host_memory import HostMemory, HostShare
+from flash_sae_dist.training.job import load_config
 from tests.dist.ranks import ROOT, free_port, rank_env
 from tests.tiny_model import config_data, write_config
 
@@ -306,6 +309,27 @@ def test_one_that_falls_due_waits_and_says_so(
     assert float(line.rpartition("held up ")[2].split()[0]) > 1
     for step in range(1, 20):
         checkpoint._verify(tmp_path / JOB / f"checkpoints/step-{step:08d}")
+
+
+def test_writers_that_hang_are_waited_for_together(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three SAEs of a bundle, one grace."""
+    go = threading.Event()
+    on_shards(monkeypatch, lambda name: go.wait(30))
+    monkeypatch.setattr(trainer, "GRACE_S", 1.0)
+    config = load_config(str(root / "c.yaml"), [f"output={tmp_path}"])
+    store = ActivationStore.open(config.store_path())
+    job = train_job(config, store.hookpoints)
+    jobs = [job._replace(name=name, folder=tmp_path / name) for name in ("a", "b", "c")]
+    made = trainer.Trainer(jobs, store, ALONE, CPU, lambda *_: None, HostShare(1 << 30))
+    for member in made.members:
+        member.save_checkpoint()
+    began = time.monotonic()
+    with pytest.raises(KeyError, match="ours"), made._ends_writers():
+        raise KeyError("ours")
+    assert 0.9 < time.monotonic() - began < 2
+    go.set()
 
 
 @pytest.mark.parametrize("at", [5, 20])

@@ -43,7 +43,8 @@ _FILE_BYTES = 1 << 30
 _THREADS = 4
 # Seconds for which a rank waits for the others' parts once its own is written.
 _PATIENCE_S = 1800.0
-# Seconds given to what is being written when training ends with an error; other ranks may be gone.
+# Seconds given to all that is being written when training ends with an error; where several ranks
+# train together the others may be gone.
 GRACE_S, GRACE_TOGETHER_S = 60.0, 5.0
 
 
@@ -119,12 +120,10 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def close(self, *, failed: bool = False) -> None:
-        """Ends it: what is being written is given some time, little where other ranks may have
-        failed."""
+    def close(self, seconds: float = GRACE_S) -> None:
+        """Ends it: what is being written is given some seconds."""
         if self._thread is not None:
-            alone = self.mesh.members == 1 or not failed
-            self._thread.join(GRACE_S if alone else GRACE_TOGETHER_S)
+            self._thread.join(seconds)
             self._left.set()
             if self._thread.is_alive():
                 return

@@ -18,7 +18,7 @@ from ..activations.store import ActivationStore
 from ..config.base import UserError
 from ..parallel.mesh import Mesh
 from ..progress import progress_bar
-from .checkpoint_writer import GRACE_TOGETHER_S
+from .checkpoint_writer import GRACE_S, GRACE_TOGETHER_S
 from .host_memory import HostShare
 from .member import Member
 from .metrics import HostCopy, LoggedStep, LogMetrics, Pace, PhaseTimer, StepMetrics
@@ -102,8 +102,10 @@ class Trainer:
         try:
             yield
         except BaseException:
+            # Together: one slow disk would have each of them wait its time behind the others.
+            last = time.monotonic() + (GRACE_S if self.mesh.members == 1 else GRACE_TOGETHER_S)
             for member in self.members:
-                member.writer.close(failed=True)
+                member.writer.close(max(0.0, last - time.monotonic()))
                 if member.error is None:
                     ending.keeps(member.kept())
             raise
@@ -187,11 +189,11 @@ class Trainer:
 
     def _raise_unwritten(self) -> None:
         """Raises why a checkpoint could not be written, on all members, or ends that job alone."""
-        together = self.mesh.members > 1
+        together, last = self.mesh.members > 1, time.monotonic() + GRACE_TOGETHER_S
         for member in self.members:
             if together or member.writer.failed:
                 with self._fails_alone(member.job, member):
-                    member.writer.wait(GRACE_TOGETHER_S)
+                    member.writer.wait(max(0.0, last - time.monotonic()))
         if together:
             raise UserError("another process could not write a checkpoint")
 
