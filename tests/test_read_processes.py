@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from flash_sae_dist.activations.loader import ActivationLoader
+from flash_sae_dist.activations.loader import ActivationLoader, _Memory
 from flash_sae_dist.activations.read_ahead import Plan
 from flash_sae_dist.activations.read_processes import ReadProcesses, SharedMemory
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError
@@ -138,3 +140,38 @@ def test_they_end_with_the_one_that_started_them(tmp_path: Path) -> None:
         process.stdin = None
     reading.close()
     memory.close()
+
+
+def open_memories() -> int:
+    """Memories that are open in this process."""
+    links = (os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+    return sum("flash_sae_dist blocks" in target for target in links)
+
+
+def test_a_loader_that_fails_gives_its_memory_back(
+    store: ActivationStore, by_processes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make() -> ActivationLoader:
+        return ActivationLoader(store, "h", batch_tokens=24, seed=5, num_steps=9)
+
+    def fail(*args: Any) -> None:
+        raise MemoryError
+
+    before = open_memories()
+    never_entered = make()
+    assert open_memories() > before
+    del never_entered
+    gc.collect()
+    assert open_memories() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(_Memory, "allocate", fail)
+        with pytest.raises(MemoryError):
+            make()
+    gc.collect()
+    assert open_memories() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", fail)
+        with pytest.raises(MemoryError):
+            make()
+    gc.collect()
+    assert open_memories() == before

@@ -217,7 +217,12 @@ class ActivationLoader:
         by_processes = self._by_processes()
         if by_processes:
             self._memory.share(self._slots)
-        self._memory.allocate(self._slots, self._staged if own else 0, num_index)
+        try:
+            self._memory.allocate(self._slots, self._staged if own else 0, num_index)
+        except BaseException:
+            if self._memory.shared is not None:
+                self._memory.shared.close()
+            raise
         if self._memory.shared is not None:
             return ReadProcesses(
                 self._plans(),

@@ -14,6 +14,7 @@ import os
 import select
 import subprocess
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -38,6 +39,8 @@ class SharedMemory:
 
     def __init__(self, num_bytes: int, lock: bool) -> None:
         self.descriptor = os.memfd_create("flash_sae_dist blocks")
+        # Also where the memory cannot be had, or whoever made it fails before closing it.
+        self._give_back = weakref.finalize(self, os.close, self.descriptor)
         os.ftruncate(self.descriptor, num_bytes)
         self.bytes: Tensor = torch.frombuffer(
             mmap.mmap(self.descriptor, num_bytes), dtype=torch.uint8
@@ -54,9 +57,8 @@ class SharedMemory:
             torch.cuda.synchronize()
             page_lock.unlock(self.bytes.data_ptr())
             self._is_locked = False
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        self._give_back()
+        self.descriptor = -1
 
 
 class ReadProcesses:
