@@ -41,6 +41,7 @@ _LOOKS_SEALED = re.compile(rb'\{\s*"checksum"|# checksum|.{0,24}crc32c:', re.DOT
 # A killed launcher takes its processes along within a second; the same command started again at
 # once waits for that.
 _WAIT_S = 15.0
+_LOCK = ".lock"
 _BEAT_S, _DEAD_S = 10.0, 60.0
 # A checksum is taken of blocks, and of a large file by threads of a span each: reading takes longer
 # than the sum, which is one thread's work at a time.
@@ -268,15 +269,16 @@ def sync(path: Path) -> None:
 @contextmanager
 def locked(folder: Path, *, below: Sequence[str] = (), deep: bool = False) -> Iterator[None]:
     """Holds a folder's lock, which ends with this process whatever happens; the folder is made,
-    and temporary files of killed runs are swept from it (see `sweep`).
+    and temporary files of killed runs are swept from it (see `sweep`). Folders that were made for
+    it and hold nothing else in the end go again.
 
     Raises ConfigError where another process keeps holding it. Where the system or the file system
     has no locks, a warning says so, and a file with this process's heartbeat stands for one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    descriptor, is_locked = _locked_file(folder)
     try:
-        if _flock(descriptor, folder):
+        if is_locked:
             sweep(folder, below=below, deep=deep)
             yield
         else:
@@ -284,7 +286,29 @@ def locked(folder: Path, *, below: Sequence[str] = (), deep: bool = False) -> It
                 sweep(folder, below=below, deep=deep)
                 yield
     finally:
+        with suppress(OSError):
+            if missing and is_locked and os.listdir(folder) == [_LOCK]:
+                (folder / _LOCK).unlink()
+                for path in missing:
+                    path.rmdir()
         os.close(descriptor)
+
+
+def _locked_file(folder: Path) -> tuple[int, bool]:
+    """A descriptor of a folder's lock, and whether it is held: False where there are no locks."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Whoever held the lock may remove it with the folder, at any moment.
+        with suppress(FileNotFoundError):
+            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                is_locked = _flock(descriptor, folder)
+                if not is_locked or os.path.samestat((folder / _LOCK).stat(), os.fstat(descriptor)):
+                    return descriptor, is_locked
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
 
 
 def private_folder() -> Path:

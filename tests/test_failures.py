@@ -8,10 +8,12 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +22,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from typer.testing import CliRunner
 
 from flash_sae_dist import ending, files
+from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.evaluation.metrics import measure
 from flash_sae_dist.files import UnreadableError, locked, replacing, sweep
@@ -31,6 +35,7 @@ from flash_sae_dist.models.losses import total_variance
 from flash_sae_dist.models.topk import TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training import checkpoint
+from flash_sae_dist.training.job import parse_config
 from tests.tiny_model import amend, config_data, write_config
 
 RUNNER = CliRunner()
@@ -202,6 +207,63 @@ def test_leftovers_of_killed_runs_are_swept(tmp_path: Path) -> None:
     assert left == {".lock", "mine.tmp", f"k=2/x.json.{'0' * 32}.tmp"}, "another job may be there"
     sweep(tmp_path, deep=True)
     assert not list(other.iterdir())
+
+
+def test_a_folder_made_for_a_lock_alone_goes_again(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full"), locked(tmp_path / "a" / "b"):
+        raise OSError("full")
+    assert not list(tmp_path.iterdir())
+    with locked(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "mine").write_text("")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["mine"]
+    with locked(tmp_path / "a"):
+        pass
+    assert (tmp_path / "a" / "mine").exists()
+    (tmp_path / "empty").mkdir()
+    with locked(tmp_path / "empty"):
+        pass
+    assert (tmp_path / "empty").exists(), "a user's own"
+
+
+def test_a_lock_that_went_with_its_folder_holds_nobody_out(tmp_path: Path) -> None:
+    """Threads that wait for one that removes the folder are one at a time still."""
+    inside, most, made = threading.Semaphore(0), [], []
+
+    def work() -> None:
+        with locked(tmp_path / "store"):
+            made.append(1)
+            most.append(len(made))
+            inside.release()
+            time.sleep(0.02)
+            made.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("word1 word2", "is longer than the whole text"),
+        ("what no tokenizer knows " * 20, "gives special tokens alone"),
+        ("word1 word2 " * 200, "bytes free"),
+    ],
+)
+def test_a_mistake_before_any_row_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    data = config_data(tmp_path)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}))
+    data["cache"]["store"] = str(tmp_path / "deep" / "store.zarr")
+    full = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(ConfigError, match=words):
+        run_cache(parse_config(data), Accelerator(cpu=True))
+    assert not (tmp_path / "deep").exists()
 
 
 @pytest.fixture

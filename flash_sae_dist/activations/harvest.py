@@ -8,7 +8,8 @@ import hashlib
 import json
 import logging
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from .language_model import (
     resolve_hookpoints,
     weights_checksum,
 )
-from .norm_limits import SAMPLE_ROWS, NormLimits, resolve_ratios, told, union
+from .norm_limits import NormLimits, resolve_ratios, told, union
 from .origin import (
     content_stamp,
     loaded_parts,
@@ -99,7 +100,21 @@ def run_cache(config: RunConfig, accelerator: Any) -> Rate | None:
         if writer.records.local:
             held = locked(Path(writer.records.root), deep=True)
         agree.first_checks(lambda: lock.enter_context(held))
+        if accelerator.is_main_process:
+            lock.enter_context(_nothing_left(writer))
         return _fill(config, accelerator, writer, lm, widths)
+
+
+@contextmanager
+def _nothing_left(writer: StoreWriter) -> Iterator[None]:
+    """Takes back the text where a mistake shows before a new store is begun."""
+    is_new = not writer.records.file_sizes("records")
+    try:
+        yield
+    except ConfigError:
+        if is_new and writer.begun() is None:
+            writer.records.remove_all("text", "records")
+        raise
 
 
 def _check_text(config: RunConfig, writer: StoreWriter, lm: LanguageModel) -> None:
@@ -367,7 +382,7 @@ def _write_shards(
             tokeniser.wait()
 
         pipeline.plan.wait = wait
-        pipeline.limits = agree.from_first(lambda: _norm_limits(pipeline))
+        pipeline.limits = agree.from_first(pipeline.find_limits)
         rate = pipeline.make(todo, accelerator.process_index, world, advance)
         if accelerator.is_main_process and pipeline.plan.geometry.rows < geometry.rows:
             bar.show(bar.total, f"all {bar.done} tokens of the text")
@@ -375,23 +390,6 @@ def _write_shards(
         _tell_end_of_text(pipeline)
     logger.info("rows made: %s", rate)
     return rate
-
-
-def _norm_limits(pipeline: Pipeline) -> NormLimits:
-    """Which norms are too large: what the first launch found, and recorded before it made a shard.
-    One process calls it.
-    """
-    if not pipeline.ratios:
-        return NormLimits()
-    records = pipeline.writer.records
-    if (before := NormLimits.read(records)) is not None:
-        return before
-    if records.shards():
-        logger.warning("%s has lost its median norms: they are measured again", records.root)
-    norms = pipeline.sample_norms(list(pipeline.ratios), SAMPLE_ROWS)
-    limits = NormLimits.of(MAX_NORM_RATIO, pipeline.ratios, norms)
-    limits.write(records)
-    return limits
 
 
 def _tell_end_of_text(pipeline: Pipeline) -> None:

@@ -52,7 +52,7 @@ class NormLimits(NamedTuple):
                 raise ConfigError(
                     f"{key}: the median norm of {name} is {median:g}, of which no ratio makes a "
                     "limit; give ratios to other hookpoints alone, or store them in float32 where "
-                    "it is not finite"
+                    "it is not finite, and remove the store that was begun"
                 )
         return cls(ratios, medians, max((len(n) for n in norms.values()), default=0))
 

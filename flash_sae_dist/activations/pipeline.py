@@ -9,6 +9,7 @@ whatever the length of the text.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -29,12 +30,13 @@ from ..config.base import UserError
 from ..config.data import CacheConfig
 from .host_memory import PageLocked
 from .language_model import LanguageModel, Pass, tapped
-from .norm_limits import NormLimits, resolve_ratios, row_norms
+from .norm_limits import SAMPLE_ROWS, NormLimits, resolve_ratios, row_norms
 from .probe import check_ids
 from .row_plan import Batch, RowPlan
 from .stored_rows import StoredRows, float_dtype
 from .writer import StoreWriter, row_sums
 
+logger = logging.getLogger(__name__)
 Rows = dict[str, Tensor]  # hookpoint -> [shard_rows, D]
 _PASSES_AHEAD = 4
 # Shards on the device: two that a pass straddles (more, where they are smaller than a pass), one
@@ -181,6 +183,22 @@ class Pipeline:
                 start, rows = (start, rows + made) if start else (time.perf_counter(), 0)
         self.drain()
         return Rate(rows, time.perf_counter() - start if start else 0.0, self.waited)
+
+    def find_limits(self) -> NormLimits:
+        """Which norms are too large: what the first launch found, and recorded before it made a
+        shard. One process calls it.
+        """
+        if not self.ratios:
+            return NormLimits()
+        records = self.writer.records
+        if (before := NormLimits.read(records)) is not None:
+            return before
+        if records.shards():
+            logger.warning("%s has lost its median norms: they are measured again", records.root)
+        norms = self.sample_norms(list(self.ratios), SAMPLE_ROWS)
+        limits = NormLimits.of(MAX_NORM_RATIO, self.ratios, norms)
+        limits.write(records)
+        return limits
 
     def sample_norms(self, hookpoints: list[str], num_rows: int) -> dict[str, Tensor]:
         """Norms [n] of the store's first rows, num_rows or the rest of a pass more, in the passes

@@ -106,6 +106,12 @@ class Records:
         with suppress(FileNotFoundError):
             self.fs.rm_file(f"{self.root}/{file}")
 
+    def remove_all(self, *folders: str) -> None:
+        """Removes folders of the store with all that is in them."""
+        for folder in folders:
+            with suppress(FileNotFoundError):
+                self.fs.rm(f"{self.root}/{folder}", recursive=True)
+
     def names(self, start: str) -> list[str]:
         """Records whose names begin so and end in .json."""
         self.fs.invalidate_cache()
