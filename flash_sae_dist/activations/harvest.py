@@ -108,7 +108,8 @@ def run_cache(config: RunConfig, accelerator: Any) -> Rate | None:
 @contextmanager
 def _nothing_left(writer: StoreWriter) -> Iterator[None]:
     """Takes back the text where a mistake shows before a new store is begun."""
-    is_new = not writer.records.file_sizes("records")
+    # In an object store the owner's record lies among them.
+    is_new = writer.records.local and not writer.records.file_sizes("records")
     try:
         yield
     except ConfigError:

@@ -210,6 +210,8 @@ def _fill(writer: StoreWriter, merge: Merge, copy: bool) -> str:
     links.check_space(shape)
     about, dtype = merge.about(), merge.first.dtype
     writer.create(merge.geometry, merge.widths, dtype, about, identity=identity, text=shape)
+    if "text" not in (writer.begun() or {}):
+        shape = None  # begun by a version that kept no table
     todo = writer.missing(merge.shape)
     if todo:
         writer.reopen()
