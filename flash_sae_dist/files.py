@@ -363,6 +363,9 @@ class OwnerRecord(Protocol):
     """Where an owner's record is kept: a file, or an object of a remote store."""
 
     def read(self) -> dict[str, Any] | None: ...
+
+    # As write, but where a record has come meanwhile it may stay.
+    def create(self, record: dict[str, Any]) -> None: ...
     def write(self, record: dict[str, Any]) -> None: ...
     def remove(self) -> None: ...
 
@@ -376,6 +379,9 @@ class _OwnerFile:
             data = json.loads(self.path.read_text())
             return data if isinstance(data, dict) else None
         return None
+
+    def create(self, record: dict[str, Any]) -> None:
+        self.write(record)
 
     def write(self, record: dict[str, Any]) -> None:
         write_text(self.path, json.dumps(record))
@@ -399,8 +405,9 @@ def owned(record: OwnerRecord, place: str) -> Iterator[None]:
         if time.monotonic() > last:
             raise _busy(place, f"process {other.get('pid')} of host {other.get('host')}")
         time.sleep(0.2)
-    record.write({**me, "time": time.time()})
-    # Of two that saw none, the second writer is the owner.
+    # One that is left of a process that died is written over.
+    (record.create if other is None else record.write)({**me, "time": time.time()})
+    # Of two that wrote, the second is the owner.
     time.sleep(0.2)
     if (other := record.read()) is not None and other.get("id") != me["id"]:
         raise _busy(place, f"process {other.get('pid')} of host {other.get('host')}")

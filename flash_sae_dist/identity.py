@@ -60,6 +60,7 @@ FREE_KEYS = frozenset(
         for key in ("checkpoint_minutes", "rendezvous_timeout_s", "heartbeat_s", "preload")
     ]
     + ["text.streaming", "cache.store", "cache.memory_gib", "store", "output", "trackers"]
+    + ["store_cache.folder", "store_cache.gib"]
     + ["model.trust_remote_code", "model.device_map"]
     + [f"evaluate.{key}" for key in ("num_tokens", "batch_tokens", "loss_sequences")]
     + ["export.formats", "export.directory", "grid.hookpoints", "grid.values"]

@@ -4,14 +4,13 @@ threads as it may use, and on a GPU the copy of pinned memory.
     python -m flash_sae_dist.launch.bench_load load [--store STORE --hookpoint NAME] [--json FILE]
 
 Without a store one of random rows is made, of --gib GiB at gpt2 shape, under --folder (memory, by
-default), and removed again. `preadv` reads whole blocks in a random order into reused buffers and
-verifies nothing. `host us`: what a batch costs the thread that asks for it. The rates of
-preload=host and device are those of the second epoch.
+default), and removed again. `preadv` (`requests` to an object store) reads whole blocks in a random
+order into reused buffers and verifies nothing. `host us`: what a batch costs the thread
+that asks for it. The rates of preload=host and device are those of the second epoch.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 import typer
 
-from ..activations.blocks import BlockReader, BlockSpace
+from ..activations.blocks import REQUESTS, BlockReader, BlockSpace
 from ..activations.feed import BatchFeed
 from ..activations.loader import READERS, ActivationLoader
 from ..activations.preload import Kept
@@ -105,7 +104,7 @@ def read_rate(store: ActivationStore, hookpoint: str, threads: int) -> float:
         space = BlockSpace.of(reader.empty())
         for block in order[part::threads].tolist():
             file, offset = reader.locate(block)
-            os.preadv(file.descriptor, space.bytes, offset)
+            file.read_into(space.bytes, offset)
 
     try:
         with ThreadPoolExecutor(threads) as pool:
@@ -193,9 +192,10 @@ def load(
     table: list[dict[str, Any]] = []
     with store_for(store, hookpoint, folder, gib, width, keep) as (opened, name):
         size = opened.shape.row_bytes(f"activations/{name}")
-        for threads in (1, READERS):
+        for threads in (1, READERS if opened.records.local else REQUESTS):
             rate = read_rate(opened, name, threads)
-            table.append(_row(f"preadv, {threads} threads", rate, size))
+            how = "preadv" if opened.records.local else "requests"
+            table.append(_row(f"{how}, {threads} threads", rate, size))
         if not cpu:
             table.append(_row("copy to the GPU", copy_rate(device), size))
         for mode in preload or modes:

@@ -307,6 +307,7 @@ FIELDS = {
     "grid": "hookpoints values",
     "evaluate": "num_tokens batch_tokens loss_sequences",
     "export": "formats directory",
+    "store_cache": "folder gib",
 }
 
 

@@ -1,11 +1,10 @@
-"""Blocks (Zarr's inner chunks) of one array, read in place and below Zarr where the store is a
-local folder, checksums verified.
-"""
+"""Blocks (Zarr's inner chunks) of one array, read in place and below Zarr, checksums verified."""
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -14,11 +13,14 @@ import numpy.typing as npt
 import torch
 from crc32c import crc32c
 
+from .open_file import ShardFile
 from .store import ActivationStore, DamagedStoreError, storage_dtype
 
 Array = npt.NDArray[Any]
 # A process may often have 1024 files open; a store has thousands of shards.
 _OPEN_FILES = 64
+# To an object store, at once.
+REQUESTS = 32
 # crc32c of any bytes followed by their own crc32c.
 _CRC_RESIDUE = 0x48674BC7
 
@@ -42,25 +44,15 @@ class BlockSpace(NamedTuple):
         return cls(rows, crc, [as_bytes(rows), as_bytes(crc)])
 
 
-class _File:
-    """A file open for reading until the last who reads it lets go of it."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
 class BlockReader:
     """Reads blocks of an array of the store (`activations/<hookpoint>`, `tokens/document`), from
     any thread.
 
     A shard ends in its index, offset and length of each chunk as little-endian uint64, and a
     crc32c; each chunk ends in its own crc32c (Zarr v3 sharding codec). The index is read once a
-    shard and kept, a chunk by one `preadv`; the files used last stay open. Reads and checksums hold
-    no GIL: google_crc32c, which does, came to 6 GB/s on two threads, crc32c to 35 (2026-11-30).
+    shard and kept, a chunk by one `preadv` or one request to an object store; the files used last
+    stay open. Reads and checksums hold no GIL: google_crc32c, which does, came to 6 GB/s on two
+    threads, crc32c to 35 (2026-11-30).
     """
 
     def __init__(self, store: ActivationStore, name: str) -> None:
@@ -77,32 +69,36 @@ class BlockReader:
         self.chunk_bytes = self.chunk_rows * store.shape.row_bytes(name)
         self.num_blocks = -(-store.rows // self.chunk_rows)
         self.chunks_a_shard = store.geometry.shard_rows // self.chunk_rows
-        self.files: OrderedDict[int, _File] = OrderedDict()
+        self.files: OrderedDict[int, ShardFile] = OrderedDict()
         self.offsets: dict[int, list[int]] = {}
+        self.sources: dict[int, Any] = {}  # of shards that other processes read
         self.lock = Lock()
-        self.remote = None if store.records.local else store.array(name)
+        self.remote = not store.records.local
 
     def close(self) -> None:
         """Closes the shards' files."""
         with self.lock:
             self.files.clear()
 
-    def _open(self, shard: int) -> tuple[_File, list[int]]:
+    def _open(self, shard: int) -> tuple[ShardFile, list[int]]:
         with self.lock:
-            file = self.files.pop(shard, None) or _File(self.store.shard_file(self.name, shard))
+            file = self.files.pop(shard, None) or self.store.open_shard(self.name, shard)
             self.files[shard] = file
             if len(self.files) > _OPEN_FILES:
                 self.files.popitem(last=False)
-            if shard not in self.offsets:
-                self.offsets[shard] = self._index(shard, file)
-            return file, self.offsets[shard]
+            offsets = self.offsets.get(shard)
+        if offsets is None:
+            # Other shards' indices come meanwhile.
+            offsets = self._index(shard, file)
+            with self.lock:
+                self.offsets[shard] = offsets
+        return file, offsets
 
-    def _index(self, shard: int, file: _File) -> list[int]:
+    def _index(self, shard: int, file: ShardFile) -> list[int]:
         """Where each chunk of a shard begins, -1 where none of the right length does."""
-        size = 16 * self.chunks_a_shard + 4
-        start = os.fstat(file.descriptor).st_size - size
-        tail = os.pread(file.descriptor, size, start) if start >= 0 else b""
-        if len(tail) != size or crc32c(tail) != _CRC_RESIDUE:
+        tail = np.empty(16 * self.chunks_a_shard + 4, np.uint8)
+        start = file.size - len(tail)
+        if start < 0 or not _holds(file, [tail.data], start, lambda: _is_whole(tail.data)):
             raise DamagedStoreError(
                 f"{self.store.shard_file(self.name, shard)} is torn: its index does not hold; "
                 "delete that file and run the same `flash-sae cache` again"
@@ -116,34 +112,36 @@ class BlockReader:
 
         Raises DamagedStoreError where a checksum does not hold.
         """
-        if self.remote is not None:
-            rows = self._remote_rows(block)
-            space.rows[: len(rows)] = rows
-            return
         file, offset = self.locate(block)
-        size = os.preadv(file.descriptor, space.bytes, offset)
-        if size != self.chunk_bytes + 4 or crc32c(space.bytes[0]) != space.crc[0]:
+        if not _holds(file, space.bytes, offset, lambda: crc32c(space.bytes[0]) == space.crc[0]):
             raise self.damaged(block)
 
-    def locate(self, block: int) -> tuple[_File, int]:
-        """The file of a block of a local store and where the block begins in it."""
+    def locate(self, block: int) -> tuple[ShardFile, int]:
+        """The file of a block and where the block begins in it."""
         shard, chunk = divmod(block, self.chunks_a_shard)
         file, offsets = self._open(shard)
         if offsets[chunk] < 0:
             raise self.damaged(block)
         return file, offsets[chunk]
 
-    def place(self, block: int) -> tuple[str, int]:
-        """The path of a block's file and where the block begins in it, for others to read: the file
+    def place(self, block: int) -> tuple[Any, int]:
+        """By what other processes open a block's file, and where the block begins in it: the file
         does not stay open. Raises as `read_into` does.
         """
         shard, chunk = divmod(block, self.chunks_a_shard)
-        path = self.store.shard_file(self.name, shard)
-        if shard not in self.offsets:
-            self.offsets[shard] = self._index(shard, _File(path))
+        if shard not in self.sources:
+            file = self.store.open_shard(self.name, shard)
+            self.sources[shard], self.offsets[shard] = file.source, self._index(shard, file)
         if (offset := self.offsets[shard][chunk]) < 0:
             raise self.damaged(block)
-        return path, offset
+        return self.sources[shard], offset
+
+    def place_all(self) -> None:
+        """Finds every shard's `place` at once, where each takes a request."""
+        if self.remote:
+            firsts = range(0, self.num_blocks, self.chunks_a_shard)
+            with ThreadPoolExecutor(REQUESTS) as pool:
+                list(pool.map(self.place, firsts))
 
     def damaged(self, block: int) -> DamagedStoreError:
         shard, chunk = divmod(block, self.chunks_a_shard)
@@ -151,18 +149,6 @@ class BlockReader:
             f"{self.store.shard_file(self.name, shard)} is damaged in chunk {chunk}: its crc32c "
             "does not hold; delete that file and run the same `flash-sae cache` again"
         )
-
-    def _remote_rows(self, block: int) -> Array:
-        assert self.remote is not None
-        start = block * self.chunk_rows
-        stop = min(self.store.rows, start + self.chunk_rows)
-        try:
-            return np.asarray(self.remote[start:stop])
-        except ValueError as e:
-            raise DamagedStoreError(
-                f"{self.name} of {self.store.path} is damaged in rows {start}..{stop}: {e}; "
-                "delete that shard's file and run the same `flash-sae cache` again"
-            ) from e
 
     def empty(self, num_blocks: int = 1) -> Array:
         """Memory for blocks, not pinned: [num_blocks * chunk_rows, ...]."""
@@ -177,16 +163,36 @@ class BlockReader:
     def read_shard(self, shard: int) -> Array:
         """The rows of a shard from one read of its file, for arrays whose blocks are a few KiB."""
         start, stop = self.store.geometry.shard_range(shard)
-        if self.remote is not None:
-            return self.store.read(self.name, start, stop)
         file, offsets = self._open(shard)
-        data = as_bytes(np.empty(os.fstat(file.descriptor).st_size, dtype=np.uint8))
-        got, size = os.preadv(file.descriptor, [data], 0), self.chunk_bytes
+        data, size = as_bytes(np.empty(file.size, dtype=np.uint8)), self.chunk_bytes
         rows = self.empty(-(-(stop - start) // self.chunk_rows))
+        places = offsets[: len(rows) // self.chunk_rows]
+
+        def torn() -> int | None:
+            """The first chunk that does not hold."""
+            for chunk, at in enumerate(places):
+                if not 0 <= at <= len(data) - size - 4 or not _is_whole(data[at : at + size + 4]):
+                    return chunk
+            return None
+
+        if not _holds(file, [data], 0, lambda: torn() is None):
+            raise self.damaged(shard * self.chunks_a_shard + (torn() or 0))
         target = as_bytes(rows)
-        for chunk in range(len(rows) // self.chunk_rows):
-            at = offsets[chunk]
-            if not 0 <= at <= got - size - 4 or crc32c(data[at : at + size + 4]) != _CRC_RESIDUE:
-                raise self.damaged(shard * self.chunks_a_shard + chunk)
+        for chunk, at in enumerate(places):
             target[chunk * size : (chunk + 1) * size] = data[at : at + size]
         return rows[: stop - start]
+
+
+def _is_whole(data: memoryview) -> bool:
+    """Whether data end in their own crc32c."""
+    return bool(crc32c(data) == _CRC_RESIDUE)
+
+
+def _holds(
+    file: ShardFile, views: list[memoryview], offset: int, is_right: Callable[[], bool]
+) -> bool:
+    """Reads into views; whether they then hold what was written."""
+    wanted = sum(len(view) for view in views)
+    return any(
+        file.read_into(views, offset, fresh=fresh) == wanted and is_right() for fresh in file.tries
+    )

@@ -10,6 +10,7 @@ from crc32c import crc32c
 from .metadata import cure, damaged_files, open_array
 from .norm_limits import NormLimits
 from .records import AGAIN, TEXT, DamagedStoreError, shard_record
+from .remote import RemoteError
 from .store import ActivationStore, shard_path
 from .text_parts import TextParts, digest_of
 
@@ -100,6 +101,8 @@ def _read(
         # What its metadata do not hold has been told.
         array = open_array(store.records, name, {})
         data = np.ascontiguousarray(array[rows] if array.ndim else array[()])
+    except RemoteError:
+        raise
     except (ValueError, RuntimeError, FileNotFoundError) as e:
         why = " ".join(str(e).split())
     else:

@@ -10,16 +10,15 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import ending
-from ..config.base import ConfigError
+from ..config.base import ConfigError, UserError
 from ..config.data import CacheConfig
 from ..config.run import RunConfig
-from ..files import check_space, check_writable, locked, owned
+from ..files import check_space, check_writable
 from ..identity import FREE_KEYS, difference, tell_other_versions, versions
 from ..parallel import agree
 from ..parallel.mesh import with_index
@@ -45,7 +44,8 @@ from .origin import (
 )
 from .pipeline import MAX_NORM_RATIO, Pipeline, Rate, most_shard_bytes
 from .probe import check_ids, probe
-from .records import CONFIG, TEXT, StoreOwner, check_lasts
+from .records import CONFIG, TEXT, held
+from .remote import Objects
 from .row_plan import RowPlan, shards_a_unit
 from .store import Geometry, Origin, Shape, TextShape, make_geometry, storage_dtype
 from .stored_rows import float_dtype
@@ -80,7 +80,6 @@ def run_cache(config: RunConfig, accelerator: Any) -> Rate | None:
     config.need("model", "text", "cache", verb="cache")
     assert config.model is not None
     assert config.cache is not None
-    check_lasts(config.cache.store)
     writer = StoreWriter(config.cache.store, store_config(config), create=True)
     if accelerator.is_main_process:
         writer.restore_config()
@@ -96,10 +95,8 @@ def run_cache(config: RunConfig, accelerator: Any) -> Rate | None:
     widths = probe(lm, hookpoints, config.cache.context_length)
     agree.first_checks(lambda: _check_text(config, writer, lm))
     with ExitStack() as lock:
-        held = owned(StoreOwner(writer.records), config.cache.store)
-        if writer.records.local:
-            held = locked(Path(writer.records.root), deep=True)
-        agree.first_checks(lambda: lock.enter_context(held))
+        one = held(writer.records, config.cache.store)
+        agree.first_checks(lambda: lock.enter_context(one))
         if accelerator.is_main_process:
             lock.enter_context(_nothing_left(writer))
         return _fill(config, accelerator, writer, lm, widths)
@@ -109,12 +106,13 @@ def run_cache(config: RunConfig, accelerator: Any) -> Rate | None:
 def _nothing_left(writer: StoreWriter) -> Iterator[None]:
     """Takes back the text where a mistake shows before a new store is begun."""
     # In an object store the owner's record lies among them.
-    is_new = writer.records.local and not writer.records.file_sizes("records")
+    is_new = writer.records.local and not writer.records.files.sizes("records")
     try:
         yield
     except ConfigError:
         if is_new and writer.begun() is None:
-            writer.records.remove_all("text", "records")
+            writer.records.files.remove_all("text")
+            writer.records.files.remove_all("records")
         raise
 
 
@@ -425,14 +423,16 @@ class _Kept:
 
 def _check_folder(writer: StoreWriter) -> None:
     """Raises ConfigError, on all processes, where one cannot write the store's folder: models load
-    and texts are tokenised for long. Of an object store, only writing tells.
+    and texts are tokenised for long. Of an object store, RemoteError.
     """
-    error = None
-    if writer.records.local:
-        try:
+    error: UserError | None = None
+    try:
+        if isinstance(writer.records.files, Objects):
+            writer.records.files.check_writable()
+        else:
             check_writable("cache.store", writer.records.root)
-        except ConfigError as e:
-            error = e
+    except UserError as e:
+        error = e
     agree.raise_together(error)
 
 

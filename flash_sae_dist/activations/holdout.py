@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from .order import Ints, KeptRows
 from .store import ActivationStore
 
 MAX_ROWS = 100_000
+_SHARDS_AT_ONCE = 16
 
 
 class HeldOut(NamedTuple):
@@ -72,13 +74,16 @@ def served_rows(store: ActivationStore, out: HeldOut, *, alone: bool) -> KeptRow
 def _candidates(store: ActivationStore, bound: int) -> tuple[Ints, Ints]:
     """Rows whose document's hash is below a bound, and those documents."""
     reader = BlockReader(store, "tokens/document")
-    rows, documents = [], []
+
+    def of_shard(shard: int) -> tuple[Ints, Ints]:
+        numbers = reader.read_shard(shard)
+        (rows,) = np.nonzero((document_hash(numbers) < bound) & (numbers >= 0))
+        return rows + store.geometry.shard_range(shard)[0], numbers[rows].astype(np.int64)
+
     try:
-        for shard in range(store.geometry.num_shards):
-            numbers = reader.read_shard(shard)
-            (found,) = np.nonzero((document_hash(numbers) < bound) & (numbers >= 0))
-            rows.append(found + store.geometry.shard_range(shard)[0])
-            documents.append(numbers[found])
+        # An object store answers each in its own time.
+        with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
+            found = list(pool.map(of_shard, range(store.geometry.num_shards)))
     finally:
         reader.close()
-    return np.concatenate(rows), np.concatenate(documents).astype(np.int64)
+    return np.concatenate([rows for rows, _ in found]), np.concatenate([d for _, d in found])

@@ -16,7 +16,6 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from glob import glob
 from os.path import expanduser
 from pathlib import Path
@@ -29,12 +28,12 @@ from torch import Tensor
 
 from .. import ending
 from ..config.base import ConfigError, UserError, check_hookpoint
-from ..files import check_space, check_writable, locked, owned, private_folder
+from ..files import check_space, check_writable, private_folder
 from ..identity import checksums, difference, digest, stamp, tell_other_versions, versions
 from ..progress import progress_bar
 from .array_files import Part, Source, find_sources
 from .norm_limits import SAMPLE_ROWS, NormLimits, parse_ratios, row_norms, told, union
-from .records import StoreOwner, check_lasts
+from .records import held
 from .row_documents import Documents, open_documents
 from .spool import mapped_stream
 from .store import Geometry, Shape, make_geometry, storage_dtype
@@ -317,7 +316,6 @@ def run_import(out: str, named: Sequence[str], options: ImportOptions) -> str:
     Raises ConfigError before any work where something does not fit, UserError where a row is not
     finite or a file changes meanwhile.
     """
-    check_lasts(out)
     if "=" in out and glob(expanduser(out.partition("=")[2].partition("::")[0])):
         raise ConfigError(f"{out!r} stands where the store to make is named; write OUT.zarr before")
     if not named:
@@ -328,11 +326,7 @@ def run_import(out: str, named: Sequence[str], options: ImportOptions) -> str:
     root = job.writer.records.root
     if job.writer.records.local:
         check_writable("the store", root)
-    with ExitStack() as lock:
-        held = owned(StoreOwner(job.writer.records), out)
-        if job.writer.records.local:
-            held = locked(Path(root), deep=True)
-        lock.enter_context(held)
+    with held(job.writer.records, out):
         return _fill(job)
 
 

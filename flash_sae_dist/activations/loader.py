@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config.train import Preload
-from .blocks import BlockReader, BlockSpace
+from .blocks import REQUESTS, BlockReader, BlockSpace
 from .holdout import held_out, served_rows
 from .order import BlockOrder, Ints
 from .preload import HostRows, choose_preload
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 # Batches read ahead, as far as they come to no more than this, which hides a disk's latency.
 _BATCHES_AHEAD = 8
 _RING_BYTES = 256 << 20
+# Times as many from an object store, which answers after tens of milliseconds.
+_REMOTE_AHEAD = 4
 # Blocks that are copied to the device and gathered at a time: a batch of more comes in parts.
 _PART_BYTES = 16 << 20
 _PARTS_AHEAD = 32
@@ -195,8 +197,8 @@ class ActivationLoader:
         self._unreleased: deque[tuple[Plan, torch.cuda.Event]] = deque()
 
     def _by_processes(self) -> bool:
-        """Where the thread that takes batches launches work on a GPU, and files can be mapped."""
-        is_plain = self.reader.remote is None and self._host is None
+        """Where the thread that takes batches launches work on a GPU, and memory can be shared."""
+        is_plain = self._host is None
         return is_plain and self.device.type == "cuda" and hasattr(os, "memfd_create")
 
     def _allocate(self) -> ReadAhead | ReadProcesses:
@@ -204,7 +206,8 @@ class ActivationLoader:
         size, rows, share = self.reader.chunk_bytes, self.reader.chunk_rows, self.shape[0]
         a_batch = -(-share // rows) + 2
         self._part_blocks = max(1, min(_PART_BYTES // size, a_batch))
-        fitting = min(_RING_BYTES // size, _BATCHES_AHEAD * a_batch)
+        ahead = _BATCHES_AHEAD * (_REMOTE_AHEAD if self.reader.remote else 1)
+        fitting = min(_RING_BYTES // size, ahead * a_batch)
         # A part beside the block that it has from the one before, while another is read.
         self._slots = max(2 * self._part_blocks + 2, fitting)
         self._staged = self._slots
@@ -237,7 +240,7 @@ class ActivationLoader:
             self._read,
             num_slots=self._slots,
             num_plans=_PARTS_AHEAD,
-            num_threads=READERS,
+            num_threads=REQUESTS if self.reader.remote else READERS,
         )
 
     def __enter__(self) -> Self:
@@ -266,6 +269,9 @@ class ActivationLoader:
             reader.read_into(block, space)
 
     def _plans(self) -> Iterator[Plan]:
+        if self._memory.shared is not None:
+            for reader in self._readers:
+                reader.place_all()
         share, slot, last, number = self.shape[0], 0, -1, 0
         resident = np.zeros(self.reader.num_blocks, dtype=bool)
         for step in self.steps:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +19,13 @@ import torch
 from torch import Tensor
 
 from ..config.base import ConfigError
-from ..files import check_space, check_writable, locked, owned, replacing
+from ..files import check_space, check_writable, replacing
 from ..identity import difference, digest, tell_other_versions, versions
 from . import merged_text
 from .importing import write_shard, write_shards
 from .merged_text import Behind
 from .metadata import attributes
-from .records import COMPLETE, StoreOwner, check_lasts, shard_record
+from .records import COMPLETE, held, shard_record
 from .row_documents import MAX_DOCUMENT
 from .store import TOKEN_ARRAYS, ActivationStore, Geometry, Shape, TextShape, shard_path
 from .stored_rows import StoredRows
@@ -177,7 +176,6 @@ def run_merge(out: str, paths: Sequence[str], *, copy: bool = False) -> str:
 
     copy: no hard links. Raises ConfigError before any work where the stores do not fit one another.
     """
-    check_lasts(out)
     if len(paths) < 2:
         raise ConfigError("fewer than two stores are given; name those to be merged behind OUT")
     merge = Merge([ActivationStore.open(path) for path in paths])
@@ -185,12 +183,9 @@ def run_merge(out: str, paths: Sequence[str], *, copy: bool = False) -> str:
     root = writer.records.root
     if root in [store.records.root for store in merge.stores]:
         raise ConfigError(f"OUT={out!r} is one of the stores; name another")
-    with ExitStack() as lock:
-        held = owned(StoreOwner(writer.records), out)
-        if writer.records.local:
-            check_writable("OUT", root)
-            held = locked(Path(root), deep=True)
-        lock.enter_context(held)
+    if writer.records.local:
+        check_writable("OUT", root)
+    with held(writer.records, out):
         return _fill(writer, merge, copy)
 
 

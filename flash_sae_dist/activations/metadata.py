@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import zarr
@@ -21,14 +22,22 @@ Sums = dict[str, str]  # path in the store -> checksum in hex
 
 def file_sums(records: Records, folder: str) -> Sums:
     """The checksum of every file below a folder of the store, by its path in the store."""
-    names = sorted(records.file_sizes(folder))
-    return {name: _sum(name, records.read_bytes(name)) for name in names}
+    return _sums(records, records.files.sizes(folder))
 
 
 def metadata_sums(records: Records) -> Sums:
     """crc32c of every zarr.json of the store."""
-    names = sorted(n for n in records.file_sizes("") if n.rpartition("/")[2] == "zarr.json")
-    return {name: _sum(name, records.read_bytes(name)) for name in names}
+    found = records.files.sizes("").items()
+    return _sums(records, {n: size for n, size in found if n.rpartition("/")[2] == "zarr.json"})
+
+
+def _sums(records: Records, sizes: dict[str, int]) -> Sums:
+    def sized(name: str, data: bytes) -> str:
+        if len(data) != sizes[name]:
+            raise _damaged(records, name, f"it has {len(data)} of {sizes[name]} bytes")
+        return _sum(name, data)
+
+    return {name: records.files.read(name, partial(sized, name)) for name in sorted(sizes)}
 
 
 def _sum(name: str, data: bytes) -> str:
@@ -42,13 +51,16 @@ def _sum(name: str, data: bytes) -> str:
 
 def check_file(records: Records, name: str, sums: Sums) -> bytes:
     """A file of the store, compared where its checksum is recorded. Raises DamagedStoreError."""
+
+    def compare(data: bytes) -> bytes:
+        if name in sums and _sum(name, data) != sums[name]:
+            raise _damaged(records, name, "its crc32c changed")
+        return data
+
     try:
-        data = records.read_bytes(name)
+        return records.files.read(name, compare)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise _damaged(records, name, "it is missing") from e
-    if name in sums and _sum(name, data) != sums[name]:
-        raise _damaged(records, name, "its crc32c changed")
-    return data
 
 
 def damaged_files(records: Records, sums: Sums) -> Iterator[DamagedStoreError]:

@@ -87,7 +87,7 @@ def choose_preload(
         return asked
     why = f"{epochs:.2g} epochs are read" if epochs <= 1 else "the page cache does as well"
     on_device = free["device"] if device.type == "cuda" else 0
-    kept = kept_by_auto(size, epochs, on_device, free["host"] if reader.remote is not None else 0)
+    kept = kept_by_auto(size, epochs, on_device, free["host"] if reader.remote else 0)
     if kept != "none":
         why = f"{size / 1e9:.3g} GB of rows, {free[kept] / 1e9:.3g} GB free"
     if tell:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
 from threading import Condition, Thread
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ from .read_ahead import Plan
 _PROCESSES = 6
 
 
-Piece = tuple[str, int, int, int]  # a file, where it begins there, where in the memory, bytes
+# A file's `source`, where it begins there, where in the memory, bytes.
+Piece = tuple[Any, int, int, int]
 
 
 class SharedMemory:

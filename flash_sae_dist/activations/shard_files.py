@@ -1,4 +1,4 @@
-"""The bytes of a shard's file, written below Zarr: no copy of the rows, no lock, many threads at
+"""The bytes of a shard's file, made below Zarr: no copy of the rows, no lock, many threads at
 once.
 
 A shard holds its chunks one after another, each with its crc32c behind it, then the index: offset
@@ -8,21 +8,15 @@ of that (Zarr v3's sharding codec).
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from ..files import replacing
-from .records import Records
+from .store_files import Piece
 
 _NO_CHUNK = 2**64 - 1
-# What one writev takes at most (IOV_MAX of Linux and macOS).
-_PIECES_A_CALL = 1024
-Piece = bytes | memoryview
 
 
 def shard_pieces(
@@ -59,28 +53,3 @@ def with_checksum(data: Piece) -> bytes:
 
 def _bytes(rows: npt.NDArray[Any]) -> memoryview:
     return rows.reshape(-1).view(np.uint8).data
-
-
-def write_pieces(records: Records, name: str, pieces: list[Piece]) -> None:
-    """Writes a file of a store whole or not at all."""
-    if not records.local:
-        records.fs.pipe_file(f"{records.root}/{name}", b"".join(pieces))
-        return
-    with replacing(Path(records.root) / name) as partial:
-        descriptor = os.open(partial, os.O_WRONLY)
-        try:
-            _write_all(descriptor, pieces)
-        finally:
-            os.close(descriptor)
-
-
-def _write_all(descriptor: int, pieces: list[Piece]) -> None:
-    waiting = [memoryview(piece) for piece in reversed(pieces)]
-    while waiting:
-        some = waiting[: -_PIECES_A_CALL - 1 : -1]
-        written = os.writev(descriptor, some)
-        # A disk that is nearly full, or a signal, may cut a call short.
-        while waiting and written >= len(waiting[-1]):
-            written -= len(waiting.pop())
-        if written:
-            waiting[-1] = waiting[-1][written:]

@@ -15,7 +15,9 @@ error, so what is complete is known from the records alone.
 
 from __future__ import annotations
 
+import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -24,13 +26,18 @@ import numpy.typing as npt
 import zarr
 
 from ..config.base import ConfigError, UserError, check_hookpoint, nearest_name
+from ..config.run import RunConfig
 from ..identity import digest
+from .local_cache import LocalCache, local_cache
 from .metadata import Sums, attributes, open_array
 from .norm_limits import union
+from .open_file import ShardFile
 from .records import AGAIN, COMPLETE, CONFIG, GEOMETRY, Records
 from .records import DamagedStoreError as DamagedStoreError
+from .remote import ObjectFile, RemoteError
 from .stored_rows import StoredRows
 
+logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 FORMAT = 1
@@ -39,6 +46,7 @@ LEFT_OUT = "left_out"
 _CHUNK_BYTES = 1 << 20
 _MIN_SHARDS = 16
 _MIN_CHUNKS = 64
+_LISTINGS_AT_ONCE = 16
 TOKEN_ARRAYS = ("ids", "document", "position")
 
 
@@ -211,17 +219,25 @@ class Shape(NamedTuple):
             return np.dtype("int32").itemsize
         return storage_dtype(self.dtype).itemsize * self.widths[hookpoint]
 
-    def whole_shards(self, records: Records, names: list[str]) -> set[int]:
-        """Shards that are recorded and whose files are there, none cut short, in every array."""
-        whole = {s for s in records.shards() if s < self.geometry.num_shards}
-        for name in names:
-            sizes, row_bytes = records.file_sizes(f"{name}/c"), self.row_bytes(name)
-            whole = {
+    def sound(self, records: Records, names: list[str]) -> dict[str, set[int]]:
+        """By array, the shards whose files are there, none cut short."""
+        # An object store answers each in its own time.
+        with ThreadPoolExecutor(_LISTINGS_AT_ONCE) as pool:
+            listings = list(pool.map(records.files.sizes, [f"{name}/c" for name in names]))
+        return {
+            name: {
                 s
-                for s in whole
-                if sizes.get(shard_path(name, s), -1) >= self.geometry.file_bytes(s, row_bytes)
+                for s in range(self.geometry.num_shards)
+                if sizes.get(shard_path(name, s), -1)
+                >= self.geometry.file_bytes(s, self.row_bytes(name))
             }
-        return whole
+            for name, sizes in zip(names, listings, strict=True)
+        }
+
+    def whole_shards(self, records: Records, names: list[str]) -> set[int]:
+        """Shards that are recorded and sound in every array."""
+        whole = {s for s in records.shards() if s < self.geometry.num_shards}
+        return whole.intersection(*self.sound(records, names).values())
 
 
 def shard_path(name: str, shard: int) -> str:
@@ -240,6 +256,8 @@ def readable(array: zarr.Array[Any], rows: slice, path: str) -> Any:
     """Rows of an array, checksums verified. Raises DamagedStoreError."""
     try:
         return array[rows] if array.ndim else array[()]
+    except RemoteError:
+        raise
     except (ValueError, RuntimeError, FileNotFoundError) as e:
         raise DamagedStoreError(
             f"{array.path} of {path} is damaged in rows {rows.start}..{rows.stop}: "
@@ -250,14 +268,17 @@ def readable(array: zarr.Array[Any], rows: slice, path: str) -> Any:
 class ActivationStore:
     """A complete store, open for reading."""
 
-    def __init__(self, path: str, shape: Shape, config: dict[str, Any]) -> None:
-        self.path, self.config = path, config
+    def __init__(
+        self, path: str, shape: Shape, config: dict[str, Any], cache: LocalCache | None = None
+    ) -> None:
+        self.path, self.config, self.cache = path, config, cache
         self.records, self.shape = Records(path), shape
         self.geometry, self.dtype, self.widths, self.sums = shape
 
     @classmethod
-    def open(cls, path: str) -> ActivationStore:
-        """Opens a store whose every shard is recorded and there.
+    def open(cls, path: str, cache: LocalCache | None = None) -> ActivationStore:
+        """Opens a store whose every shard is recorded and there. cache: where rows of an object
+        store are kept as they are read.
 
         Raises ConfigError where there is no store or it is unfinished, DamagedStoreError where a
         shard is missing or cut short, or a record damaged.
@@ -271,7 +292,7 @@ class ActivationStore:
             )
         if config is None:
             raise DamagedStoreError(f"{records.where(CONFIG)} is missing from the store; {AGAIN}")
-        store = cls(path, shape, config)
+        store = cls(path, shape, config, cache)
         absent = set(range(store.geometry.num_shards)) - records.shards()
         if absent or records.read(COMPLETE) is None:
             raise ConfigError(
@@ -283,10 +304,8 @@ class ActivationStore:
         return store
 
     def _check_files(self) -> None:
-        for name in self.shape.arrays():
-            whole = self.shape.whole_shards(self.records, [name])
-            lost = set(range(self.geometry.num_shards)) - whole
-            if lost:
+        for name, sound in self.shape.sound(self.records, self.shape.arrays()).items():
+            if lost := set(range(self.geometry.num_shards)) - sound:
                 raise DamagedStoreError(
                     f"{self.shard_file(name, min(lost))} is missing from the store or cut short; "
                     f"{AGAIN}"
@@ -360,6 +379,13 @@ class ActivationStore:
         """Rows that training and evaluation see."""
         return self.rows - len(self.left_out)
 
+    def open_shard(self, name: str, shard: int) -> ShardFile:
+        """A shard's file, to read parts of. Raises OSError where it is not there."""
+        file = self.records.files.open(shard_path(name, shard))
+        if self.cache is not None and isinstance(file, ObjectFile):
+            return self.cache.over(file)
+        return file
+
     @property
     def hookpoints(self) -> list[str]:
         """Hookpoints that are stored."""
@@ -414,7 +440,7 @@ class ActivationStore:
         store that has no such statistics.
         """
         name = f"statistics/{hookpoint}/mean_squared_norm"
-        if not self.records.file_sizes(name):
+        if not self.records.files.sizes(name):
             return None
         found = np.asarray(readable(self.array(name), slice(None), self.path))
         return math.sqrt(max(0.0, float(found)) / self.width(hookpoint))
@@ -425,3 +451,11 @@ class ActivationStore:
 
         for damage in damages(self):
             raise damage
+
+
+def store_of(config: RunConfig) -> ActivationStore:
+    """The store that a config trains from and measures on, read through its `store_cache`."""
+    store = ActivationStore.open(config.store_path(), local_cache(config.store_cache))
+    if store.cache is not None and store.records.local:
+        logger.info("store_cache is not used: %s is a folder", store.path)
+    return store

@@ -41,8 +41,9 @@ def describe(store: ActivationStore) -> dict[str, Any]:
     sizes = row_bytes(store)
     made_by = "merge" if "merged_from" in told else "cache" if store.knows_model() else "import"
     found: dict[str, Any] = {"path": store.path, "made_by": made_by}
-    with suppress(NotImplementedError, OSError):
-        found["date"] = records.fs.modified(records.where(COMPLETE)).isoformat(" ", "minutes")
+    with suppress(OSError):
+        date = records.files.modified(f"records/{COMPLETE}")
+        found["date"] = date.isoformat(" ", "minutes")
     found |= {
         "rows": store.rows,
         "documents": store.num_documents(),

@@ -19,8 +19,9 @@ from crc32c import crc32c
 
 from ..identity import digest
 from .records import DamagedStoreError, Records
-from .shard_files import Piece, shard_pieces, write_pieces
+from .shard_files import shard_pieces
 from .store import text_chunk
+from .store_files import Piece
 from .text import Making, Place, Sequence, TokenTable, no_rows, sequences, table_of
 
 TYPES = {"ids": "int32", "document": "int32", "position": "int32", "keep": "uint8"}
@@ -106,12 +107,12 @@ class TextParts:
         """Writes the part behind those that are known."""
         number = len(self.known())
         for name in TYPES:
-            write_pieces(self.records, part_path(name, number), self._pieces(_bits(table, name)))
+            self.records.files.write(part_path(name, number), self._pieces(_bits(table, name)))
         self.records.write(_record_name(number), part._asdict())
 
     def add_rows(self, number: int, rows: npt.NDArray[np.int64]) -> None:  # [S, T]
         """Writes the rows of a part's tokens."""
-        write_pieces(self.records, part_path("row", number), self._pieces(rows))
+        self.records.files.write(part_path("row", number), self._pieces(rows))
 
     def _pieces(self, values: npt.NDArray[Any]) -> list[Piece]:
         """A part's file of an array [S, T]."""
@@ -127,21 +128,25 @@ class TextParts:
 
     def _array(self, number: int, part: Part, name: str) -> npt.NDArray[Any]:
         file, dtype = part_path(name, number), np.dtype(TYPES[name])
-        try:
-            data = self.records.read_bytes(file)
-        except FileNotFoundError as e:
-            raise self._damaged(number, f"{file} is missing") from e
         size = text_chunk(self.size) * self.context_length * dtype.itemsize
         chunks = -(-part.sequences // text_chunk(self.size))
-        if len(data) >= chunks * (size + 4):
-            bodies = np.frombuffer(data, np.uint8, chunks * (size + 4)).reshape(chunks, size + 4)
-            values = np.ascontiguousarray(bodies[:, :size]).view(dtype)
-            values = values.reshape(-1, self.context_length)[: part.sequences]
-            same = f"{crc32c(values.tobytes()):08x}" == part.crc32c.get(name)
-            # The index and the chunks' own checksums, too.
-            if same and b"".join(self._pieces(values)) == data:
-                return values
-        raise self._damaged(number, f"{file} does not hold what was written")
+
+        def parse(data: bytes) -> npt.NDArray[Any]:
+            if len(data) >= chunks * (size + 4):
+                bodies = np.frombuffer(data, np.uint8, chunks * (size + 4))
+                bodies = bodies.reshape(chunks, size + 4)
+                values = np.ascontiguousarray(bodies[:, :size]).view(dtype)
+                values = values.reshape(-1, self.context_length)[: part.sequences]
+                same = f"{crc32c(values.tobytes()):08x}" == part.crc32c.get(name)
+                # The index and the chunks' own checksums, too.
+                if same and b"".join(self._pieces(values)) == data:
+                    return values
+            raise self._damaged(number, f"{file} does not hold what was written")
+
+        try:
+            return self.records.files.read(file, parse)
+        except FileNotFoundError as e:
+            raise self._damaged(number, f"{file} is missing") from e
 
     def _damaged(self, number: int, why: str) -> DamagedStoreError:
         record = self.records.where(_record_name(number))
@@ -171,7 +176,7 @@ class TextParts:
         self.load.cache_clear()
         for name in self.records.names("text-"):
             if int(name[5:13]) >= first:
-                self.records.remove(f"records/{name}")
+                self.records.files.remove(f"records/{name}")
 
 
 def digest_of(parts: list[Part]) -> str:

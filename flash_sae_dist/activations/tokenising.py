@@ -78,7 +78,7 @@ class Tokeniser:
         """Makes parts until they give that many tokens to store. mark is called before the first
         is written: a text that gives none leaves nothing behind. One process calls it.
         """
-        self.parts.records.remove(f"records/{_FAILED}")
+        self.parts.records.files.remove(f"records/{_FAILED}")
         if (damage := self.parts.drop_damaged()) is not None:
             logger.warning("%s: it is made anew", damage)
         advance(self.parts.rows_before[-1])

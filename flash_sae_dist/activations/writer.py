@@ -5,6 +5,7 @@ of what is whole; store.py says what a store is.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from .metadata import (
 )
 from .norm_limits import union
 from .records import COMPLETE, CONFIG, GEOMETRY, Records, shard_record
-from .shard_files import shard_pieces, with_checksum, write_pieces
+from .shard_files import shard_pieces, with_checksum
 from .store import (
     FORMAT,
     LEFT_OUT,
@@ -45,6 +46,8 @@ from .store import (
 from .stored_rows import StoredRows
 
 _SUM_ROWS = 4096
+# An object store answers each in its own time.
+_RECORDS_AT_ONCE = 16
 
 
 def difference(
@@ -136,7 +139,7 @@ class StoreWriter:
         """Takes back that a store is complete, before rows are written into it again: until
         `finish`, its statistics and its content may be those of other rows. One process calls it.
         """
-        self.records.remove(f"records/{COMPLETE}")
+        self.records.files.remove(f"records/{COMPLETE}")
 
     def identity(self) -> dict[str, Any] | None:
         """What `create` recorded of what the rows are made of; None for a store that was not begun
@@ -232,7 +235,7 @@ class StoreWriter:
         assert len(rows) == stop - start
         chunks = geometry.shard_rows // geometry.chunk_rows
         pieces, crc = shard_pieces(np.ascontiguousarray(rows), geometry.chunk_rows, chunks)
-        write_pieces(self.records, shard_path(name, shard), pieces)
+        self.records.files.write(shard_path(name, shard), pieces)
         return crc
 
     def record_shard(
@@ -249,7 +252,7 @@ class StoreWriter:
         for hookpoint, values in sums.items():
             data = values.numpy().astype("<f8").tobytes()
             file = f"statistics/{hookpoint}/shard_sums/c/{shard}/0"
-            write_pieces(self.records, file, [data, with_checksum(data)])
+            self.records.files.write(file, [data, with_checksum(data)])
         start, stop = geometry.shard_range(shard)
         record = {"rows": stop - start, "crc32c": crcs}
         self.records.write(shard_record(shard), record | ({"left_out": over} if over else {}))
@@ -297,9 +300,9 @@ class StoreWriter:
             return record
         about = record.pop("about", {})
         # Those of a launch that ended in here.
-        for file in self.records.file_sizes(""):
+        for file in self.records.files.sizes(""):
             if file.endswith("zarr.json"):
-                self.records.remove(file)
+                self.records.files.remove(file)
         group = zarr.open_group(self.records.zarr, mode="a", zarr_format=3)
         group.attrs.update(about)
         specs = array_specs(geometry, record["dtype"], record["widths"])
@@ -337,7 +340,9 @@ class StoreWriter:
         return over
 
     def _shards(self, geometry: Geometry) -> list[dict[str, Any]]:
-        return [self.records.read(shard_record(n)) or {} for n in range(geometry.num_shards)]
+        names = map(shard_record, range(geometry.num_shards))
+        with ThreadPoolExecutor(_RECORDS_AT_ONCE) as pool:
+            return [record or {} for record in pool.map(self.records.read, names)]
 
     def _left_out(self, over: Mapping[str, Sequence[int]]) -> Sums:
         """Writes which rows are left out, and for which hookpoints; the checksums of the files."""
@@ -361,7 +366,7 @@ class StoreWriter:
         where = f"statistics/{hookpoint}"
         written: Sums = {}
         sums = open_array(self.records, f"{where}/shard_sums", metadata)
-        chunks = self.records.file_sizes(f"{where}/shard_sums")
+        chunks = self.records.files.sizes(f"{where}/shard_sums")
         if sum(not name.endswith("zarr.json") for name in chunks) < geometry.num_shards:
             # Zarr reads a lost chunk as zeros.
             raise self.records.damaged(f"{where}/shard_sums", "a file of it is missing")

@@ -191,7 +191,7 @@ class CacheConfig(StrictModel):
     """What is written to the activation store, and how."""
 
     store: Folder
-    """Folder or fsspec URL of the Zarr store."""
+    """Folder of the Zarr store, or its URL in an object store: s3://, gs:// or az://."""
     hookpoints: tuple[str, ...] = Field(min_length=1)
     """Module names, wildcards allowed: `model.layers.*` are all blocks, `model.layers.*.mlp` their
     MLPs (`*` is one part of a name, `**` any number); add `:input` to read a module's input instead

@@ -69,6 +69,15 @@ class ExportConfig(StrictModel):
     """Where to write; left out, `<output>/export`."""
 
 
+class StoreCacheConfig(StrictModel):
+    """A disk that keeps what is read of a store in an object store."""
+
+    folder: Folder
+    """Folder on a disk of each host, which its processes and several jobs may share."""
+    gib: float = Field(gt=0)
+    """Largest size of all that lies there, in GiB; what was read longest ago makes room."""
+
+
 class RunConfig(StrictModel):
     """A run without its sections sae, train and grid; `training.job.Config` is the whole."""
 
@@ -81,6 +90,7 @@ class RunConfig(StrictModel):
     export: ExportConfig = ExportConfig()
     store: Folder | None = None
     """Store to train from and to measure on; left out, `cache.store`."""
+    store_cache: StoreCacheConfig | None = None
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers of accelerate, by name: tensorboard, wandb, trackio, ...; an empty list logs to
     files alone.

@@ -20,7 +20,7 @@ from ..activations.loader import ActivationLoader
 from ..activations.model_loss import check_has_loss
 from ..activations.origin import text_digest
 from ..activations.probe import probe
-from ..activations.store import ActivationStore
+from ..activations.store import ActivationStore, store_of
 from ..activations.text import TokenTable, held_out_table
 from ..activations.tokenising import making_of
 from ..config.run import EvaluateConfig
@@ -52,7 +52,7 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     """
     cfg, output = config.evaluate, Path(config.output)
     saes = finished_saes(output)
-    store = agree.after_first(lambda: ActivationStore.open(config.store_path()))
+    store = agree.after_first(lambda: store_of(config))
     for sae in saes:
         sae.check_fits(store)
     agree.first_checks(lambda: check_writable("output", output))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import ending
-from ..activations.store import ActivationStore
+from ..activations.store import ActivationStore, store_of
 from ..config.base import ConfigError, UserError
 from ..files import locked
 from ..parallel import agree
@@ -69,7 +69,7 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
     plan = agreed_plan(config, mesh, device, grid=grid)
     share = HostShare.agreed()
     # A host that does not come to see the store ends all of them with its sentence.
-    store = agree.after_first(lambda: ActivationStore.open(config.store_path()))
+    store = agree.after_first(lambda: store_of(config))
     todo = [job for job in plan.jobs if job.name in plan.unfinished]
     names = [job.name for job in todo]
     trackers = _trackers(accelerator, Path(config.output), plan, todo)

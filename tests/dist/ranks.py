@@ -25,8 +25,8 @@ from flash_sae_dist.parallel.mesh import end_groups
 
 ROOT = Path(__file__).parents[2]
 # A fork of a process that has used CUDA cannot; imports might.
-_CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-_CONTEXT.set_forkserver_preload(["tests.dist.preload"])
+CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+CONTEXT.set_forkserver_preload(["tests.dist.preload"])
 
 
 def free_port() -> int:
@@ -65,7 +65,7 @@ class Running(NamedTuple):
 def start_module(module: str, args: Sequence[str], env: dict[str, str], log: Path) -> Running:
     """`python -m module args...` in an environment, from the root; it says it to log.out, .err."""
     out, err = log.with_suffix(".out"), log.with_suffix(".err")
-    process = _CONTEXT.Process(target=_run_module, args=(module, args, env, str(out), str(err)))
+    process = CONTEXT.Process(target=_run_module, args=(module, args, env, str(out), str(err)))
     process.start()
     return Running(process, out, err)
 
