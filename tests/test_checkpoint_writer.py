@@ -236,6 +236,17 @@ def test_ranks_publish_together(ranks: list[CheckpointWriter], tmp_path: Path) -
     assert len(list((tmp_path / "step-00000003").iterdir())) == 3, "no record is left"
 
 
+def test_a_replica_that_looks_first_waits(ranks: list[CheckpointWriter], tmp_path: Path) -> None:
+    """Before the one that writes has made the folder."""
+    for made in ranks:
+        made.folder = tmp_path / "later"
+    begin(ranks[2:], 1)
+    time.sleep(0.05)
+    begin(ranks[:2], 1)
+    for made in ranks:
+        made.wait()
+
+
 @pytest.mark.parametrize("shard", [0, 1])
 def test_what_one_rank_fails_of_all_raise(
     ranks: list[CheckpointWriter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: int

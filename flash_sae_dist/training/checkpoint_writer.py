@@ -169,8 +169,12 @@ class CheckpointWriter:
 
     def _is_out(self, final: Path) -> bool:
         """Whether this launch has published a checkpoint; a later one may have replaced it."""
-        # Names alone: the lead may be removing older ones.
-        names = [n for n in os.listdir(self.folder) if re.fullmatch(r"step-\d+", n)]
+        try:
+            # Names alone: the lead may be removing older ones.
+            names = [n for n in os.listdir(self.folder) if re.fullmatch(r"step-\d+", n)]
+        except FileNotFoundError:
+            # The first replica, which alone writes, has not made the folder yet.
+            return False
         later = [self.folder / name for name in names if name >= final.name]
         return any(_launch_of(path) == self._launch for path in later)
 
