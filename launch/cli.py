@@ -27,6 +27,7 @@ BENCHES = {
     "cache": "bench_cache",
     "load": "bench_load",
     "train": "bench_train",
+    "stream": "bench_stream",
 }
 VERBS = ("plan", "cache", "train", "grid", "evaluate", "export", "verify")
 # Those that take a folder in place of a config.
@@ -126,11 +127,12 @@ def _has_gpu() -> bool:
 def bench(
     context: typer.Context,
     what: Annotated[
-        str, typer.Argument(help="encode, decode, step, parity, shards, cache, load or train")
+        str,
+        typer.Argument(help="encode, decode, step, parity, shards, cache, load, train or stream"),
     ] = "",
 ) -> None:
-    """Time kernels beside their peers on this machine's GPU, and jobs (cache, load, train) beside
-    their limits: `flash-sae bench encode --help`."""
+    """Time kernels beside their peers on this machine's GPU, and jobs (cache, load, train, stream)
+    beside their limits: `flash-sae bench encode --help`."""
     if what in ("", "--help"):
         typer.echo(context.get_help())
         typer.echo(f"WHAT is one of {', '.join(BENCHES)}; each has a --help of its own.")

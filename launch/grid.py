@@ -1,4 +1,4 @@
-"""`grid`: many SAEs, hookpoints x hyperparameters, from one activation store."""
+"""`grid`: many SAEs, hookpoints x hyperparameters, from one store or one running model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 def run(config: Config) -> None:
     """Train an SAE for every hookpoint and every combination of grid.values, concurrently.
 
-    SAEs of one hookpoint share each batch that is read; groups of train.num_shards x
+    SAEs of one hookpoint share each batch that is read, those of all hookpoints each forward pass
+    where train.source=stream runs the model meanwhile; groups of train.num_shards x
     train.num_replicas processes take them longest first. Run again, it goes on with what is
     unfinished.
 

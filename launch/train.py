@@ -1,4 +1,4 @@
-"""`train`: one SAE from the activation store."""
+"""`train`: one SAE from the activation store, or from the model itself."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ def run(config: Config) -> None:
     """Train one SAE on a hookpoint of the store; its latents are sharded over the processes.
 
     Run again after an interruption, it goes on from the newest checkpoint. Reads the sections sae
-    and train.
+    and train; with train.source=stream it needs no store: the model runs meanwhile, as model, text
+    and cache say.
 
     flash-sae train configs/gpt2-small.yaml train.hookpoint=transformer.h.8
+
+    flash-sae train configs/gpt2-small.yaml train.source=stream
 
     accelerate launch -m flash_sae_dist.launch.train configs/gpt2-small.yaml train.num_shards=8
     """

@@ -12,6 +12,7 @@ import typer
 
 from flash_sae_dist.activations.loader import ActivationLoader
 from flash_sae_dist.activations.store import ActivationStore
+from flash_sae_dist.launch import bench_cache, bench_stream
 from flash_sae_dist.launch.bench_against import compare
 from flash_sae_dist.launch.bench_load import HOOKPOINT, load, load_rate, make_store, read_rate
 from flash_sae_dist.launch.bench_step import EXACT, OURS
@@ -25,6 +26,7 @@ from flash_sae_dist.launch.bench_training import (
     still_dead,
 )
 from flash_sae_dist.parallel.mesh import Mesh
+from tests.tiny_model import save_llama, save_text
 
 TINY = (64, 16, 960, 4)
 CPU = torch.device("cpu")
@@ -169,3 +171,26 @@ def test_bench_train_prints_every_rate(
         train(jobs=0, cpu=True)
     with pytest.raises(typer.BadParameter, match="go together"):
         train(store="s.zarr", cpu=True)
+
+
+def test_bench_stream_prints_rates_and_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_stream, "make_model", lambda folder, *_: save_llama(folder))
+    monkeypatch.setattr(bench_stream, "make_text", lambda file, _: save_text(file))
+    monkeypatch.setattr(bench_cache, "VOCABULARY", 50)
+    for module in (bench_cache, bench_stream):
+        monkeypatch.setattr(module, "CONTEXT", 24)
+        monkeypatch.setattr(module, "SEQUENCES", 4)
+    report = tmp_path / "report.json"
+    bench_stream.stream(
+        tokens=640, batch=64, latents=64, k=4, saes="1,2", buffer_tokens=600, width=16, blocks=3,
+        folder=tmp_path, passes=2, json_file=report, cpu=True,
+    )  # fmt: skip
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["SAEs"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["limit"] == pytest.approx(1 / (1 / row["forward"] + 1 / row["steps"]))
+        assert row["x limit"] == pytest.approx(row["stream"] / row["limit"])
+    assert "x limit" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"], "the rest is removed"

@@ -298,7 +298,8 @@ FIELDS = {
     ),
     "sae": "architecture d_sae expansion_factor k",
     "train": (
-        "hookpoint num_tokens batch_tokens lr warmup_steps decay_fraction adam_betas "
+        "hookpoint source buffer_tokens num_tokens batch_tokens lr warmup_steps decay_fraction "
+        "adam_betas "
         "adam_eps normalize engine grad_clip micro_batches dead_latents aux_coef k_aux "
         "dead_after_tokens precision num_shards num_replicas seed holdout preload log_every "
         "checkpoint_every checkpoint_minutes keep_checkpoints rendezvous_timeout_s heartbeat_s "

@@ -23,12 +23,12 @@ class Source:
         fails_at: int = -1,
         shape: tuple[int, int] = (ROWS, WIDTH),
     ) -> None:
-        self.dtype, self.fails_at, self.shape, self.made = dtype, fails_at, shape, 0
+        self.dtype, self.fails_at, self.shapes, self.made = dtype, fails_at, [shape], 0
 
     def fill_(self, out: Tensor) -> None:
         if self.made == self.fails_at:
             raise ValueError(f"batch {self.made} is damaged")
-        rows = batch(self.made, *self.shape).to(self.dtype)
+        rows = batch(self.made, *self.shapes[0]).to(self.dtype)
         out.copy_(rows.pin_memory() if out.is_cuda else rows, non_blocking=True)
         self.made += 1
 
@@ -53,7 +53,7 @@ def test_batches_come_in_order(device: torch.device, dtype: torch.dtype, count: 
     source = Source(dtype)
     seen = 0
     with BatchFeed(source, count, Mesh.single(), device) as feed:
-        for x in feed:
+        for (x,) in feed:
             assert x.device.type == device.type
             assert x.dtype == dtype
             assert torch.equal(x.cpu(), batch(seen).to(dtype))
@@ -65,7 +65,7 @@ def test_batches_come_in_order(device: torch.device, dtype: torch.dtype, count: 
 def test_it_may_be_left_at_any_batch(device: torch.device) -> None:
     source = Source()
     with BatchFeed(source, 50, Mesh.single(), device) as feed:
-        for number, x in enumerate(feed):
+        for number, (x,) in enumerate(feed):
             assert torch.equal(x.cpu(), batch(number))
             if number == 6:
                 break
@@ -79,7 +79,7 @@ def test_an_error_is_that_of_its_batch(device: torch.device, at: int) -> None:
     with BatchFeed(Source(fails_at=at), 50, Mesh.single(), device) as feed:
         batches = iter(feed)
         for number in range(at):
-            assert torch.equal(next(batches).cpu(), batch(number))
+            assert torch.equal(next(batches)[0].cpu(), batch(number))
             seen += 1
         with pytest.raises(ValueError, match=f"batch {at} is damaged"):
             next(batches)
@@ -98,7 +98,7 @@ def test_a_busy_device_reads_whole_batches() -> None:
     early = torch.empty(count, rows, width, dtype=torch.bfloat16, device=device)
     late = torch.empty_like(early)
     with BatchFeed(source, count, Mesh.single(), device) as feed:
-        for number, x in enumerate(feed):
+        for number, (x,) in enumerate(feed):
             early[number].copy_(x)
             for _ in range(4):
                 large = large @ large
@@ -117,7 +117,7 @@ def test_the_host_waits_only_when_it_is_far_ahead(monkeypatch: pytest.MonkeyPatc
     queued: list[int] = []
     ends: list[torch.cuda.Event] = []
     with BatchFeed(Source(), 12, Mesh.single(), torch.device("cuda")) as feed:
-        for x in feed:
+        for (x,) in feed:
             x.add_(1)
             torch.cuda._sleep(50_000_000)  # cycles, some 25 ms
             ends.append(torch.cuda.current_stream().record_event())

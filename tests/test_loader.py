@@ -624,7 +624,7 @@ def test_a_gpu_gets_the_same_batches(
         loader(device, preload) as source,
         BatchFeed(source, steps, Mesh.single(), device) as feed,
     ):
-        for number, x in enumerate(feed):
+        for number, (x,) in enumerate(feed):
             if number % 7 == 3:
                 torch.cuda._sleep(5_000_000)
             seen.append(x.clone())

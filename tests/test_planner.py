@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 from flash_sae_dist.activations import loader
 from flash_sae_dist.activations.language_model import model_without_weights
-from flash_sae_dist.activations.store import ActivationStore
 from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.grid import plan
 from flash_sae_dist.launch.bench_wire import measure_sent
@@ -525,16 +524,17 @@ def test_training_is_refused_before_work(file: Path, monkeypatch: pytest.MonkeyP
     ).shape
 
     class Store:
+        where = "the store"
         hookpoints, widths, dtype = ["model.layers.0"], shape.widths, "float32"
 
-    monkeypatch.setattr(ActivationStore, "open", lambda path: Store())
+    store: Any = Store()
     monkeypatch.setattr(plan, "check_same_job", lambda *_: None)
     config = parse_config(config_data(file.parent))
     for grid in (False, True):
         with pytest.raises(
             ConfigError, match="takes 0.0 GiB of a process's memory .*; lower sae.d_"
         ):
-            plan.agreed_plan(config, Mesh.single(), CPU, grid=grid)
+            plan.agreed_plan(config, store, Mesh.single(), CPU, grid=grid)
 
 
 @pytest.mark.gpu

@@ -317,7 +317,9 @@ def test_the_process_ends_with_the_one_that_started_it(tmp_path: Path, root: Pat
     data["cache"]["num_tokens"] = 10**9
     config = parse_config(data)
     sections = config.model_dump(mode="json", include={"output", "model", "text", "cache"})
-    job = json.dumps({"config": sections, "causal": True, "size": 64})
+    place, rows = data["cache"]["store"], data["cache"]["num_tokens"]
+    made = {"causal": True, "size": 64, "place": place, "num_rows": rows, "enough": rows}
+    job = json.dumps({"config": sections, **made})
     file = tmp_path / "job.json"
     file.write_text(job)
     parent = (

@@ -140,6 +140,16 @@ def config_data(root: Path, **cache: Any) -> dict[str, Any]:
     }
 
 
+def assert_same_rows(rows: torch.Tensor, others: torch.Tensor) -> None:
+    """The same rows as often, in any order, but for roundings."""
+    assert rows.shape == others.shape
+    # Each row stands for the first one of `others` that is the same.
+    first, own = ((torch.cdist(r, others) < 1e-4) for r in (rows, others))
+    assert first.any(dim=1).all()
+    found, want = (near.int().argmax(dim=1).sort().values for near in (first, own))
+    assert torch.equal(found, want)
+
+
 def amend(file: Path, change: Callable[[str], str]) -> None:
     """Changes a sealed JSON file's text, which then holds its new checksum."""
     write_json(file, json.loads(change(json.dumps(read_json(file)))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
@@ -28,30 +28,34 @@ def num_buffers(batch_bytes: int) -> int:
 
 
 class BatchSource(Protocol):
-    """What a feed takes batches from: a loader of a store, or whatever else makes rows."""
+    """What a feed takes batches from: a loader of a store, or a model that runs meanwhile."""
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Of each batch: [N/P, D]."""
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """Of each batch's tensors, one a hookpoint: [N/P, D]."""
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the rows."""
 
-    def fill_(self, out: Tensor, /) -> None:
-        """Writes the next batch into out [N/P, D], on the feed's device, as work of the stream that
-        is current there. Raises what makes that batch impossible.
+    @property
+    def fill_(self) -> Callable[..., None]:
+        """Called with a tensor of each shape, on the feed's device: writes the next batch into
+        them, as work of the stream that is current there. Raises what makes that batch impossible.
         """
 
 
+Batch = tuple[Tensor, ...]  # [N, D] of each hookpoint
+
+
 class _Buffer(NamedTuple):
-    batch: Tensor  # [N, D]
+    batch: Batch
     used: torch.cuda.Event  # recorded on the consumer's stream after its last use
 
 
 class BatchFeed:
-    """Iterates once over a replica's batches [N, D] on a device, made from the rows [N/P, D] that
-    each of its P shards has read.
+    """Iterates once over a replica's batches on a device, each a tensor [N, D] of every hookpoint
+    of the source, made from the rows [N/P, D] that each of its P shards has read.
 
     On CUDA they are copied, and gathered over the shards, on a stream of the feed's own, up to
     three batches ahead, into buffers that it owns: a batch may be changed in place, and is
@@ -77,8 +81,8 @@ class BatchFeed:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        rows, width = source.shape
-        size = rows * width * source.dtype.itemsize * mesh.num_shards
+        elements = sum(rows * width for rows, width in source.shapes)
+        size = elements * source.dtype.itemsize * mesh.num_shards
         self._num_buffers = num_buffers(size)
         self._buffers: list[_Buffer] = []
         self._filled: deque[torch.cuda.Event] = deque()  # of copies that the host may wait for
@@ -99,7 +103,7 @@ class BatchFeed:
         self._buffers.clear()
         self._error = None
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         if self._stream is not None:
             yield from self._ahead(self._stream)
             return
@@ -108,7 +112,7 @@ class BatchFeed:
             self._make(batch)
             yield batch
 
-    def _ahead(self, stream: torch.cuda.Stream) -> Iterator[Tensor]:
+    def _ahead(self, stream: torch.cuda.Stream) -> Iterator[Batch]:
         filled: deque[torch.cuda.Event] = deque()  # by batch, of those not given out
         fetched = 0
         for number in range(self.num_batches):
@@ -160,15 +164,16 @@ class BatchFeed:
         self._filled.append(event)
         filled.append(event)
 
-    def _make(self, batch: Tensor) -> None:
+    def _make(self, batch: Batch) -> None:
         """Writes a batch, on the current stream."""
-        self.source.fill_(self._own_rows(batch))
-        collectives.gather_batch_(batch, self.mesh)
+        self.source.fill_(*(x.chunk(self.mesh.num_shards)[self.mesh.shard] for x in batch))
+        for x in batch:
+            collectives.gather_batch_(x, self.mesh)
 
-    def _empty(self) -> Tensor:
-        rows, width = self.source.shape
-        shape = (rows * self.mesh.num_shards, width)
-        return torch.empty(shape, dtype=self.source.dtype, device=self.device)
-
-    def _own_rows(self, batch: Tensor) -> Tensor:
-        return batch.chunk(self.mesh.num_shards)[self.mesh.shard]
+    def _empty(self) -> Batch:
+        return tuple(
+            torch.empty(
+                (rows * self.mesh.num_shards, width), dtype=self.source.dtype, device=self.device
+            )
+            for rows, width in self.source.shapes
+        )

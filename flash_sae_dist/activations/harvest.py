@@ -80,13 +80,14 @@ def run_cache(config: RunConfig, accelerator: Any) -> Rate | None:
     config.need("model", "text", "cache", verb="cache")
     assert config.model is not None
     assert config.cache is not None
-    writer = StoreWriter(config.cache.store, store_config(config), create=True)
+    config.cache.rows_to_store()
+    writer = StoreWriter(config.cache.path(), store_config(config), create=True)
     if accelerator.is_main_process:
         writer.restore_config()
     if writer.is_complete():
         agree.first_checks(lambda: _check_still_same(config, writer))
         if accelerator.is_main_process:
-            print(f"{config.cache.store} is complete; nothing to do")
+            print(f"{writer.path} is complete; nothing to do")
         return None
     _check_folder(writer)
     lm = load_language_model(config.model, with_index(accelerator.device))
@@ -95,7 +96,7 @@ def run_cache(config: RunConfig, accelerator: Any) -> Rate | None:
     widths = probe(lm, hookpoints, config.cache.context_length)
     agree.first_checks(lambda: _check_text(config, writer, lm))
     with ExitStack() as lock:
-        one = held(writer.records, config.cache.store)
+        one = held(writer.records, writer.path)
         agree.first_checks(lambda: lock.enter_context(one))
         if accelerator.is_main_process:
             lock.enter_context(_nothing_left(writer))
@@ -137,10 +138,11 @@ def _fill(
     first, making = accelerator.is_main_process, making_of(config, lm.tokenizer, causal=lm.causal)
     size = part_size(config.cache.context_length, config.cache.batch_sequences)
     text = TextParts(writer.records, config.cache.context_length, size)
-    origin, parts = _shared_origin(lm), _shared_parts(config, lm, accelerator)
+    origin, parts = shared_origin(lm), shared_parts(config, lm, accelerator)
     parts["hookpoints"] = widths
     agree.first_checks(lambda: _check_begun(writer, origin, parts, text))
-    with Tokeniser(config, making, text, first=first) as tokeniser:
+    rows = config.cache.rows_to_store()
+    with Tokeniser(config, making, text, writer.path, num_rows=rows, first=first) as tokeniser:
         stamp = _first_text(config, writer, tokeniser, lm, widths, accelerator)
         shape, shape_of_text = _shape(config.cache, writer, text, widths)
         agree.first_checks(lambda: _check_space(writer, shape))
@@ -205,7 +207,7 @@ def _first_text(
         try:
             marker = {"config": _digest(config), "stamp": stamp}
             _check_same_text(writer, tokeniser, marker)
-            most = config.cache.num_tokens
+            most = config.cache.rows_to_store()
             enough = min(most, geometry_of(config.cache, widths, 2**62).enough_rows)
             with progress_bar("tokenise", enough, "tokens", enabled=True) as bar:
                 tokeniser.begin(enough, bar.advance, lambda: writer.records.write(TEXT, marker))
@@ -248,7 +250,8 @@ def _shape(
         shape = Shape.read(writer.records)
         assert shape is not None
         return shape, TextShape(**begun["text"])
-    rows = min(cfg.num_tokens, text.rows_before[-1]) if text.ended else cfg.num_tokens
+    rows = cfg.rows_to_store()
+    rows = min(rows, text.rows_before[-1]) if text.ended else rows
     geometry = geometry_of(cfg, widths, rows)
     unit = shards_a_unit(geometry.num_shards)
     shape_of_text = TextShape(text.size, text.context_length, unit)
@@ -280,7 +283,7 @@ def _finish(writer: StoreWriter, plan: RowPlan, hookpoints: list[str]) -> None:
         logger.info("%s", told(MAX_NORM_RATIO, plan.geometry.rows, over))
 
 
-def _shared_parts(config: RunConfig, lm: LanguageModel, accelerator: Any) -> dict[str, Any]:
+def shared_parts(config: RunConfig, lm: LanguageModel, accelerator: Any) -> dict[str, Any]:
     """What the rows are made of; one process a host reads its files. Collective.
 
     Raises ConfigError where hosts have other files than one another.
@@ -349,7 +352,7 @@ def _check_still_same_text(config: RunConfig, writer: StoreWriter, before: dict[
     logger.info("model or text lie in other files than when %s was made: comparing", writer.path)
     making = making_of(config, tokenizer, causal=task == "causal-lm")
     size = begun["text"]["part_sequences"]
-    made = [part for _, part in made_parts(making, size, config.cache.num_tokens, [])]
+    made = [part for _, part in made_parts(making, size, config.cache.rows_to_store(), [])]
     writer.check_identity({"text": digest_of(made)})
 
 
@@ -450,7 +453,7 @@ def _digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(store_config(config), sort_keys=True).encode()).hexdigest()
 
 
-def _shared_origin(lm: LanguageModel) -> Origin:
+def shared_origin(lm: LanguageModel) -> Origin:
     """The model, which is the same in all processes. Collective.
 
     Raises ConfigError where hosts have other files than one another.

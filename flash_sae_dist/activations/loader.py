@@ -196,6 +196,11 @@ class ActivationLoader:
         self._ahead = self._allocate()
         self._unreleased: deque[tuple[Plan, torch.cuda.Event]] = deque()
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """See BatchSource."""
+        return [self.shape]
+
     def _by_processes(self) -> bool:
         """Where the thread that takes batches launches work on a GPU, and memory can be shared."""
         is_plain = self._host is None

@@ -21,7 +21,6 @@ from queue import Empty, Queue
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -29,16 +28,15 @@ from torch import Tensor
 from ..config.base import UserError
 from ..config.data import CacheConfig
 from .host_memory import PageLocked
-from .language_model import LanguageModel, Pass, tapped
+from .language_model import LanguageModel
 from .norm_limits import SAMPLE_ROWS, NormLimits, resolve_ratios, row_norms
-from .probe import check_ids
-from .row_plan import Batch, RowPlan
+from .passes import Passes
+from .row_plan import RowPlan
 from .stored_rows import StoredRows, float_dtype
 from .writer import StoreWriter, row_sums
 
 logger = logging.getLogger(__name__)
 Rows = dict[str, Tensor]  # hookpoint -> [shard_rows, D]
-_PASSES_AHEAD = 4
 # Shards on the device: two that a pass straddles (more, where they are smaller than a pass), one
 # that is being copied.
 _FILLED = 3
@@ -79,14 +77,6 @@ class Rate(NamedTuple):
         )
 
 
-class _Part(NamedTuple):
-    """Where rows of a pass go, on the device that has them."""
-
-    shard: int
-    source: Tensor  # [n] int64
-    target: Tensor  # [n] int64
-
-
 class _Written:
     """A shard on its way to the disk."""
 
@@ -120,7 +110,7 @@ class Pipeline:
         writer: StoreWriter,
     ) -> None:
         self.lm, self.widths, self.plan, self.writer = lm, widths, plan, writer
-        self.shard_rows, self.num_tokens = plan.geometry.shard_rows, cfg.num_tokens
+        self.shard_rows, self.num_tokens = plan.geometry.shard_rows, cfg.rows_to_store()
         # Told of each shard that is whole on the disk, in a thread.
         self.recorded: Callable[[int], None] = lambda shard: None
         self.ratios = resolve_ratios(MAX_NORM_RATIO, cfg.max_norm_ratio, list(widths))
@@ -128,8 +118,6 @@ class Pipeline:
         self.limits = NormLimits()
         self.stored, self.dtype = cfg.dtype, float_dtype(cfg.dtype)
         self.on_cpu = lm.device.type == "cpu"
-        self.parts: dict[torch.device, list[_Part]] = {}
-        self.batch: Batch | None = None
         self.open: dict[int, Rows] = {}
         # Filled before; the events say when the device has read them.
         self.idle: deque[tuple[Rows, dict[torch.device, torch.cuda.Event]]] = deque()
@@ -137,7 +125,6 @@ class Pipeline:
         self.memory = PageLocked()
         self.host: Queue[Rows] = Queue()
         self._provide(cfg)
-        self.passes: deque[torch.cuda.Event] = deque()
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
         threads = max(2, min(16, (os.cpu_count() or 2) // 2))
         self.threads = ThreadPoolExecutor(threads, thread_name_prefix="write")
@@ -171,10 +158,10 @@ class Pipeline:
         gave. Raises what a thread met.
         """
         start, rows = 0.0, 0
-        with tapped(self.lm, list(self.widths), self._take) as run:
+        with Passes(self.lm, list(self.widths), self.dtype, self._put) as passes:
             for batch in self.plan.batches(todo, rank, world):
                 self._check()
-                self._pass(batch, run)
+                passes.run(batch)
                 for shard in batch.whole:
                     self._send(shard)
                 made = sum(len(part.source) for part in batch.pieces)
@@ -206,17 +193,13 @@ class Pipeline:
         """
         found: dict[str, list[Tensor]] = {name: [] for name in hookpoints}
 
-        def take(hookpoint: str, value: Tensor) -> None:
-            assert self.batch is not None
-            flat = value.reshape(-1, value.shape[-1])
-            for piece in self.batch.pieces:
-                rows = flat.index_select(0, self._tensor(piece.source, value.device))
-                found[hookpoint].append(row_norms(rows.to(self.dtype)).cpu())
+        def put(hookpoint: str, _: int, rows: Tensor, __: Tensor) -> None:
+            found[hookpoint].append(row_norms(rows).cpu())
 
         left, shards = num_rows, range(self.plan.geometry.num_shards)
-        with tapped(self.lm, hookpoints, take) as run:
+        with Passes(self.lm, hookpoints, self.dtype, put) as passes:
             for batch in self.plan.batches(list(shards), 0, 1):
-                self._pass(batch, run)
+                passes.run(batch)
                 left -= sum(len(piece.source) for piece in batch.pieces)
                 if left <= 0:
                     break
@@ -233,39 +216,10 @@ class Pipeline:
             self.under_way.discard(future)
             future.result()
 
-    def _pass(self, batch: Batch, run: Pass) -> None:
-        self.batch = batch
-        self.parts.clear()
-        # Known of the first parts of the text alone; on a GPU the model would end the process.
-        check_ids(self.lm, int(batch.ids.max()))
-        attention = None if batch.attention.all() else self._tensor(batch.attention, self.lm.device)
-        run(self._tensor(batch.ids.astype(np.int64), self.lm.device), attention)
-        if self.on_cpu:
-            return
-        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        done.record()
-        self.passes.append(done)
-        if len(self.passes) > _PASSES_AHEAD:
-            self.passes.popleft().synchronize()
-
-    def _tensor(self, values: npt.NDArray[Any], device: torch.device) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-    def _take(self, hookpoint: str, value: Tensor) -> None:
-        """Puts a hookpoint's rows of the pass where they belong."""
-        assert self.batch is not None
-        if value.device not in self.parts:
-            self.parts[value.device] = [
-                _Part(p.shard, *(self._tensor(v, value.device) for v in (p.source, p.target)))
-                for p in self.batch.pieces
-            ]
-        flat = value.reshape(-1, value.shape[-1])
-        for shard, source, target in self.parts[value.device]:
-            if shard not in self.open:
-                self.open[shard] = self._begin()
-            rows = self._buffer(self.open[shard], hookpoint, value.device)
-            rows.index_copy_(0, target, flat.index_select(0, source).to(self.dtype))
+    def _put(self, hookpoint: str, shard: int, rows: Tensor, target: Tensor) -> None:
+        if shard not in self.open:
+            self.open[shard] = self._begin()
+        self._buffer(self.open[shard], hookpoint, rows.device).index_copy_(0, target, rows)
 
     def _begin(self) -> Rows:
         """Buffers for a shard to be filled."""

@@ -268,6 +268,8 @@ def readable(array: zarr.Array[Any], rows: slice, path: str) -> Any:
 class ActivationStore:
     """A complete store, open for reading."""
 
+    where = "the store"
+
     def __init__(
         self, path: str, shape: Shape, config: dict[str, Any], cache: LocalCache | None = None
     ) -> None:

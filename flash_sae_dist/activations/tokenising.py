@@ -31,7 +31,7 @@ from .text_parts import TextParts, made_parts
 
 logger = logging.getLogger(__name__)
 _POLL_S, _POLL_REMOTE_S = 0.05, 1.0
-_FAILED = "tokenising.json"
+_FAILED, _ASKED = "tokenising.json", "asked.json"
 
 
 def making_of(config: RunConfig, tokenizer: Any, *, causal: bool) -> Making:
@@ -55,10 +55,19 @@ class Tokeniser:
     process that it started.
     """
 
-    def __init__(self, config: RunConfig, making: Making, parts: TextParts, *, first: bool) -> None:
-        assert config.cache is not None
+    def __init__(
+        self,
+        config: RunConfig,
+        making: Making,
+        parts: TextParts,
+        place: str,  # folder or URL of the parts
+        *,
+        num_rows: int,
+        first: bool,
+    ) -> None:
+        """num_rows: tokens to store, with which the text ends."""
         self.config, self.making, self.parts, self.first = config, making, parts, first
-        self.num_rows = config.cache.num_tokens
+        self.place, self.num_rows = place, num_rows
         self.process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -78,7 +87,8 @@ class Tokeniser:
         """Makes parts until they give that many tokens to store. mark is called before the first
         is written: a text that gives none leaves nothing behind. One process calls it.
         """
-        self.parts.records.files.remove(f"records/{_FAILED}")
+        for name in (_FAILED, _ASKED):
+            self.parts.records.files.remove(f"records/{name}")
         if (damage := self.parts.drop_damaged()) is not None:
             logger.warning("%s: it is made anew", damage)
         advance(self.parts.rows_before[-1])
@@ -113,18 +123,24 @@ class Tokeniser:
                 what = "this text in other records (blank lines, files cut elsewhere)"
             if what is not None:
                 raise ConfigError(
-                    f"cache.store={self.parts.records.root!r} was begun with {what}, though under "
-                    "the same config; name another store, or remove that one"
+                    f"{self.parts.records.root} was begun with {what}, though under the same "
+                    "config; name another cache.store (of a stream another output), or remove that "
+                    "folder"
                 )
 
-    def follow(self) -> None:
-        """Starts the process that makes the parts that are left."""
+    def follow(self, enough: int | None = None) -> None:
+        """Starts the process that makes the parts that are left; given enough rows, those that
+        hold as many, and others once they are asked for.
+        """
         if not self.first or self.parts.ended:
             return
         job = {
             "config": self.config.model_dump(mode="json", include={"output", *_SECTIONS}),
             "causal": self.making.causal,
             "size": self.parts.size,
+            "place": self.place,
+            "num_rows": self.num_rows,
+            "enough": self.num_rows if enough is None else enough,
         }
         # Modules are found where this process finds them, whatever lies in the current folder.
         command = [sys.executable, "-P", "-m", "flash_sae_dist.activations.tokenising"]
@@ -141,6 +157,13 @@ class Tokeniser:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
+
+    def ask(self, part: int) -> None:
+        """Says that a part is needed, where no more than enough was to be made; called again and
+        again, since others may ask for other parts.
+        """
+        if (self.parts.records.read(_ASKED) or {"part": -1})["part"] < part:
+            self.parts.records.write(_ASKED, {"part": part})
 
     def wait(self) -> None:
         """Called again and again while a part is not there. Raises what its making met."""
@@ -185,6 +208,14 @@ def _end_with_standard_input() -> None:
     os._exit(1)
 
 
+def _is_enough(parts: TextParts, enough: int) -> bool:
+    """Whether no part is needed beyond those that are there."""
+    if parts.rows_before[-1] < enough:
+        return False
+    asked = parts.records.read(_ASKED)
+    return asked is None or asked["part"] < len(parts.known())
+
+
 def main() -> None:
     """Makes the parts that are left of a text."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -201,11 +232,14 @@ def main() -> None:
         assert config.cache is not None
         assert config.model is not None
         making = making_of(config, load_tokenizer(config.model), causal=job["causal"])
-        records = Records(config.cache.store)
-        parts = TextParts(records, config.cache.context_length, job["size"])
+        parts = TextParts(Records(job["place"]), config.cache.context_length, job["size"])
         known = list(parts.known())
-        for table, part in made_parts(making, parts.size, config.cache.num_tokens, known):
-            parts.add(table, part)
+        made = made_parts(making, parts.size, job["num_rows"], known)
+        while not parts.ended:
+            if _is_enough(parts, job["enough"]):
+                time.sleep(_POLL_S)
+            else:
+                parts.add(*next(made))
     except Exception as e:
         sentence = ending.sentence_of(e)
         if sentence is None:

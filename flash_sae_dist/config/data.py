@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import Folder, Seed, StrictModel, Text, shown
+from .base import ConfigError, Folder, Seed, StrictModel, Text, shown
 
 
 def _placement(value: Any) -> Any:
@@ -188,17 +188,22 @@ class TextConfig(TextSource):
 
 
 class CacheConfig(StrictModel):
-    """What is written to the activation store, and how."""
+    """Which activations are stored, and how.
 
-    store: Folder
-    """Folder of the Zarr store, or its URL in an object store: s3://, gs:// or az://."""
+    With train.source=stream: which ones are trained on.
+    """
+
+    store: Folder | None = None
+    """Folder of the Zarr store, or its URL in an object store: s3://, gs:// or az://. `cache` needs
+    it."""
     hookpoints: tuple[str, ...] = Field(min_length=1)
     """Module names, wildcards allowed: `model.layers.*` are all blocks, `model.layers.*.mlp` their
     MLPs (`*` is one part of a name, `**` any number); add `:input` to read a module's input instead
     of its output.
     """
-    num_tokens: int = Field(gt=0)
-    """Rows to store for each hookpoint; fewer if the text ends first."""
+    num_tokens: int | None = Field(default=None, gt=0)
+    """Rows to store for each hookpoint, fewer if the text ends first; `cache` needs it. With
+    train.source=stream an epoch ends after about as many; left out, where the text does."""
     context_length: int = Field(default=256, gt=0)
     """Tokens a sequence."""
     batch_sequences: int = Field(default=16, gt=0)
@@ -225,3 +230,18 @@ class CacheConfig(StrictModel):
     """Type of the stored activations; int8 has a scale a row and half the size of bfloat16."""
     seed: Seed = 0
     """Seed of the shuffle of sequences and rows."""
+
+    def rows_to_store(self) -> int:
+        """num_tokens. Raises ConfigError where it was left out."""
+        return self._needed("num_tokens")  # type: ignore[no-any-return]
+
+    def path(self) -> str:
+        """store. Raises ConfigError where it was left out."""
+        return self._needed("store")  # type: ignore[no-any-return]
+
+    def _needed(self, key: str) -> Any:
+        if (value := getattr(self, key)) is None:
+            raise ConfigError(
+                f"key 'cache.{key}' is missing: only train.source=stream goes without; add it"
+            )
+        return value

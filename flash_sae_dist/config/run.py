@@ -109,10 +109,11 @@ class RunConfig(StrictModel):
         """The store that training reads. Raises ConfigError where none is named."""
         if self.store is not None:
             return self.store
-        if self.cache is not None:
+        if self.cache is not None and self.cache.store is not None:
             return self.cache.store
         raise ConfigError(
-            "store is missing: name the activation store, as store: PATH or under cache.store"
+            "store is missing: name the activation store, as store: PATH or under cache.store "
+            "(SAEs of train.source=stream, too, are measured on one; `flash-sae cache` makes it)"
         )
 
     def need(self, *sections: str, verb: str) -> None:

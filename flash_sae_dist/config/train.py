@@ -29,12 +29,20 @@ STEP_IS_GONE = (
 
 
 class TrainConfig(StrictModel):
-    """How an SAE is trained from a store: the keys that every engine has."""
+    """How an SAE is trained: the keys that every engine has."""
 
     hookpoint: Hookpoint | None = None
-    """Hookpoint of the store to train on; needed by `train`, set by the grid for its jobs."""
+    """Hookpoint of the store (of cache.hookpoints) to train on; needed by `train`, set by the grid
+    for its jobs."""
+    source: Literal["store", "stream"] = "store"
+    """store: rows of an activation store; stream: rows of the model itself, which runs on the text
+    while SAEs are trained, as the sections model, text and cache say. No store is needed, and
+    every process runs the model on its own share of the text, once for all hookpoints and SAEs."""
+    buffer_tokens: int = Field(default=2**18, gt=0)
+    """Tokens that each process mixes (source: stream): the rows of so many, of every hookpoint, are
+    kept in the memory of its device, and batches are drawn from over half of them."""
     num_tokens: int = Field(gt=0)
-    """Tokens to train on; more than the store holds means several epochs."""
+    """Tokens to train on; more than the store holds, or the text has, means several epochs."""
     batch_tokens: int = Field(default=4096, gt=0)
     """Tokens a step, over all processes that train this SAE."""
     lr: float | None = Field(default=None, gt=0)
@@ -85,8 +93,9 @@ class TrainConfig(StrictModel):
     """Seed of the initial weights and of the order of the data."""
     holdout: float = Field(default=0.01, ge=0, lt=1)
     """Largest share of the store's rows that is never trained on: whole documents, chosen by a hash
-    of their number, so that every job on a store leaves out the same; 100,000 rows at most. 0 for
-    jobs begun by versions without this key."""
+    of their number, so that every job on a store leaves out the same; 100,000 rows at most. Of a
+    stream, all documents whose hash is in the first part of so much, of which a store holds out the
+    first ones. 0 for jobs begun by versions without this key."""
     preload: Preload = "auto"
     """Where rows are kept once they have been read: in host or GPU (device) memory, or none. auto:
     where more than one epoch is read, on the GPU if they take a quarter of its free memory at the
@@ -120,9 +129,29 @@ class TrainConfig(StrictModel):
             )
         return data
 
+    @model_validator(mode="after")
+    def _source_has_its_keys(self) -> Self:
+        usual = type(self).model_fields["buffer_tokens"].default
+        if self.source == "store" and self.buffer_tokens != usual:
+            raise ValueError(
+                f"train.buffer_tokens={self.buffer_tokens} says nothing of a store; drop it, or "
+                "set train.source=stream"
+            )
+        if self.source == "stream" and self.num_shards == "auto":
+            raise ValueError(
+                "train.num_shards='auto' looks at a store, which train.source=stream has not; give "
+                "a number"
+            )
+        if self.source == "stream" and self.preload in ("host", "device"):
+            raise ValueError(
+                f"train.preload={self.preload!r} says nothing of train.source=stream, which reads "
+                "no store; drop it"
+            )
+        return self
+
 
 class FusedTrainConfig(TrainConfig):
-    """How an SAE is trained from a store.
+    """How an SAE is trained.
 
     With the keys of the fused engine.
     """
@@ -142,7 +171,7 @@ class FusedTrainConfig(TrainConfig):
 
 
 class AutogradTrainConfig(TrainConfig):
-    """How an SAE is trained from a store.
+    """How an SAE is trained.
 
     With the keys of the autograd engine.
     """

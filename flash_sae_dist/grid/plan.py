@@ -8,12 +8,14 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ..activations.store import ActivationStore
+from ..activations.stream import ModelRows, Rows
 from ..config.base import ConfigError, match_names, nearest_name
 from ..config.train import TrainConfig
 from ..files import check_space, check_writable
@@ -29,13 +31,15 @@ from ..training.engine import choose_engine
 from ..training.job import Config, with_values
 from ..training.made_of import check_same_job
 from ..training.member import is_finished
-from ..training.records import Job
+from ..training.records import Job, hookpoint_of
 
 logger = logging.getLogger(__name__)
+_ALL = 1 << 62  # bytes that anything fits
 
 
 class Bundle(NamedTuple):
-    """Jobs that are trained together on each batch of one hookpoint."""
+    """Jobs that are trained together on each batch: of one hookpoint of a store, or of several of a
+    model that runs meanwhile."""
 
     jobs: list[Job]
     cost: float  # seconds, as planner/timing.py has them
@@ -49,12 +53,14 @@ class Plan(NamedTuple):
     groups: list[list[Bundle]]  # the unfinished jobs, by device group
 
 
-def agreed_plan(config: Config, mesh: Mesh, device: torch.device, *, grid: bool) -> Plan:
+def agreed_plan(
+    config: Config, rows: Rows, mesh: Mesh, device: torch.device, *, grid: bool
+) -> Plan:
     """The first process's plan, on all of them; an error that it meets is raised on all. Collective
     over all processes.
     """
     launch = agreed_launch(mesh.members * mesh.num_groups, device)
-    return agree.from_first(lambda: make_plan(config, mesh, launch, device, grid=grid))
+    return agree.from_first(lambda: make_plan(config, rows, mesh, launch, device, grid=grid))
 
 
 def agreed_launch(processes: int, device: torch.device) -> Launch:
@@ -64,19 +70,18 @@ def agreed_launch(processes: int, device: torch.device) -> Launch:
 
 
 def make_plan(
-    config: Config, mesh: Mesh, launch: Launch, device: torch.device, *, grid: bool
+    config: Config, rows: Rows, mesh: Mesh, launch: Launch, device: torch.device, *, grid: bool
 ) -> Plan:
     """The plan of `train` or `grid`. Raises ConfigError or another UserError before any work when
     something does not fit.
     """
-    store = ActivationStore.open(config.store_path())
-    jobs = jobs_of(config, store.hookpoints, grid=grid)
-    check_fit(jobs, store.widths, mesh)
+    jobs = jobs_of(config, rows.hookpoints, grid=grid, where=rows.where)
+    check_fit(jobs, rows.widths, mesh)
     check_writable("output", config.output)
     for job in jobs:
-        check_same_job(job, store, device)
+        check_same_job(job, rows, device)
     unfinished = [job for job in jobs if not _is_intact(job)]
-    works = works_of(unfinished, store.widths, store.dtype, launch)
+    works = works_of(unfinished, rows.widths, rows.dtype, launch)
     for job in unfinished:
         check_memory(works[job.name], mesh.num_shards, mesh.num_replicas, launch)
         if not (job.folder / "job.yaml").exists():
@@ -84,13 +89,16 @@ def make_plan(
     needed = sum(disk_bytes(works[job.name], job.folder) for job in unfinished)
     what = "what is written for checkpoints (train.keep_checkpoints) and SAEs"
     check_space("output", config.output, needed, what)
-    groups = place(unfinished, works, launch, mesh.num_shards, mesh.num_replicas)
+    buffer = _buffers(rows, bundle_memory(launch)) if isinstance(rows, ModelRows) else None
+    groups = place(unfinished, works, launch, mesh.num_shards, mesh.num_replicas, buffer)
     return Plan(jobs, {job.name for job in unfinished}, groups)
 
 
-def jobs_of(config: Config, hookpoints: list[str], *, grid: bool) -> list[Job]:
+def jobs_of(
+    config: Config, hookpoints: list[str], *, grid: bool, where: str = "the store"
+) -> list[Job]:
     """The jobs of `grid`, or the one of `train`. Raises ConfigError."""
-    return expand(config, hookpoints) if grid else [train_job(config, hookpoints)]
+    return expand(config, hookpoints, where) if grid else [train_job(config, hookpoints, where)]
 
 
 def works_of(
@@ -99,7 +107,7 @@ def works_of(
     """What of each job decides what it takes, by its name."""
     return {
         job.name: work_of(
-            job.name, job.config, widths[str(_train(job).hookpoint)], dtype, on_gpu=launch.on_gpu
+            job.name, job.config, widths[hookpoint_of(job)], dtype, on_gpu=launch.on_gpu
         )
         for job in jobs
     }  # fmt: skip
@@ -121,25 +129,26 @@ def _is_intact(job: Job) -> bool:
     return True
 
 
-def train_job(config: Config, hookpoints: list[str]) -> Job:
-    """The one job of `train`. Raises ConfigError where its hookpoint is not in the store."""
+def train_job(config: Config, hookpoints: list[str], where: str = "the store") -> Job:
+    """The one job of `train`. Raises ConfigError where its hookpoint is not in the store, or where
+    hookpoints come from."""
     config.need("sae", "train", verb="train")
     config.check_complete("train")
     assert config.train is not None
     name = config.train.hookpoint
     if name is None:
         raise ConfigError(
-            f"train.hookpoint is missing: name one of the store's: {', '.join(hookpoints)}"
+            f"train.hookpoint is missing: name one of {where}: {', '.join(hookpoints)}"
         )
     if name not in hookpoints:
         raise ConfigError(
-            f"train.hookpoint={name!r} is not in the store{nearest_name(name, hookpoints)}"
+            f"train.hookpoint={name!r} is not in {where}{nearest_name(name, hookpoints)}"
         )
     return Job(name, Path(config.output) / name, config)
 
 
 def _matched(pattern: str, hookpoints: list[str]) -> list[str]:
-    """The store's hookpoints that a pattern names, as it would name modules in cache.hookpoints:
+    """The hookpoints that a pattern names, as it would name modules in cache.hookpoints:
     `layers.*` are the blocks' outputs alone, `layers.*:input` their inputs.
     """
     stem, colon, side = pattern.partition(":")
@@ -151,9 +160,9 @@ def _matched(pattern: str, hookpoints: list[str]) -> list[str]:
     return [name + suffix for name in match_names(stem, names)]
 
 
-def expand(config: Config, hookpoints: list[str]) -> list[Job]:
-    """The jobs of `grid`: every hookpoint of the store that a pattern names, with every
-    combination of values.
+def expand(config: Config, hookpoints: list[str], where: str = "the store") -> list[Job]:
+    """The jobs of `grid`: every hookpoint (of the store, or where they come from) that a pattern
+    names, with every combination of values.
 
     Each combination is checked as a config of its own. Raises ConfigError on a pattern that names
     nothing or a combination that does not fit.
@@ -165,8 +174,7 @@ def expand(config: Config, hookpoints: list[str]) -> list[Job]:
         found = hookpoints if pattern == "*" else _matched(pattern, hookpoints)
         if not found:
             raise ConfigError(
-                f"grid.hookpoints: {pattern!r} is not in the store"
-                f"{nearest_name(pattern, hookpoints)}"
+                f"grid.hookpoints: {pattern!r} is not in {where}{nearest_name(pattern, hookpoints)}"
             )
         matched += [name for name in found if name not in matched]
     keys = list(config.grid.values)
@@ -198,7 +206,7 @@ def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:
     for job in jobs:
         assert job.config.sae is not None
         assert job.config.train is not None
-        d_in = widths[str(job.config.train.hookpoint)]
+        d_in = widths[hookpoint_of(job)]
         choose_engine(job.config.train, d_in)
         d_sae = job.config.sae.width(d_in)
         if d_sae % mesh.num_shards:
@@ -245,12 +253,25 @@ def place(
     launch: Launch,
     num_shards: int,
     num_replicas: int,
+    buffer: Callable[[Job], int] | None = None,  # bytes of a stream's rows of a job's hookpoint
 ) -> list[list[Bundle]]:
     """The bundles of each group of processes: of as many jobs as end the last group first, the most
-    where that makes no difference, for a bundle reads its rows once.
+    where that makes no difference, for a bundle reads its rows once. Those of a stream are dealt to
+    all groups, each of which runs the model once, if its jobs fit together.
     """
     costs = {j.name: cost_of(works[j.name], launch, num_shards, num_replicas) for j in jobs}
     num_groups = launch.processes // (num_shards * num_replicas)
+    if buffer is not None:
+        for job in jobs:
+            buffer(job)  # raises where one alone is too much
+        share = max(1, -(-len(jobs) // num_groups))
+        bundles = make_bundles(jobs, costs, bundle_memory(launch), share, buffer)
+        if (more := len(bundles) - len(make_bundles(jobs, costs, _ALL, share))) > 0:
+            logger.info(
+                "%d SAEs do not all fit the memory beside one another and their buffers: the model "
+                "runs %d times more on the text", len(jobs), more,
+            )  # fmt: skip
+        return assign(bundles, num_groups)
     fullest = make_bundles(jobs, costs, bundle_memory(launch))
     best = assign(fullest, num_groups)
     most = max((len(bundle.jobs) for bundle in fullest), default=1)
@@ -265,35 +286,66 @@ def place(
     return best
 
 
+def _stream_of(job: Job) -> tuple[object, ...]:
+    """What jobs have to share to read the same batches."""
+    t = _train(job)
+    # One forward pass gives the rows of every hookpoint.
+    hookpoint = t.hookpoint if t.source == "store" else None
+    read = (hookpoint, t.batch_tokens, t.num_tokens, t.seed, t.holdout, t.preload, t.buffer_tokens)
+    return (*read, t.log_every, t.checkpoint_every, t.checkpoint_minutes)
+
+
 def make_bundles(
-    jobs: list[Job], costs: dict[str, Cost], memory: int, most: int | None = None
+    jobs: list[Job],
+    costs: dict[str, Cost],
+    memory: int,
+    most: int | None = None,
+    buffer: Callable[[Job], int] | None = None,
 ) -> list[Bundle]:
     """Puts jobs that read the same batches together: as many as fit some bytes on each rank beside
-    one another, `most` at the most, and at least one.
+    one another and the buffers of their hookpoints, `most` at the most, and at least one.
     """
     streams: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
-        t = _train(job)
-        often = (t.log_every, t.checkpoint_every, t.checkpoint_minutes)
-        key = (t.hookpoint, t.batch_tokens, t.num_tokens, t.seed, t.holdout, t.preload, *often)
-        streams.setdefault(key, []).append(job)
+        streams.setdefault(_stream_of(job), []).append(job)
 
     def bundle(together: list[Job]) -> Bundle:
         return Bundle(together, bundle_seconds([costs[job.name] for job in together]))
 
+    def taken(together: list[Job]) -> int:
+        first, *others = (costs[job.name].memory for job in together)
+        hooks = {hookpoint_of(job): job for job in together}.values()
+        rows = sum(buffer(job) for job in hooks) if buffer is not None else 0
+        return first.peak + sum(other.own for other in others) + rows
+
     bundles = []
     for stream in streams.values():
         together: list[Job] = []
-        used = 0
         for job in stream:
-            takes = costs[job.name].memory
-            if together and (used + takes.own > memory or len(together) == most):
+            if together and (taken([*together, job]) > memory or len(together) == most):
                 bundles.append(bundle(together))
-                together, used = [], 0
-            used += takes.own if together else takes.peak
+                together = []
             together.append(job)
         bundles.append(bundle(together))
     return bundles
+
+
+def _buffers(rows: ModelRows, memory: int) -> Callable[[Job], int]:
+    """What a stream's rows of a job's hookpoint take of a process. That raises ConfigError where
+    it is more than some bytes.
+    """
+
+    def buffer(job: Job) -> int:
+        cfg = _train(job)
+        if (needed := rows.buffer_bytes(hookpoint_of(job), cfg)) > memory:
+            raise ConfigError(
+                f"train.buffer_tokens={cfg.buffer_tokens} takes {needed:,} bytes at width "
+                f"{rows.width(hookpoint_of(job))}, but a process has about {memory:,}; set it to "
+                f"{cfg.buffer_tokens * memory // (2 * needed)} or less"
+            )
+        return needed
+
+    return buffer
 
 
 def bundle_memory(launch: Launch) -> int:

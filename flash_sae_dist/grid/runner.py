@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .. import ending
-from ..activations.store import ActivationStore, store_of
+from ..activations.store import store_of
+from ..activations.stream import Rows, open_stream
 from ..config.base import ConfigError, UserError
 from ..files import locked
 from ..parallel import agree
@@ -66,16 +67,37 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
         several_groups=grid,
         rendezvous_s=config.train.rendezvous_timeout_s,
     )
-    plan = agreed_plan(config, mesh, device, grid=grid)
+    with _rows(config, accelerator, mesh, device) as rows:
+        return _run(config, accelerator, rows, mesh, device, grid=grid)
+
+
+@contextmanager
+def _rows(config: Config, accelerator: Any, mesh: Mesh, device: torch.device) -> Iterator[Rows]:
+    """What the SAEs are trained on. Collective over all processes."""
+    assert config.train is not None
+    if config.train.source == "store":
+        # A host that does not come to see the store ends all of them with its sentence.
+        yield agree.after_first(lambda: store_of(config))
+        return
+    counts = [config.train.num_tokens]
+    if config.grid is not None:
+        counts += config.grid.values.get("train.num_tokens", ())
+    with open_stream(config, max(counts), accelerator, mesh, device) as rows:
+        yield rows
+
+
+def _run(
+    config: Config, accelerator: Any, rows: Rows, mesh: Mesh, device: torch.device, *, grid: bool
+) -> list[Job]:
+    """Plans the jobs, trains what is unfinished, tells of all. Collective over all processes."""
+    plan = agreed_plan(config, rows, mesh, device, grid=grid)
     share = HostShare.agreed()
-    # A host that does not come to see the store ends all of them with its sentence.
-    store = agree.after_first(lambda: store_of(config))
     todo = [job for job in plan.jobs if job.name in plan.unfinished]
     names = [job.name for job in todo]
     trackers = _trackers(accelerator, Path(config.output), plan, todo)
     if accelerator.is_main_process and names and (seconds := process_seconds()) is not None:
         logger.info("%d SAEs to train, %.1f s after this process began", len(names), seconds)
-    failed = _train(plan, store, mesh, device, trackers, share)
+    failed = _train(plan, rows, mesh, device, trackers, share)
     if accelerator.is_main_process:
         _replay_other_groups(plan.groups[1:], trackers)
         for job in plan.jobs:
@@ -93,7 +115,7 @@ def run_jobs(config: Config, accelerator: Any, *, grid: bool) -> list[Job]:
 
 def _train(
     plan: Plan,
-    store: ActivationStore,
+    rows: Rows,
     mesh: Mesh,
     device: torch.device,
     trackers: Trackers,
@@ -106,7 +128,7 @@ def _train(
     busy: dict[str, str] = {}
     for bundle in mine:
         try:
-            _train_bundle(bundle.jobs, store, mesh, device, trackers, share, only=only)
+            _train_bundle(bundle.jobs, rows, mesh, device, trackers, share, only=only)
         except BusyError as e:
             # Not ours to write a reason into.
             busy |= {job.name: str(e) for job in bundle.jobs}
@@ -142,7 +164,7 @@ def _summary(job: Job, *, new: bool) -> str:
 
 def _train_bundle(
     jobs: list[Job],
-    store: ActivationStore,
+    rows: Rows,
     mesh: Mesh,
     device: torch.device,
     trackers: Trackers,
@@ -155,7 +177,7 @@ def _train_bundle(
     ends = mesh.members > 1 or only
     try:
         with ending.deferred(), _held(jobs, mesh):
-            Trainer(jobs, store, mesh, device, trackers.log, share).run()
+            Trainer(jobs, rows, mesh, device, trackers.log, share).run()
         return
     except BusyError:
         raise
@@ -174,7 +196,7 @@ def _train_bundle(
         torch.cuda.empty_cache()
     for job in jobs:
         if not is_finished(job):
-            _train_bundle([job], store, mesh, device, trackers, share, only=False)
+            _train_bundle([job], rows, mesh, device, trackers, share, only=False)
 
 
 @contextmanager

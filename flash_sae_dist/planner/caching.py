@@ -138,8 +138,8 @@ def rows_there(path: str) -> Rows | None:
 
 def rows_to_be(cfg: CacheConfig, widths: dict[str, int]) -> Rows:
     """The store that `cache` would make of a text that is long enough."""
-    geometry = geometry_of(cfg, widths, cfg.num_tokens)
-    return Rows(Shape(geometry, cfg.dtype, widths), False, Records(cfg.store).local)
+    geometry = geometry_of(cfg, widths, cfg.rows_to_store())
+    return Rows(Shape(geometry, cfg.dtype, widths), False, Records(cfg.path()).local)
 
 
 def named_widths(cfg: CacheConfig, width: int) -> dict[str, int]:
@@ -185,7 +185,7 @@ def cache_plan(config: RunConfig, launch: Launch, width: int | None = None) -> C
         if launch.store_gb_s is not None:
             written = min(written, launch.store_gb_s)
         seconds = _START_S + max(
-            config.cache.num_tokens / (rate * launch.processes),
+            config.cache.rows_to_store() / (rate * launch.processes),
             rows.bytes / (1e9 * written * launch.hosts),
         )
     if not launch.on_gpu:
@@ -205,7 +205,7 @@ def check_launch(config: RunConfig, device: torch.device, processes: int) -> Non
     def check() -> None:
         assert config.model is not None
         assert config.cache is not None
-        whole = Records(config.cache.store).read(COMPLETE) is not None
+        whole = Records(config.cache.path()).read(COMPLETE) is not None
         if whole or config.model.gguf_file is not None:
             return
         try:

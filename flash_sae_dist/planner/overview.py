@@ -82,6 +82,11 @@ def overview(config: Config, launch: Launch, width: int | None = None) -> Overvi
     ConfigError for what cannot be planned at all; what does not fit is told in `refused`.
     """
     refused: list[str] = []
+    if config.train is not None and config.train.source == "stream":
+        raise ConfigError(
+            "train.source='stream' cannot be planned; plan with train.source=store, whose steps "
+            "take the same beside the model and the rows of train.buffer_tokens"
+        )
     rows = rows_there(config.store_path())
     cache = None
     is_made_here = config.cache is not None and config.store in (None, config.cache.store)
@@ -232,7 +237,7 @@ def _disk(jobs: list[Job], works: dict[str, Work]) -> dict[str, int]:
 def _free_disk(config: Config, rows: Rows) -> dict[str, int]:
     places = {"output": config.output}
     if not rows.is_there and rows.is_local and config.cache is not None:
-        places["cache.store"] = config.cache.store
+        places["cache.store"] = config.cache.path()
     found = {}
     for key, where in places.items():
         folder = Path(where).absolute()
@@ -246,7 +251,7 @@ def _check_disk(config: Config, found: Overview) -> None:
     """What the disks of this machine cannot take, as the verbs say it."""
     if found.cache is not None and found.rows.is_local:
         assert config.cache is not None
-        place, what = config.cache.store, "the store"
+        place, what = config.cache.path(), "the store"
         _tell(partial(check_space, "cache.store", place, found.rows.bytes, what), found.refused)
     if found.train is not None:
         needed = sum(size for what, size in found.train.disk.items() if what != "exports")

@@ -68,7 +68,7 @@ def _cache_lines(found: Overview, config: RunConfig) -> list[str]:
         lines.append(f"  GPU memory       {_parts(plan.device)}")
     lines.append(f"  host memory      {_parts(plan.host)} a process")
     if plan.seconds is not None:
-        rate = config.cache.num_tokens / plan.seconds if config.cache else 0
+        rate = config.cache.rows_to_store() / plan.seconds if config.cache else 0
         lines.append(f"  time             {_time(plan.seconds)} ({rate:,.0f} tokens/s in all)")
     return lines + ([f"  left out         {plan.left_out}"] if plan.left_out else [])
 

@@ -21,9 +21,12 @@ from ..config.sae import SAEConfig
 from ..config.train import ENGINE_CHOICE, TrainConfig
 from ..models import ARCHITECTURES
 
-# One launch has one mesh, and the hookpoints have a key of their own.
+# One launch has one mesh and one source of rows, and the hookpoints have a key of their own.
 _WIDTHS = ("d_sae", "expansion_factor")
-_SHARED_BY_A_GRID = {"train.hookpoint", "train.num_shards", "train.num_replicas"}
+_SHARED_BY_A_GRID = {
+    *("train.hookpoint", "train.source"),
+    *("train.num_shards", "train.num_replicas"),
+}
 
 
 def _architecture_configs() -> Mapping[str, type[SAEConfig]]:

@@ -1,4 +1,4 @@
-"""What an SAE is made of: the keys that change what a step computes, with the store's rows.
+"""What an SAE is made of: the keys that change what a step computes, and the rows that it saw.
 
 It is kept thrice, in a job's folder, in each checkpoint and beside the finished weights, so that
 none of them is taken for another's.
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..activations.store import ActivationStore
+from ..activations.stream import Rows
 from ..config.base import ConfigError, section_models
 from ..config.train import TrainConfig
 from ..files import read_json, write_json
@@ -57,6 +57,8 @@ def step_values(config: Config, d_in: int, device: torch.device) -> dict[str, An
         "train.engine": choose_engine(train, d_in).engine,
         "train.precision": str(resolve_precision(train.precision, device)).removeprefix("torch."),
     }
+    if train.source == "store":
+        del flat["train.buffer_tokens"]
     return {key: plain(value) for key, value in flat.items() if key not in FREE_KEYS}
 
 
@@ -73,16 +75,16 @@ def _defaults() -> dict[str, Any]:
     return found | _BEFORE
 
 
-def made_of(config: Config, store: ActivationStore, device: torch.device) -> dict[str, Any]:
-    """What an SAE of a config and a store is made of."""
+def made_of(config: Config, rows: Rows, device: torch.device) -> dict[str, Any]:
+    """What an SAE of a config and of the rows that it is trained on is made of."""
     assert config.train is not None
     hookpoint = str(config.train.hookpoint)
-    train, rows = config.train, store.made_of(hookpoint)
-    step = step_values(config, store.width(hookpoint), device)
+    train, found = config.train, rows.made_of(hookpoint)
+    step = step_values(config, rows.width(hookpoint), device)
     return {
         "step": step,
-        "store": {"parts": rows["parts"], "rows": rows["rows"], "names": store.config},
-        "digest": digest([step, rows["parts"] or rows["rows"]]),
+        "store": {"parts": found["parts"], "rows": found["rows"], "names": rows.config},
+        "digest": digest([step, found["parts"] or found["rows"]]),
         "num_tokens": train.num_tokens,
         "total_steps": -(-train.num_tokens // train.batch_tokens),
         "versions": versions(),
@@ -155,17 +157,18 @@ def check_same(where: str, was: dict[str, Any], now: dict[str, Any]) -> None:
         go_on = f"set {found.part}={found.was} to go on, " if found.part in _BEFORE else ""
         raise ConfigError(f"{found} in {where}; {go_on}{cure}")
     if found := other_rows(was["store"], now["store"]):
-        raise ConfigError(f"the store's {found}, which {where} tells; {cure}")
+        source = now["step"]["train.source"]
+        raise ConfigError(f"the {source}'s {found}, which {where} tells; {cure}")
 
 
-def check_same_job(job: Job, store: ActivationStore, device: torch.device) -> None:
-    """Raises ConfigError where the folder holds a job of another config or of another store's
-    rows, or one that was trained for longer; tells of other versions in a log line.
+def check_same_job(job: Job, rows: Rows, device: torch.device) -> None:
+    """Raises ConfigError where the folder holds a job of another config or of other rows, or one
+    that was trained for longer; tells of other versions in a log line.
     """
     assert job.config.train is not None
     # Read in any case: a damaged one is told.
     before, names = read_job(job.folder), read_store_config(job.folder)
-    now, newest = made_of(job.config, store, device), None
+    now, newest = made_of(job.config, rows, device), None
     for where, was in records(job.folder):
         check_same(where, was, now)
         newest = was
@@ -180,11 +183,11 @@ def check_same_job(job: Job, store: ActivationStore, device: torch.device) -> No
                 f"train.hookpoint={job.config.train.hookpoint!r} differs from {hookpoint!r} in "
                 f"{job.folder}/job.yaml; name another output folder, or remove that job's"
             )
-        was = made_of(before, store, device)
+        was = made_of(before, rows, device)
         if checkpoint.newest_info(job.folder / "checkpoints") or (job.folder / "sae").is_dir():
             # One without either has nothing to go on with.
             was["step"] |= _BEFORE
-        was["store"] = {"parts": {}, "rows": None, "names": names or store.config}
+        was["store"] = {"parts": {}, "rows": None, "names": names or rows.config}
         check_same(f"{job.folder}/job.yaml", was, now)
         _check_not_shorter(job, now["total_steps"])
 

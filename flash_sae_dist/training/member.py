@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ending
-from ..activations.store import ActivationStore
+from ..activations.stream import Rows
 from ..models.base import SparseCoder
 from ..parallel import agree
 from ..parallel.mesh import Mesh
@@ -27,7 +27,7 @@ class Member:
     """One job in the loop: its training state, files and fate."""
 
     def __init__(
-        self, job: Job, store: ActivationStore, mesh: Mesh, device: torch.device, share: HostShare
+        self, job: Job, rows: Rows, mesh: Mesh, device: torch.device, share: HostShare
     ) -> None:
         assert job.config.sae is not None
         assert job.config.train is not None
@@ -35,10 +35,10 @@ class Member:
         hookpoint = self.cfg.hookpoint
         assert hookpoint is not None
         self.error: str | None = None
-        self.made_of = made_of.made_of(job.config, store, device)
+        self.made_of = made_of.made_of(job.config, rows, device)
         step = self.saved = checkpoint.newest_step(self.checkpoints, mesh)
         self.published = step or 0
-        d_in, rms = store.width(hookpoint), store.root_mean_square(hookpoint)
+        d_in, rms = rows.width(hookpoint), rows.root_mean_square(hookpoint)
         self.training = SAETraining(
             job.config.sae, self.cfg, d_in, mesh, device, rms=rms, drawn=step is None
         )
@@ -47,7 +47,7 @@ class Member:
         curve = job.folder / "metrics.jsonl"
         self.log = MetricsLog(curve, step or 0, logged, enabled=mesh.is_lead)
         if mesh.is_lead:
-            write_job(job, store.config)
+            write_job(job, rows.config)
             made_of.write(job.folder, self.made_of)
         self.write_status()
         self.writer = CheckpointWriter(

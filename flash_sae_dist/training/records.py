@@ -31,6 +31,13 @@ class Job(NamedTuple):
     config: Config
 
 
+def hookpoint_of(job: Job) -> str:
+    """The hookpoint that a job trains on."""
+    assert job.config.train is not None
+    assert job.config.train.hookpoint is not None
+    return job.config.train.hookpoint
+
+
 class Status(NamedTuple):
     """How far a job is."""
 

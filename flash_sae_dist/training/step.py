@@ -74,7 +74,7 @@ class SAETraining:
         self.step_index = 0
         self._rms: float | None = None
         if rms is not None:
-            self._set_rms(rms)
+            self.set_rms(rms)
         self._tuned = False
         self._choice: Choice | None = None
 
@@ -100,7 +100,11 @@ class SAETraining:
         )
         return bool(finite)
 
-    def _set_rms(self, rms: float) -> None:
+    def has_rms(self) -> bool:
+        """Whether the data's root mean square is known."""
+        return self._rms is not None
+
+    def set_rms(self, rms: float) -> None:
         """Makes the data's root mean square the unit of the biases' steps, or of the rows. Rows
         that are all zero, or not finite, have none: 1.
         """
@@ -147,7 +151,7 @@ class SAETraining:
         steps for the list of dead latents, and where latents are resampled.
         """
         if self._rms is None:
-            self._set_rms(self._measure_rms(x))
+            self.set_rms(self._measure_rms(x))
         assert self._rms is not None
         if self._divides:
             x = x.to(self.master_dtype) / self._rms
@@ -237,6 +241,6 @@ class SAETraining:
         self.dead.list_(listed.to(self.device))
         self.step_index = state.info["step"]
         # A run goes on in the unit that it began with; older checkpoints name none, it was 1.
-        self._set_rms(float(state.info.get("rms", 1.0)))
+        self.set_rms(float(state.info.get("rms", 1.0)))
         if (encoder := state.info.get("encoder")) is not None:
             self._choice = encode_choice.Shape(*encoder["shape"]), encoder["design"]

@@ -14,7 +14,8 @@ from torch import Tensor
 from .. import ending
 from ..activations.feed import BatchFeed
 from ..activations.loader import ActivationLoader
-from ..activations.store import ActivationStore
+from ..activations.stream import ModelRows, Rows
+from ..activations.stream_buffer import StreamedBatches
 from ..config.base import UserError
 from ..parallel.mesh import Mesh
 from ..progress import progress_bar
@@ -23,7 +24,7 @@ from .host_memory import HostShare
 from .member import Member
 from .metrics import HostCopy, LoggedStep, LogMetrics, Pace, PhaseTimer, StepMetrics
 from .pauses import Pauses
-from .records import Job, record_failure
+from .records import Job, hookpoint_of, record_failure
 
 logger = logging.getLogger(__name__)
 _Made = tuple[Member, StepMetrics, PhaseTimer]  # a step of one job
@@ -48,17 +49,19 @@ class Spent:
 
 
 class Trainer:
-    """Trains the SAEs of several jobs on one hookpoint from one stream of batches.
+    """Trains the SAEs of several jobs from one stream of batches: of a hookpoint of a store, or of
+    several hookpoints of a model that runs meanwhile.
 
-    The jobs share hookpoint, batch_tokens, num_tokens, seed, holdout, preload, log_every and
-    checkpoint_every. Every method is collective over the members of the mesh. Where one rank trains
-    several jobs, one that fails leaves the others alone; else its error is raised.
+    The jobs share source (of a store also hookpoint), batch_tokens, num_tokens, seed, holdout,
+    preload, buffer_tokens, log_every and checkpoint_every. Every method is collective over the
+    members of the mesh. Where one rank trains several jobs, one that fails leaves the others alone;
+    else its error is raised.
     """
 
     def __init__(
         self,
         jobs: list[Job],
-        store: ActivationStore,
+        rows: Rows,
         mesh: Mesh,
         device: torch.device,
         log_metrics: LogMetrics,
@@ -66,8 +69,8 @@ class Trainer:
     ) -> None:
         cfg = jobs[0].config.train
         assert cfg is not None
-        assert cfg.hookpoint is not None
-        self.cfg, self.hookpoint, self.store = cfg, cfg.hookpoint, store
+        self.cfg, self.rows = cfg, rows
+        self.hookpoints = list(dict.fromkeys(hookpoint_of(job) for job in jobs))
         self.mesh, self.device, self.log_metrics = mesh, device, log_metrics
         # Other ranks may wait inside a collective that an error has left.
         self.isolates = mesh.members == 1 and len(jobs) > 1
@@ -77,7 +80,7 @@ class Trainer:
         with self._ends_writers():
             for job in jobs:
                 with self._fails_alone(job):
-                    self.members.append(Member(job, store, mesh, device, share))
+                    self.members.append(Member(job, rows, mesh, device, share))
 
     def run(self) -> None:
         """Steps every job to its end, then writes its SAE."""
@@ -94,7 +97,11 @@ class Trainer:
         self._spent.mark("final save")
         if self.mesh.is_lead:
             blocked = sum(member.writer.blocked_s for member in self.members)
-            logger.info("%s: %s", self.hookpoint, self._spent.told(blocked))
+            logger.info("%s: %s", self._what(), self._spent.told(blocked))
+
+    def _what(self) -> str:
+        first, *others = self.hookpoints
+        return f"{len(self.hookpoints)} hookpoints" if others else first
 
     @contextmanager
     def _ends_writers(self) -> Iterator[None]:
@@ -114,9 +121,26 @@ class Trainer:
         self.total_steps = self.members[0].training.total_steps
         start = min(m.training.step_index for m in self.members)
         num_steps = self.total_steps - start
-        loader = ActivationLoader(
-            self.store,
-            self.hookpoint,
+        source, mesh = self._source(start, num_steps), self.mesh
+        title = f"train {self._what()} ({len(self.members)} SAEs)"
+        total = num_steps * self.cfg.batch_tokens
+        feed = BatchFeed(source, num_steps, mesh, self.device)
+        bar_ = progress_bar(title, total, "tokens", mesh.is_lead, shared=mesh.num_groups > 1)
+        with source, feed, bar_ as bar:
+            batches = self._begun(feed, source)
+            try:
+                self._loop(batches, start, bar.advance)
+            finally:
+                self._read_logged()
+        self._spent.mark("steps")
+
+    def _source(self, start: int, num_steps: int) -> ActivationLoader | StreamedBatches:
+        """What gives this rank's rows of the batches."""
+        if isinstance(self.rows, ModelRows):
+            return self.rows.batches(self.hookpoints, self.cfg, start, self.mesh, self.device)
+        return ActivationLoader(
+            self.rows,
+            self.hookpoints[0],
             batch_tokens=self.cfg.batch_tokens,
             seed=self.cfg.seed,
             start_step=start,
@@ -127,16 +151,24 @@ class Trainer:
             holdout=self.cfg.holdout,
             preload=self.cfg.preload,
         )
-        title = f"train {self.hookpoint} ({len(self.members)} SAEs)"
-        total, mesh = num_steps * self.cfg.batch_tokens, self.mesh
-        feed = BatchFeed(loader, num_steps, mesh, self.device)
-        bar_ = progress_bar(title, total, "tokens", mesh.is_lead, shared=mesh.num_groups > 1)
-        with loader, feed, bar_ as bar:
-            try:
-                self._loop(iter(feed), start, bar.advance)
-            finally:
-                self._read_logged()
-        self._spent.mark("steps")
+
+    def _begun(
+        self, feed: BatchFeed, source: ActivationLoader | StreamedBatches
+    ) -> Iterator[dict[str, Tensor]]:
+        """The batches by hookpoint. With the first of a stream come the statistics that a store
+        would have told.
+        """
+        for number, batch in enumerate(feed):
+            if number == 0 and isinstance(source, StreamedBatches):
+                self._set_units(source)
+            yield dict(zip(self.hookpoints, batch, strict=True))
+
+    def _set_units(self, source: StreamedBatches) -> None:
+        for member in self.members:
+            with self._fails_alone(member.job, member):
+                rms = source.root_mean_square(hookpoint_of(member.job))
+                if rms is not None and not member.training.has_rms():
+                    member.training.set_rms(rms)
 
     @contextmanager
     def _fails_alone(self, job: Job, member: Member | None = None) -> Iterator[None]:
@@ -151,7 +183,9 @@ class Trainer:
             if member is not None:
                 member.error = reason
 
-    def _loop(self, batches: Iterator[Tensor], start: int, advance: Callable[[int], None]) -> None:
+    def _loop(
+        self, batches: Iterator[dict[str, Tensor]], start: int, advance: Callable[[int], None]
+    ) -> None:
         pace = Pace(self.device)
         pauses = Pauses(self.mesh, self.device, self.cfg.checkpoint_minutes, self._is_unwritten)
         for step in range(start, self.total_steps):
@@ -166,7 +200,7 @@ class Trainer:
                 self._checkpoint(step, due=True)
             logged = (step + 1) % self.cfg.log_every == 0 or step + 1 == self.total_steps
             data = PhaseTimer(self.device, enabled=logged)
-            x = next(batches)
+            rows = next(batches)
             data.mark("data")
             pace.tokens += self.cfg.batch_tokens
             results: list[_Made] = []
@@ -175,6 +209,7 @@ class Trainer:
                     continue
                 timer = PhaseTimer(self.device, enabled=logged)
                 with self._fails_alone(member.job, member):
+                    x = rows[hookpoint_of(member.job)]
                     results.append((member, member.step(x, timer), timer))
             if logged:
                 self._log(step + 1, results, data, pace)
@@ -216,7 +251,7 @@ class Trainer:
             member.log.append({"step": step, "tokens": step * self.cfg.batch_tokens, **values})
             self.log_metrics(member.job.name, values, step)
             if not math.isfinite(fvu := values["fvu"]):
-                member.fail(f"fvu is {fvu} at step {step}; lower train.lr, check the store", step)
+                member.fail(f"fvu is {fvu} at step {step}; lower train.lr, check the rows", step)
 
     def _stop(self, step: int, number: int) -> None:
         """Raises StopRequested between two steps, with a checkpoint of the one before."""

@@ -34,7 +34,7 @@ class Source:
 
     def __init__(self, rows: list[torch.Tensor]) -> None:
         self.rows, self.made = rows, 0
-        self.shape, self.dtype = (rows[0].shape[0], WIDTH), rows[0].dtype
+        self.shapes, self.dtype = [(rows[0].shape[0], WIDTH)], rows[0].dtype
 
     def fill_(self, out: torch.Tensor) -> None:
         out.copy_(self.rows[self.made], non_blocking=True)
@@ -51,7 +51,7 @@ def run(replicas: str, left_after: str) -> dict[str, Any]:
     seen = []
     for count in (int(left_after), COUNT):
         with BatchFeed(Source(rows), COUNT, mesh, DEVICE) as feed:
-            for number, x in enumerate(feed):
+            for number, (x,) in enumerate(feed):
                 if number == count:
                     break
                 if mesh.shard == number % mesh.num_shards:
@@ -73,7 +73,7 @@ def load(path: str, replicas: str) -> dict[str, Any]:
             num_ranks=mesh.members, device=DEVICE, holdout=0.1, preload=preload,
         )  # fmt: skip
         with source, BatchFeed(source, COUNT, mesh, DEVICE) as feed:
-            found[preload] = torch.stack([x.clone() for x in feed]).cpu()
+            found[preload] = torch.stack([x.clone() for (x,) in feed]).cpu()
     return found
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from flash_sae_dist.activations.store import ActivationStore
 from flash_sae_dist.config.base import ConfigError, UserError
 from flash_sae_dist.grid import plan
 from flash_sae_dist.grid.runner import run_jobs
@@ -41,7 +42,9 @@ def run(config: str, case: str) -> Any:
     plan.is_finished = is_finished
     mesh = make_mesh(1, 1, device=device, several_groups=True)
     try:
-        made = plan.agreed_plan(load_config(config), mesh, device, grid=True)
+        cfg = load_config(config)
+        store = ActivationStore.open(cfg.store_path())
+        made = plan.agreed_plan(cfg, store, mesh, device, grid=True)
     except Exception as e:
         return [type(e).__name__, str(e)]
     groups = [[job.name for bundle in group for job in bundle.jobs] for group in made.groups]
