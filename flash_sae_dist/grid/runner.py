@@ -18,7 +18,6 @@ from ..files import locked
 from ..parallel import agree
 from ..parallel.mesh import Mesh, make_mesh, with_index
 from ..progress import process_seconds
-from ..training.checkpoint import newest_info
 from ..training.host_memory import HostShare
 from ..training.job import Config
 from ..training.member import is_finished
@@ -31,7 +30,8 @@ from ..training.records import (
     record_failure,
 )
 from ..training.trainer import Trainer
-from .plan import Bundle, Plan, agreed_plan, with_mesh
+from .handout import bundles_for
+from .plan import Plan, agreed_plan, with_mesh
 from .trackers import Trackers
 
 logger = logging.getLogger(__name__)
@@ -97,9 +97,9 @@ def _run(
     trackers = _trackers(accelerator, Path(config.output), plan, todo)
     if accelerator.is_main_process and names and (seconds := process_seconds()) is not None:
         logger.info("%d SAEs to train, %.1f s after this process began", len(names), seconds)
-    failed = _train(plan, rows, mesh, device, trackers, share)
+    mine, failed = _train(plan, rows, mesh, device, trackers, share)
     if accelerator.is_main_process:
-        _replay_other_groups(plan.groups[1:], trackers)
+        _replay([job for job in todo if job.name not in mine], trackers)
         for job in plan.jobs:
             if job.name not in failed:
                 print(_summary(job, new=job.name in plan.unfinished), flush=True)
@@ -120,24 +120,26 @@ def _train(
     device: torch.device,
     trackers: Trackers,
     share: HostShare,
-) -> dict[str, str]:
-    """Trains this group's bundles; the reasons of all groups' failed jobs by name. Collective over
-    all processes.
+) -> tuple[set[str], dict[str, str]]:
+    """Trains bundles until none is left; the names of this group's jobs, and the reasons of all
+    groups' failed jobs by name. Collective over all processes.
     """
-    mine, only = plan.groups[mesh.group], len(plan.jobs) == 1
-    busy: dict[str, str] = {}
-    for bundle in mine:
+    mine: list[Job] = []
+    only, busy = len(plan.jobs) == 1, dict[str, str]()
+    for bundle in bundles_for(plan, mesh):
+        mine += bundle.jobs
         try:
             _train_bundle(bundle.jobs, rows, mesh, device, trackers, share, only=only)
         except BusyError as e:
             # Not ours to write a reason into.
             busy |= {job.name: str(e) for job in bundle.jobs}
-    led = [job for bundle in mine for job in bundle.jobs if mesh.is_lead]
+    led = [job for job in mine if mesh.is_lead]
     # Asked where they were written: a shared folder may show other hosts the files later.
     by_rank = agree.from_all(
         {j.name: busy.get(j.name) or _why_not(j) for j in led if not is_finished(j)}
     )
-    return {name: reason for some in by_rank for name, reason in some.items()}
+    failed = {name: reason for some in by_rank for name, reason in some.items()}
+    return {job.name for job in mine}, failed
 
 
 def _why_not(job: Job) -> str:
@@ -224,24 +226,12 @@ def _trackers(accelerator: Any, output: Path, plan: Plan, todo: list[Job]) -> Tr
         {job.name: job.config.model_dump(mode="json") for job in todo},
         group=output.resolve().name,
         names=[job.name for job in plan.jobs],
-        first_steps=_first_steps(plan, todo),
     )
 
 
-def _first_steps(plan: Plan, todo: list[Job]) -> dict[str, int]:
-    """The step from which on each job is logged in this launch: those of other groups are replayed
-    whole."""
-    own = {job.name for bundle in plan.groups[0] for job in bundle.jobs}
-    found = {}
-    for job in (job for job in todo if job.name in own):
-        info = newest_info(job.folder / "checkpoints")
-        found[job.name] = int(info["step"]) + 1 if info else 0
-    return found
-
-
-def _replay_other_groups(others: list[list[Bundle]], trackers: Trackers) -> None:
+def _replay(jobs: list[Job], trackers: Trackers) -> None:
     """Trackers log on the main process alone: they get what other groups measured at the end."""
-    for job in (job for bundles in others for bundle in bundles for job in bundle.jobs):
+    for job in jobs:
         for line in read_metrics(job.folder / "metrics.jsonl"):
             values = {k: v for k, v in line.items() if k not in ("step", "tokens")}
             trackers.log(job.name, values, line["step"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -67,12 +67,12 @@ class Trackers:
         group: str = "train",
         *,
         names: Sequence[str] = (),  # of all jobs of the launch, finished ones too
-        first_steps: Mapping[str, int] | None = None,  # from which on each job is logged
     ) -> None:
         """Raises ConfigError for a tracker that cannot start, such as wandb without a login."""
         self.accelerator, self._names = accelerator, safe_names(list(names or configs))
-        self._first_steps = first_steps or {}
         self._runs: dict[str, list[Any]] = {}
+        # Of jobs whose run in TensorBoard begins with what is logged first.
+        self._waiting: dict[str, dict[str, Any]] = {}
         if not accelerator.log_with:
             return
         kinds = [str(getattr(t, "value", t)) for t in accelerator.log_with]
@@ -103,28 +103,31 @@ class Trackers:
             self.accelerator.init_trackers(_project(others), config=_flat(shared))
             self.accelerator.log_with = asked
         for job, config in configs.items():
-            kinds = [name for name in names if name in _WITH_RUNS]
-            self._runs[job] = [self._run(kind, job, _flat(config), group) for kind in kinds]
+            self._runs[job] = [self._wandb(job, _flat(config), group)] if "wandb" in names else []
+            if "tensorboard" in names:
+                self._waiting[job] = _flat(config)
 
-    def _run(self, kind: str, job: str, config: dict[str, Any], group: str) -> Any:
+    def _wandb(self, job: str, config: dict[str, Any], group: str) -> Any:
         """A run of its own, among the accelerator's trackers from its start on."""
+        options = {"name": self._names[job], "group": group, "reinit": "create_new"}
+        return self._started("wandb", _project(["wandb"]), config=config, **options)
+
+    def _started(self, kind: str, *args: Any, **options: Any) -> Any:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        name, project = self._names[job], _project([kind])
-        if kind == "wandb":
-            options = {"name": name, "group": group, "reinit": "create_new", "config": config}
-            run = LOGGER_TYPE_TO_CLASS[kind](project, **options)
-            run.start()
-            self.accelerator.trackers.append(run)
-            return run
-        from torch.utils.tensorboard.summary import hparams
-
-        folder = self.accelerator.logging_dir
-        # What an earlier launch logged from there on is logged again.
-        first = self._first_steps.get(job, 0)
-        run = LOGGER_TYPE_TO_CLASS[kind](f"{project}/{name}", folder, purge_step=first)
+        run = LOGGER_TYPE_TO_CLASS[kind](*args, **options)
         run.start()
         self.accelerator.trackers.append(run)
+        return run
+
+    def _tensorboard(self, job: str, config: dict[str, Any], first: int) -> Any:
+        """`_wandb` in TensorBoard, of what is logged from a step on: an earlier launch may have
+        logged it before.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        name, folder = f"{_project([])}/{self._names[job]}", self.accelerator.logging_dir
+        run = self._started("tensorboard", name, folder, purge_step=first)
         # As the run's own: accelerate's way, `add_hparams`, makes another run beside it, which
         # stays empty.
         for summary in hparams(config, {}):  # type: ignore[no-untyped-call]
@@ -140,8 +143,9 @@ class Trackers:
 
     def log(self, job: str, values: dict[str, float], step: int) -> None:
         """Sends a job's metrics of a step."""
-        own = self._runs.get(job, [])
-        for tracker in own:
+        if job in self._waiting:
+            self._runs[job].append(self._tensorboard(job, self._waiting.pop(job), step))
+        for tracker in self._runs.get(job, []):
             tracker.log(values, step=step)
         name = self._names.setdefault(job, _safe(job))
         named = {f"{name}/{metric}": value for metric, value in values.items()}
