@@ -59,6 +59,7 @@ FREE_KEYS = frozenset(
         f"train.{key}"
         for key in ("checkpoint_minutes", "rendezvous_timeout_s", "heartbeat_s", "preload")
     ]
+    + ["train.deepspeed_config"]
     + ["text.streaming", "cache.store", "cache.memory_gib", "store", "output", "trackers"]
     + ["store_cache.folder", "store_cache.gib"]
     + ["model.trust_remote_code", "model.device_map"]

@@ -13,7 +13,12 @@ from pydantic import BaseModel
 
 from flash_sae_dist.config.base import ConfigError, element_models, section_models
 from flash_sae_dist.config.sae import SAEConfig
-from flash_sae_dist.config.train import ENGINES, AutogradTrainConfig, FusedTrainConfig
+from flash_sae_dist.config.train import (
+    ENGINES,
+    AutogradTrainConfig,
+    DeepSpeedTrainConfig,
+    FusedTrainConfig,
+)
 from flash_sae_dist.launch.cli import _keys
 from flash_sae_dist.models import ARCHITECTURES
 from flash_sae_dist.training.engine import choose_engine
@@ -83,6 +88,22 @@ def test_good_config() -> None:
             {"num_tokens": 9, "engine": "autograd", "dead_latents": "ghost"},
             ["train.dead_latents='ghost' needs the fused engine"],
         ),
+        (
+            "train",
+            {"num_tokens": 9, "engine": "deepspeed", "dead_latents": "ghost"},
+            ["needs the fused engine, not train.engine='deepspeed'"],
+        ),
+        (
+            "train",
+            {"num_tokens": 9, "engine": "deepspeed", "moment_dtype": "bfloat16"},
+            ["train.moment_dtype='bfloat16' needs train.engine=auto or fused"],
+        ),
+        (
+            "train",
+            {"num_tokens": 9, "engine": "deepspeed", "precision": "float64"},
+            ["train.precision='float64'", "set train.precision=float32"],
+        ),
+        ("train.deepspeed_config", "x.json", ["needs train.engine=deepspeed"]),
         ("train", {"num_tokens": 9, "engine": "autograd", "lrr": 1}, ["'train.lrr'", "'train.lr'"]),
         ("sae.architecture", "topkk", ["sae.architecture='topkk'", "'topk'"]),
         ("sae.architecture", ["topk"], ["sae.architecture=['topk'] is not a choice"]),
@@ -303,7 +324,7 @@ FIELDS = {
         "adam_eps normalize engine grad_clip micro_batches dead_latents aux_coef k_aux "
         "dead_after_tokens precision num_shards num_replicas seed holdout preload log_every "
         "checkpoint_every checkpoint_minutes keep_checkpoints rendezvous_timeout_s heartbeat_s "
-        "adam_mode moment_dtype ema_decay"
+        "adam_mode moment_dtype ema_decay deepspeed_config"
     ),
     "grid": "hookpoints values",
     "evaluate": "num_tokens batch_tokens loss_sequences",
@@ -334,10 +355,11 @@ def test_exponents_in_lists_are_numbers() -> None:
 def test_autograd_has_the_keys_of_every_engine_alone() -> None:
     config = parse_config(changed("train.engine", "autograd"))
     assert type(config.train) is AutogradTrainConfig
+    assert type(parse_config(changed("train.engine", "deepspeed")).train) is DeepSpeedTrainConfig
     assert type(parse_config(GOOD).train) is FusedTrainConfig
 
 
-@pytest.mark.parametrize("engine", ["auto", "fused", "autograd"])
+@pytest.mark.parametrize("engine", ["auto", "fused", "autograd", "deepspeed"])
 def test_every_engine_clips_adds_up_and_replicates(engine: str) -> None:
     options = {"grad_clip": 1.0, "micro_batches": 2, "num_replicas": 2, "dead_latents": "auxk"}
     data = {"num_tokens": 9, "engine": engine, **options}

@@ -490,6 +490,7 @@ OTHER: dict[str, Any] = {
     "train.checkpoint_minutes": 5.0, "train.rendezvous_timeout_s": 30, "train.holdout": 0.5,
     "train.preload": "host", "train.heartbeat_s": 9, "train.source": "stream",
     "train.buffer_tokens": 4096,
+    "train.deepspeed_config": "other.json",
 }  # fmt: skip
 
 
@@ -504,6 +505,7 @@ def test_the_digest_covers_a_key_or_the_key_is_free(base: Path) -> None:
         # A store has no use for the size of a stream's buffer.
         streams = key == "train.buffer_tokens"
         config = with_values(plain, {"train.source": "stream"}) if streams else plain
+    "train.deepspeed_config": "other.json",
         before = made_of.made_of(config, store, CPU)
         after = made_of.made_of(with_values(config, {key: OTHER[key]}), store, CPU)
         assert (after["digest"] == before["digest"]) == (key in identity.FREE_KEYS), key

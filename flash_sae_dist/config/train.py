@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import Beta, Hookpoint, Latents, OneOf, Seed, StrictModel, shown
+from .base import Beta, Folder, Hookpoint, Latents, OneOf, Seed, StrictModel, shown
 
 Precision = Literal["auto", "float64", "float32", "bfloat16"]
 Preload = Literal["auto", "none", "host", "device"]
@@ -62,7 +62,7 @@ class TrainConfig(StrictModel):
     """unit_mean_square: rows are divided by the root mean square of the hookpoint's activations
     while training, which the SAE that is written undoes: it reads rows as they are stored. Training
     does not depend on the scale either way; this keeps its numbers near 1."""
-    engine: Literal["auto", "fused", "autograd"]
+    engine: Literal["auto", "fused", "autograd", "deepspeed"]
     """What makes a step; it decides which other keys there are."""
     grad_clip: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient over all latents, the biases' times the root mean square of the
@@ -71,7 +71,7 @@ class TrainConfig(StrictModel):
     """Parts that a batch is run in, their gradients added up."""
     dead_latents: Literal["auxk", "ghost", "resample", "none"] = "auxk"
     """What revives latents that stopped firing: OpenAI's AuxK loss, Anthropic's ghost gradients
-    (not with engine autograd), resampling once every dead_after_tokens, or nothing."""
+    (engine fused alone), resampling once every dead_after_tokens, or nothing."""
     aux_coef: float = Field(default=1 / 32, ge=0)
     """Weight of the AuxK or ghost loss."""
     k_aux: Latents | None = None
@@ -158,8 +158,9 @@ class FusedTrainConfig(TrainConfig):
 
     engine: Literal["auto", "fused"] = "auto"
     """fused: sparse gradients and Adam in one pass, no dense gradient; autograd: PyTorch's autograd
-    and torch.optim.Adam, the same arithmetic. auto: fused, or autograd where a hookpoint is too
-    wide for the fused kernels (a log line then says so)."""
+    and torch.optim.Adam, the same arithmetic; deepspeed: autograd's, under DeepSpeed's ZeRO. auto:
+    fused, or autograd where a hookpoint is too wide for the fused kernels (a log line then says
+    so)."""
     adam_mode: Literal["exact", "lazy"] = "exact"
     """exact: dense Adam's arithmetic; lazy: only latents that fired are moved, as
     torch.optim.SparseAdam does, which is faster and changes the arithmetic."""
@@ -170,7 +171,20 @@ class FusedTrainConfig(TrainConfig):
     then the average, its decoder rows at unit norm."""
 
 
-class AutogradTrainConfig(TrainConfig):
+class _DenseTrainConfig(TrainConfig):
+    """The keys of the engines that run on autograd."""
+
+    @model_validator(mode="after")
+    def _no_ghost_gradients(self) -> Self:
+        if self.dead_latents == "ghost":
+            raise ValueError(
+                "train.dead_latents='ghost' needs the fused engine, not "
+                f"train.engine={self.engine!r}; drop one"
+            )
+        return self
+
+
+class AutogradTrainConfig(_DenseTrainConfig):
     """How an SAE is trained.
 
     With the keys of the autograd engine.
@@ -179,12 +193,27 @@ class AutogradTrainConfig(TrainConfig):
     engine: Literal["autograd"]
     """PyTorch's autograd and torch.optim.Adam."""
 
+
+class DeepSpeedTrainConfig(_DenseTrainConfig):
+    """How an SAE is trained.
+
+    With the keys of the deepspeed engine.
+    """
+
+    engine: Literal["deepspeed"]
+    """PyTorch's autograd, with torch.optim.Adam under DeepSpeed's ZeRO."""
+    deepspeed_config: Folder | None = None
+    """JSON file with a section zero_optimization in DeepSpeed's words, such as
+    configs/deepspeed/zero2_offload.json: the stage of ZeRO (1 or 2), whether Adam and its moments
+    are on the host, sizes of buckets. What keys of train decide, it may not say otherwise. Left
+    out, ZeRO-1 on the device."""
+
     @model_validator(mode="after")
-    def _no_ghost_gradients(self) -> Self:
-        if self.dead_latents == "ghost":
+    def _no_float64(self) -> Self:
+        if self.precision == "float64":
             raise ValueError(
-                "train.dead_latents='ghost' needs the fused engine, not train.engine='autograd'; "
-                "drop one"
+                "train.precision='float64' is more than the float32 of ZeRO's master weights; set "
+                "train.precision=float32, or train.engine=autograd"
             )
         return self
 
@@ -193,5 +222,6 @@ ENGINES: dict[str, type[TrainConfig]] = {
     "auto": FusedTrainConfig,
     "fused": FusedTrainConfig,
     "autograd": AutogradTrainConfig,
+    "deepspeed": DeepSpeedTrainConfig,
 }
 ENGINE_CHOICE = OneOf("train", "engine", "auto", lambda: ENGINES)

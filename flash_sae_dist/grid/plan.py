@@ -27,7 +27,7 @@ from ..planner.memory import Work, work_of
 from ..planner.search import check_memory, fits, meshes, splits
 from ..planner.storage import disk_bytes
 from ..planner.timing import Cost, bundle_seconds, cost_of
-from ..training.engine import choose_engine
+from ..training.engine import check_engine
 from ..training.job import Config, with_values
 from ..training.made_of import check_same_job
 from ..training.member import is_finished
@@ -207,7 +207,7 @@ def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:
         assert job.config.sae is not None
         assert job.config.train is not None
         d_in = widths[hookpoint_of(job)]
-        choose_engine(job.config.train, d_in)
+        check_engine(job.config.train, d_in, mesh)
         d_sae = job.config.sae.width(d_in)
         if d_sae % mesh.num_shards:
             up = -(-d_sae // mesh.num_shards) * mesh.num_shards

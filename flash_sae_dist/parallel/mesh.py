@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from ..config.base import ConfigError
 from .rendezvous import make_group
@@ -123,6 +124,19 @@ def _my_group(ranks: torch.Tensor, seconds: float) -> dist.ProcessGroup | None:
         return None
     groups = [make_group(row, seconds) for row in ranks.tolist()]
     return next(group for group in groups if group is not None)
+
+
+def real_groups(mesh: Mesh, device: torch.device) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The shard group and the replica group, for libraries that take no None: a group of this rank
+    alone where it has no others. In a process that nothing launched the group of all comes up.
+    """
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    if mesh.shard_group is not None and mesh.replica_group is not None:
+        return mesh.shard_group, mesh.replica_group
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    return mesh.shard_group or alone, mesh.replica_group or alone
 
 
 def end_groups() -> None:

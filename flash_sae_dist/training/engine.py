@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import Literal, NamedTuple
 
 import torch
 
 from ..config.base import ConfigError
-from ..config.train import FusedTrainConfig, TrainConfig
+from ..config.deepspeed import read_deepspeed
+from ..config.train import DeepSpeedTrainConfig, FusedTrainConfig, TrainConfig
 from ..models.base import SparseCoder
 from ..models.dead_latents import DeadLatents
+from ..parallel.mesh import Mesh
 from .engines.autograd import AutogradEngine
 from .engines.base import Engine
 from .engines.fused import FusedEngine
@@ -26,7 +29,7 @@ _MAX_WIDTH = 16384
 class EngineChoice(NamedTuple):
     """The engine of a training, and why it is not the fused one where auto had to leave it."""
 
-    engine: Literal["fused", "autograd"]
+    engine: Literal["fused", "autograd", "deepspeed"]
     reason: str | None = None
 
 
@@ -37,7 +40,7 @@ def choose_engine(cfg: TrainConfig, d_in: int) -> EngineChoice:
     autograd.
     """
     if not isinstance(cfg, FusedTrainConfig):
-        return EngineChoice("autograd")
+        return EngineChoice("deepspeed" if isinstance(cfg, DeepSpeedTrainConfig) else "autograd")
     reason = None
     if d_in > _MAX_WIDTH:
         reason = f"its kernels take widths up to {_MAX_WIDTH}, not {d_in}"
@@ -49,6 +52,27 @@ def choose_engine(cfg: TrainConfig, d_in: int) -> EngineChoice:
             f"drop train.{key}"
         )
     return EngineChoice("autograd", reason)
+
+
+def check_engine(cfg: TrainConfig, d_in: int, mesh: Mesh) -> None:
+    """Raises ConfigError as `choose_engine`, and where DeepSpeed is not there, or is told or given
+    what it cannot do.
+    """
+    choose_engine(cfg, d_in)
+    if not isinstance(cfg, DeepSpeedTrainConfig):
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "train.engine='deepspeed' needs DeepSpeed; pip install flash_sae_dist[deepspeed], or "
+            "change train.engine"
+        )
+    read_deepspeed(cfg, mesh.num_replicas)
+    if mesh.num_groups > 1:
+        raise ConfigError(
+            f"train.engine='deepspeed' trains on all processes together, but train.num_shards="
+            f"{mesh.num_shards} x train.num_replicas={mesh.num_replicas} leave "
+            f"{mesh.num_groups} groups of them; raise train.num_replicas, or change train.engine"
+        )
 
 
 def _fused_only(cfg: FusedTrainConfig) -> str | None:
@@ -66,13 +90,19 @@ def make_engine(
     sae: SparseCoder, dead: DeadLatents, cfg: TrainConfig, compute_dtype: torch.dtype
 ) -> Engine:
     """The engine that a config asks for; one log line where auto is not the fused one. Raises
-    ConfigError as `choose_engine`.
+    ConfigError as `check_engine`.
     """
+    check_engine(cfg, sae.d_in, sae.mesh)
     lr = cfg.lr if cfg.lr is not None else default_lr(sae.d_sae)
     k_aux = min(cfg.k_aux or max(1, sae.d_in // 2), sae.d_sae)
     engine, reason = choose_engine(cfg, sae.d_in)
     if reason is not None and sae.mesh.is_lead:
         logger.info("train.engine=auto is autograd, which is slower than fused: %s", reason)
+    if isinstance(cfg, DeepSpeedTrainConfig):
+        # Only here: most who install this have no DeepSpeed.
+        from .engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(sae, dead, cfg, lr=lr, k_aux=k_aux, compute_dtype=compute_dtype)
     if engine == "autograd" or not isinstance(cfg, FusedTrainConfig):
         return AutogradEngine(sae, dead, cfg, lr=lr, k_aux=k_aux, compute_dtype=compute_dtype)
     optimizer = SparseAdam(

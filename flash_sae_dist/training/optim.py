@@ -26,12 +26,18 @@ def lr_at(step: int, total_steps: int, peak: float, cfg: TrainConfig) -> float:
 
 
 @torch.no_grad()
+def project_rows_(grad: Tensor, rows: Tensor) -> Tensor:
+    """Removes from a gradient [F, D] its part along each of the (unit-norm) rows [F, D], in place;
+    returns it.
+    """
+    along = (grad * rows).sum(dim=1, keepdim=True)
+    return grad.addcmul_(rows, along, value=-1)
+
+
 def project_decoder_grad_(sae: SparseCoder) -> None:
     """Removes from each decoder row's gradient its part along the (unit-norm) row, in place."""
-    grad = sae.W_dec.grad
-    assert grad is not None
-    along = (grad * sae.W_dec).sum(dim=1, keepdim=True)
-    grad.addcmul_(sae.W_dec, along, value=-1)
+    assert sae.W_dec.grad is not None
+    project_rows_(sae.W_dec.grad, sae.W_dec)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..models.base import SparseCoder
 from ..models.dead_latents import DeadLatents
 from ..parallel import collectives
+from .engines.base import Engine
 
 # Anthropic's: low enough that a new latent does not disturb the others at once.
 _ENCODER_SCALE = 0.2
@@ -15,8 +16,7 @@ _ENCODER_SCALE = 0.2
 
 @torch.no_grad()
 def resample_(
-    sae: SparseCoder,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     dead: DeadLatents,
     x: Tensor,  # [N, d_in], the replica's batch
     seed: int,
@@ -30,7 +30,7 @@ def resample_(
     moments of those rows are zero. Reads the host; called once a `dead_after_tokens`. The draw is a
     function of (seed, batch): the same on every shard count. Collective over the members.
     """
-    mesh = sae.mesh
+    sae, mesh = engine.sae, engine.sae.mesh
     # Calls are a window apart, to a batch: what has not fired since the last one is dead.
     mask = dead.mask(early=len(x) * mesh.num_replicas)
     own = mask.sum().reshape(1)
@@ -56,10 +56,8 @@ def resample_(
     sae.W_dec[mask] = directions
     sae.W_enc[mask] = directions * (_ENCODER_SCALE * _mean_living_norm(sae, mask))
     sae.b_enc[mask] = 0
-    for param in (sae.W_enc, sae.b_enc, sae.W_dec):
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name in optimizer.state[param]:
-                optimizer.state[param][name][mask] = 0
+    engine.forget_(mask)
+    engine.refresh_()
     dead.tokens_since_fired.masked_fill_(mask, 0)
     return total
 

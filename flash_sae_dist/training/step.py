@@ -144,6 +144,7 @@ class SAETraining:
         self.sae.b_dec.copy_(geometric_median(rows.flatten(0, 1), unit=self._unit))
         if "ema" in self.engine.moments:
             self.optimizer.state[self.sae.b_dec]["ema"].copy_(self.sae.b_dec)
+        self.engine.refresh_()
 
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
         """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
@@ -193,8 +194,7 @@ class SAETraining:
         if seen // window == max(0, seen - batch) // window:
             return
         seed = self.cfg.seed + self.step_index
-        resample_(self.sae, self.optimizer, self.dead, x, seed, self._unit)
-        self.engine.refresh_()
+        resample_(self.engine, self.dead, x, seed, self._unit)
 
     def final_weights(self) -> dict[str, Tensor]:
         """The weights to keep, this shard's rows, for rows as they are stored: the parameters, or
@@ -231,6 +231,8 @@ class SAETraining:
     @torch.no_grad()
     def load_state(self, state: TrainingState) -> None:
         """Puts back what `state` gave, on any number of shards."""
+        # A run goes on in the unit that it began with; older checkpoints name none, it was 1.
+        self.set_rms(float(state.info.get("rms", 1.0)))
         self.engine.load_state(state.rows | state.whole, state.info["step"])
         self.dead.tokens_since_fired.copy_(state.rows["tokens_since_fired"])
         listed = state.rows.get("listed_dead")
@@ -240,7 +242,5 @@ class SAETraining:
             listed = self.dead.mask() & bool(state.info.get("any_dead"))
         self.dead.list_(listed.to(self.device))
         self.step_index = state.info["step"]
-        # A run goes on in the unit that it began with; older checkpoints name none, it was 1.
-        self.set_rms(float(state.info.get("rms", 1.0)))
         if (encoder := state.info.get("encoder")) is not None:
             self._choice = encode_choice.Shape(*encoder["shape"]), encoder["design"]

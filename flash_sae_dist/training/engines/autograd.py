@@ -76,14 +76,13 @@ class AutogradEngine(Engine):
         x = x.to(sae.b_dec.dtype)
         variance = total_variance(x, mesh)
         inverse = self._inverse_residual(x) if self._revives() else None
-        self.optimizer.zero_grad(set_to_none=True)
         shown = torch.zeros(3, dtype=x.dtype, device=x.device)
         active: list[Codes] = []
-        for part in x.chunk(self.cfg.micro_batches):
-            with self._autocast():
-                loss, terms, codes = self._losses(part, variance, inverse, x.shape[0])
+        parts = x.chunk(self.cfg.micro_batches)
+        for number, part in enumerate(parts, 1):
+            loss, terms, codes = self._forward(part, variance, inverse, x.shape[0])
             timer.mark("forward")
-            loss.backward()  # type: ignore[no-untyped-call]
+            self._backward(loss, is_last=number == len(parts))
             timer.mark("backward")
             shown += terms
             active.append(codes)
@@ -116,10 +115,16 @@ class AutogradEngine(Engine):
             sums, squares = sums + found[0], squares + found[1]
         return inverse_variance(sums, squares, x.shape[0] * self.sae.mesh.num_replicas)
 
-    def _losses(
+    def _forward(
         self, x: Tensor, variance: Tensor, inverse: Tensor | None, batch: int
     ) -> tuple[Tensor, Tensor, Codes]:
         """Loss of a micro-batch, its terms [fvu, aux, l0] as shares of the batch's, its codes."""
+        with self._autocast():
+            return self._losses(x, variance, inverse, batch)
+
+    def _losses(
+        self, x: Tensor, variance: Tensor, inverse: Tensor | None, batch: int
+    ) -> tuple[Tensor, Tensor, Codes]:
         sae, mesh = self.sae, self.sae.mesh
         codes = sae.encode(x)
         recon = sae.decode(*codes)
@@ -145,10 +150,17 @@ class AutogradEngine(Engine):
             taken = select(raw, none, k, False, raw.dtype, limits) != 0
         return sae.combine_rows(pre.relu() * taken, dead.rows)
 
+    def _backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Adds a micro-batch's gradients up."""
+        del is_last
+        loss.backward()  # type: ignore[no-untyped-call]
+
     def _update(self) -> None:
+        """The optimizer's step, from the gradients of all micro-batches, which it then drops."""
         sum_grads_over_replicas_(self.sae)
         project_decoder_grad_(self.sae)
         if self.cfg.grad_clip is not None:
             clip_grads_(self.sae, self.cfg.grad_clip, self.unit)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         renormalise_decoder_(self.sae)

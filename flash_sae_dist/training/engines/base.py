@@ -34,7 +34,8 @@ class Engine(ABC):
         """Gives the parameters that are in the data's units steps in this unit, the data's root
         mean square: training then does not depend on the data's scale. Adam's step is lr whatever
         the gradient's size, and under x -> s x the gradients of the matrices stay while those of
-        the biases go with 1/s: theirs is lr * unit, with eps / unit.
+        the biases go with 1/s: theirs is lr * unit, with eps / unit. To be called before the first
+        step and before `load_state`.
         """
 
     def set_lr(self, lr: float) -> None:
@@ -45,6 +46,13 @@ class Engine(ABC):
     def refresh_(self) -> None:
         """Takes in parameters that others have changed."""
         return
+
+    def forget_(self, mask: Tensor) -> None:
+        """Zeroes Adam's moments of the latents in mask [d_sae_local]."""
+        for name, param in self.sae.named_parameters():
+            for moment in Engine.moments:
+                if self.sae.roles[name] == "rows" and moment in self.optimizer.state[param]:
+                    self.optimizer.state[param][moment][mask] = 0
 
     def weights(self) -> dict[str, Tensor]:
         """The weights to keep, by name, this shard's rows."""

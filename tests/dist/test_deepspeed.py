@@ -1,0 +1,91 @@
+"""The deepspeed engine: losses of the fused one's on any mesh, unit rows in ZeRO's master weights,
+checkpoints that every engine takes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.dist.ranks import run_ranks
+
+pytest.importorskip("deepspeed")
+WORKER = "tests.dist.deepspeed_worker"
+Runs = list[dict[str, Any]]
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """On 2 replicas of 2 shards, by rank."""
+    out = tmp_path_factory.mktemp("runs")
+    cases = [f"{kind}-all-50" for kind in ("fused", "zero1", "zero2")]
+    cases += [f"{kind}-resample-8" for kind in ("fused", "zero1")]
+    cases += ["fused-plain-8", "fused-free-8", "zero2_offload-all-8", "zero2_offload-resumed"]
+    return run_ranks(WORKER, 4, out, str(out / "checkpoints"), "2", *cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "want"),
+    [
+        ("zero1-all-50", "fused-all-50"),
+        ("zero2-all-50", "fused-all-50"),
+        ("zero2_offload-all-8", "fused-all-50"),
+        ("zero1-resample-8", "fused-resample-8"),
+    ],
+)
+def test_losses_are_the_fused_engines(runs: Runs, case: str, want: str) -> None:
+    steps = int(case.rpartition("-")[2])
+    for rank in runs:
+        got, fused = rank[case], rank[want]
+        assert got["losses"].shape == (steps, 3)
+        assert_close(got["losses"], fused["losses"][:steps])
+        assert steps < 50 or got["listed"] == fused["listed"] > 2
+
+
+@pytest.mark.slow
+def test_the_options_bind(runs: Runs) -> None:
+    """AuxK has more latents to choose of than k_aux; clipping and resampling change the losses."""
+    names = ("all-50", "free-8", "resample-8", "plain-8")
+    clipped, free, revived, plain = (runs[0][f"fused-{name}"]["losses"] for name in names)
+    assert (clipped[1:, 1] > 0).all()
+    assert clipped[-1, 0] < clipped[0, 0]
+    assert (clipped[:8] - free).abs().max() > 1e-4
+    assert (revived - plain).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_rows_are_unit_on_every_rank_and_in_the_master_copy(runs: Runs) -> None:
+    for rank in runs:
+        for case, run in rank.items():
+            if "off" in run:
+                assert run["off"] < 1e-6, case
+                assert run["same"], case
+
+
+@pytest.mark.slow
+def test_checkpoints_go_there_and_back(runs: Runs) -> None:
+    for rank in runs:
+        run = rank["zero2_offload-resumed"]
+        assert torch.equal(run["again"], run["want"]), "the same processes go on bit for bit"
+        assert run["same bits"].all()
+        for other in ("zero1 on 1", "zero2 on 4", "autograd on 2", "fused on 1", "back"):
+            assert_close(run[other], run["want"])
+        assert run["forgotten"].all()
+
+
+def test_one_process(tmp_path: Path) -> None:
+    """Without a launcher."""
+    cases = ("fused-all-10", "zero1-all-10", "zero2_offload-all-10")
+    (found,) = run_ranks(WORKER, 1, tmp_path, "none", "1", *cases)
+    for case in cases[1:]:
+        assert_close(found[case]["losses"], found["fused-all-10"]["losses"])
+        assert found[case]["off"] < 1e-6
+        assert found[case]["same"]
