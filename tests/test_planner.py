@@ -97,6 +97,34 @@ def test_what_an_engine_keeps_is_exact(options: dict[str, Any]) -> None:
     assert state == storage.checkpoint_bytes(planned)
 
 
+def test_offload_by_deepspeed_fits_where_moments_do_not() -> None:
+    """1e9 parameters: 4 GB of weights, 8 of moments. The store and the host hold all of them."""
+    offload = str(ROOT / "configs" / "deepspeed" / "zero2_offload.json")
+    shape, on = (1024, 4096, 122_880, 32), launch(1, gib=12)
+    for engine in ("fused", "autograd", "deepspeed"):
+        with pytest.raises(ConfigError, match="GiB free"):
+            search.check_memory(work(*shape, engine=engine), 1, 1, on)
+    one = work(*shape, engine="deepspeed", deepspeed_config=offload)
+    search.check_memory(one, 1, 1, on)
+    assert storage.host_bytes([one], 1, 1)["offloaded"] == 5 * storage.sae_bytes(one)
+    assert storage.checkpoint_bytes(one) == storage.checkpoint_bytes(
+        work(*shape, engine="autograd")
+    )
+    assert timing.compute_ms(one, on, 1, 1, 0) > timing.compute_ms(work(*shape), on, 1, 1, 0)
+
+
+def test_zero_splits_what_replicas_would_all_keep() -> None:
+    shape, zero2 = (1024, 4096, 122_880, 32), str(ROOT / "configs" / "deepspeed" / "zero2.json")
+    autograd = work(*shape, engine="autograd")
+    one, two = (work(*shape, engine="deepspeed", deepspeed_config=f) for f in (None, zero2))
+    kept = [sum(memory_of_rank(w, 2, 4).kept.values()) for w in (autograd, one, two)]
+    assert kept == sorted(kept, reverse=True)
+    # Weights and gradients; a quarter of the master weights and of both moments.
+    weights = storage.sae_bytes(one) // 2
+    assert kept[1] == pytest.approx((2 + 3 / 4) * weights, rel=0.01)
+    assert kept[2] == pytest.approx((1 + 4 / 4) * weights, rel=0.01)
+
+
 # MiB of a step above what it keeps, with none, a tenth and a third of the latents dead, and ms of
 # the same steps and of nine tenths: docs/performance.md, one H200.
 MEASURED = {

@@ -55,16 +55,20 @@ _DECIDED_BY = {
 }
 
 
+def zero_of(cfg: DeepSpeedTrainConfig) -> ZeroOptimization:
+    """The section zero_optimization alone. Raises ConfigError as `read_deepspeed` does for it."""
+    given, source = _read(cfg)
+    known = {key: given[key] for key in given.keys() & DeepSpeedFile.model_fields.keys()}
+    return parse(DeepSpeedFile, known, source).zero_optimization
+
+
 def read_deepspeed(cfg: DeepSpeedTrainConfig, replicas: int) -> dict[str, Any]:
     """All that `deepspeed.initialize` is told: the file of a config, or ZeRO-1, completed by the
     keys of `train`. Raises ConfigError where the file cannot be read, contradicts one of those, or
     holds a key that is not for it.
     """
-    ours, source = _decided(cfg, replicas), "train.deepspeed_config"
-    given: dict[str, Any] = {}
-    if cfg.deepspeed_config is not None:
-        source = cfg.deepspeed_config
-        given = _read(Path(source))
+    ours = _decided(cfg, replicas)
+    given, source = _read(cfg)
     for key in sorted(given.keys() & _DECIDED_BY.keys()):
         if given.pop(key) not in ("auto", {"enabled": False}):
             raise ConfigError(f"{source}: {key!r} is what {_DECIDED_BY[key]} says; drop it there")
@@ -95,13 +99,20 @@ def _decided(cfg: DeepSpeedTrainConfig, replicas: int) -> dict[str, tuple[Any, s
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(cfg: DeepSpeedTrainConfig) -> tuple[dict[str, Any], str]:
+    """What the file holds, and its name; without one nothing."""
+    path = cfg.deepspeed_config
+    if path is None:
+        return {}, "train.deepspeed_config"
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(Path(path).read_bytes()), path
     except OSError as e:
         raise ConfigError(
-            f"train.deepspeed_config={str(path)!r}: {e.strerror}; name a file such as "
+            f"train.deepspeed_config={path!r}: {e.strerror}; name a file such as "
             "configs/deepspeed/zero2.json"
         ) from e
     except ValueError as e:
-        raise ConfigError(f"train.deepspeed_config={str(path)!r} is no JSON object: {e}") from e
+        raise ConfigError(
+            f"train.deepspeed_config={path!r} is no JSON object ({e}); write one such as "
+            "configs/deepspeed/zero2.json"
+        ) from e

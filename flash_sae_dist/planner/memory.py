@@ -5,7 +5,8 @@ M listed dead latents, padded.
 
 What is kept is exact, a test compares it with engines' tensors. What a step takes follows the
 fused engine's kernels and the autograd engine's saved tensors; beside docs/performance.md's
-measured peaks it is within a tenth (tests/test_planner.py).
+measured peaks it is within a tenth (tests/test_planner.py). What DeepSpeed takes for its sums is an
+estimate.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from ..activations.feed import num_buffers
 from ..activations.store import storage_dtype
 from ..activations.stored_rows import float_dtype
-from ..config.train import TrainConfig
+from ..config.deepspeed import ZeroOptimization, zero_of
+from ..config.train import DeepSpeedTrainConfig, TrainConfig
 from ..models.dead_latents import padded
 from ..training.engine import choose_engine
 from ..training.engines.dead_step import MAX_BLOCK_BYTES
@@ -45,11 +47,17 @@ class Work(NamedTuple):
     d_sae: int
     k: int
     train: TrainConfig
-    engine: Literal["fused", "autograd"]
+    engine: Literal["fused", "autograd", "deepspeed"]
     compute: torch.dtype
     row_bytes: int  # of an element of a batch, as the loader gives it
     on_gpu: bool
     stored_bytes: int  # of the same element in the store
+    zero: ZeroOptimization | None = None  # of the deepspeed engine
+
+    @property
+    def offloads(self) -> bool:
+        """Whether Adam and its moments are on the host and not on the GPU."""
+        return self.zero is not None and self.on_gpu and self.zero.offload_optimizer.device == "cpu"
 
     @property
     def master(self) -> int:
@@ -112,6 +120,7 @@ def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -
         float_dtype(dtype).itemsize,
         on_gpu,
         storage_dtype(dtype).itemsize,
+        zero_of(train) if isinstance(train, DeepSpeedTrainConfig) else None,
     )
 
 
@@ -134,7 +143,9 @@ class Memory(NamedTuple):
 
 
 def kept_bytes(work: Work, num_shards: int) -> dict[str, int]:
-    """What an engine keeps on each shard."""
+    """What an engine keeps on each shard; of the deepspeed engine what a shard's replicas keep
+    together, wherever it is.
+    """
     D, F = work.d_in, work.d_sae // num_shards
     matrices, vectors = 2 * F * D, F + D
     whole = (matrices + vectors) * work.master
@@ -149,6 +160,23 @@ def kept_bytes(work: Work, num_shards: int) -> dict[str, int]:
         kept["gradients"] = whole
     # int64 tokens since each latent fired, int32 place among the dead.
     kept["counters"] = 12 * F
+    return kept
+
+
+def _zero_bytes(work: Work, num_shards: int, num_replicas: int) -> dict[str, int]:
+    """What ZeRO keeps on each of R replicas of a shard, without its padding."""
+    D, F = work.d_in, work.d_sae // num_shards
+    matrix = F * D * work.master
+    whole = 2 * matrix + (F + D) * work.master
+    kept = {"weights": whole, "counters": 12 * F}
+    part = -(-whole // num_replicas)
+    if work.offloads:
+        kept["offload buffer"] = matrix
+    else:
+        kept |= {"master weights": part, "moments": 2 * part}
+    assert work.zero is not None
+    if work.zero.stage == 1 or not work.offloads:
+        kept["gradients"] = whole if work.zero.stage == 1 else part
     return kept
 
 
@@ -218,6 +246,10 @@ def _autograd_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
     copies = 3 * F * D * narrow if narrow != wide else 0
     more = F * D * wide * (2 if work.train.micro_batches > 1 else 1)
     dense = max(copies, more)
+    if work.zero is not None:
+        # With stage 2 the gradient that ZeRO has not split yet; what it flattens for Adam.
+        split = F * D * wide * (work.zero.stage - 1)
+        dense = max(copies + split, 0 if work.offloads else 2 * F * D * wide // R)
     if M:
         # Pre-activations and masks are saved; the gradient of picked rows is as large as all.
         dense += 2 * M * D * (wide + narrow) + 4 * part * M * wide + F * D * wide
@@ -237,8 +269,11 @@ def memory_of_rank(
     work: Work, num_shards: int, num_replicas: int, *, dead: float = 0.0, preloaded: int = 0
 ) -> Memory:
     """Memory of each rank of P shards x R replicas, a share of the latents being dead."""
+    kept = kept_bytes(work, num_shards)
+    if work.zero is not None:
+        kept = _zero_bytes(work, num_shards, num_replicas)
     return Memory(
-        kept_bytes(work, num_shards),
+        kept,
         step_bytes(work, num_shards, num_replicas, dead),
         feed_bytes(work, num_replicas, preloaded),
     )

@@ -152,7 +152,7 @@ def _train_plan(config: Config, rows: Rows, launch: Launch, refused: list[str]) 
     together = [works[job.name] for job in fullest.jobs]
     on_host = rows_kept(together[0], rows, launch).get("host", 0)
     return TrainPlan(
-        P, R, why, figures, groups, host_bytes(together, P, on_host), _disk(jobs, works),
+        P, R, why, figures, groups, host_bytes(together, P, R, on_host), _disk(jobs, works),
         seconds_of(groups),
         choices(largest, launch, meshes(launch.processes, None, several_groups=grid)),
     )  # fmt: skip

@@ -39,10 +39,16 @@ def disk_bytes(work: Work, folder: Path | None = None) -> int:
     return max(0, whole - sum(file.stat().st_size for file in found))
 
 
-def host_bytes(works: Sequence[Work], num_shards: int, preloaded: int = 0) -> dict[str, int]:
+def host_bytes(
+    works: Sequence[Work], num_shards: int, num_replicas: int, preloaded: int = 0
+) -> dict[str, int]:
     """Host memory of a process that trains jobs together: the loader's ring, the copy that a
-    checkpoint is written from, rows that stay.
+    checkpoint is written from, what ZeRO offloads, rows that stay.
     """
     copies = sum(checkpoint_bytes(work) for work in works) // num_shards
     found = {"loader": LOADER_BYTES, "checkpoint's copy": copies}
+    # Master weights, two moments, the gradient, the weights on their way back.
+    offloaded = sum(5 * sae_bytes(work) for work in works if work.offloads)
+    if offloaded:
+        found["offloaded"] = offloaded // (num_shards * num_replicas)
     return found | {"rows": preloaded} if preloaded else found

@@ -20,8 +20,11 @@ from .wire import Sent, batch_sent, step_sent
 _GATHERS, _LAUNCH_MS = 3.5, 0.05
 # Times that products in bfloat16 are faster than in IEEE float32 (data sheets).
 _FLOAT32 = 15
-# Passes over parameters and dense gradients of the autograd engine, beside the fused one's.
+# Passes over parameters and dense gradients of the engines with autograd, beside the fused one's.
 _AUTOGRAD_PASSES = 4.5
+# Bytes of a parameter that go over the bus and through Adam on the host, and GB/s of that: not
+# measured.
+_OFFLOAD_BYTES, _OFFLOAD_GB_S = 36, 30.0
 # A clipped step gathers twice more and reads the weights once more.
 _CLIP_GATHERS = 2
 # Bytes that the global top-k moves for a candidate: gathered, ordered, as keys, several passes.
@@ -72,6 +75,8 @@ def compute_ms(
     if num_shards > 1:
         moved += _CANDIDATE_BYTES * n * K * num_shards
     ms = 2 * n * D * F / matmul + moved / copy + _LAUNCH_MS
+    if work.offloads:
+        ms += _OFFLOAD_BYTES * 2 * D * F / num_replicas / (_OFFLOAD_GB_S * 1e6)
     if not (M := work.listed(num_shards, dead)):
         return ms
     moved = 16 * n * M + 24 * M * D
@@ -84,7 +89,7 @@ def _parameter_bytes(work: Work, num_shards: int) -> float:
     copies = work.compute.itemsize if work.compute.itemsize != wide else 0
     each = float(2 * wide + 4 * work.moment + copies)
     each += 3 * wide * work.averages + wide * (work.train.grad_clip is not None)
-    if work.engine == "autograd":
+    if work.engine != "fused":
         each *= _AUTOGRAD_PASSES
     return each * 2 * work.d_in * (work.d_sae // num_shards)
 

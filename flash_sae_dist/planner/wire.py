@@ -76,6 +76,18 @@ def _dead(work: Work, n: int, M: int, selects: bool) -> list[Sent]:
     ]
 
 
+def _gradients_sent(work: Work, R: int, whole: int) -> list[Sent]:
+    """Dense gradients; with ZeRO the weights that each replica stepped, too."""
+    if work.zero is None:
+        return [Sent("dense gradients", "all_reduce", "replicas", 4, whole)]
+    # Stage 2 sums those of each micro-batch.
+    times = work.train.micro_batches if work.zero.stage == 2 else 1
+    return [
+        Sent("dense gradients", "all_reduce", "replicas", 4 * times, times * whole),
+        Sent("weights", "all_gather", "replicas", 2, -(-whole // R)),
+    ]
+
+
 def _autograd(work: Work, P: int, R: int, M: int, selects: bool) -> list[Sent]:
     n, parts = work.train.batch_tokens // R, work.train.micro_batches
     D, F, K, wide = work.d_in, work.d_sae // P, work.slots(P), work.master
@@ -88,7 +100,7 @@ def _autograd(work: Work, P: int, R: int, M: int, selects: bool) -> list[Sent]:
         Sent("gradient of b_dec", "all_reduce", "shards", passes * parts, passes * b_dec),
         Sent("L0", "all_reduce", "shards", 1, wide),
         Sent("norm of the gradient", "all_reduce", "shards", int(clips), wide * clips),
-        Sent("dense gradients", "all_reduce", "replicas", 4, (2 * F * D + F + D) * wide),
+        *_gradients_sent(work, R, (2 * F * D + F + D) * wide),
         Sent("latents that fired", "all_reduce", "replicas", 1, 4 * F),
         Sent("variance, metrics", "all_reduce", "replicas", 3, (D + 1 + 3) * wide),
     ]

@@ -4,17 +4,23 @@ holds behind each step.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flash_sae_dist.config.train import ENGINES
+from flash_sae_dist.launch.bench_wire import measure_sent
 from flash_sae_dist.models.topk import TopKConfig
 from flash_sae_dist.parallel.collectives import all_gather
 from flash_sae_dist.parallel.mesh import Mesh, make_mesh
+from flash_sae_dist.planner.memory import memory_of_rank, work_of
+from flash_sae_dist.planner.wire import step_sent
 from flash_sae_dist.training import checkpoint
 from flash_sae_dist.training.checkpoint_writer import CheckpointWriter
+from flash_sae_dist.training.host_memory import HostShare
+from flash_sae_dist.training.job import parse_config
 from flash_sae_dist.training.metrics import PhaseTimer
 from flash_sae_dist.training.step import SAETraining
 from tests.dist.ranks import ROOT, worker
@@ -25,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "free": {"micro_batches": 2, "k_aux": 2},
     # Of the gradients' norms, 1 to 4, some are clipped.
     "all": {"grad_clip": 2.0, "micro_batches": 2, "k_aux": 2},
+    "bfloat16": {"precision": "bfloat16"},
     "resample": {"dead_latents": "resample", "dead_after_tokens": 3 * BATCH},
 }
 KEPT, AFTER = 5, 5  # steps before a checkpoint and behind it
@@ -91,12 +98,37 @@ def train(kind: str, option: str, steps: int, mesh: Mesh) -> dict[str, Any]:
         everyone = all_gather(weights[0], mesh.replica_group, mesh.num_replicas)
         same &= all(torch.equal(weights[0], w) for w in (*everyone, *weights))
     losses_ = torch.tensor(losses, dtype=torch.float64)
-    return {"losses": losses_, "off": off, "same": same, "listed": training.dead.num_listed}
+    found = {"losses": losses_, "off": off, "same": same, "listed": training.dead.num_listed}
+    return found | (planned(training, steps) if hasattr(training.engine, "zero") else {})
+
+
+def planned(training: SAETraining, steps: int) -> dict[str, Any]:
+    """Bytes that ZeRO keeps and that one more step sends, each beside the planner's."""
+    mesh, engine = training.mesh, training.engine
+    zero = engine.zero.optimizer  # type: ignore[attr-defined]
+    kept = [*zero.bit16_groups_flat, *zero.single_partition_of_fp32_groups]
+    for state in engine.optimizer.state.values():
+        kept += [state[moment] for moment in engine.moments]
+    sent = measure_sent(lambda: advance(training, steps + 1), DEVICE, 1)
+    sae = {"k": K, "d_sae": D_SAE}
+    train = training.cfg.model_dump(exclude_unset=True)
+    config = parse_config({"output": "x", "sae": sae, "train": train})
+    work = work_of("x", config, D_IN, "float32", on_gpu=False)
+    memory = memory_of_rank(work, mesh.num_shards, mesh.num_replicas).kept
+    told = [memory[name] for name in ("weights", "master weights", "moments")]
+    told_sent = step_sent(work, mesh.num_shards, mesh.num_replicas, training.dead.num_listed)
+    # DeepSpeed holds the gather of the weights by a name of its own, where it is not counted.
+    seen = sum(one.bytes for one in told_sent if one.what != "weights")
+    return {
+        "kept": (sum(t.numel() * t.element_size() for t in kept), sum(told)),
+        "sent": (sent.bytes, seen),
+    }
 
 
 def save(training: SAETraining, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    writer = CheckpointWriter("x", folder, training.state(), training.mesh, DEVICE, 1)
+    state, share = training.state(), HostShare(1 << 36)
+    writer = CheckpointWriter("x", folder, state, training.mesh, DEVICE, 1, share)
     writer.begin(training.state())
     writer.wait()
     writer.close()
@@ -144,11 +176,40 @@ def forgotten(training: SAETraining) -> list[bool]:
     return right
 
 
+def large(folder: str) -> dict[str, Any]:
+    """1e9 parameters on a GPU, Adam on the host: losses, bytes on the GPU between two steps."""
+    d_in, d_sae = 4096, 122_880
+    cfg = ENGINES["deepspeed"](
+        engine="deepspeed",
+        deepspeed_config=str(ROOT / "configs" / "deepspeed" / "zero2_offload.json"),
+        num_tokens=10 * 1024,
+        batch_tokens=1024,
+        warmup_steps=0,
+        lr=1e-4,
+    )
+    mesh = Mesh.single()
+    training = SAETraining(TopKConfig(k=32, d_sae=d_sae), cfg, d_in, mesh, DEVICE, rms=1.0)
+    x = torch.randn(1024, d_in, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    losses = [float(training.step(x, PhaseTimer(DEVICE, enabled=False)).fvu) for _ in range(5)]
+    save(training, Path(folder))
+    state = training.state()
+    return {
+        "losses": losses,
+        "parameters": sum(p.numel() for p in training.sae.parameters()),
+        "bytes": torch.cuda.memory_allocated(),
+        "devices": [state.rows[f"{m}.W_enc"].device.type for m in training.engine.moments],
+        "off": float((training.sae.W_dec.norm(dim=1) - 1).abs().max()),
+    }
+
+
 def run(folder: str, replicas: str, *cases: str) -> dict[str, Any]:
     """By case, which is an engine, options and steps, such as `zero2-all-50`, or `zero2-resumed`,
     for which there is a folder."""
+    if cases == ("large",):
+        return large(folder)
     mesh = make_mesh(None, int(replicas), device=DEVICE)
-    found: dict[str, Any] = {}
+    # All verbs are imported by now.
+    found: dict[str, Any] = {"imported": "deepspeed" in sys.modules}
     for case in cases:
         kind, option, *steps = case.split("-")
         if option == "resumed":

@@ -76,6 +76,7 @@ class AutogradEngine(Engine):
         x = x.to(sae.b_dec.dtype)
         variance = total_variance(x, mesh)
         inverse = self._inverse_residual(x) if self._revives() else None
+        self._begin()
         shown = torch.zeros(3, dtype=x.dtype, device=x.device)
         active: list[Codes] = []
         parts = x.chunk(self.cfg.micro_batches)
@@ -150,17 +151,20 @@ class AutogradEngine(Engine):
             taken = select(raw, none, k, False, raw.dtype, limits) != 0
         return sae.combine_rows(pre.relu() * taken, dead.rows)
 
+    def _begin(self) -> None:
+        """Drops the gradients of the step before."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def _backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Adds a micro-batch's gradients up."""
         del is_last
         loss.backward()  # type: ignore[no-untyped-call]
 
     def _update(self) -> None:
-        """The optimizer's step, from the gradients of all micro-batches, which it then drops."""
+        """The optimizer's step, from the gradients of all micro-batches."""
         sum_grads_over_replicas_(self.sae)
         project_decoder_grad_(self.sae)
         if self.cfg.grad_clip is not None:
             clip_grads_(self.sae, self.cfg.grad_clip, self.unit)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         renormalise_decoder_(self.sae)

@@ -32,6 +32,9 @@ from ...parallel.mesh import Mesh, real_groups
 from ..optim import project_rows_, renormalise_decoder_
 from .autograd import AutogradEngine
 
+# Of a decoder's gradient that are projected at once.
+_ROWS = 1 << 13
+
 
 class DeepSpeedEngine(AutogradEngine):
     """Dense gradients, ZeRO-1 or 2; see the module. Made collectively, by all processes."""
@@ -53,7 +56,7 @@ class DeepSpeedEngine(AutogradEngine):
         for name, param in sae.named_parameters():
             # Else the norm that clips is that of one shard.
             param.model_parallel = sae.roles[name] == "rows"  # type: ignore[attr-defined]
-        _hook(sae.W_dec, lambda grad: project_rows_(grad.clone(), sae.W_dec))
+        _hook(sae.W_dec, lambda grad: _project_(grad, sae.W_dec))
         for name in sae.in_data_units:
             _hook(sae.get_parameter(name), lambda grad: grad * self.unit)
         self.zero, *_ = deepspeed.initialize(
@@ -80,6 +83,9 @@ class DeepSpeedEngine(AutogradEngine):
         """
         self.unit = unit
         self.set_lr(self.optimizer.param_groups[0]["lr"])
+
+    def _begin(self) -> None:
+        """ZeRO drops gradients itself; those of its flat tensors it uses again."""
 
     def _forward(
         self, x: Tensor, variance: Tensor, inverse: Tensor | None, batch: int
@@ -147,6 +153,14 @@ class DeepSpeedEngine(AutogradEngine):
 def _hook(param: nn.Parameter, of: Callable[[Tensor], Tensor]) -> None:
     """Puts a function of each gradient in its place, before it is added up."""
     param.register_hook(of)  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def _project_(grad: Tensor, rows: Tensor) -> Tensor:
+    """See `project_rows_`, some rows at a time: a large SAE has no memory for copies."""
+    for start in range(0, len(rows), _ROWS):
+        project_rows_(grad[start : start + _ROWS], rows[start : start + _ROWS])
+    return grad
 
 
 class _Part(NamedTuple):
