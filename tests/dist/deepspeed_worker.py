@@ -126,7 +126,6 @@ def planned(training: SAETraining, steps: int) -> dict[str, Any]:
 
 
 def save(training: SAETraining, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     state, share = training.state(), HostShare(1 << 36)
     writer = CheckpointWriter("x", folder, state, training.mesh, DEVICE, 1, share)
     writer.begin(training.state())
@@ -176,7 +175,7 @@ def forgotten(training: SAETraining) -> list[bool]:
     return right
 
 
-def large(folder: str) -> dict[str, Any]:
+def large() -> dict[str, Any]:
     """1e9 parameters on a GPU, Adam on the host: losses, bytes on the GPU between two steps."""
     d_in, d_sae = 4096, 122_880
     cfg = ENGINES["deepspeed"](
@@ -191,7 +190,6 @@ def large(folder: str) -> dict[str, Any]:
     training = SAETraining(TopKConfig(k=32, d_sae=d_sae), cfg, d_in, mesh, DEVICE, rms=1.0)
     x = torch.randn(1024, d_in, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     losses = [float(training.step(x, PhaseTimer(DEVICE, enabled=False)).fvu) for _ in range(5)]
-    save(training, Path(folder))
     state = training.state()
     return {
         "losses": losses,
@@ -206,7 +204,7 @@ def run(folder: str, replicas: str, *cases: str) -> dict[str, Any]:
     """By case, which is an engine, options and steps, such as `zero2-all-50`, or `zero2-resumed`,
     for which there is a folder."""
     if cases == ("large",):
-        return large(folder)
+        return large()
     mesh = make_mesh(None, int(replicas), device=DEVICE)
     # All verbs are imported by now.
     found: dict[str, Any] = {"imported": "deepspeed" in sys.modules}

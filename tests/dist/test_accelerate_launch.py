@@ -77,6 +77,21 @@ def test_the_whole_job(config: Path) -> None:
         assert curve == [(x["step"], pytest.approx(x["fvu"], rel=1e-6)) for x in lines]
 
 
+def test_deepspeed_trains(config: Path, store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    zero2 = Path(__file__).parents[2] / "configs" / "deepspeed" / "zero2.json"
+    options = [f"train.deepspeed_config={zero2}", "train.num_replicas=2", f"store={store}"]
+    said = finish(
+        start("train", config, 2, "train.engine=deepspeed", *options, f"output={tmp_path}")
+    )
+    assert "trained; fvu 0." in said
+    assert "[WARNING]" not in said, "DeepSpeed says nothing"
+    (lines,) = tmp_path.glob("*/metrics.jsonl")
+    curve = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert curve[-1]["step"] == 20
+    assert curve[-1]["fvu"] < curve[0]["fvu"]
+
+
 @pytest.mark.parametrize(
     ("verb", "override", "words"),
     [
