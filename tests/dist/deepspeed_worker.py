@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from flash_sae_dist.config.base import UserError
 from flash_sae_dist.config.train import ENGINES
 from flash_sae_dist.launch.bench_wire import measure_sent
 from flash_sae_dist.models.topk import TopKConfig
@@ -34,15 +35,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bfloat16": {"precision": "bfloat16"},
     "resample": {"dead_latents": "resample", "dead_after_tokens": 3 * BATCH},
 }
+FOLDERS = [ROOT / "configs" / "deepspeed"]
 KEPT, AFTER = 5, 5  # steps before a checkpoint and behind it
 
 
 def make(kind: str, mesh: Mesh, option: str = "all") -> SAETraining:
-    """A training of an engine, or of the deepspeed engine with one of configs/deepspeed."""
-    file = ROOT / "configs" / "deepspeed" / f"{kind}.json"
+    """A training of an engine, or of the deepspeed engine with a file of FOLDERS."""
     own: dict[str, Any] = {"engine": kind}
-    if file.exists():
-        own = {"engine": "deepspeed", "deepspeed_config": str(file)}
+    for file in (folder / f"{kind}.json" for folder in FOLDERS):
+        if file.exists():
+            own = {"engine": "deepspeed", "deepspeed_config": str(file)}
     cfg = ENGINES[own["engine"]](
         **{"dead_after_tokens": 10**9} | own | OPTIONS[option],
         num_tokens=200 * BATCH,
@@ -175,6 +177,19 @@ def forgotten(training: SAETraining) -> list[bool]:
     return right
 
 
+def broken(kind: str, mesh: Mesh) -> str:
+    """What a row that is not finite ends a run with."""
+    training = make(kind, mesh)
+    advance(training, 1)
+    x = batch(1, training.master_dtype)
+    x[5, 2] = torch.inf
+    try:
+        training.step(x, PhaseTimer(DEVICE, enabled=False))
+    except UserError as e:
+        return str(e)
+    return "nothing"
+
+
 def large() -> dict[str, Any]:
     """1e9 parameters on a GPU, Adam on the host: losses, bytes on the GPU between two steps."""
     d_in, d_sae = 4096, 122_880
@@ -206,11 +221,14 @@ def run(folder: str, replicas: str, *cases: str) -> dict[str, Any]:
     if cases == ("large",):
         return large()
     mesh = make_mesh(None, int(replicas), device=DEVICE)
+    FOLDERS.append(Path(folder))
     # All verbs are imported by now.
     found: dict[str, Any] = {"imported": "deepspeed" in sys.modules}
     for case in cases:
         kind, option, *steps = case.split("-")
-        if option == "resumed":
+        if option == "broken":
+            found[case] = broken(kind, mesh)
+        elif option == "resumed":
             found[case] = resume(Path(folder), kind, mesh)
         else:
             found[case] = train(kind, option, int(steps[0]), mesh)

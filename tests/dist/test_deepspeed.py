@@ -4,6 +4,7 @@ checkpoints that every engine takes.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,22 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, atol: float = 1e-5) -> N
     torch.testing.assert_close(got, want, rtol=0, atol=atol)
 
 
+def small_buckets(folder: Path) -> Path:
+    """A folder with a file whose buckets are smaller than a matrix, as they are for large SAEs."""
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 100}
+    (folder / "small_buckets.json").write_text(json.dumps({"zero_optimization": zero}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """On 2 replicas of 2 shards, by rank."""
-    out = tmp_path_factory.mktemp("runs")
+    out = small_buckets(tmp_path_factory.mktemp("runs"))
     cases = [f"{kind}-all-50" for kind in ("fused", "zero1", "zero2")]
     cases += [f"{kind}-resample-8" for kind in ("fused", "zero1")]
-    cases += ["fused-plain-8", "fused-free-8", "zero2_offload-all-8", "zero2_offload-resumed"]
-    return run_ranks(WORKER, 4, out, str(out / "checkpoints"), "2", *cases)
+    cases += ["fused-plain-8", "fused-free-8", "zero2_offload-all-8"]
+    cases += ["small_buckets-all-8", "zero2_offload-resumed"]
+    return run_ranks(WORKER, 4, out, str(out), "2", *cases)
 
 
 @pytest.mark.slow
@@ -38,6 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         ("zero1-all-50", "fused-all-50"),
         ("zero2-all-50", "fused-all-50"),
         ("zero2_offload-all-8", "fused-all-50"),
+        ("small_buckets-all-8", "fused-all-50"),
         ("zero1-resample-8", "fused-resample-8"),
     ],
 )
@@ -92,9 +102,11 @@ def test_checkpoints_go_there_and_back(runs: Runs) -> None:
 
 def test_one_process(tmp_path: Path) -> None:
     """Without a launcher."""
-    cases = ("fused-all-10", "zero1-all-10", "zero2_offload-all-10")
+    cases = ("fused-all-10", "zero1-all-10", "zero2_offload-all-10", "small_buckets-all-10")
     bfloat16 = ("autograd-bfloat16-10", "zero1-bfloat16-10")
-    (found,) = run_ranks(WORKER, 1, tmp_path, "none", "1", *cases, *bfloat16)
+    every = (*cases, *bfloat16, "zero1-broken")
+    (found,) = run_ranks(WORKER, 1, tmp_path, str(small_buckets(tmp_path)), "1", *every)
+    assert found["zero1-broken"].startswith("the gradient is not finite; lower train.lr")
     assert not found["imported"], "DeepSpeed is imported where it is asked for alone"
     for case in cases[1:]:
         assert_close(found[case]["losses"], found["fused-all-10"]["losses"])
@@ -112,7 +124,7 @@ def test_weights_that_fit_train_where_moments_do_not(
     monkeypatch.setenv("TRAIN_WORKER_DEVICE", "cuda")
     (found,) = run_ranks(WORKER, 1, tmp_path, "none", "1", "large", timeout=600)
     assert found["parameters"] > 1e9
-    assert found["losses"] == sorted(found["losses"], reverse=True)
+    assert found["losses"][-1] < found["losses"][0]
     assert found["off"] < 1e-6
     assert found["devices"] == ["cpu", "cpu"]
     # Weights are 4 bytes a parameter, moments 8, master weights 4.
