@@ -46,9 +46,8 @@ class GroupMax(SparseCoder):
         return 2 * codes.values.sqrt()
 
 
-ARCHITECTURES["groupmax"] = GroupMax
-
 if __name__ == "__main__":
+    ARCHITECTURES["groupmax"] = GroupMax
     verb, *sys.argv[1:] = sys.argv[1:]
     module = importlib.import_module(f"flash_sae_dist.launch.{verb}")
     from flash_sae_dist.launch.entry import verb_main

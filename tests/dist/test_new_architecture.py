@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flash_sae_dist.config.train import ENGINES
-from flash_sae_dist.models import load_sae
+from flash_sae_dist.models import ARCHITECTURES, load_sae
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.engines.autograd import AutogradEngine
 from flash_sae_dist.training.engines.fused import FusedEngine
@@ -21,6 +21,12 @@ from flash_sae_dist.training.step import SAETraining
 from tests.dist.ranks import free_port, rank_env, start_module, wait
 from tests.groupmax import GroupMax, GroupMaxConfig
 from tests.tiny_model import config_data, write_config
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one line, undone afterwards."""
+    monkeypatch.setitem(ARCHITECTURES, "groupmax", GroupMax)
 
 
 def curve(engine: str, batches: list[torch.Tensor], **options: Any) -> list[tuple[float, ...]]:
