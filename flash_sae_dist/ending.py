@@ -44,6 +44,10 @@ class StopRequested(BaseException):
         return 128 + self.number
 
 
+class StopAsked(Exception):  # noqa: N818 (no error)
+    """A wait was left for a signal; the loop that waited ends behind the step before."""
+
+
 class _State:
     """What this process has been asked for, and where it is."""
 
@@ -52,7 +56,7 @@ class _State:
     deferred = 0
     where = "before the first step"
     kept = ""
-    last: Callable[[str], None] = staticmethod(lambda text: None)
+    last: Callable[[str, int], None] = staticmethod(lambda text, code: None)
     tell: Callable[[str], None] = staticmethod(lambda text: print(text, file=sys.stderr))
 
 
@@ -71,8 +75,8 @@ def keeps(text: str) -> None:
     _State.kept = text
 
 
-def before_end(call: Callable[[str], None]) -> None:
-    """Has `end_now` call this first, with its sentence."""
+def before_end(call: Callable[[str, int], None]) -> None:
+    """Has `end_now` call this first, with its sentence and exit code."""
     _State.last = staticmethod(call)
 
 
@@ -152,7 +156,7 @@ def _received(number: int) -> None:
 def end_now(sentence: str, code: int) -> None:
     """Ends this process from any thread: what waits in a collective could not end itself."""
     with suppress(Exception):
-        _State.last(sentence)
+        _State.last(sentence, code)
     with suppress(Exception):
         drop_partials()
     with suppress(Exception):

@@ -415,7 +415,8 @@ def owned(record: OwnerRecord, place: str) -> Iterator[None]:
 
     def beat() -> None:
         while not done.wait(_BEAT_S):
-            with suppress(OSError):
+            # The next one may get through; an object store's errors are UserErrors.
+            with suppress(OSError, UserError):
                 record.write({**me, "time": time.time()})
 
     thread = threading.Thread(target=beat, name="owner", daemon=True)
@@ -425,7 +426,7 @@ def owned(record: OwnerRecord, place: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join(timeout=5)
-        with suppress(OSError):
+        with suppress(OSError, UserError):
             record.remove()
 
 

@@ -15,7 +15,7 @@ def run(config: Config) -> None:
 
     Each process writes its own shards. Run again after an interruption, it goes on with the shards
     that are not recorded; run on a finished store, it makes again what was lost or cut short since
-    (`ActivationStore.verify()` in Python compares all data with their checksums). Reads the
+    (`flash-sae verify STORE` compares all data with their checksums). Reads the
     sections model, text and cache.
 
     flash-sae cache configs/gpt2-small.yaml cache.num_tokens=1000000

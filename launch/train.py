@@ -19,7 +19,7 @@ def run(config: Config) -> None:
 
     flash-sae train configs/gpt2-small.yaml train.hookpoint=transformer.h.8
 
-    flash-sae train configs/gpt2-small.yaml train.source=stream
+    flash-sae train configs/gpt2-small.yaml output=runs/gpt2-stream train.source=stream
 
     accelerate launch -m flash_sae_dist.launch.train configs/gpt2-small.yaml train.num_shards=8
     """

@@ -13,7 +13,7 @@ from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.config.deepspeed import read_deepspeed, zero_of
 from flash_sae_dist.config.train import DeepSpeedTrainConfig
 from flash_sae_dist.parallel.mesh import Mesh
-from flash_sae_dist.training.engine import check_engine
+from flash_sae_dist.training.engine import check_engine, check_installed
 
 PRESETS = Path(__file__).parents[1] / "configs" / "deepspeed"
 GROUPS = Mesh(0, 2, 0, 1, 0, 1, None, None, None)
@@ -88,8 +88,8 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_deepspeed_is_asked_for_where_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install flash_sae_dist\[deepspeed\]"):
-        check_engine(config(), 8, Mesh.single())
+    with pytest.raises(ConfigError, match=r"pip install 'flash_sae_dist\[deepspeed\]'"):
+        check_installed(config())
 
 
 def test_several_groups_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

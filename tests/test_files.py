@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from flash_sae_dist.config.base import ConfigError
+from flash_sae_dist import files
+from flash_sae_dist.config.base import ConfigError, UserError
 from flash_sae_dist.files import check_writable, replacing, write_text
 
 
@@ -55,3 +58,29 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path) -> None:
         fill_the_disk()
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_text() == "old"
+
+
+def test_an_owner_goes_on_beating_though_a_store_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As an object store's records, whose errors are UserErrors."""
+    monkeypatch.setattr(files, "_BEAT_S", 0.05)
+    beats = []
+
+    class Record:
+        def read(self) -> None:
+            return None
+
+        def create(self, record: dict[str, Any]) -> None:
+            del record
+
+        def write(self, record: dict[str, Any]) -> None:
+            beats.append(record)
+            raise UserError("it does not answer")
+
+        def remove(self) -> None:
+            raise UserError("it does not answer")
+
+    with files.owned(Record(), "s3://bucket/x"):
+        time.sleep(0.5)
+    assert len(beats) > 2

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from flash_sae_dist.parallel import heartbeat
 from flash_sae_dist.parallel.heartbeat import Heartbeat
 
 SECONDS = 1.5
@@ -92,6 +93,26 @@ def test_a_failed_process_ends_others_with_its_sentence_unless_they_end_too(thre
     assert sentence in (wanted, wanted.replace("1", "2"))
     assert three.ends[1].empty()
     assert three.ends[2].empty(), "it had left by then"
+
+
+def test_after_a_signal_the_others_have_time_for_their_checkpoints(
+    three: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "_FAILED_GRACE_S", 0.2)
+    monkeypatch.setattr(heartbeat, "_STOPPED_GRACE_S", 2.0)
+    three.start(0, 1, 2)
+    three.beats[1].leave("stopped by SIGTERM before step 7", stopped=True)
+    time.sleep(1)
+    assert three.ends[0].empty()
+    assert three.ends[2].empty()
+    wanted = "process 1 on host host1 was stopped: stopped by SIGTERM before step 7"
+    assert [three.ends[rank].get(timeout=5) for rank in (0, 2)] == [wanted, wanted]
+
+
+def test_a_sentence_that_is_no_text_is_told_all_the_same(three: Launch) -> None:
+    three.start(0, 1, 2)
+    three.beats[1].leave("a path \udcff")
+    assert three.ends[0].get(timeout=5).endswith("a path \\udcff")
 
 
 def test_a_process_that_was_stopped_itself_blames_nobody(

@@ -23,23 +23,26 @@ def stop(*_):
     open(os.environ["OUT"] + "/stopped", "a").write("x")
     os._exit(143)
 signal.signal(signal.SIGTERM, stop)
+if os.environ["CODE"] == "2":  # as a verb marks it and the launcher hides it
+    open(os.environ["FLASH_SAE_MISTAKE"], "w")
 rank = sys.argv[sys.argv.index("--machine_rank") + 1]
 json.dump(sys.argv[1:], open(os.environ["OUT"] + f"/{{rank}}.json", "w"))
 time.sleep(float(os.environ.get("SLEEP", "0")))
-sys.exit(int(os.environ["CODE"]))
+sys.exit(min(1, int(os.environ["CODE"])))
 """
 SRUN = """#!/usr/bin/env bash
 shift # --kill-on-bad-exit
 pids=()
-trap 'kill -TERM "${pids[@]}"' TERM
+trap 'kill -KILL "${pids[@]}"; exit 137' TERM # as srun does
+echo > "$OUT/pids"
 for SLURM_NODEID in 0 1; do
   export SLURM_NODEID
   "$@" &
   pids+=($!)
+  echo $! >> "$OUT/pids"
 done
 code=0
 for pid in "${pids[@]}"; do
-  wait "$pid" || code=$?
   wait "$pid" || code=$?
 done
 exit $code
@@ -50,6 +53,9 @@ case $1 in
   requeue) echo "$2" >> "$OUT/requeued" ;;
 esac
 """
+SCANCEL = """#!/usr/bin/env bash
+[ "$1" = --signal=TERM ] && kill -TERM $(cat "$OUT/pids")
+"""
 SSH = """#!/usr/bin/env bash
 echo "$1" >> "$OUT/hosts"
 exec bash -c "$2"
@@ -59,6 +65,7 @@ exec bash -c "$2"
 @pytest.fixture
 def env(tmp_path: Path) -> dict[str, str]:
     stand_ins = {"accelerate": LAUNCHER, "srun": SRUN, "scontrol": SCONTROL, "fakessh": SSH}
+    stand_ins["scancel"] = SCANCEL
     for name, text in stand_ins.items():
         file = tmp_path / "bin" / name
         file.parent.mkdir(exist_ok=True)
@@ -132,7 +139,7 @@ def test_slurm_stops_and_requeues_before_its_time_ends(tmp_path: Path, env: dict
 def test_ssh_starts_a_launcher_a_host_and_gives_the_worst_code(
     tmp_path: Path, env: dict[str, str]
 ) -> None:
-    env |= {"HOSTS": "node1 node2", "GPUS": "3", "PORT": "1234", "SSH": "fakessh", "CODE": "2"}
+    env |= {"HOSTS": "node1 node2", "GPUS": "3", "PORT": "1234", "SSH": "fakessh", "CODE": "1"}
     args = [
         "bash",
         str(tmp_path / "checkout/launch/hosts/ssh.sh"),
@@ -140,7 +147,7 @@ def test_ssh_starts_a_launcher_a_host_and_gives_the_worst_code(
         "c d.yaml",
         "grid.values={sae.k: [1, 2]}",
     ]
-    assert subprocess.run(args, env=env, timeout=60).returncode == 2
+    assert subprocess.run(args, env=env, timeout=60).returncode == 1
     assert sorted((tmp_path / "hosts").read_text().split()) == ["node1", "node2"]
     for rank, got in enumerate(arguments(tmp_path)):
         assert value(got, "--machine_rank") == str(rank)

@@ -598,3 +598,38 @@ def test_the_gpu_that_is_here_is_planned_for() -> None:
     assert here.is_here
     assert here.processes == torch.cuda.device_count()
     assert here.memory <= torch.cuda.get_device_properties(0).total_memory
+
+
+def test_auto_asks_no_memory_for_what_is_finished() -> None:
+    small, large = work(4096, 768, 24576, 32), work(8192, 4096, 2**20, 64)
+    jobs = [Job(name, Path(name), config_of(4096, 24576, 32)) for name in ("small", "large")]
+    works, here = {"small": small, "large": large}, launch(2, 1, 8)
+    with pytest.raises(ConfigError, match="GiB"):
+        plan.choose_mesh(jobs, works, here, grid=True)
+    found = plan.choose_mesh(jobs, works, here, grid=True, finished={"large"})
+    assert found in plan.meshes(2, None, several_groups=True)
+
+
+def test_auto_gives_deepspeed_all_processes() -> None:
+    jobs = [Job(str(n), Path(str(n)), config_of(4096, 24576, 32)) for n in range(8)]
+    works = {job.name: work(4096, 768, 24576, 32)._replace(engine="deepspeed") for job in jobs}
+    shards, replicas = plan.choose_mesh(jobs, works, launch(8, 1, 80), grid=True)
+    assert shards * replicas == 8
+
+
+def test_a_change_that_the_grid_varies_is_no_cure() -> None:
+    one = work(8192, 4096, 200_000, 64)
+    with pytest.raises(ConfigError) as e:
+        search.check_memory(one, 1, 1, launch(1, 1, 20), {"sae.d_sae", "train.moment_dtype"})
+    assert "sae.d_sae=200000 at width" in str(e.value)
+    assert "moment_dtype" not in str(e.value)
+    assert "or sae.d_sae=" not in str(e.value)
+
+
+def test_gh200_is_no_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = type("Properties", (), {"total_memory": 96 << 30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for called, known in (("NVIDIA H200", True), ("NVIDIA GH200 480GB", False),
+                          ("NVIDIA A100-SXM4-80GB", True)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=called: name)
+        assert (devices.gpu_of(torch.device("cuda", 0))[1] == "") == known

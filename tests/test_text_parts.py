@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -358,3 +360,24 @@ def test_the_first_tokens_of_a_sequence_can_be_left_out(tmp_path: Path) -> None:
     row = np.asarray(store.array("text/row")[:])
     assert (row[:, :5] == -1).all()
     assert (row[:, 5:] >= 0).any()
+
+
+def test_all_hear_of_a_process_that_dies_though_the_first_needs_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: Any = SimpleNamespace(records=Records(str(tmp_path)), ended=False)
+    nothing: Any = None
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    config: Any = parse_config(config_data(tmp_path))
+    making: Any = SimpleNamespace(causal=True)
+    parts.size = 1
+    place = str(tmp_path)
+    with tokenising.Tokeniser(config, making, parts, place, num_rows=9, first=True) as first:
+        with suppress(OSError):
+            first.follow()
+        other = tokenising.Tokeniser(nothing, making, parts, place, num_rows=9, first=False)
+        ends = time.monotonic() + 20
+        while not list(tmp_path.glob("records/tokenising.json")):
+            assert time.monotonic() < ends
+        with pytest.raises(UserError, match="ended with code 1; .* what was tokenised is kept"):
+            other.wait()

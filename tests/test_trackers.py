@@ -144,3 +144,10 @@ def test_offline_wandb_gives_back_what_was_logged(
         names[job]: (("theirs", "theirs"), number, [(10, number + 0.1), (20, number + 0.05)])
         for number, job in enumerate(JOBS)
     }
+
+
+def test_a_run_that_cannot_begin_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path / "file")
+    with pytest.raises(ConfigError, match="trackers: tensorboard cannot start"):
+        Trackers(accelerator, {"a": {}})

@@ -8,12 +8,14 @@ import logging
 import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from .. import ending
 from ..config.base import UserError
 from ..parallel import collectives
 from ..parallel.mesh import Mesh
@@ -112,7 +114,7 @@ class StreamedBatches:
     def _turn(self) -> None:
         """Runs the passes of the next window."""
         assert self._next is not None
-        window, skip = self._next.result()
+        window, skip = self._waited(self._next)
         self._next = self._thread.submit(next, self._windows)
         is_first = self._epoch < 0
         self._tell(window)
@@ -123,6 +125,17 @@ class StreamedBatches:
         self._places, self._at = to_device(window.places, self.device), skip
         if is_first and not self.start_step:
             self._sum_up(window.fresh)
+
+    def _waited(self, window: Future[tuple[Window, int]]) -> tuple[Window, int]:
+        """A window whose text may still be made. Raises StopAsked where a signal asks for it
+        meanwhile; members of a mesh stop together, between two steps.
+        """
+        while self.mesh.members == 1:
+            with suppress(TimeoutError):
+                return window.result(timeout=0.5)
+            if ending.requested():
+                raise ending.StopAsked
+        return window.result()
 
     def _tell(self, window: Window) -> None:
         before, self._epoch = self._epoch, window.epoch

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -69,6 +70,9 @@ class Tokeniser:
         self.config, self.making, self.parts, self.first = config, making, parts, first
         self.place, self.num_rows = place, num_rows
         self.process: subprocess.Popen[str] | None = None
+        self.failed: dict[str, Any] | None = None  # what that process met
+        self._watcher = threading.Thread(target=self._watch, name="tokenising", daemon=True)
+        self._is_over = False
 
     def __enter__(self) -> Self:
         return self
@@ -80,8 +84,13 @@ class Tokeniser:
         trace: TracebackType | None,
     ) -> None:
         if self.process is not None:
+            self._is_over = True
             self.process.kill()
-            self.process.communicate()
+            self._watcher.join()
+            for pipe in (self.process.stdin, self.process.stdout):
+                assert pipe is not None
+                with suppress(OSError):
+                    pipe.close()
 
     def begin(self, enough: int, advance: Callable[[int], None], mark: Callable[[], None]) -> None:
         """Makes parts until they give that many tokens to store. mark is called before the first
@@ -157,6 +166,7 @@ class Tokeniser:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
+        self._watcher.start()
 
     def ask(self, part: int) -> None:
         """Says that a part is needed, where no more than enough was to be made; called again and
@@ -172,27 +182,34 @@ class Tokeniser:
             if (failed := self.parts.records.read(_FAILED)) is not None:
                 raise _error(failed)
             return
-        if self.process is None or self.process.poll() is None or self.parts.ended:
-            return
-        failed = self._told()
-        self.parts.records.write(_FAILED, failed)
-        raise _error(failed)
+        if self.failed is not None and not self.parts.ended:
+            raise _error(self.failed)
 
-    def _told(self) -> dict[str, Any]:
-        """What the process that ended said of it."""
+    def _watch(self) -> None:
+        """Waits for the process in the first one, and tells all others where it fails: the first
+        may have all that it needs itself.
+        """
         assert self.process is not None
         assert self.process.stdout is not None
-        lines = [line for line in self.process.stdout.read().splitlines() if '"sentence"' in line]
-        if lines:
-            told: dict[str, Any] = json.loads(lines[-1])
-            return told
-        code = self.process.returncode
-        return {
-            "sentence": f"the process that tokenises the text ended with code {code}; look above "
-            "for its last words (a kill for want of memory leaves none), and run the same command "
-            "again: what was tokenised is kept",
-            "is_config": False,
-        }
+        said = self.process.stdout.read()
+        if self.process.wait() and not self._is_over:
+            self.failed = _failure(said, self.process.returncode)
+            with suppress(OSError, UserError):
+                self.parts.records.write(_FAILED, self.failed)
+
+
+def _failure(said: str, code: int) -> dict[str, Any]:
+    """What the process that ended said of it."""
+    lines = [line for line in said.splitlines() if '"sentence"' in line]
+    if lines:
+        told: dict[str, Any] = json.loads(lines[-1])
+        return told
+    return {
+        "sentence": f"the process that tokenises the text ended with code {code}; look above "
+        "for its last words (a kill for want of memory leaves none), and run the same command "
+        "again: what was tokenised is kept",
+        "is_config": False,
+    }
 
 
 _SECTIONS = ("model", "text", "cache")

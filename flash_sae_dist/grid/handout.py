@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from uuid import uuid4
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -21,7 +22,8 @@ def in_order(plan: Plan) -> list[Bundle]:
 
 def bundles_for(plan: Plan, mesh: Mesh) -> Iterator[Bundle]:
     """The bundles that this rank's group trains. A group takes the next one when it asks for it:
-    none waits for another, whatever their steps take. Collective over the members.
+    none waits for another, whatever their steps take. Collective over all processes when it
+    begins, over the members from then on.
     """
     bundles = in_order(plan)
     if mesh.num_groups == 1:
@@ -29,9 +31,10 @@ def bundles_for(plan: Plan, mesh: Mesh) -> Iterator[Bundle]:
         return
     assert dist.is_initialized()
     counter = distributed_c10d._get_default_store()
+    # A process may train several grids one after another.
+    key = agree.from_first(lambda: f"flash_sae_dist/bundles/{uuid4().hex}")
     while True:
-        # The store counts for all hosts; a launch is one life of it.
-        taken = counter.add("flash_sae_dist/bundles", 1) if mesh.is_lead else 0
+        taken = counter.add(key, 1) if mesh.is_lead else 0
         number: int = agree.from_lead(taken, mesh) - 1
         if number >= len(bundles):
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +22,12 @@ from ..files import check_space, check_writable
 from ..models.base import CONFIG_FILE, check_weights, read_spec
 from ..parallel import agree
 from ..parallel.mesh import Mesh
-from ..planner.devices import Launch, launch_here, memory_of
-from ..planner.memory import Work, work_of
-from ..planner.search import check_memory, fits, meshes, splits
+from ..planner.devices import GIB, Launch, launch_here, memory_of
+from ..planner.memory import Memory, Work, work_of
+from ..planner.search import DOUBT, check_memory, fits, meshes, need, splits
 from ..planner.storage import disk_bytes
 from ..planner.timing import Cost, bundle_seconds, cost_of
-from ..training.engine import check_engine
+from ..training.engine import check_engine, check_installed
 from ..training.job import Config, with_values
 from ..training.made_of import check_same_job
 from ..training.member import is_finished
@@ -76,6 +76,8 @@ def make_plan(
     something does not fit.
     """
     jobs = jobs_of(config, rows.hookpoints, grid=grid, where=rows.where)
+    for job in jobs:
+        check_installed(_train(job))
     check_fit(jobs, rows.widths, mesh)
     check_writable("output", config.output)
     for job in jobs:
@@ -83,7 +85,7 @@ def make_plan(
     unfinished = [job for job in jobs if not _is_intact(job)]
     works = works_of(unfinished, rows.widths, rows.dtype, launch)
     for job in unfinished:
-        check_memory(works[job.name], mesh.num_shards, mesh.num_replicas, launch)
+        check_memory(works[job.name], mesh.num_shards, mesh.num_replicas, launch, varied(job, grid))
         if not (job.folder / "job.yaml").exists():
             check_schedule(job)
     needed = sum(disk_bytes(works[job.name], job.folder) for job in unfinished)
@@ -92,6 +94,13 @@ def make_plan(
     buffer = _buffers(rows, bundle_memory(launch)) if isinstance(rows, ModelRows) else None
     groups = place(unfinished, works, launch, mesh.num_shards, mesh.num_replicas, buffer)
     return Plan(jobs, {job.name for job in unfinished}, groups)
+
+
+def varied(job: Job, grid: bool) -> set[str]:
+    """Keys of a job that another key of its config decides."""
+    assert job.config.sae is not None
+    found = set(job.config.grid.values) if grid and job.config.grid is not None else set()
+    return found | ({"sae.d_sae"} if job.config.sae.expansion_factor is not None else set())
 
 
 def jobs_of(
@@ -263,7 +272,8 @@ def place(
     num_groups = launch.processes // (num_shards * num_replicas)
     if buffer is not None:
         for job in jobs:
-            buffer(job)  # raises where one alone is too much
+            # The buffer raises where it alone is too much.
+            _check_both(job, need(works[job.name], num_shards, num_replicas), buffer(job), launch)
         share = max(1, -(-len(jobs) // num_groups))
         bundles = make_bundles(jobs, costs, bundle_memory(launch), share, buffer)
         if (more := len(bundles) - len(make_bundles(jobs, costs, _ALL, share))) > 0:
@@ -284,6 +294,17 @@ def place(
         if seconds_of(groups) < seconds_of(best):
             best = groups
     return best
+
+
+def _check_both(job: Job, takes: Memory, buffer: int, launch: Launch) -> None:
+    """Raises ConfigError where an SAE and a stream's rows do not fit beside one another."""
+    if takes.peak + buffer > DOUBT * launch.memory:
+        raise ConfigError(
+            f"{job.name}: train.buffer_tokens={_train(job).buffer_tokens} takes "
+            f"{buffer / GIB:,.1f} GiB of a process's memory beside the SAE's "
+            f"{takes.peak / GIB:,.1f}, but {launch.memory / GIB:,.1f} GiB are free; lower "
+            "train.buffer_tokens, train.batch_tokens or sae.d_sae, or use more shards"
+        )
 
 
 def _stream_of(job: Job) -> tuple[object, ...]:
@@ -315,7 +336,11 @@ def make_bundles(
     def taken(together: list[Job]) -> int:
         first, *others = (costs[job.name].memory for job in together)
         hooks = {hookpoint_of(job): job for job in together}.values()
-        rows = sum(buffer(job) for job in hooks) if buffer is not None else 0
+        rows = 0
+        if buffer is not None:
+            rows = sum(buffer(job) for job in hooks)
+            # A batch has the rows of every hookpoint.
+            rows += (len(hooks) - 1) * sum(costs[together[0].name].memory.feed.values())
         return first.peak + sum(other.own for other in others) + rows
 
     bundles = []
@@ -372,30 +397,40 @@ def seconds_of(groups: list[list[Bundle]]) -> float:
 
 
 def choose_mesh(
-    jobs: list[Job], works: dict[str, Work], launch: Launch, *, grid: bool
+    jobs: list[Job],
+    works: dict[str, Work],
+    launch: Launch,
+    *,
+    grid: bool,
+    finished: Collection[str] = (),  # jobs that need no memory any more
 ) -> tuple[int, int]:
     """P shards x R replicas for train.num_shards=auto: those with which all jobs fit and the last
     one is done first. Raises ConfigError where none fits, telling why the most shards do not.
     """
     train = _train(jobs[0])
+    todo = [job for job in jobs if job.name not in finished]
+    # DeepSpeed's engine takes all processes for each SAE.
+    several = grid and all(work.engine != "deepspeed" for work in works.values())
     replicas = train.num_replicas if "num_replicas" in train.model_fields_set else None
     pairs = [
         pair
-        for pair in meshes(launch.processes, replicas, several_groups=grid)
+        for pair in meshes(launch.processes, replicas, several_groups=several)
         if all(splits(work, *pair) for work in works.values())
     ]
     if not pairs:
         raise ConfigError(
             f"train.num_shards=auto: no shards x replicas of {launch.processes} processes divide "
             f"sae.d_sae={works[jobs[0].name].d_sae} and train.batch_tokens={train.batch_tokens} "
-            "evenly; change one of them or --num_processes"
+            "evenly; change one of them or the number of processes"
         )
-    fitting = [pair for pair in pairs if all(fits(w, *pair, launch.memory) for w in works.values())]
-    for work in works.values():
+    fitting = [
+        pair for pair in pairs if all(fits(works[job.name], *pair, launch.memory) for job in todo)
+    ]
+    for job in todo:
         if not fitting:
-            check_memory(work, *max(pairs), launch)
+            check_memory(works[job.name], *max(pairs), launch, varied(job, grid))
 
-    return min(fitting, key=lambda p: (seconds_of(place(jobs, works, launch, *p)), p))
+    return min(fitting, key=lambda p: (seconds_of(place(todo, works, launch, *p)), p))
 
 
 def with_mesh(config: Config, device: torch.device, processes: int, *, grid: bool) -> Config:
@@ -411,7 +446,8 @@ def with_mesh(config: Config, device: torch.device, processes: int, *, grid: boo
         store = ActivationStore.open(config.store_path())
         jobs = jobs_of(config, store.hookpoints, grid=grid)
         works = works_of(jobs, store.widths, store.dtype, launch)
-        found = choose_mesh(jobs, works, launch, grid=grid)
+        finished = {job.name for job in jobs if _is_intact(job)}
+        found = choose_mesh(jobs, works, launch, grid=grid, finished=finished)
         logger.info(
             "train.num_shards=auto: %d shards x %d replicas an SAE on %d processes", *found,
             launch.processes,

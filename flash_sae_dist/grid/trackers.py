@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from ..config.base import ConfigError
@@ -106,6 +107,11 @@ class Trackers:
             self._runs[job] = [self._wandb(job, _flat(config), group)] if "wandb" in names else []
             if "tensorboard" in names:
                 self._waiting[job] = _flat(config)
+        if self._waiting:
+            # Their runs begin later; what would keep them from it shows now.
+            from torch.utils.tensorboard import SummaryWriter as SummaryWriter
+
+            Path(self.accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
 
     def _wandb(self, job: str, config: dict[str, Any], group: str) -> Any:
         """A run of its own, among the accelerator's trackers from its start on."""
@@ -144,7 +150,8 @@ class Trackers:
     def log(self, job: str, values: dict[str, float], step: int) -> None:
         """Sends a job's metrics of a step."""
         if job in self._waiting:
-            self._runs[job].append(self._tensorboard(job, self._waiting.pop(job), step))
+            self._runs[job].append(self._tensorboard(job, self._waiting[job], step))
+            del self._waiting[job]
         for tracker in self._runs.get(job, []):
             tracker.log(values, step=step)
         name = self._names.setdefault(job, _safe(job))

@@ -25,12 +25,13 @@ import torch.distributed as dist
 from .. import ending
 from ..config.base import UserError
 
-_BEAT, _LEFT, _VERDICT = b".", b"l", b"v"
+_BEAT, _LEFT, _STOPPED, _VERDICT = b".", b"l", b"s", b"v"
 _HELLO = struct.Struct("!16siH")  # token, rank, bytes of the host's name
 _HEAD = struct.Struct("!cI")  # kind, bytes of the sentence behind it
 # After one process has failed with a sentence of its own, the others may be about to end with the
-# same; and one that met a broken connection waits so much longer for the sentence that explains it.
-_GRACE_S, _PATIENCE_S = 2.0, 5.0
+# same; after one was stopped by a signal, they may still be writing the checkpoint that they stop
+# with; and one that met a broken connection waits for the sentence that explains it.
+_FAILED_GRACE_S, _STOPPED_GRACE_S, _PATIENCE_S = 2.0, 120.0, 5.0
 
 
 class _Peer:
@@ -44,7 +45,7 @@ class _Peer:
 
     def send(self, kind: bytes, sentence: str = "") -> None:
         """Sends a message; what cannot be sent shows when the connection is read."""
-        told = sentence.encode()[:60_000]
+        told = sentence.encode(errors="backslashreplace")[:60_000]
         with suppress(OSError):
             self.connection.send(_HEAD.pack(kind, len(told)) + told)
 
@@ -61,8 +62,8 @@ class _Peer:
             end = _HEAD.size + size
             if len(self._got) < end:
                 return
-            sentence, self._got = self._got[_HEAD.size : end].decode(), self._got[end:]
-            yield kind, sentence
+            told, self._got = self._got[_HEAD.size : end], self._got[end:]
+            yield kind, told.decode(errors="replace")
 
     @property
     def name(self) -> str:
@@ -85,8 +86,9 @@ class Heartbeat:
         # Written to by `leave`, so that the thread hears of it at once.
         self._wake, woken = socket.socketpair()
         self._selector.register(woken, selectors.EVENT_READ)
-        self._leaves: str | None = None
-        self._failed: tuple[float, str] | None = None  # when and how another process failed
+        self._leaves: tuple[bytes, str] | None = None
+        # How another process ended, and when this one has to.
+        self._failed: tuple[float, str] | None = None
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def add(self, connection: socket.socket, rank: int, host: str) -> None:
@@ -100,10 +102,10 @@ class Heartbeat:
         """Begins to beat and to watch."""
         self._thread.start()
 
-    def leave(self, sentence: str = "") -> None:
+    def leave(self, sentence: str = "", *, stopped: bool = False) -> None:
         """Says goodbye: from here on no silence of this process means anything. A sentence tells
-        the others that it failed, and how."""
-        self._leaves = sentence
+        the others that it failed, or was stopped by a signal, and how."""
+        self._leaves = (_STOPPED if stopped else _LEFT, sentence)
         with suppress(OSError):
             self._wake.send(b"!")
         if threading.current_thread() is not self._thread:
@@ -127,7 +129,7 @@ class Heartbeat:
                     peer.send(_BEAT)
             self._judge(now)
         for peer in self._present():
-            peer.send(_LEFT, self._leaves)
+            peer.send(*self._leaves)
 
     def _present(self) -> list[_Peer]:
         return [peer for peer in self.peers.values() if not peer.left]
@@ -142,9 +144,9 @@ class Heartbeat:
             for kind, sentence in peer.messages():
                 if kind == _VERDICT:
                     self._end(sentence)
-                elif kind == _LEFT:
-                    if sentence and self._failed is None:
-                        self._failed = (time.monotonic(), f"{peer.name} failed: {sentence}")
+                elif kind in (_LEFT, _STOPPED):
+                    if sentence:
+                        self._has_ended(peer, sentence, stopped=kind == _STOPPED)
                     self._gone(peer)
                     return
         except OSError:
@@ -152,8 +154,14 @@ class Heartbeat:
             if self._leaves is None and self._failed is None:
                 self._verdict(f"{peer.name} died: it closed its connection without a word")
 
+    def _has_ended(self, peer: _Peer, sentence: str, *, stopped: bool) -> None:
+        ends = time.monotonic() + (_STOPPED_GRACE_S if stopped else _FAILED_GRACE_S)
+        if self._failed is None or ends < self._failed[0]:
+            what = "was stopped" if stopped else "failed"
+            self._failed = (ends, f"{peer.name} {what}: {sentence}")
+
     def _judge(self, now: float) -> None:
-        if self._failed is not None and now - self._failed[0] > _GRACE_S:
+        if self._failed is not None and now > self._failed[0]:
             self._verdict(self._failed[1])
         for peer in self._present():
             if now - peer.heard > self.seconds:
@@ -170,21 +178,34 @@ class Heartbeat:
         self._end(sentence)
 
 
-def _hub(world: int, seconds: float) -> tuple[socket.socket, tuple[int, bytes]]:
+def _hub(world: int) -> tuple[socket.socket, tuple[int, bytes]]:
     """The first process's listening socket, and what the others need to find it."""
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     server = socket.create_server(
         ("", 0), family=family, backlog=max(128, world), dualstack_ipv6=dual
     )
-    server.settimeout(seconds)
     return server, (server.getsockname()[1], secrets.token_bytes(16))
 
 
-def _answer(server: socket.socket, token: bytes, beat: Heartbeat, others: int) -> None:
-    """Takes the connections of all others; one that does not know the token is nobody's."""
+def _answer(
+    server: socket.socket, token: bytes, beat: Heartbeat, others: int, seconds: float
+) -> None:
+    """Takes the connections of all others; one that does not know the token is nobody's. Raises
+    OSError where not all come in time.
+    """
+    ends = time.monotonic() + seconds
+    server.settimeout(min(1.0, beat.seconds / 9))
     while len(beat.peers) < others:
-        connection, _ = server.accept()
+        # Those that are there wait for this process already.
+        for peer in beat.peers.values():
+            peer.send(_BEAT)
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            if time.monotonic() > ends:
+                raise
+            continue
         connection.settimeout(10)
         with suppress(OSError):
             hello = _HELLO.unpack(_exactly(connection, _HELLO.size))
@@ -209,13 +230,13 @@ def connect(seconds: float, rendezvous_s: float, end: Callable[[str], None]) -> 
     cannot be reached. Collective over all processes."""
     rank, world = dist.get_rank(), dist.get_world_size()
     beat, host = Heartbeat(rank, seconds, end), socket.gethostname()
-    server, told = _hub(world, rendezvous_s) if rank == 0 else (None, (0, b""))
+    server, told = _hub(world) if rank == 0 else (None, (0, b""))
     found = [(*told, host)]
     dist.broadcast_object_list(found, src=0)
     port, token, first = found[0]
     try:
         if server is not None:
-            _answer(server, token, beat, world - 1)
+            _answer(server, token, beat, world - 1, rendezvous_s)
             server.close()
         else:
             address = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -246,15 +267,17 @@ def beating(seconds: float, rendezvous_s: float) -> Iterator[None]:
         ending.end_now(f"error: {sentence}{kept and f'; {kept}'}", 1)
 
     beat = connect(seconds, rendezvous_s, end)
-    ending.before_end(beat.leave)
+    # Codes of signals are 128 and more.
+    ending.before_end(lambda sentence, code: beat.leave(sentence, stopped=code > 128))
     try:
         yield
     except BaseException as e:
         if ending.is_of_group(e):
             # It only says that a connection broke; the one who knows why has it told to all.
             time.sleep(_PATIENCE_S)
-        beat.leave(ending.sentence_of(e) or f"{type(e).__name__}: {e}")
+        told = ending.sentence_of(e) or f"{type(e).__name__}: {e}"
+        beat.leave(told, stopped=isinstance(e, ending.StopRequested))
         raise
     finally:
-        ending.before_end(lambda sentence: None)
+        ending.before_end(lambda sentence, code: None)
     beat.leave()

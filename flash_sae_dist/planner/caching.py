@@ -256,9 +256,16 @@ def check_cache(plan: CachePlan, config: RunConfig, launch: Launch, free_host: i
             f"{launch.memory / GIB:,.1f} GiB free; set {cure}"
         )
     if free_host is not None and host * launch.local > free_host:
-        shards = plan.host["shards on their way to the disk"]
+        shards, model = plan.host["shards on their way to the disk"], plan.host.get("model", 0)
+        count = f"{launch.local} process{'es' * (launch.local > 1)} a host"
+        if model > host / 2:
+            raise ConfigError(
+                f"model.name={config.model.name!r}: the weights take {model / GIB:,.1f} GiB in "
+                f"each of {count}, of whose memory {free_host / GIB:,.1f} GiB are free; start "
+                "fewer, set model.dtype=bfloat16 where it is float32, or take a smaller model"
+            )
         raise ConfigError(
-            f"cache.memory_gib={config.cache.memory_gib:g}: {launch.local} processes a host take "
+            f"cache.memory_gib={config.cache.memory_gib:g}: {count} take "
             f"{host * launch.local / GIB:,.1f} GiB of its memory (shards of all hookpoints "
             f"{shards * launch.local / GIB:,.1f}), of which {free_host / GIB:,.1f} GiB are free; "
             "lower cache.memory_gib or cache.batch_sequences, or start fewer processes a host"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def gpu_of(device: torch.device) -> tuple[Gpu, str]:
         return CPU, ""
     called = torch.cuda.get_device_name(device)
     for name, gpu in GPUS.items():
-        if name in called:
+        if name in re.split(r"[\s-]", called):
             return gpu, ""
     memory = torch.cuda.get_device_properties(device).total_memory / GIB
     gpu = GPUS[DEFAULT]._replace(name=called, memory_gib=memory, measured=False)
@@ -88,6 +89,8 @@ def gpu_of(device: torch.device) -> tuple[Gpu, str]:
 def memory_of(device: torch.device) -> int:
     """Bytes that this process may take: what is free on its GPU, or its share of the host's."""
     if device.type == "cuda":
+        # What PyTorch keeps for tensors to come is free, too.
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     return free_bytes() // local_processes()
 
@@ -113,7 +116,7 @@ def launch_for(
     """
     here = torch.cuda.device_count()
     if processes is None:
-        processes = hosts * here if gpu is None and here else max(hosts, asked)
+        processes = hosts * here if gpu is None and here else -(-asked // hosts) * hosts
     if processes % hosts:
         raise ConfigError(f"--processes {processes} cannot be split over --hosts {hosts} evenly")
     local = processes // hosts

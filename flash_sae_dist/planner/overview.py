@@ -84,8 +84,9 @@ def overview(config: Config, launch: Launch, width: int | None = None) -> Overvi
     refused: list[str] = []
     if config.train is not None and config.train.source == "stream":
         raise ConfigError(
-            "train.source='stream' cannot be planned; plan with train.source=store, whose steps "
-            "take the same beside the model and the rows of train.buffer_tokens"
+            "train.source='stream' cannot be planned; plan the same run from a store: drop "
+            "train.source and train.buffer_tokens, give cache.store and cache.num_tokens. Its "
+            "steps take the same; the model and the rows of train.buffer_tokens come beside them"
         )
     rows = rows_there(config.store_path())
     cache = None
@@ -122,10 +123,13 @@ def _cache_plan(config: Config, launch: Launch, width: int | None) -> CachePlan:
 
 
 def processes_of(config: Config) -> int:
-    """Processes that a config's shards and replicas are, 1 where it leaves them out or to auto."""
-    if config.train is None or not isinstance(config.train.num_shards, int):
+    """Processes that a config's shards and replicas are, of shards that it leaves out or to auto
+    one.
+    """
+    if config.train is None:
         return 1
-    return config.train.num_shards * config.train.num_replicas
+    shards = config.train.num_shards
+    return (shards if isinstance(shards, int) else 1) * config.train.num_replicas
 
 
 def _tell(check: Callable[[], None], refused: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from ..config.base import ConfigError
@@ -10,8 +10,8 @@ from .devices import GIB, Launch
 from .memory import DEAD_SHARE, Memory, Work, memory_of_rank
 from .timing import StepTime, step_time
 
-# A prediction within a tenth is no reason to refuse what may fit: free memory counts a little more.
-_DOUBT = 1.05
+# Predictions are off by up to a tenth: half of that is no reason to refuse what may fit.
+DOUBT = 1.05
 # More shards than this are not proposed.
 _MOST_SHARDS = 4096
 
@@ -46,7 +46,7 @@ def need(work: Work, num_shards: int, num_replicas: int) -> Memory:
 
 def fits(work: Work, num_shards: int, num_replicas: int, memory: int) -> bool:
     """Whether a rank has the memory that a job takes."""
-    return need(work, num_shards, num_replicas).peak <= _DOUBT * memory
+    return need(work, num_shards, num_replicas).peak <= DOUBT * memory
 
 
 def meshes(
@@ -76,7 +76,13 @@ def choices(work: Work, launch: Launch, pairs: Sequence[tuple[int, int]]) -> lis
     return sorted(found, key=lambda c: (c.time.ms, c.num_shards))
 
 
-def check_memory(work: Work, num_shards: int, num_replicas: int, launch: Launch) -> None:
+def check_memory(
+    work: Work,
+    num_shards: int,
+    num_replicas: int,
+    launch: Launch,
+    varied: Collection[str] = (),  # keys that setting alone does not change
+) -> None:
     """Raises ConfigError where a job's ranks have not the memory that it takes, in a sentence that
     names what to change.
     """
@@ -85,7 +91,8 @@ def check_memory(work: Work, num_shards: int, num_replicas: int, launch: Launch)
     takes = need(work, num_shards, num_replicas)
     kept, step = sum(takes.kept.values()), sum(takes.step.values()) + sum(takes.feed.values())
     where = f"the {launch.gpu.name}" if launch.on_gpu else "its share of this host"
-    cures = list(_cures(work, num_shards, num_replicas, launch.memory))
+    found = _cures(work, num_shards, num_replicas, launch.memory)
+    cures = [cure for cure in found if cure.partition("=")[0] not in varied]
     told = f"set {', or '.join(cures[:3])}" if cures else "lower sae.d_sae and train.batch_tokens"
     raise ConfigError(
         f"{work.name}: sae.d_sae={work.d_sae} at width {work.d_in} over train.num_shards="

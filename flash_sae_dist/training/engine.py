@@ -54,18 +54,22 @@ def choose_engine(cfg: TrainConfig, d_in: int) -> EngineChoice:
     return EngineChoice("autograd", reason)
 
 
+def check_installed(cfg: TrainConfig) -> None:
+    """Raises ConfigError where an engine's library is not there."""
+    if isinstance(cfg, DeepSpeedTrainConfig) and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "train.engine='deepspeed' needs DeepSpeed; pip install 'flash_sae_dist[deepspeed]', or "
+            "change train.engine"
+        )
+
+
 def check_engine(cfg: TrainConfig, d_in: int, mesh: Mesh) -> None:
-    """Raises ConfigError as `choose_engine`, and where DeepSpeed is not there, or is told or given
-    what it cannot do.
+    """Raises ConfigError as `choose_engine`, and where DeepSpeed is told or given what it cannot
+    do.
     """
     choose_engine(cfg, d_in)
     if not isinstance(cfg, DeepSpeedTrainConfig):
         return
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(
-            "train.engine='deepspeed' needs DeepSpeed; pip install flash_sae_dist[deepspeed], or "
-            "change train.engine"
-        )
     read_deepspeed(cfg, mesh.num_replicas)
     if mesh.num_groups > 1:
         raise ConfigError(

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -200,7 +201,10 @@ class Trainer:
                 self._checkpoint(step, due=True)
             logged = (step + 1) % self.cfg.log_every == 0 or step + 1 == self.total_steps
             data = PhaseTimer(self.device, enabled=logged)
-            rows = next(batches)
+            try:
+                rows = next(batches)
+            except ending.StopAsked:
+                self._stop(step, ending.requested())
             data.mark("data")
             pace.tokens += self.cfg.batch_tokens
             results: list[_Made] = []
@@ -253,7 +257,7 @@ class Trainer:
             if not math.isfinite(fvu := values["fvu"]):
                 member.fail(f"fvu is {fvu} at step {step}; lower train.lr, check the rows", step)
 
-    def _stop(self, step: int, number: int) -> None:
+    def _stop(self, step: int, number: int) -> NoReturn:
         """Raises StopRequested between two steps, with a checkpoint of the one before."""
         self._checkpoint(step, due=True)
         for member in self.members:

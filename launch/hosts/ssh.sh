@@ -13,9 +13,9 @@ port=${PORT:-29500} gpus=${GPUS:-8}
 read -ra ssh <<< "${SSH:-ssh}"
 
 # shellcheck disable=SC2329 # the trap calls it
-stop() { # to each host's launcher, which tells its processes
+stop() { # to each host's launcher, which tells its processes; not to an ssh whose words hold the same
   for host in "${hosts[@]}"; do
-    "${ssh[@]}" "$host" "pkill -TERM -f -- '--main_process_port $port '" < /dev/null || true
+    "${ssh[@]}" "$host" "pkill -TERM -f -- '^[^ ]*python.* --main_process_port $port '" < /dev/null || true
   done
 }
 trap stop INT TERM
