@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_fails_the_job_at_its_step(
     status = read_status(failed)
     assert status is not None
     assert (status.state, status.step, status.total_steps) == ("failed", at, STEPS)
-    assert status.error == f"fvu is nan at step {at}; lower train.lr, check the store"
+    assert status.error == f"fvu is nan at step {at}; lower train.lr, check the rows"
     text = (failed / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in text] == LOGGED[: LOGGED.index(at) + 1]
     made = sorted(int(path.name[5:]) for path in failed.glob("checkpoints/step-*"))

@@ -526,7 +526,7 @@ def test_caching_is_refused_before_work(
 ) -> None:
     config = parse_config(config_data(file.parent))
     monkeypatch.setattr(caching, "free_bytes", lambda: 1000)
-    with pytest.raises(ConfigError, match=r"cache\.memory_gib=8: 1 processes a host take"):
+    with pytest.raises(ConfigError, match=r"cache\.memory_gib=8: 1 process a host take"):
         caching.check_launch(config, CPU, 1)
     tight = Launch(GPUS["A100"], 1, 1, 1000)
     with pytest.raises(ConfigError, match=r"model\.name=.* takes .*, but the A100 has 0\.0 GiB"):
