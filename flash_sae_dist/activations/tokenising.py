@@ -163,10 +163,12 @@ class Tokeniser:
             # A terminal's Ctrl-C is for the first process alone.
             start_new_session=True,
         )
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
         self._watcher.start()
+        assert self.process.stdin is not None
+        # Of one that is gone already the watcher tells.
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
 
     def ask(self, part: int) -> None:
         """Says that a part is needed, where no more than enough was to be made; called again and
