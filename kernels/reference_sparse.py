@@ -38,8 +38,8 @@ def gathered_dots(
     activations.
     """
     dtype = accumulate_dtype(W.dtype)
-    # The gradient of embedding_bag's weights, which gathers no [N, K, D]: a quarter of the time of
-    # an einsum at N=1024 K=32 D=576.
+    # The gradient of embedding_bag's weights, which gathers no [N, K, D]: 3.3 ms for an einsum's
+    # 17.8 at N=1024 K=32 D=576 F=4096, on one core.
     dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         grad.to(dtype), W.to(dtype), top_idx.flatten().long(), *_bags(top_idx), 0
     )

@@ -2,8 +2,8 @@
 
 A step is its products at the matmul rate, its gathers and its pass over the parameters at the copy
 rate, its collectives at the links' rate; the loader runs beside it. Factors are fitted to
-docs/performance.md: six shapes on one H200 within 5% (one of a million latents within 16%), dead
-latents within 30% of what they add, two GPUs within 20% (tests/test_planner.py).
+docs/performance.md: six shapes on one H200 within 6%, with dead latents too; a million latents and
+two GPUs within 16% (tests/test_planner.py).
 """
 
 from __future__ import annotations
