@@ -317,7 +317,7 @@ FIELDS = {
         "store hookpoints num_tokens context_length batch_sequences drop_special_tokens "
         "skip_first_tokens max_norm_ratio shard_mib memory_gib dtype seed"
     ),
-    "sae": "architecture d_sae expansion_factor k",
+    "sae": "architecture d_sae expansion_factor input_norm k",
     "train": (
         "hookpoint source buffer_tokens num_tokens batch_tokens lr warmup_steps decay_fraction "
         "adam_betas "

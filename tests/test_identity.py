@@ -478,7 +478,8 @@ def test_every_key_of_a_config_is_of_one_kind() -> None:
 
 # Another valid value of each key of sae and train.
 OTHER: dict[str, Any] = {
-    "sae.k": 3, "sae.d_sae": 32, "train.hookpoint": "model.layers.1.mlp", "train.num_tokens": 9999,
+    "sae.k": 3, "sae.d_sae": 32, "sae.input_norm": "layer_norm",
+    "train.hookpoint": "model.layers.1.mlp", "train.num_tokens": 9999,
     "train.batch_tokens": 32, "train.lr": 0.5, "train.warmup_steps": 6,
     "train.decay_fraction": 0.5, "train.adam_betas": [0.5, 0.9], "train.adam_eps": 1e-3,
     "train.engine": "autograd", "train.grad_clip": 1.0, "train.micro_batches": 2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,17 @@ from .base import ConfigError, Folder, StrictModel, from_yaml, nearest_name
 from .data import CacheConfig, ModelConfig, TextConfig
 from .train import STEP_IS_GONE
 
-ExportFormat = Literal["sae_lens", "sparsify"]
+ExportFormat = Literal[
+    "sae_lens",
+    "sparsify",
+    "dictionary_learning",
+    "llamascopium",
+    "gemma_scope",
+    "gemma_scope_2",
+    "circuit_tracer",
+    "openai",
+    "qwen_scope",
+]
 
 
 class GridConfig(StrictModel):
@@ -63,8 +73,8 @@ class EvaluateConfig(StrictModel):
 class ExportConfig(StrictModel):
     """Files for other libraries."""
 
-    formats: tuple[ExportFormat, ...] = get_args(ExportFormat)
-    """Formats to write."""
+    formats: tuple[ExportFormat, ...] = ("sae_lens", "sparsify")
+    """Formats to write: docs/formats.md says who reads them, and what each can hold."""
     directory: Folder | None = None
     """Where to write; left out, `<output>/export`."""
 

@@ -54,6 +54,16 @@ class Config(RunConfig):
         config._from_grid = taken
         return config
 
+    @model_validator(mode="after")
+    def _one_norm(self) -> Self:
+        norms = self.sae and self.train and (self.sae.input_norm, self.train.normalize)
+        if norms and "none" not in norms:
+            raise ValueError(
+                f"train.normalize={norms[1]!r} changes nothing with sae.input_norm={norms[0]!r}, "
+                "which standardises each row; drop one"
+            )
+        return self
+
     def check_complete(self, verb: str) -> None:
         """Raises ConfigError where a needed key has values for `grid` alone."""
         if self._from_grid:

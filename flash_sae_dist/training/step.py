@@ -108,6 +108,8 @@ class SAETraining:
         """Makes the data's root mean square the unit of the biases' steps, or of the rows. Rows
         that are all zero, or not finite, have none: 1.
         """
+        if self.sae.config.input_norm != "none":
+            rms = 1.0  # of the rows that the engine gets
         self._rms = rms if 0 < rms < math.inf else 1.0
         self.engine.set_unit(1.0 if self._divides else self._rms)
 
@@ -151,6 +153,7 @@ class SAETraining:
         no host sync but in the first (the encoder's choice, the capture of a graph), every 100
         steps for the list of dead latents, and where latents are resampled.
         """
+        x = self.sae.normalise(x)[0]
         if self._rms is None:
             self.set_rms(self._measure_rms(x))
         assert self._rms is not None
