@@ -34,7 +34,7 @@ STEP_KEYS = frozenset(
         *("hookpoint", "batch_tokens", "seed", "lr", "warmup_steps", "decay_fraction", "grad_clip"),
         *("adam_betas", "adam_eps", "adam_mode", "moment_dtype", "ema_decay", "engine"),
         *("precision", "dead_latents", "aux_coef", "k_aux", "dead_after_tokens", "normalize"),
-        *("holdout", "source", "buffer_tokens"),
+        *("holdout", "source", "buffer_tokens", "init_from"),
     )
 )
 # Keys that decide a store's rows by their own values.
@@ -64,6 +64,7 @@ FREE_KEYS = frozenset(
     + ["store_cache.folder", "store_cache.gib"]
     + ["model.trust_remote_code", "model.device_map"]
     + [f"evaluate.{key}" for key in ("num_tokens", "batch_tokens", "loss_sequences")]
+    + ["evaluate.saes", "evaluate.hookpoint", "evaluate.k"]
     + ["export.formats", "export.directory", "grid.hookpoints", "grid.values"]
 )
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .base import ConfigError, Folder, StrictModel, from_yaml, nearest_name
+from .base import ConfigError, Folder, Hookpoint, Latents, StrictModel, from_yaml, nearest_name
 from .data import CacheConfig, ModelConfig, TextConfig
 from .train import STEP_IS_GONE
 
@@ -62,6 +62,15 @@ class GridConfig(StrictModel):
 class EvaluateConfig(StrictModel):
     """What is measured on finished SAEs."""
 
+    saes: tuple[Folder, ...] = ()
+    """SAEs to measure in place of those under output: files or folders of any format that
+    `flash-sae convert` knows, or owner/name of the hub. On the command line SAE=PATH adds one.
+    Without a store the model itself gives the rows, as the sections model, text and cache say."""
+    hookpoint: Hookpoint | None = None
+    """Hookpoint of evaluate.saes whose files do not tell it, or tell another library's name."""
+    k: Latents | None = None
+    """k of evaluate.saes whose files do not tell it (Qwen-Scope's)."""
+
     num_tokens: int = Field(default=65_536, gt=0)
     """Stored rows for FVU, cosine, L0, latents that never fired, and densities."""
     batch_tokens: int = Field(default=4096, gt=0)
@@ -114,6 +123,10 @@ class RunConfig(StrictModel):
                     f"{key}={folder!r} is a URL; give a folder (only stores and text may be URLs)"
                 )
         return self
+
+    def names_store(self) -> bool:
+        """Whether there is a store to read."""
+        return self.store is not None or (self.cache is not None and self.cache.store is not None)
 
     def store_path(self) -> str:
         """The store that training reads. Raises ConfigError where none is named."""

@@ -9,6 +9,16 @@ from pathlib import Path
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def local_copy_of(word: str) -> Path:
+    """`local_copy` of owner/name, owner/name/FOLDER or a local path."""
+    if Path(word).expanduser().exists():
+        return Path(word).expanduser()
+    repository = _REPOSITORY.match(word)
+    if repository is None or word.startswith("."):
+        return local_copy(word)
+    return local_copy(repository[0], word[repository.end() :].strip("/"))
+
+
 def local_copy(name: str | Path, subfolder: str = "", revision: str | None = None) -> Path:
     """A local path as it is; of a repository's name the folder that it, or a folder or file in it,
     was downloaded to. Raises ValueError where it is neither, or cannot be downloaded.

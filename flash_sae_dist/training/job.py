@@ -119,9 +119,11 @@ def parse_config(data: dict[str, Any], source: str = "config") -> Config:
     return parse(Config, data, source)
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a YAML config and applies `key=value` overrides. Raises ConfigError."""
-    return parse_config(read_file(path, overrides), str(path))
+def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML config, none where path is None, and applies `key=value` overrides. Raises
+    ConfigError."""
+    source = "the command line" if path is None else str(path)
+    return parse_config(read_file(path, overrides), source)
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:

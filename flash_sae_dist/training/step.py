@@ -20,6 +20,7 @@ from ..parallel import collectives
 from ..parallel.mesh import Mesh
 from .checkpoint import TrainingState
 from .engine import make_engine
+from .initial import begin_from_
 from .metrics import PhaseTimer, StepMetrics
 from .optim import lr_at
 from .resample import resample_
@@ -64,8 +65,10 @@ class SAETraining:
             mesh=mesh,
             dtype=self.master_dtype,
             device=device,
-            seed=cfg.seed if drawn else None,
+            seed=cfg.seed if drawn and cfg.init_from is None else None,
         )
+        if drawn and cfg.init_from is not None:
+            begin_from_(self.sae, cfg.init_from)
         self.dead = DeadLatents(self.sae.d_sae_local, cfg.dead_after_tokens, mesh, device)
         self.engine = make_engine(self.sae, self.dead, cfg, self.compute_dtype)
         self.optimizer = self.engine.optimizer
@@ -148,6 +151,16 @@ class SAETraining:
             self.optimizer.state[self.sae.b_dec]["ema"].copy_(self.sae.b_dec)
         self.engine.refresh_()
 
+    @torch.no_grad()
+    def _into_unit(self, factor: float) -> None:
+        """Turns given weights of rows as they are stored into those of rows times factor."""
+        for name, param in self.sae.named_parameters():
+            if name in self.sae.in_data_units:
+                param.mul_(factor)
+                if "ema" in self.engine.moments:
+                    self.optimizer.state[param]["ema"].copy_(param)
+        self.engine.refresh_()
+
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
         """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
         no host sync but in the first (the encoder's choice, the capture of a graph), every 100
@@ -159,8 +172,10 @@ class SAETraining:
         assert self._rms is not None
         if self._divides:
             x = x.to(self.master_dtype) / self._rms
-        if self.step_index == 0:
+        if self.step_index == 0 and self.cfg.init_from is None:
             self.init_b_dec(x)
+        elif self.step_index == 0 and self._divides:
+            self._into_unit(1 / self._rms)
         if not self._tuned:
             self._tune(x)
         if self._choice is not None:
