@@ -323,8 +323,8 @@ FIELDS = {
         "adam_betas "
         "adam_eps normalize engine grad_clip micro_batches dead_latents aux_coef k_aux "
         "dead_after_tokens precision num_shards num_replicas init_from seed holdout preload "
-        "log_every checkpoint_every checkpoint_minutes keep_checkpoints rendezvous_timeout_s heartbeat_s "
-        "adam_mode moment_dtype ema_decay deepspeed_config"
+        "log_every checkpoint_every checkpoint_minutes keep_checkpoints rendezvous_timeout_s "
+        "heartbeat_s adam_mode moment_dtype ema_decay deepspeed_config"
     ),
     "grid": "hookpoints values",
     "evaluate": "saes hookpoint k num_tokens batch_tokens loss_sequences",

@@ -64,7 +64,7 @@ class Interventions(nn.Module):
         """The activations [..., d_sae] of tokens x [..., d_in], zero where a latent is not active:
         as other libraries' `encode`."""
         self._whole("encode_dense")
-        return self._dense(*self.encode(x))
+        return self.dense(*self.encode(x))
 
     def decode_dense(self, acts: Tensor) -> Tensor:
         """`acts @ W_dec + b_dec`: the reconstruction [..., d_in] of activations [..., d_sae]."""
@@ -78,7 +78,7 @@ class Interventions(nn.Module):
         """
         recon = clean
         if self._acts_hooks:
-            acts = self._dense(values, indices)
+            acts = self.dense(values, indices)
             for hook in list(self._acts_hooks.values()):
                 acts = acts if (given := hook(acts)) is None else given
             recon = self.decode_dense(acts)
@@ -128,7 +128,8 @@ class Interventions(nn.Module):
         with torch.autocast(given.device.type, enabled=False):
             return self(given.to(self.b_dec.dtype)).recon.to(given.dtype)
 
-    def _dense(self, values: Tensor, indices: Tensor) -> Tensor:
+    def dense(self, values: Tensor, indices: Tensor) -> Tensor:
+        """Codes [..., K] as activations [..., d_sae]."""
         # Summed: an unused slot's 0 must not cover what another slot of the same latent holds.
         dense = values.new_zeros(*values.shape[:-1], self.d_sae)
         return dense.scatter_add(-1, indices.long(), values)

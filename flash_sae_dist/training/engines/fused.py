@@ -78,12 +78,22 @@ class FusedEngine(Engine):
         k_aux: int | None = None,
         micro_batches: int = 1,
         graph: bool | None = None,
+        loss: Literal["fvu", "mse"] = "fvu",
+        aux_by_loss: bool = False,
     ) -> None:
+        """loss: the error is divided by the batch's variance, or by its tokens (its mean squared
+        length); aux_by_loss: AuxK's, too, in place of the residual's own variance.
+        """
         self.sae, self.optimizer, self.dead = sae, optimizer, dead
-        self.kind, self.micro_batches = dead_latents, micro_batches
+        self.kind, self.micro_batches, self.loss = dead_latents, micro_batches, loss
         k_aux = min(k_aux or max(1, sae.d_in // 2), sae.d_sae)
         self.dead_step = DeadStep(
-            sae, dead, ghost=dead_latents == "ghost", coef=aux_coef, k_aux=k_aux
+            sae,
+            dead,
+            ghost=dead_latents == "ghost",
+            coef=aux_coef,
+            k_aux=k_aux,
+            by_loss=aux_by_loss,
         )
         obstacle = self._obstacle()
         if graph and obstacle:
@@ -275,7 +285,10 @@ class FusedEngine(Engine):
             both = torch.cat([sums.sum(dim=0), squares.sum().view(1)])
             all_reduce_(both, mesh.replica_group, mesh.num_replicas)
             # b_dec lies near the mean, so little cancels.
-            inverse = inverse_variance(both[:-1], both[-1], tokens)
+            if self.loss == "fvu":
+                inverse = inverse_variance(both[:-1], both[-1], tokens)
+            else:
+                inverse = torch.full_like(both[-1], 1 / tokens)
             scale = 2 * inverse
             self.optimizer.advance_()
         return _Batch(xc, xc_all, inverse, scale, tokens, (sums, squares)), self.side.mark()
