@@ -22,6 +22,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import flash_sae_dist
 from flash_sae_dist.config.data import CacheConfig
 from flash_sae_dist.launch import bench
 from flash_sae_dist.launch.cli import PATH_VERBS, VERBS, build
@@ -323,3 +324,9 @@ def test_bench_encode_takes_shapes_by_name_or_size(name: str) -> None:
     assert bench._shape("900,2304,16384,20") == (900, 2304, 16384, 20)
     with pytest.raises(typer.BadParameter, match=f"--shape {name} is no shape.*N,D,F,k"):
         bench._shape(name)
+
+
+def test_the_version_is_told(app: Any) -> None:
+    result = RUNNER.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output == f"flash_sae_dist {flash_sae_dist.__version__}\n"

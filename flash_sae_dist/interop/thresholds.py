@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ..activations.loader import ActivationLoader
-from ..activations.store import ActivationStore
 from ..models.base import SparseCoder
 from .contents import Contents, contents_of
+
+if TYPE_CHECKING:
+    from ..activations.store import ActivationStore
 
 # Of pre-activations [rows, latents] at a time.
 _BLOCK_BYTES = 1 << 28
@@ -18,6 +21,9 @@ _ROWS = 16_384
 def rows_of(store: ActivationStore, hookpoint: str) -> Tensor:  # [N, d_in]
     """Rows from everywhere in a store to measure thresholds on. Raises ConfigError where it has
     not that hookpoint."""
+    # Not at the top: an SAE's files are read without the libraries of a store.
+    from ..activations.loader import ActivationLoader
+
     count = min(_ROWS, store.kept_rows)
     with ActivationLoader(store, hookpoint, batch_tokens=count, seed=0, num_steps=1) as loader:
         return next(iter(loader)).float()

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...kernels.dispatch import implementation, on_device, use_kernels
+from ...kernels.dispatch import has_triton, implementation, on_device, use_kernels
 from ...kernels.reference import DenseRows, PairOrder, Pairs
 from ...models.base import Codes, SparseCoder
 from ...models.dead_latents import DeadLatents
@@ -115,6 +115,11 @@ class FusedEngine(Engine):
         W_dec, mesh = self.sae.W_dec, self.sae.mesh
         if not W_dec.is_cuda:
             return "it needs a CUDA device"
+        if not has_triton():
+            return (
+                "triton is not installed, and plain PyTorch does what kernels would; "
+                "pip install 'flash_sae_dist[gpu]'"
+            )
         if not use_kernels(W_dec):
             return f"the reference, which serves {W_dec.dtype}, reads the host"
         if mesh.members > 1 and (backend := dist.get_backend(mesh.member_group)) != "nccl":
