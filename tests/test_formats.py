@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from flash_sae_dist import TopKSAE, interop
 from flash_sae_dist.files import CHECKSUMS
-from flash_sae_dist.interop import FORMATS, About, hook_names
+from flash_sae_dist.interop import FORMATS, About, delphi, hook_names
 from flash_sae_dist.launch.cli import build
 from flash_sae_dist.models import ARCHITECTURES
 from flash_sae_dist.models.base import SparseCoder
@@ -412,3 +412,31 @@ def test_convert(tmp_path: Path) -> None:
         assert code == 2, said
         assert told in said
         assert said.count("\n") == 1
+
+
+def test_delphis_latent_cache(tmp_path: Path) -> None:
+    sae = make("sae_lens")
+    tokens = torch.randint(0, 50, (9, 7))
+    x = 2 * torch.randn(9, 7, D_IN)
+    place = delphi.write_cache(
+        tmp_path, "layers.3", sae, tokens, x.split(4), model_name="m", num_splits=3
+    )
+    assert sorted(p.name for p in place.iterdir()) == [
+        "0_12.safetensors", "13_25.safetensors", "26_39.safetensors", "config.json",
+    ]  # fmt: skip
+    first = load_file(place / "13_25.safetensors")
+    assert first["locations"].dtype == torch.uint16
+    assert int(first["locations"][:, 2].long().max()) <= 12, "counted from the file's first latent"
+    cache = delphi.read_cache(place)
+    assert torch.equal(cache.tokens, tokens)
+    dense = torch.zeros(9, 7, D_SAE)
+    dense[tuple(cache.locations.T)] = cache.activations.float()
+    torch.testing.assert_close(dense, sae.encode_dense(x).detach(), rtol=1e-3, atol=1e-3)
+    assert json.loads((place / "config.json").read_text())["ctx_len"] == 7
+    with pytest.raises(ValueError, match="of 4 sequences, tokens of 9"):
+        delphi.write_cache(tmp_path, "h", sae, tokens, [x[:4]], model_name="m")
+    (place / "0_12.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="0_12.safetensors holds no whole"):
+        delphi.read_cache(place)
+    with pytest.raises(ValueError, match="no latent cache"):
+        delphi.read_cache(tmp_path)
