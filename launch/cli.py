@@ -29,7 +29,7 @@ BENCHES = {
     "train": "bench_train",
     "stream": "bench_stream",
 }
-VERBS = ("plan", "cache", "train", "grid", "evaluate", "export", "verify")
+VERBS = ("plan", "cache", "train", "grid", "evaluate", "features", "export", "verify")
 # Those that take a folder in place of a config.
 PATH_VERBS = ("verify",)
 # Those with options of their own.

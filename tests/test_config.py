@@ -328,6 +328,10 @@ FIELDS = {
     ),
     "grid": "hookpoints values",
     "evaluate": "num_tokens batch_tokens loss_sequences",
+    "features": (
+        "saes latents num_tokens batch_tokens top_examples quantile_examples context_tokens "
+        "output_tokens nearest"
+    ),
     "export": "formats directory",
     "store_cache": "folder gib",
 }

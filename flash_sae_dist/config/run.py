@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -60,6 +60,31 @@ class EvaluateConfig(StrictModel):
     """Sequences of text for the loss recovered; 0 leaves it out and the model is never loaded."""
 
 
+class FeaturesConfig(StrictModel):
+    """What is shown of each latent."""
+
+    saes: tuple[str, ...] = Field(default=("*",), min_length=1)
+    """SAEs to look at, by their folders under output, such as `model.layers.8/k=32`; `*` is any
+    text."""
+    latents: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Numbers of the latents to look at; left out, all."""
+    num_tokens: int = Field(default=10_000_000, gt=0)
+    """Stored rows to read, from the first one on."""
+    batch_tokens: int = Field(default=4096, gt=0)
+    """Stored rows a pass."""
+    top_examples: int = Field(default=16, gt=0)
+    """Rows with a latent's largest activations that are shown."""
+    quantile_examples: int = Field(default=4, ge=0)
+    """Rows that are shown of each fifth of a latent's activations, drawn by chance."""
+    context_tokens: int = Field(default=12, ge=0)
+    """Tokens that are shown before each example, and as many behind it."""
+    output_tokens: int = Field(default=10, ge=0)
+    """Output tokens that are raised most, and lowered most, by a latent; 0 leaves them out, and
+    only the model's tokenizer is loaded."""
+    nearest: int = Field(default=10, ge=0)
+    """Latents with the nearest decoder rows that are shown."""
+
+
 class ExportConfig(StrictModel):
     """Files for other libraries."""
 
@@ -87,6 +112,7 @@ class RunConfig(StrictModel):
     text: TextConfig | None = None
     cache: CacheConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
+    features: FeaturesConfig = FeaturesConfig()
     export: ExportConfig = ExportConfig()
     store: Folder | None = None
     """Store to train from and to measure on; left out, `cache.store`."""
