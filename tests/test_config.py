@@ -327,7 +327,7 @@ FIELDS = {
         "adam_mode moment_dtype ema_decay deepspeed_config"
     ),
     "grid": "hookpoints values",
-    "evaluate": "num_tokens batch_tokens loss_sequences",
+    "evaluate": "rows num_tokens batch_tokens loss_sequences",
     "features": (
         "saes latents num_tokens batch_tokens top_examples quantile_examples context_tokens "
         "output_tokens nearest"

@@ -52,12 +52,16 @@ class GridConfig(StrictModel):
 class EvaluateConfig(StrictModel):
     """What is measured on finished SAEs."""
 
+    rows: Literal["held_out", "all"] = "held_out"
+    """held_out: of the store that an SAE was trained on, the rows that train.holdout left out;
+    where there are none, all, as a warning says. all: all rows. Of another store always all."""
     num_tokens: int = Field(default=65_536, gt=0)
     """Stored rows for FVU, cosine, L0, latents that never fired, and densities."""
     batch_tokens: int = Field(default=4096, gt=0)
     """Stored rows a pass."""
     loss_sequences: int = Field(default=64, ge=0)
-    """Sequences of text for the loss recovered; 0 leaves it out and the model is never loaded."""
+    """Sequences of text for the cross-entropy and the KL divergence recovered; 0 leaves them out
+    and the model is never loaded."""
 
 
 class FeaturesConfig(StrictModel):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -40,6 +40,7 @@ from .loss_recovered import LossMeter
 from .metrics import measure
 from .plots import natural
 from .report import evaluation_record, write_evaluation, write_report
+from .rows import MeasuredRows, measured_rows
 
 logger = logging.getLogger(__name__)
 
@@ -69,20 +70,20 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     if with_losses:
         hookpoints = list(dict.fromkeys(found.hookpoint for found in mine))
         lm, text = _language_model(config, store, accelerator.device, hookpoints)
-    passes = len(mine) + 2 * len({s.hookpoint for s in mine})
-    num_tokens = min(cfg.num_tokens, store.kept_rows)
-    work = num_tokens * len(mine) + (text.ids.size * passes if text is not None else 0)
+    rows = [measured_rows(sae, store, cfg) for sae in mine]
+    work = _num_tokens(mine, rows, cfg, text)
     meters: dict[str, LossMeter] = {}
     records = []
     with progress_bar("evaluate", work, "tokens", accelerator.is_main_process) as bar:
-        for sae in mine:
+        for sae, measured in zip(mine, rows, strict=True):
             if lm is not None and text is not None and sae.hookpoint not in meters:
                 assert config.cache is not None
                 meters[sae.hookpoint] = LossMeter(
                     lm, sae.hookpoint, text, config.cache.batch_sequences, bar.advance
                 )
             meter = meters.get(sae.hookpoint)
-            records.append(_evaluate(sae, cfg, store, meter, accelerator.device, bar.advance))
+            place = _Place(store, measured, accelerator.device)
+            records.append(_evaluate(sae, cfg, place, meter, bar.advance))
     everyone: list[dict[str, Any]] = gather_object(records) if world > 1 else records
     everyone.sort(key=lambda r: natural(r["job"]))
     if accelerator.is_main_process:
@@ -142,17 +143,43 @@ def _made_of(found: FinishedSAE, store: ActivationStore, meter: LossMeter | None
     }
 
 
+def _num_tokens(
+    saes: list[FinishedSAE], rows: list[MeasuredRows], cfg: EvaluateConfig, text: TokenTable | None
+) -> int:
+    """Tokens that are run through SAEs and model."""
+    stored = sum(min(cfg.num_tokens, r.available) for r in rows)
+    if text is None:
+        return stored
+    return stored + int(text.ids.size) * (len(saes) + 2 * len({s.hookpoint for s in saes}))
+
+
+def _first_rows(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """So many rows: a loader's passes are of one size, and the last may reach beyond."""
+    for batch in batches:
+        part = batch[:count]
+        yield part
+        count -= len(part)
+
+
+class _Place(NamedTuple):
+    """What an SAE is measured on, and where."""
+
+    store: ActivationStore
+    rows: MeasuredRows
+    device: torch.device
+
+
 def _evaluate(
     found: FinishedSAE,
     cfg: EvaluateConfig,
-    store: ActivationStore,
+    place: _Place,
     meter: LossMeter | None,
-    device: torch.device,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
+    store, rows, device = place
     sae = found.load(device)
-    # Never more than the store holds: a row measured twice is no new evidence.
-    num_tokens = min(cfg.num_tokens, store.kept_rows)
+    # Never more than there are: a row measured twice is no new evidence.
+    num_tokens = min(cfg.num_tokens, rows.available)
     num_steps = -(-num_tokens // cfg.batch_tokens)
     loader = ActivationLoader(
         store,
@@ -161,23 +188,21 @@ def _evaluate(
         seed=-1 & 0x7FFFFFFF,
         num_steps=num_steps,
         device=device,
+        holdout=rows.holdout,
+        only_held_out=rows.holdout > 0,
     )
 
-    def batches() -> Iterator[Tensor]:
-        left = num_tokens
-        for batch in loader:
-            # The loader's passes are of one size; the last may reach beyond what was asked for.
-            rows = batch[:left]
-            yield rows.to(device, non_blocking=True)
-            left -= len(rows)
-            advance(len(rows))
+    def rows_of() -> Iterator[Tensor]:
+        for part in _first_rows(loader, num_tokens):
+            yield part.to(device, non_blocking=True)
+            advance(len(part))
 
     with loader:
-        metrics = measure(sae, batches())
+        metrics = measure(sae, rows_of())
     loss = meter.measure(sae) if meter is not None else None
     record = evaluation_record(
         found.name, found.hookpoint, getattr(sae.config, "k", None), sae.d_sae, metrics, loss
     )
-    record["made_of"] = _made_of(found, store, meter)
-    write_evaluation(found.folder, record)
+    record |= {"rows": rows.told, "made_of": _made_of(found, store, meter)}
+    write_evaluation(found.folder, record, metrics.density)
     return json.loads(json.dumps(record))  # type: ignore[no-any-return]

@@ -1,0 +1,51 @@
+"""Which of a store's rows an SAE is measured on: those that its training left out."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from ..activations.holdout import held_out
+from ..activations.store import ActivationStore
+from ..config.run import EvaluateConfig
+from ..training.made_of import other_rows
+from .finished import FinishedSAE
+
+logger = logging.getLogger(__name__)
+
+
+class MeasuredRows(NamedTuple):
+    """Rows of a store to measure an SAE on."""
+
+    holdout: float  # share whose documents alone are read; 0: all rows
+    available: int
+    told: str  # what they are
+
+
+def measured_rows(found: FinishedSAE, store: ActivationStore, cfg: EvaluateConfig) -> MeasuredRows:
+    """The rows that training held out, where evaluate.rows asks for them and there are any; all of
+    a store that the SAE was not trained on. What else is done is told in a warning.
+    """
+    everything = MeasuredRows(0.0, store.kept_rows, "all rows, which training may have seen")
+    if cfg.rows == "all":
+        return everything
+    record = found.made_of()
+    if record is None:
+        logger.warning("%s does not tell what its training held out: all rows are read", found.name)
+        return everything
+    step = record["step"]
+    names = {"names": store.config}
+    is_stream = step.get("train.source") == "stream"
+    if not is_stream and other_rows(record["store"], store.made_of(found.hookpoint) | names):
+        return everything._replace(told="all rows of a store that training did not read")
+    # Older versions held nothing out.
+    share = step.get("train.holdout", 0.0)
+    rows = held_out(store, share).rows if share else ()
+    if not len(rows):
+        logger.warning(
+            "%s: train.holdout=%g holds no rows of %s out: all are read, which training has seen; "
+            "a larger share holds out more, evaluate.rows=all says that this is meant",
+            found.name, share, store.path,
+        )  # fmt: skip
+        return everything
+    return MeasuredRows(share, len(rows), "rows that training held out")
