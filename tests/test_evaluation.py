@@ -147,7 +147,7 @@ def test_where_nothing_was_held_out_all_is_read_and_said(
     data["evaluate"]["loss_sequences"] = 0
     (record,) = run_evaluation(parse_config(data), Accelerator(cpu=True))
     assert record["rows"] == "all rows, which training may have seen"
-    assert "train.holdout=0.01 holds no rows of" in caplog.text
+    assert "train.holdout=0.01 held no rows of" in caplog.text
 
 
 def test_a_damaged_sae_is_told(trained: Path, tmp_path: Path) -> None:

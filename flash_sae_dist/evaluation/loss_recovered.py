@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ..activations.language_model import LanguageModel, replace_activations
-from ..activations.model_loss import cross_entropy, divergence, predictions
+from ..activations.model_loss import Predictions, cross_entropy, divergence, predictions
 from ..activations.text import TokenTable
 from ..models.base import SparseCoder
+
+_KEPT_BYTES = 1 << 30
 
 
 class LossRecovered(NamedTuple):
@@ -53,9 +56,28 @@ class _Means(NamedTuple):
     tokens: int
 
 
+class CleanPredictions:
+    """What the model itself predicts of each batch of a text, which no hookpoint changes: kept on
+    its device as far as all of it is not too large, else made again each time.
+    """
+
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches = num_batches
+        self._kept: dict[int, Predictions] = {}
+
+    def of(self, batch: int, make: Callable[[], Predictions]) -> Predictions:
+        """Those of a batch."""
+        if batch in self._kept:
+            return self._kept[batch]
+        found = make()
+        if found.logits.nbytes * self.num_batches <= _KEPT_BYTES:
+            self._kept[batch] = found
+        return found
+
+
 class LossMeter:
     """Measures SAEs of one hookpoint on the same sequences; the clean and the zero loss are
-    measured once.
+    measured once, the model's own predictions once for all meters that share `clean`.
 
     Only positions whose activations the store would keep are replaced, by the SAE as by zeros:
     padding and special tokens, which SAEs never saw, stay as they are. A masked LM hides 15% of
@@ -69,7 +91,9 @@ class LossMeter:
         table: TokenTable,
         batch_sequences: int,
         advance: Callable[[int], None] = lambda n: None,
+        clean: CleanPredictions | None = None,
     ) -> None:
+        self.clean = clean or CleanPredictions(num_batches(table, batch_sequences))
         self.lm, self.hookpoint, self.table = lm, hookpoint, table
         self.batch_sequences, self.advance = batch_sequences, advance
         self.hidden = (np.random.default_rng(0).random(table.keep.shape) < 0.15) & table.keep
@@ -95,11 +119,11 @@ class LossMeter:
             ids = self._tensor(self.table.ids[rows].astype(np.int64))
             attention = self._tensor(self.table.attention[rows])
             keep, hidden = self._tensor(self.table.keep[rows]), self._tensor(self.hidden[rows])
-            # Run again for each SAE: the logits of all of the text are too large to keep.
-            clean = found = predictions(self.lm, ids, attention, hidden)
+            run = partial(predictions, self.lm, ids, attention, hidden)
+            clean = found = self.clean.of(at // self.batch_sequences, run)
             if change is not None:
                 with replace_activations(self.lm, self.hookpoint, _only(keep, change)):
-                    found = predictions(self.lm, ids, attention, hidden)
+                    found = run()
                 kl += float(divergence(clean, found))
             total, count = total + float(cross_entropy(found)), count + len(found.targets)
             self.advance(ids.numel())
@@ -107,6 +131,11 @@ class LossMeter:
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.array(array)).to(self.lm.device)
+
+
+def num_batches(table: TokenTable, batch_sequences: int) -> int:
+    """Passes that a text takes."""
+    return -(-len(table.ids) // batch_sequences)
 
 
 def _reconstruct(sae: SparseCoder, rows: Tensor) -> Tensor:

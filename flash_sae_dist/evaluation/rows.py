@@ -20,19 +20,20 @@ class MeasuredRows(NamedTuple):
     holdout: float  # share whose documents alone are read; 0: all rows
     available: int
     told: str  # what they are
+    warning: str = ""
 
 
 def measured_rows(found: FinishedSAE, store: ActivationStore, cfg: EvaluateConfig) -> MeasuredRows:
     """The rows that training held out, where evaluate.rows asks for them and there are any; all of
-    a store that the SAE was not trained on. What else is done is told in a warning.
+    a store that the SAE was not trained on. A warning tells where there are none.
     """
     everything = MeasuredRows(0.0, store.kept_rows, "all rows, which training may have seen")
     if cfg.rows == "all":
         return everything
     record = found.made_of()
     if record is None:
-        logger.warning("%s does not tell what its training held out: all rows are read", found.name)
-        return everything
+        unknown = "it is not known what their training held out: all rows are read"
+        return everything._replace(warning=unknown)
     step = record["step"]
     names = {"names": store.config}
     is_stream = step.get("train.source") == "stream"
@@ -42,10 +43,21 @@ def measured_rows(found: FinishedSAE, store: ActivationStore, cfg: EvaluateConfi
     share = step.get("train.holdout", 0.0)
     rows = held_out(store, share).rows if share else ()
     if not len(rows):
-        logger.warning(
-            "%s: train.holdout=%g holds no rows of %s out: all are read, which training has seen; "
-            "a larger share holds out more, evaluate.rows=all says that this is meant",
-            found.name, share, store.path,
-        )  # fmt: skip
-        return everything
+        none = (
+            f"train.holdout={share:g} held no rows of {store.path} out: all are read, which "
+            "training has seen; a larger share holds out more, and evaluate.rows=all says that "
+            "this is meant"
+        )
+        return everything._replace(warning=none)
     return MeasuredRows(share, len(rows), "rows that training held out")
+
+
+def warn_of_rows(saes: list[FinishedSAE], rows: list[MeasuredRows]) -> None:
+    """Tells each warning once, with the SAEs that it is of."""
+    names: dict[str, list[str]] = {}
+    for found, measured in zip(saes, rows, strict=True):
+        if measured.warning:
+            names.setdefault(measured.warning, []).append(found.name)
+    for warning, of in names.items():
+        others = f" and {len(of) - 1} more" if len(of) > 1 else ""
+        logger.warning("%s%s: %s", of[0], others, warning)

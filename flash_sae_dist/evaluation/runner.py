@@ -36,11 +36,11 @@ from .finished import (
     finished_saes,
     warn_of_other_text,
 )
-from .loss_recovered import LossMeter
+from .loss_recovered import CleanPredictions, LossMeter, num_batches
 from .metrics import measure
 from .plots import natural
 from .report import evaluation_record, write_evaluation, write_report
-from .rows import MeasuredRows, measured_rows
+from .rows import MeasuredRows, measured_rows, warn_of_rows
 
 logger = logging.getLogger(__name__)
 
@@ -66,24 +66,17 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     # Neighbours share a hookpoint, and with it the clean and the zero loss.
     saes.sort(key=lambda s: s.hookpoint)
     mine = saes[len(saes) * rank // world : len(saes) * (rank + 1) // world]
-    lm, text = None, None
+    lm, text, hookpoints = None, None, list(dict.fromkeys(found.hookpoint for found in mine))
     if with_losses:
-        hookpoints = list(dict.fromkeys(found.hookpoint for found in mine))
         lm, text = _language_model(config, store, accelerator.device, hookpoints)
     rows = [measured_rows(sae, store, cfg) for sae in mine]
-    work = _num_tokens(mine, rows, cfg, text)
-    meters: dict[str, LossMeter] = {}
-    records = []
+    warn_of_rows(mine, rows)
+    work, records = _num_tokens(mine, rows, cfg, text), []
     with progress_bar("evaluate", work, "tokens", accelerator.is_main_process) as bar:
+        meters = _meters(config, lm, text, hookpoints, bar.advance)
         for sae, measured in zip(mine, rows, strict=True):
-            if lm is not None and text is not None and sae.hookpoint not in meters:
-                assert config.cache is not None
-                meters[sae.hookpoint] = LossMeter(
-                    lm, sae.hookpoint, text, config.cache.batch_sequences, bar.advance
-                )
-            meter = meters.get(sae.hookpoint)
             place = _Place(store, measured, accelerator.device)
-            records.append(_evaluate(sae, cfg, place, meter, bar.advance))
+            records.append(_evaluate(sae, cfg, place, meters.get(sae.hookpoint), bar.advance))
     everyone: list[dict[str, Any]] = gather_object(records) if world > 1 else records
     everyone.sort(key=lambda r: natural(r["job"]))
     if accelerator.is_main_process:
@@ -141,6 +134,22 @@ def _made_of(found: FinishedSAE, store: ActivationStore, meter: LossMeter | None
         "loss_text": text_digest(meter.table) if meter is not None else None,
         "versions": versions(),
     }
+
+
+def _meters(
+    config: Config,
+    lm: LanguageModel | None,
+    text: TokenTable | None,
+    hookpoints: list[str],
+    advance: Callable[[int], None],
+) -> dict[str, LossMeter]:
+    """By hookpoint; none without a model."""
+    if lm is None or text is None:
+        return {}
+    assert config.cache is not None
+    batch = config.cache.batch_sequences
+    clean = CleanPredictions(num_batches(text, batch))
+    return {name: LossMeter(lm, name, text, batch, advance, clean) for name in hookpoints}
 
 
 def _num_tokens(
