@@ -67,7 +67,8 @@ FREE_KEYS = frozenset(
     + [f"features.{key}" for key in ("saes", "latents", "num_tokens", "batch_tokens", "nearest")]
     + [f"features.{key}" for key in ("top_examples", "quantile_examples", "context_tokens")]
     + ["features.output_tokens"]
-    + ["export.formats", "export.directory", "grid.hookpoints", "grid.values"]
+    + ["export.formats", "export.directory"]
+    + [f"grid.{key}" for key in ("hookpoints", "values", "points", "exclude", "overrides")]
 )
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "zarr", "numpy", "triton")

@@ -27,7 +27,7 @@ from flash_sae_dist.activations.sequential import row_blocks
 from flash_sae_dist.activations.store import ActivationStore, as_float64
 from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.features.directions import nearest_latents, output_tokens
-from flash_sae_dist.features.pairs import Pairs, PairSpool, active_pairs
+from flash_sae_dist.features.pairs import ActivePairs, PairSpool, active_pairs
 from flash_sae_dist.features.runner import run_features
 from flash_sae_dist.features.running import ActivationCounts, TopRows, chance_keys, size_keys
 from flash_sae_dist.features.words import Words
@@ -251,13 +251,13 @@ def test_rows_come_in_their_order(tmp_path: Path, dtype: str) -> None:
     assert np.array_equal(rows, as_float64(found, "float32" if dtype == "int8" else dtype))
 
 
-def random_pairs(rows: int, latents: int, seed: int) -> Pairs:
+def random_pairs(rows: int, latents: int, seed: int) -> ActivePairs:
     """A flat list, as an architecture by threshold has it; many values are equal."""
     generator = torch.Generator().manual_seed(seed)
     active = torch.rand(rows, latents, generator=generator) < 0.2
     row, latent = active.nonzero(as_tuple=True)
     values = torch.randint(1, 9, (len(row),), generator=generator).float() / 4
-    return Pairs(row, latent, values)
+    return ActivePairs(row, latent, values)
 
 
 @pytest.mark.parametrize("parts", [1, 7])
@@ -278,7 +278,7 @@ def test_samples_are_of_chance() -> None:
     """Whatever the activation: of 2,000 rows in two halves about as many of each."""
     rows = torch.arange(2000).repeat_interleave(40)
     latents = torch.arange(40).repeat(2000)
-    pairs = Pairs(rows, latents, torch.ones(len(rows)))
+    pairs = ActivePairs(rows, latents, torch.ones(len(rows)))
     sample = TopRows(40, 50, CPU)
     sample.add(pairs, chance_keys(pairs))
     assert len(sample.rows.unique()) > 1000, "latents draw rows of their own"
@@ -304,7 +304,7 @@ def test_codes_become_pairs_in_order(tmp_path: Path) -> None:
 def test_activations_far_from_the_unit_are_counted() -> None:
     counts = ActivationCounts(1, 1.0, CPU)
     values = torch.tensor([1e-30, 1.0, 1e30])
-    counts.add(Pairs(torch.arange(3), torch.zeros(3, dtype=torch.int64), values), 3)
+    counts.add(ActivePairs(torch.arange(3), torch.zeros(3, dtype=torch.int64), values), 3)
     assert counts.fired().tolist() == [3]
     assert counts.by_bin()[0].nonzero().flatten().tolist() == [0, 256, 575]
 

@@ -43,12 +43,12 @@ MEASURES = (
     FVU,
     Measure(
         "ce_recovered",
-        "CE kept: share of the loss between zeros and the model",
+        "CE kept (1: as the model, 0: as zeros)",
         lambda r: r.get("loss", {}).get("recovered"),
     ),
     Measure(
         "kl_recovered",
-        "KL kept: 1 - KL with SAE / KL with zeros",
+        "KL kept (1: as the model, 0: as zeros)",
         lambda r: r.get("loss", {}).get("kl_recovered"),
     ),
 )

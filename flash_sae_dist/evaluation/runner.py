@@ -40,7 +40,7 @@ from .loss_recovered import CleanPredictions, LossMeter, num_batches
 from .metrics import measure
 from .plots import natural
 from .report import evaluation_record, write_evaluation, write_report
-from .rows import MeasuredRows, measured_rows, warn_of_rows
+from .unseen import MeasuredRows, measured_rows, warn_of_rows
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from ..activations.sequential import row_blocks
 from ..activations.store import ActivationStore
 from ..config.run import FeaturesConfig
 from ..models.base import SparseCoder
-from .pairs import Pairs, PairSpool, active_pairs
+from .pairs import ActivePairs, PairSpool, active_pairs
 from .running import ActivationCounts, TopRows, chance_keys, size_keys
 
 QUANTILE_GROUPS = 5
@@ -38,14 +38,14 @@ def start(latents: Tensor, cfg: FeaturesConfig, unit: float) -> Collected:
     )
 
 
-def add(found: Collected, pairs: Pairs, num_tokens: int) -> None:
+def add(found: Collected, pairs: ActivePairs, num_tokens: int) -> None:
     """Counts the pairs, whose latents are places in found.latents, of so many rows."""
     found.counts.add(pairs, num_tokens)
     found.top.add(pairs, size_keys(pairs))
     found.sample.add(pairs, chance_keys(pairs))
 
 
-def chosen_pairs(pairs: Pairs, place: Tensor) -> Pairs:
+def chosen_pairs(pairs: ActivePairs, place: Tensor) -> ActivePairs:
     """The pairs of chosen latents, by their places [F] (-1: not chosen)."""
     pairs = pairs._replace(latents=place[pairs.latents])
     return pairs.at(pairs.latents >= 0)

@@ -17,29 +17,29 @@ from ..models.base import Codes
 Array = npt.NDArray[Any]
 
 
-class Pairs(NamedTuple):
+class ActivePairs(NamedTuple):
     """Active latents of neighbouring rows of a store, ordered by row and then by latent."""
 
     rows: Tensor  # [M] int64, numbers in the store
     latents: Tensor  # [M] int64
     values: Tensor  # [M] float32 > 0
 
-    def ordered(self) -> Pairs:
+    def ordered(self) -> ActivePairs:
         """The same pairs in their order."""
         order = self.latents.argsort()
         order = order[self.rows[order].argsort(stable=True)]
-        return Pairs(*(part[order] for part in self))
+        return ActivePairs(*(part[order] for part in self))
 
-    def at(self, which: Tensor) -> Pairs:
+    def at(self, which: Tensor) -> ActivePairs:
         """Some of the pairs, by a mask or by their numbers."""
-        return Pairs(*(part[which] for part in self))
+        return ActivePairs(*(part[which] for part in self))
 
 
-def active_pairs(codes: Codes, first_row: int) -> Pairs:
+def active_pairs(codes: Codes, first_row: int) -> ActivePairs:
     """What is active in the codes of the rows from first_row on."""
     token, slot = torch.nonzero(codes.values > 0, as_tuple=True)
     values, latents = codes.values[token, slot], codes.indices[token, slot]
-    return Pairs(token + first_row, latents.long(), values.float()).ordered()
+    return ActivePairs(token + first_row, latents.long(), values.float()).ordered()
 
 
 class PairSpool:
@@ -63,7 +63,7 @@ class PairSpool:
             file.close()
             path.unlink(missing_ok=True)
 
-    def add(self, pairs: Pairs, first_row: int, num_rows: int) -> None:
+    def add(self, pairs: ActivePairs, first_row: int, num_rows: int) -> None:
         """Adds the pairs of the rows behind those that were added before."""
         counts = torch.bincount(pairs.rows - first_row, minlength=num_rows)
         self._counts.append(counts.cpu().numpy())

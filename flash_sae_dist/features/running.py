@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.initial import mix_
-from .pairs import Pairs
+from .pairs import ActivePairs
 
 # Bins an octave, and octaves below and above the hookpoint's root mean square.
 _FINE, _BELOW, _ABOVE = 16, 16, 20
@@ -25,7 +25,7 @@ class TopRows:
         self.keys = torch.full((num_latents, count), _EMPTY, dtype=torch.int32, device=device)
         self.rows = torch.full((num_latents, count), -1, dtype=torch.int64, device=device)
 
-    def add(self, pairs: Pairs, keys: Tensor) -> None:
+    def add(self, pairs: ActivePairs, keys: Tensor) -> None:
         """Takes keys [M] int32 >= 0 of pairs of rows behind those that were added before."""
         count = self.keys.shape[1]
         if count == 0:
@@ -53,12 +53,12 @@ class TopRows:
         self.rows[touched] = both_rows.gather(1, place[:, :count])
 
 
-def size_keys(pairs: Pairs) -> Tensor:
+def size_keys(pairs: ActivePairs) -> Tensor:
     """Keys [M] that order pairs by their activations: the bits of positive floats do."""
     return pairs.values.view(torch.int32)
 
 
-def chance_keys(pairs: Pairs) -> Tensor:
+def chance_keys(pairs: ActivePairs) -> Tensor:
     """Keys [M] of chance, a function of row and latent alone: the rows of the largest n are a
     sample in which all rows of a latent have the same chance.
     """
@@ -77,7 +77,7 @@ class ActivationCounts:
         self.sums = torch.zeros(num_latents, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, pairs: Pairs, num_tokens: int) -> None:
+    def add(self, pairs: ActivePairs, num_tokens: int) -> None:
         """Counts the pairs of so many rows."""
         bins = ((pairs.values / self.unit).log2_() + _BELOW) * _FINE
         place = pairs.latents * NUM_BINS + bins.long().clamp_(0, NUM_BINS - 1)

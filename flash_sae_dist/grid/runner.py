@@ -81,7 +81,7 @@ def _rows(config: Config, accelerator: Any, mesh: Mesh, device: torch.device) ->
         return
     counts = [config.train.num_tokens]
     if config.grid is not None:
-        counts += config.grid.values.get("train.num_tokens", ())
+        counts += config.grid.all_values("train.num_tokens")
     with open_stream(config, max(counts), accelerator, mesh, device) as rows:
         yield rows
 
