@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+import yaml
 
 from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.grid.expansion import expand
@@ -117,3 +121,14 @@ def test_a_hookpoint_may_have_values_of_its_own() -> None:
 def test_mistakes_of_a_grid_are_told(grid: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         of_grid(**{"values": {"sae.k": [2, 4]}, **grid})
+
+
+def test_the_grid_of_the_docs_holds() -> None:
+    text = (Path(__file__).parents[1] / "docs/grids.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    data = {"output": "runs/x", "train": {"num_tokens": 10}, **yaml.safe_load(block)}
+    jobs = expand(parse_config(data), [f"model.layers.{n}" for n in range(2)])
+    of_first = [job.config for job in jobs if job.name.startswith("model.layers.0/")]
+    assert len(jobs) == 4 + 10
+    assert {c.sae.k for c in of_first if c.sae is not None} == {8, 16}  # type: ignore[attr-defined]
+    assert {c.train.seed for c in of_first if c.train is not None} == {0}

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from flash_sae_dist.evaluation import plots
 from flash_sae_dist.evaluation.metrics import ReconstructionMetrics
 from flash_sae_dist.evaluation.report import evaluation_record, write_report
+from flash_sae_dist.evaluation.results import natural
 
 HOOKPOINTS = [f"model.layers.{n}{side}" for n in (12, 18, 6) for side in ("", ".mlp")]
 
@@ -161,4 +162,4 @@ def test_names_sort_by_their_numbers() -> None:
         ["h/lr=1e-05", "h/lr=0.0005", "h/lr=0.001", "h/lr=0.01"],
         ["experts.3.9/k=2", "experts.3.9/k=16", "experts.3.10/k=2"],
     ):
-        assert sorted(reversed(names), key=plots.natural) == names
+        assert sorted(reversed(names), key=natural) == names

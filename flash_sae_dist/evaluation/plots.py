@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..files import replacing
+from .results import natural
 
 _MARKERS = "os^DvPX<>*"
 _LINES = ("-", "--", ":", "-.")
@@ -19,15 +20,6 @@ _ENTRY_HEIGHT, _LETTER_WIDTH = 0.19, 0.075
 _ENTRIES_A_COLUMN = 40
 _CURVE_POINTS = 300
 _DENSITY = "log10 of the fraction of tokens on which a latent fires"
-
-
-def natural(name: str) -> list[str | float]:
-    """Sorting key of a name: numbers in it by their size, so that layer 6 is before 12 and lr=1e-05
-    before lr=0.001.
-    """
-    # Only a value has decimals; the dots of a module's name part numbers.
-    parts = re.split(r"((?<==)\d+(?:\.\d+)?(?:e[+-]?\d+)?|\d+)", name)
-    return [float(part) if n % 2 else part for n, part in enumerate(parts)]
 
 
 class Measure(NamedTuple):

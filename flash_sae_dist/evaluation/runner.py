@@ -38,8 +38,8 @@ from .finished import (
 )
 from .loss_recovered import CleanPredictions, LossMeter, num_batches
 from .metrics import measure
-from .plots import natural
 from .report import evaluation_record, write_evaluation, write_report
+from .results import natural, write_results
 from .unseen import MeasuredRows, measured_rows, warn_of_rows
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     everyone.sort(key=lambda r: natural(r["job"]))
     if accelerator.is_main_process:
         write_report(output, everyone)
+        write_results(output, everyone)
     accelerator.wait_for_everyone()
     return everyone
 

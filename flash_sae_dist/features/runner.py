@@ -16,6 +16,7 @@ from ..activations.store import ActivationStore, store_of
 from ..config.base import ConfigError, nearest_name
 from ..config.run import FeaturesConfig
 from ..evaluation.finished import FinishedSAE, check_loaded_model, finished_saes
+from ..evaluation.results import write_results
 from ..files import check_space, check_writable, locked
 from ..identity import versions
 from ..models.base import SparseCoder, read_spec
@@ -68,6 +69,9 @@ def run_features(config: Config, accelerator: Any) -> list[Path]:
             sae = found.load(accelerator.device)
             written.append(_look_at(found, sae, cfg, store, model, texts, bar.advance))
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        # Its report links to them.
+        write_results(output)
     return written
 
 
