@@ -88,6 +88,17 @@ def test_what_is_damaged_or_of_no_job_is_told(
     assert (output / "report.html").read_text().count("</script>") == 1
 
 
+def test_a_curve_that_diverged_is_still_json(grid: dict[str, Any], tmp_path: Path) -> None:
+    output = shutil.copytree(grid["output"], tmp_path / "run")
+    with (output / NAMES[0] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "tokens": 704, "fvu": NaN, "l0": Infinity}\n')
+    write_results(output)
+    text = (output / "results.json").read_text()
+    jobs = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))["jobs"]
+    assert jobs[0]["training"]["fvu"] is None
+    assert jobs[0]["curve"][-1][0] == 640
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(browser() is None, reason="needs Chromium")
 def test_the_report_works_from_the_disk_in_a_browser(grid: dict[str, Any], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable
 from importlib.resources import files
@@ -86,7 +87,7 @@ def _result(name: str, folder: Path, config: Config) -> dict[str, Any]:
         "total_steps": status.total_steps if status else None,
         "error": status.error if status else None,
         "tokens": lines[-1]["tokens"] if lines else 0,
-        "training": {key: lines[-1].get(key) for key in _TRAINING} if lines else None,
+        "training": {key: _finite(lines[-1].get(key)) for key in _TRAINING} if lines else None,
         "curve": _curve(lines),
         "evaluation": _evaluation(folder),
         "features": f"{name}/features/index.html"
@@ -105,9 +106,14 @@ def _values(config: Config) -> dict[str, Any]:
     return found
 
 
+def _finite(value: float | None) -> float | None:
+    """JSON has no word for what is no finite number."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _curve(lines: list[dict[str, Any]]) -> list[list[float]]:
     """(tokens, FVU) over training, few enough for a chart, the last one always."""
-    points = [[line["tokens"], line["fvu"]] for line in lines if "fvu" in line]
+    points = [[line["tokens"], fvu] for line in lines if (fvu := _finite(line.get("fvu")))]
     step = max(1, -(-len(points) // _CURVE_POINTS))
     kept = points[::-1][::step][::-1]
     return [[tokens, float(f"{fvu:.4g}")] for tokens, fvu in kept]

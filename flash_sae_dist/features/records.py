@@ -43,23 +43,24 @@ def latent_records(
     context_tokens: int,
 ) -> Iterator[dict[str, Any]]:
     """A record of each latent, in order."""
-    statistics = _statistics(found)
     for first in range(0, len(found.latents), LATENTS_AT_ONCE):
         some = slice(first, min(first + LATENTS_AT_ONCE, len(found.latents)))
         examples = _examples_of(found, some, spool, texts, words, context_tokens)
         pointing = _directions_of(directions, some, words)
-        for record, shown, pointed in zip(statistics[some], examples, pointing, strict=True):
+        numbers = _statistics(found, some)
+        for record, shown, pointed in zip(numbers, examples, pointing, strict=True):
             yield record | pointed | {"examples": shown}
 
 
-def _statistics(found: Collected) -> list[dict[str, Any]]:
+def _statistics(found: Collected, some: slice) -> list[dict[str, Any]]:
     counts = found.counts
-    fired, quantiles = counts.fired().tolist(), counts.quantiles(QUANTILES).tolist()
-    largest = found.top.keys[:, 0].clamp_min(0).view(torch.float32).tolist()
-    sums, edges = counts.sums.tolist(), counts.edges()[::_COARSE].tolist()
-    bins = counts.by_bin().view(-1, NUM_BINS // _COARSE, _COARSE).sum(dim=2).cpu().numpy()
+    by_bin = counts.by_bin()[some]
+    fired, quantiles = by_bin.sum(dim=1).tolist(), counts.quantiles(QUANTILES, some).tolist()
+    largest = found.top.keys[some, 0].clamp_min(0).view(torch.float32).tolist()
+    sums, edges = counts.sums[some].tolist(), counts.edges()[::_COARSE].tolist()
+    bins = by_bin.view(-1, NUM_BINS // _COARSE, _COARSE).sum(dim=2).cpu().numpy()
     records: list[dict[str, Any]] = []
-    for at, latent in enumerate(found.latents.tolist()):
+    for at, latent in enumerate(found.latents[some].tolist()):
         n = fired[at]
         record: dict[str, Any] = {"index": latent, "fired": n, "density": n / counts.tokens}
         record |= {"max": largest[at], "mean": sums[at] / n if n else 0.0}

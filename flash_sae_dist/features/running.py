@@ -98,12 +98,12 @@ class ActivationCounts:
         octaves = torch.arange(NUM_BINS + 1, dtype=torch.float64) / _FINE - _BELOW
         return octaves.exp2() * self.unit
 
-    def quantiles(self, shares: tuple[float, ...]) -> Tensor:
-        """The activations [L, len(shares)] below which those shares of a latent's activations lie,
-        to within a bin (4%): of what is in a bin, logarithms are taken to be spread evenly. NaN for
-        latents that were never active.
+    def quantiles(self, shares: tuple[float, ...], some: slice = slice(None)) -> Tensor:
+        """The activations [L, len(shares)] below which those shares of some latents' activations
+        lie, to within a bin (4%): of what is in a bin, logarithms are taken to be spread evenly.
+        NaN for latents that were never active.
         """
-        counts = self.by_bin().double()
+        counts = self.by_bin()[some].double()
         ends = counts.cumsum(dim=1)
         total = ends[:, -1:]
         wanted = torch.tensor(shares, dtype=torch.float64, device=counts.device) * total
