@@ -29,9 +29,9 @@ BENCHES = {
     "train": "bench_train",
     "stream": "bench_stream",
 }
-VERBS = ("plan", "cache", "train", "grid", "evaluate", "features", "export", "verify")
+VERBS = ("plan", "cache", "train", "grid", "evaluate", "features", "export", "convert", "verify")
 # Those that take a folder in place of a config.
-PATH_VERBS = ("verify",)
+PATH_VERBS = ("convert", "verify")
 # Those with options of their own.
 OWN_COMMANDS = ("plan", *PATH_VERBS)
 

@@ -30,7 +30,7 @@ class GroupMax(SparseCoder):
 
     Config: ClassVar[type[SAEConfig]] = GroupMaxConfig
 
-    def encode(self, x: Tensor) -> Codes:
+    def encode_rows(self, x: Tensor) -> Codes:
         self.check_input(x)
         xc = feed_shards(x, self.mesh) - feed_shards(self.b_dec, self.mesh)
         return self.select(xc, self.W_enc, self.b_enc)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from .base import ConfigError, Latents, StrictModel
+
+InputNorm = Literal["none", "layer_norm"]
 
 
 class SAEConfig(StrictModel):
@@ -18,6 +20,10 @@ class SAEConfig(StrictModel):
     """Latents over all shards; give this or expansion_factor."""
     expansion_factor: float | None = Field(default=None, gt=0, lt=2**31)
     """d_sae as a multiple of the hookpoint's width."""
+    input_norm: InputNorm = "none"
+    """layer_norm: each token is standardised (its mean taken out, divided by its deviation) before
+    it is encoded, and the reconstruction put back, as OpenAI's SAEs do; losses are then those of
+    standardised tokens."""
 
     @model_validator(mode="after")
     def _one_width(self) -> Self:

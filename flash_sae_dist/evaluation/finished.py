@@ -78,10 +78,16 @@ class FinishedSAE(NamedTuple):
 
     def architecture(self) -> str:
         """Its name in `sae.architecture`. Raises UserError where the files are damaged."""
+        return str(self.spec()["architecture"])
+
+    def spec(self) -> dict[str, Any]:
+        """Its architecture, widths and keys. Raises UserError where the files are damaged."""
         try:
-            return str(read_spec(self.folder / "sae")["architecture"])
+            spec = read_spec(self.folder / "sae")
+            spec["architecture"]
         except (OSError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"{self.folder}/sae is damaged ({e}); train it anew") from e
+        return spec
 
     def load(self, device: torch.device | str = "cpu") -> SparseCoder:
         """The SAE itself. Raises UserError where its files are damaged."""

@@ -26,6 +26,7 @@ from ..planner.search import DOUBT, check_memory, fits, meshes, need, splits
 from ..planner.storage import disk_bytes
 from ..planner.timing import Cost, bundle_seconds, cost_of
 from ..training.engine import check_engine, check_installed
+from ..training.initial import read_initial
 from ..training.job import Config
 from ..training.made_of import check_same_job
 from ..training.member import is_finished
@@ -162,6 +163,8 @@ def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:
         assert job.config.train is not None
         d_in = widths[hookpoint_of(job)]
         check_engine(job.config.train, d_in, mesh)
+        if (given := job.config.train.init_from) is not None and not is_finished(job):
+            read_initial(given, job.config.sae, d_in)
         d_sae = job.config.sae.width(d_in)
         if d_sae % mesh.num_shards:
             up = -(-d_sae // mesh.num_shards) * mesh.num_shards

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -22,12 +23,15 @@ from ..kernels import ops
 from ..parallel import agree
 from ..parallel.collectives import feed_shards, sum_over_shards
 from ..parallel.mesh import Mesh
+from .about import About
 from .initial import unit_rows_
+from .interventions import Interventions
 from .saved import save_weights
 
 logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "sae.safetensors"
 CONFIG_FILE = "config.json"
+_NORM_EPS = 1e-5
 # rows: a row a latent, split over the shards; whole: the same on every shard.
 Role = Literal["rows", "whole"]
 
@@ -42,27 +46,31 @@ class Codes(NamedTuple):
 class SAEOutput(NamedTuple):
     """What one forward pass of an SAE gives."""
 
-    recon: Tensor  # [N, d_in]
+    recon: Tensor  # [..., d_in]
     top_acts: (
-        Tensor  # [N, k] >= 0, descending over all latents; 0 where another shard holds the latent
+        Tensor  # [..., k] >= 0, descending over all latents; 0 where another shard holds the latent
     )
-    top_idx: Tensor  # [N, k] int32, rows of this shard
+    top_idx: Tensor  # [..., k] int32, rows of this shard
 
 
-class SparseCoder(nn.Module):
+class SparseCoder(Interventions):
     """A sparse autoencoder `decode(encode(x))`, whole or one shard of it; an ordinary nn.Module.
+
+    x is [..., d_in]: tokens, or sequences of them. With config.input_norm layer_norm each token is
+    standardised before it is encoded, which `forward` undoes behind the decoder.
 
     W_enc and W_dec are [d_sae_local, d_in], b_enc is [d_sae_local], b_dec is [d_in]. On a mesh
     with several shards a rank holds rows `mesh.shard * d_sae_local` onwards, and every method is
     collective over the shard group. Under autocast the products take autocast's dtype; sums and
     the selection stay float32.
 
-    An architecture says how latents are selected: `encode` for autograd, `select` for the fused
-    engine (the same selection without gradients, from weights in the compute dtype), and `slope`
-    where an activation is not its pre-activation.
+    An architecture says how latents are selected: `encode_rows` for autograd, `select` for the
+    fused engine (the same selection without gradients, from weights in the compute dtype), and
+    `slope` where an activation is not its pre-activation.
     """
 
     Config: ClassVar[type[SAEConfig]]
+    about = About()  # where it reads, if its file told
     roles: ClassVar[dict[str, Role]] = {
         "W_enc": "rows",
         "b_enc": "rows",
@@ -131,12 +139,34 @@ class SparseCoder(nn.Module):
         self.b_dec.zero_()
 
     def encode(self, x: Tensor) -> Codes:
-        """The active latents of tokens x [N, d_in], differentiable. Collective over the shards."""
+        """The active latents of tokens x [..., d_in], differentiable: values and indices [..., K].
+        Collective over the shards. Raises ValueError on a width that does not fit.
+        """
+        self.check_input(x)
+        codes = self.encode_rows(self.normalise(x.reshape(-1, self.d_in))[0])
+        return Codes(*(t.view(*x.shape[:-1], t.shape[-1]) for t in codes))
+
+    def encode_rows(self, x: Tensor) -> Codes:
+        """`encode` of tokens x [N, d_in] that are standardised where they are to be."""
         raise NotImplementedError
 
+    def normalise(
+        self,
+        x: Tensor,  # [N, d_in]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Tokens as the encoder reads them, and their deviations and means [N, 1] where these were
+        taken out (input_norm layer_norm, in OpenAI's form).
+        """
+        if self.config.input_norm == "none":
+            return x, None
+        x = x.to(self.b_dec.dtype)
+        centred = x - (mean := x.mean(dim=1, keepdim=True))
+        deviation = centred.std(dim=1, keepdim=True) if self.d_in > 1 else torch.zeros_like(mean)
+        return centred / (deviation + _NORM_EPS), (deviation, mean)
+
     def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Codes:
-        """`encode` of centred tokens xc [N, d_in] with weights in xc's dtype, without gradients.
-        Collective over the shards; no host sync.
+        """`encode_rows` of centred tokens xc [N, d_in] with weights in xc's dtype, without
+        gradients. Collective over the shards; no host sync.
         """
         raise NotImplementedError
 
@@ -153,10 +183,10 @@ class SparseCoder(nn.Module):
         return weight
 
     def check_input(self, x: Tensor) -> None:
-        """Raises ValueError where x is not [N, d_in]."""
-        if x.ndim != 2 or x.shape[1] != self.d_in:
+        """Raises ValueError where x is not [..., d_in]."""
+        if x.ndim == 0 or x.shape[-1] != self.d_in:
             raise ValueError(
-                f"x must be [N, {self.d_in}], not {list(x.shape)}; flatten batch and sequence first"
+                f"x must be [..., {self.d_in}], not {list(x.shape)}; is it of another hookpoint?"
             )
 
     def pre_activations(self, x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
@@ -176,13 +206,53 @@ class SparseCoder(nn.Module):
         return sum_over_shards(partial.to(self.b_dec.dtype), self.mesh)
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """`combine(values, indices) + b_dec`: the reconstruction [N, d_in]."""
-        return self.combine(values, indices) + self.b_dec
+        """`combine(values, indices) + b_dec`: the reconstruction [..., d_in] of codes [..., K], of
+        standardised tokens where the encoder standardises."""
+        K = values.shape[-1]
+        rows = self.combine(values.reshape(-1, K), indices.reshape(-1, K)) + self.b_dec
+        return rows.view(*values.shape[:-1], self.d_in)
 
     def forward(self, x: Tensor) -> SAEOutput:
-        """Encodes and decodes x [N, d_in]; both parts are differentiable, the selection is not."""
-        codes = self.encode(x)
-        return SAEOutput(self.decode(*codes), *codes)
+        """Encodes and decodes x [..., d_in]; both parts are differentiable, the selection is not.
+        Hooks and the error term (see Interventions) change the reconstruction alone.
+        """
+        self.check_input(x)
+        rows, undo = self.normalise(x.reshape(-1, self.d_in))
+        codes = self.encode_rows(rows)
+        clean = self.decode(*codes)
+        recon = self.intervened(rows, codes.values, codes.indices, clean)
+        if undo is not None:
+            recon = recon * undo[0] + undo[1]
+        return SAEOutput(*(t.view(*x.shape[:-1], t.shape[-1]) for t in (recon, *codes)))
+
+    @property
+    def cfg(self) -> SimpleNamespace:
+        """What a script asks of an SAE: architecture, d_in, d_sae, k, dtype, device, hookpoint."""
+        dtype = str(self.W_dec.dtype).removeprefix("torch.")
+        place = {"dtype": dtype, "device": str(self.W_dec.device)}
+        return SimpleNamespace(**self.about._asdict(), **place, **self.spec())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        subfolder: str = "",
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """The SAE of a folder or file of any known format (see interop), or of one in a repository
+        of the Hugging Face hub, `from_pretrained("org/name", "layers.3")`. Raises ValueError where
+        it holds none, or one of another class.
+        """
+        # Not at the top: most who use an SAE read no other library's.
+        from ..interop import load
+        from ..interop.hub import local_copy
+
+        sae = load(local_copy(name, subfolder, revision), device=device)
+        if not isinstance(sae, cls):
+            raise ValueError(f"{name} holds a {type(sae).__name__}, not a {cls.__name__}")
+        return sae
 
     def spec(self) -> dict[str, Any]:
         """What `save` writes beside the weights: the architecture, widths and its own keys."""
@@ -205,6 +275,8 @@ class SparseCoder(nn.Module):
         whole = {name: t for name, t in weights.items() if name not in rows}
         crc = save_weights(path / WEIGHTS_FILE, rows, whole, self.mesh)
         spec = self.spec() | {"weights_crc32c": crc}
+        if self.about != About():
+            spec["about"] = self.about._asdict()
         agree.by_lead(lambda: write_json(config, spec, indent=2), self.mesh)
 
     @classmethod
@@ -218,7 +290,7 @@ class SparseCoder(nn.Module):
             spec = read_spec(path)
             check_weights(path, spec.pop("weights_crc32c", None))
             weights = load_file(path / WEIGHTS_FILE)
-            d_in = spec.pop("d_in")
+            d_in, about = spec.pop("d_in"), About(**spec.pop("about", {}))
             config = parse(cls.Config, spec, str(path / CONFIG_FILE))
             sae = cls.from_config(config, d_in, dtype=weights["W_enc"].dtype, seed=None)
             sae.load_state_dict(weights)
@@ -226,6 +298,7 @@ class SparseCoder(nn.Module):
             raise ValueError(
                 f"{path} holds no whole {cls.__name__} ({e}); train or export it anew"
             ) from e
+        sae.about = about
         return sae.to(device)
 
     @staticmethod

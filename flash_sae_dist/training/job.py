@@ -54,6 +54,16 @@ class Config(RunConfig):
         config._from_grid = taken
         return config
 
+    @model_validator(mode="after")
+    def _one_norm(self) -> Self:
+        norms = self.sae and self.train and (self.sae.input_norm, self.train.normalize)
+        if norms and "none" not in norms:
+            raise ValueError(
+                f"train.normalize={norms[1]!r} changes nothing with sae.input_norm={norms[0]!r}, "
+                "which standardises each row; drop one"
+            )
+        return self
+
     def check_complete(self, verb: str) -> None:
         """Raises ConfigError where a needed key has values for `grid` alone."""
         if self._from_grid:
@@ -119,9 +129,11 @@ def parse_config(data: dict[str, Any], source: str = "config") -> Config:
     return parse(Config, data, source)
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a YAML config and applies `key=value` overrides. Raises ConfigError."""
-    return parse_config(read_file(path, overrides), str(path))
+def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML config, none where path is None, and applies `key=value` overrides. Raises
+    ConfigError."""
+    source = "the command line" if path is None else str(path)
+    return parse_config(read_file(path, overrides), source)
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:

@@ -20,6 +20,7 @@ from ..parallel import collectives
 from ..parallel.mesh import Mesh
 from .checkpoint import TrainingState
 from .engine import make_engine
+from .initial import begin_from_
 from .metrics import PhaseTimer, StepMetrics
 from .optim import lr_at
 from .resample import resample_
@@ -64,8 +65,10 @@ class SAETraining:
             mesh=mesh,
             dtype=self.master_dtype,
             device=device,
-            seed=cfg.seed if drawn else None,
+            seed=cfg.seed if drawn and cfg.init_from is None else None,
         )
+        if drawn and cfg.init_from is not None:
+            begin_from_(self.sae, cfg.init_from)
         self.dead = DeadLatents(self.sae.d_sae_local, cfg.dead_after_tokens, mesh, device)
         self.engine = make_engine(self.sae, self.dead, cfg, self.compute_dtype)
         self.optimizer = self.engine.optimizer
@@ -108,6 +111,8 @@ class SAETraining:
         """Makes the data's root mean square the unit of the biases' steps, or of the rows. Rows
         that are all zero, or not finite, have none: 1.
         """
+        if self.sae.config.input_norm != "none":
+            rms = 1.0  # of the rows that the engine gets
         self._rms = rms if 0 < rms < math.inf else 1.0
         self.engine.set_unit(1.0 if self._divides else self._rms)
 
@@ -146,18 +151,31 @@ class SAETraining:
             self.optimizer.state[self.sae.b_dec]["ema"].copy_(self.sae.b_dec)
         self.engine.refresh_()
 
+    @torch.no_grad()
+    def _into_unit(self, factor: float) -> None:
+        """Turns given weights of rows as they are stored into those of rows times factor."""
+        for name, param in self.sae.named_parameters():
+            if name in self.sae.in_data_units:
+                param.mul_(factor)
+                if "ema" in self.engine.moments:
+                    self.optimizer.state[param]["ema"].copy_(param)
+        self.engine.refresh_()
+
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
         """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
         no host sync but in the first (the encoder's choice, the capture of a graph), every 100
         steps for the list of dead latents, and where latents are resampled.
         """
+        x = self.sae.normalise(x)[0]
         if self._rms is None:
             self.set_rms(self._measure_rms(x))
         assert self._rms is not None
         if self._divides:
             x = x.to(self.master_dtype) / self._rms
-        if self.step_index == 0:
+        if self.step_index == 0 and self.cfg.init_from is None:
             self.init_b_dec(x)
+        elif self.step_index == 0 and self._divides:
+            self._into_unit(1 / self._rms)
         if not self._tuned:
             self._tune(x)
         if self._choice is not None:

@@ -111,7 +111,7 @@ class AutogradEngine(Engine):
         sums, squares = torch.zeros_like(x[0]), torch.zeros((), dtype=x.dtype, device=x.device)
         for part in x.chunk(self.cfg.micro_batches):
             with self._autocast():
-                residual = part - self.sae.decode(*self.sae.encode(part))
+                residual = part - self.sae.decode(*self.sae.encode_rows(part))
             found = residual_sums(residual, self.sae.mesh)
             sums, squares = sums + found[0], squares + found[1]
         return inverse_variance(sums, squares, x.shape[0] * self.sae.mesh.num_replicas)
@@ -127,7 +127,7 @@ class AutogradEngine(Engine):
         self, x: Tensor, variance: Tensor, inverse: Tensor | None, batch: int
     ) -> tuple[Tensor, Tensor, Codes]:
         sae, mesh = self.sae, self.sae.mesh
-        codes = sae.encode(x)
+        codes = sae.encode_rows(x)
         recon = sae.decode(*codes)
         fvu = fvu_loss(x, recon, variance)
         aux = torch.zeros((), dtype=x.dtype, device=x.device)

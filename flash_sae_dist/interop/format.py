@@ -1,0 +1,57 @@
+"""What a format is: the paths that are of it, the architectures that it holds, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..models.about import About
+from .contents import Contents
+
+# What a file holds: tensors by their names in it, and its config.
+Written = tuple[dict[str, Tensor], dict[str, Any]]
+To = Callable[[Contents], Written]
+# Our weights and keys of the section sae, from the file's own; the path is for errors.
+From = Callable[[Path, dict[str, Any], dict[str, Any]], tuple[dict[str, Tensor], dict[str, Any]]]
+Converters = Mapping[str, tuple[To, From]]
+
+
+class Format(NamedTuple):
+    """One library's form of an SAE's files."""
+
+    name: str
+    title: str  # for people
+    converters: Converters  # by our names of architectures
+    read: Callable[[Path, int | None], Contents]  # k where the file does not tell it
+    write: Callable[[Contents, Path], None]
+    is_folder: Callable[[set[str]], bool]  # by the names in it
+    is_file: Callable[[Path], bool] = lambda path: False
+    file: Callable[[About], str] | None = None  # the name of one that is no folder
+    layer_norm: bool = False  # whether it says that tokens are standardised
+
+    def check_holds(self, architecture: str, keys: Mapping[str, Any], what: str) -> None:
+        """Raises ValueError where the format has no place for an SAE of those keys."""
+        if keys.get("input_norm", "none") != "none" and not self.layer_norm:
+            raise ValueError(
+                f"{what} standardises its tokens (sae.input_norm={keys['input_norm']!r}), which "
+                f"{self.title} has no word for; name another format"
+            )
+        if architecture not in self.converters:
+            raise ValueError(
+                f"{what} is of architecture {architecture!r}, which {self.title} cannot hold as "
+                f"written here, only {', '.join(sorted(self.converters))}; name another format"
+            )
+
+
+def converter(path: Path, formats: Converters, ours: str | None, theirs: object) -> From:
+    """How to read an architecture. Raises ValueError naming the file's own word for one that is
+    not read."""
+    if ours is None or ours not in formats:
+        raise ValueError(
+            f"{path} holds an SAE of architecture {theirs!r}, which is not read here; this format "
+            f"is read for {', '.join(sorted(formats))}"
+        )
+    return formats[ours][1]
