@@ -63,9 +63,13 @@ FREE_KEYS = frozenset(
     + ["text.streaming", "cache.store", "cache.memory_gib", "store", "output", "trackers"]
     + ["store_cache.folder", "store_cache.gib"]
     + ["model.trust_remote_code", "model.device_map"]
-    + [f"evaluate.{key}" for key in ("num_tokens", "batch_tokens", "loss_sequences")]
+    + [f"evaluate.{key}" for key in ("rows", "num_tokens", "batch_tokens", "loss_sequences")]
+    + [f"features.{key}" for key in ("saes", "latents", "num_tokens", "batch_tokens", "nearest")]
+    + [f"features.{key}" for key in ("top_examples", "quantile_examples", "context_tokens")]
+    + ["features.output_tokens"]
     + ["evaluate.saes", "evaluate.hookpoint", "evaluate.k"]
-    + ["export.formats", "export.directory", "grid.hookpoints", "grid.values"]
+    + ["export.formats", "export.directory"]
+    + [f"grid.{key}" for key in ("hookpoints", "values", "points", "exclude", "overrides")]
 )
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "zarr", "numpy", "triton")

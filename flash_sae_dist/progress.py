@@ -28,14 +28,16 @@ def process_seconds() -> float | None:
     return None
 
 
-def _count(number: float) -> str:
+def count(number: float) -> str:
+    """A number in three digits, such as 1.23M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:.3g}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -61,7 +63,7 @@ class Bar:
     def advance(self, amount: int) -> None:
         """Adds finished units, never beyond the total."""
         self.done = min(self.total, self.done + amount)
-        self.show(self.done, f"{_count(self.rate())} {self.unit}/s")
+        self.show(self.done, f"{count(self.rate())} {self.unit}/s")
 
 
 class _Lines:
@@ -79,7 +81,7 @@ class _Lines:
         left = (now - self.start) * (self.total - done) / max(1, done)
         share = f"{done / max(1, self.total):4.0%}"
         print(
-            f"{self.description}: {share}, {rate}, {_clock(left)} left", file=sys.stderr, flush=True
+            f"{self.description}: {share}, {rate}, {clock(left)} left", file=sys.stderr, flush=True
         )
 
 

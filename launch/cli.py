@@ -30,7 +30,7 @@ BENCHES = {
     "train": "bench_train",
     "stream": "bench_stream",
 }
-VERBS = ("plan", "cache", "train", "grid", "evaluate", "export", "convert", "verify")
+VERBS = ("plan", "cache", "train", "grid", "evaluate", "features", "export", "convert", "verify")
 # Those that take a folder in place of a config.
 PATH_VERBS = ("convert", "verify")
 # Those with options of their own.

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 
 
 def run(config: Config) -> None:
-    """Measure every finished SAE: FVU, cosine, L0, latents that never fired, densities, loss
-    recovered.
+    """Measure every finished SAE: FVU, cosine, L0, latents that never fired, densities,
+    cross-entropy and KL recovered.
 
-    Takes all under output. Writes evaluation.json, report.md and plots, and prints a table. The
-    store must hold rows of the model that the SAEs were trained on; its text may be another. With
+    Takes all under output, on the rows that their training held out. Writes evaluation.json,
+    report.md and plots, and prints a table. The store must hold rows of the model that the SAEs
+    were trained on; its text may be another, and is then read whole. With
     evaluate.loss_sequences=0 the language model is not loaded. Several processes divide the SAEs
     among them.
 

@@ -16,7 +16,9 @@ def run(config: Config) -> None:
     SAEs of one hookpoint share each batch that is read, those of all hookpoints each forward pass
     where train.source=stream runs the model meanwhile; groups of train.num_shards x
     train.num_replicas processes take them longest first. Run again, it goes on with what is
-    unfinished.
+    unfinished. grid.points, grid.exclude and grid.overrides say which combinations there are
+    beside; a line a job is shown meanwhile, and report.html, results.csv and results.json are left
+    in output.
 
     flash-sae grid configs/quickstart.yaml "grid.values={sae.k: [16, 32, 64]}"
 

@@ -116,6 +116,24 @@ def test_good_config() -> None:
         ("grid", {"values": {"sae.k": []}}, ["grid.values", "'sae.k'", "at least one"]),
         ("grid", {"values": {"sae.k": [2, 4, 2]}}, ["grid.values: 'sae.k' holds 2 twice"]),
         ("grid", {"values": {"train.lr": [0.001, "1e-3"]}}, ["'train.lr' holds 0.001 twice"]),
+        ("grid", {"points": [{"sae.kk": 1}]}, ["grid.points", "'sae.kk'", "'sae.k'"]),
+        ("grid", {"points": [{"sae.k": 1}, {"train.lr": 1}]}, ["lacks 'train.lr'"]),
+        (
+            "grid",
+            {"values": {"sae.k": [1]}, "points": [{"sae.k": 2}]},
+            ["grid.points and grid.values both have 'sae.k'"],
+        ),
+        (
+            "grid",
+            {"overrides": {"layers.0": {"sae.kk": 1}}},
+            ["grid.overrides.layers.0", "'sae.k'"],
+        ),
+        ("grid", {"overrides": {"layers.0": 1}}, ["grid.overrides.layers.0=1"]),
+        (
+            "grid",
+            {"values": {"sae.k": [1]}, "exclude": [{"train.lr": 1}]},
+            ["grid.exclude has no use for key 'train.lr'"],
+        ),
         ("grid", {"hookpoints": []}, ["grid.hookpoints=[] is empty", "at least one"]),
         ("train.num_shards", "all", ["train.num_shards='all'", "greater than 0, or auto"]),
         ("train.num_shards", 0, ["train.num_shards=0", "greater than 0, or auto"]),
@@ -326,8 +344,12 @@ FIELDS = {
         "log_every checkpoint_every checkpoint_minutes keep_checkpoints rendezvous_timeout_s "
         "heartbeat_s adam_mode moment_dtype ema_decay deepspeed_config"
     ),
-    "grid": "hookpoints values",
-    "evaluate": "saes hookpoint k num_tokens batch_tokens loss_sequences",
+    "grid": "hookpoints values points exclude overrides",
+    "evaluate": "rows saes hookpoint k num_tokens batch_tokens loss_sequences",
+    "features": (
+        "saes latents num_tokens batch_tokens top_examples quantile_examples context_tokens "
+        "output_tokens nearest"
+    ),
     "export": "formats directory",
     "store_cache": "folder gib",
 }

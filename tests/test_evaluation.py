@@ -17,7 +17,9 @@ from rich.console import Console
 
 from flash_sae_dist import TopKSAE
 from flash_sae_dist.activations.harvest import run_cache
-from flash_sae_dist.activations.language_model import load_language_model
+from flash_sae_dist.activations.holdout import held_out
+from flash_sae_dist.activations.language_model import load_language_model, replace_activations
+from flash_sae_dist.activations.store import ActivationStore
 from flash_sae_dist.config.base import ConfigError, UserError
 from flash_sae_dist.evaluation.finished import finished_saes
 from flash_sae_dist.evaluation.loss_recovered import LossMeter, LossRecovered
@@ -52,6 +54,12 @@ def test_metrics_equal_their_definitions() -> None:
     cosine = torch.cosine_similarity(x, out.recon, dim=1).mean()
     assert m.cosine == pytest.approx(cosine.item(), rel=1e-9)
     torch.testing.assert_close(m.density, fired.double() / 100)
+    recon = out.recon.detach()
+    assert m.explained_variance == 1 - m.fvu
+    assert m.mse == pytest.approx(float((x - recon).square().sum(1).mean()), rel=1e-9)
+    assert m.l2_ratio == pytest.approx(float((recon.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-9)
+    bias = recon.square().sum() / (x * recon).sum()
+    assert m.relative_bias == pytest.approx(float(bias), rel=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +96,58 @@ def test_every_row_is_measured_once(trained: Path) -> None:
         found += run_evaluation(parse_config(data), Accelerator(cpu=True))
     assert found[0]["density_histogram"] == found[1]["density_histogram"]
     assert found[0]["fvu"] == pytest.approx(found[1]["fvu"], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run that holds a tenth of its store out."""
+    root = tmp_path_factory.mktemp("held")
+    data = config_data(root)
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    data["train"] |= {"num_tokens": 640, "holdout": 0.1}
+    data["evaluate"] |= {"loss_sequences": 0}
+    run_jobs(parse_config(data), Accelerator(cpu=True), grid=False)
+    return root, data
+
+
+def test_the_rows_that_training_held_out_are_measured(held: tuple[Path, dict[str, Any]]) -> None:
+    root, data = held
+    (record,) = run_evaluation(parse_config(data), Accelerator(cpu=True))
+    store = ActivationStore.open(data["cache"]["store"])
+    rows = held_out(store, 0.1).rows
+    assert record["tokens"] == len(rows) > 50
+    assert record["rows"] == "rows that training held out"
+    assert "held out" in (root / "run/report.md").read_text()
+    x = torch.from_numpy(store.read("activations/model.layers.0", 0, 1500)[rows])
+    m = measure(TopKSAE.load(root / "run/model.layers.0/sae"), [x])
+    assert record["fvu"] == pytest.approx(m.fvu, rel=1e-5)
+    assert record["explained_variance"] == pytest.approx(1 - m.fvu, rel=1e-5)
+    densities = np.load(root / "run/model.layers.0/densities.npy")
+    np.testing.assert_allclose(densities, m.density.float().numpy())
+
+
+def test_all_rows_on_demand_and_of_other_stores(
+    held: tuple[Path, dict[str, Any]], other_stores: Path
+) -> None:
+    _, data = held
+    data = data | {"evaluate": data["evaluate"] | {"rows": "all", "num_tokens": 10**6}}
+    (record,) = run_evaluation(parse_config(data), Accelerator(cpu=True))
+    assert (record["tokens"], record["rows"][:8]) == (1500, "all rows")
+    data = data | {"evaluate": data["evaluate"] | {"rows": "held_out"}}
+    data["store"] = str(other_stores / "text.zarr")
+    (record,) = run_evaluation(parse_config(data), Accelerator(cpu=True))
+    assert record["rows"] == "all rows of a store that training did not read"
+    assert record["tokens"] == ActivationStore.open(data["store"]).rows
+
+
+def test_where_nothing_was_held_out_all_is_read_and_said(
+    trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = config_data(trained)
+    data["evaluate"]["loss_sequences"] = 0
+    (record,) = run_evaluation(parse_config(data), Accelerator(cpu=True))
+    assert record["rows"] == "all rows, which training may have seen"
+    assert "train.holdout=0.01 held no rows of" in caplog.text
 
 
 def test_a_damaged_sae_is_told(trained: Path, tmp_path: Path) -> None:
@@ -271,9 +331,33 @@ def test_loss_recovered_at_its_ends(meter: LossMeter) -> None:
     assert abs(lost.zero - lost.clean) > 1e-4
     assert lost.tokens == 6 * 23
     # A random model's own loss may fall with zeros; a trained one's rises.
-    assert LossRecovered(1, clean=3.0, spliced=3.0, zero=5.0).recovered == 1
-    assert LossRecovered(1, clean=3.0, spliced=4.5, zero=5.0).recovered == 0.25
-    assert LossRecovered(1, clean=3.0, spliced=5.0, zero=5.0).recovered == 0
+    assert LossRecovered(1, 3.0, 3.0, 5.0, 0.0, 1.0).recovered == 1
+    assert LossRecovered(1, 3.0, 4.5, 5.0, 0.0, 1.0).recovered == 0.25
+    assert LossRecovered(1, 3.0, 5.0, 5.0, 0.0, 1.0).recovered == 0
+
+
+def test_kl_is_of_the_models_predictions(meter: LossMeter) -> None:
+    half = Whole(16, 32, 2)
+    half.factor = 0.5
+    found = meter.measure(half)
+    table, lm = meter.table, meter.lm
+    ids = torch.from_numpy(np.array(table.ids, dtype=np.int64))
+    keep = torch.from_numpy(np.array(table.keep))[..., None]
+
+    def logs(factor: float) -> torch.Tensor:
+        def change(x: torch.Tensor) -> torch.Tensor:
+            return torch.where(keep, factor * x, x)
+
+        with torch.no_grad(), replace_activations(lm, meter.hookpoint, change):
+            return lm.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+
+    clean, changed, zero = logs(1.0), logs(0.5), logs(0.0)
+    kl, kl_zero = ((clean.exp() * (clean - q)).sum(-1).mean() for q in (changed, zero))
+    assert found.kl_spliced == pytest.approx(float(kl), rel=1e-3)
+    assert found.kl_zero == pytest.approx(float(kl_zero), rel=1e-3)
+    assert found.kl_recovered == pytest.approx(float(1 - kl / kl_zero), rel=1e-3)
+    assert meter.measure(Whole(16, 32, 2)).kl_recovered == pytest.approx(1, abs=1e-5)
+    assert math.isnan(LossRecovered(1, 3.0, 3.0, 3.0, 0.0, 0.0).kl_recovered)
 
 
 def test_the_models_autocast_is_not_the_saes(meter: LossMeter) -> None:
@@ -293,7 +377,7 @@ def test_the_models_autocast_is_not_the_saes(meter: LossMeter) -> None:
 @pytest.mark.parametrize("zero", [3.0, 2.9])
 def test_where_zeros_cost_nothing_there_is_nothing_to_recover(zero: float) -> None:
     """Where they lower the loss, the fraction would say 200% of an SAE that does harm."""
-    assert math.isnan(LossRecovered(0, 3.0, 3.1, zero).recovered)
+    assert math.isnan(LossRecovered(0, 3.0, 3.1, zero, 0.1, 0.5).recovered)
 
 
 def test_clean_loss_is_the_models_own(meter: LossMeter) -> None:
@@ -333,7 +417,7 @@ def test_what_is_no_number_is_null_in_json_and_a_dash_in_tables(tmp_path: Path) 
     m = measure(TopKSAE(8, 24, 3), [torch.ones(4, 8)])
     assert math.isfinite(m.fvu), "of a constant's squares"
     m = m._replace(fvu=math.nan)
-    record = evaluation_record("h", "h", 3, 24, m, LossRecovered(0, 3.0, 3.1, 3.0))
+    record = evaluation_record("h", "h", 3, 24, m, LossRecovered(0, 3.0, 3.1, 3.0, 0.1, 0.0))
     write_report(tmp_path, [record])
     text = (tmp_path / "evaluation.json").read_text()
     read = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
@@ -380,7 +464,7 @@ def test_report_files(tmp_path: Path) -> None:
     sae = TopKSAE(8, 24, 3)
     m = measure(sae, [torch.randn(50, 8)])
     records = [evaluation_record(f"h/k={k}", "h", k, 24, m, None) for k in (3, 5)]
-    write_evaluation(tmp_path / "h/k=3", records[0])
+    write_evaluation(tmp_path / "h/k=3", records[0], m.density)
     write_report(tmp_path, records)
     text = (tmp_path / "report.md").read_text()
     assert "h/k=3" in text

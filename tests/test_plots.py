@@ -12,12 +12,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from flash_sae_dist.evaluation import plots
 from flash_sae_dist.evaluation.metrics import ReconstructionMetrics
 from flash_sae_dist.evaluation.report import evaluation_record, write_report
+from flash_sae_dist.evaluation.results import natural
 
 HOOKPOINTS = [f"model.layers.{n}{side}" for n in (12, 18, 6) for side in ("", ".mlp")]
 
 
 def record(hookpoint: str, values: str, k: int, d_sae: int) -> dict[str, Any]:
-    m = ReconstructionMetrics(100, 1 / k, 0.9, k, 0.1, torch.rand(50, dtype=torch.float64))
+    m = ReconstructionMetrics(
+        100, 1 / k, 2.0, 0.9, 0.98, 0.97, k, 0.1, torch.rand(50, dtype=torch.float64)
+    )
     return evaluation_record(f"{hookpoint}/{values}", hookpoint, k, d_sae, m, None)
 
 
@@ -117,10 +120,40 @@ def test_no_number_is_no_point(drawn: dict[str, Any]) -> None:
 
 def test_the_report_shows_every_plot(tmp_path: Path) -> None:
     write_report(tmp_path, [record("h", f"lr={lr}", 2, 64) for lr in (0.1, 0.2)])
-    for name in ("fvu_l0.png", "fvu_lr.png"):
+    for name in ("fvu_l0.png", "fvu_lr.png", "densities.png", "curves.png"):
         assert f"]({name})" in (tmp_path / "report.md").read_text()
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def with_losses(k: int, kept: float) -> dict[str, Any]:
+    return record("h", f"k={k}", k, 64) | {"loss": {"recovered": kept, "kl_recovered": kept}}
+
+
+def test_losses_are_drawn_against_l0_and_wide_ranges_on_log_axes(drawn: dict[str, Any]) -> None:
+    records = [with_losses(2, 0.5), with_losses(64, 0.9)]
+    names = plots.plot_frontiers(records, Path())
+    assert names == ["fvu_l0.png", "ce_recovered_l0.png", "kl_recovered_l0.png"]
+    (axes,) = drawn["ce_recovered_l0.png"].axes
+    assert list(axes.lines[0].get_ydata()) == [0.5, 0.9]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear"), "L0 from 2 to 64"
+    assert drawn["fvu_l0.png"].axes[0].get_yscale() == "log", "FVU from 1/2 to 1/64"
+    assert plots.plot_frontiers([with_losses(2, 0.5), record("h", "k=4", 4, 64)], Path()) == names
+
+
+def test_densities_and_curves_have_a_line_an_sae(drawn: dict[str, Any]) -> None:
+    records = [record(h, f"k={k}", k, 64) for h in HOOKPOINTS[:2] for k in (2, 4)]
+    lines = [{"tokens": 10 * n, "fvu": 1 / n} for n in range(1, 2000)]
+    metrics = {r["job"]: lines for r in records[1:]}
+    plots.plot_all(records, metrics, Path())
+    (axes,) = drawn["densities.png"].axes
+    assert len(axes.lines) == 4
+    counts = axes.lines[0].get_ydata()
+    assert sum(counts) == 50
+    (axes,) = drawn["curves.png"].axes
+    assert len(axes.lines) == 3, "the first has no curve"
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert len(axes.lines[0].get_xdata()) < 400
 
 
 def test_names_sort_by_their_numbers() -> None:
@@ -129,4 +162,4 @@ def test_names_sort_by_their_numbers() -> None:
         ["h/lr=1e-05", "h/lr=0.0005", "h/lr=0.001", "h/lr=0.01"],
         ["experts.3.9/k=2", "experts.3.9/k=16", "experts.3.10/k=2"],
     ):
-        assert sorted(reversed(names), key=plots.natural) == names
+        assert sorted(reversed(names), key=natural) == names

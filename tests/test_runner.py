@@ -96,7 +96,7 @@ def test_a_tracker_that_cannot_start_is_told() -> None:
 class Failing:
     """A trainer that fails as a full disk or an out-of-memory does."""
 
-    def __init__(self, jobs: list[Any], *_: Any) -> None:
+    def __init__(self, jobs: list[Any], *_: Any, **__: Any) -> None:
         for job in jobs:
             write_status(job, Status("running", 3, 10))
 

@@ -1,6 +1,8 @@
-"""The loss of a language model over a text's own tokens."""
+"""What a language model predicts of a text's own tokens, and how well."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,8 @@ from torch import Tensor
 
 from ..config.base import ConfigError
 from .language_model import LanguageModel, run_model
+
+_TOKENS_AT_ONCE = 2048
 
 
 def check_has_loss(lm: LanguageModel) -> None:
@@ -26,17 +30,22 @@ def check_has_loss(lm: LanguageModel) -> None:
         )
 
 
+class Predictions(NamedTuple):
+    """What a model says of the tokens that it predicts."""
+
+    logits: Tensor  # [M, V], in the model's type
+    targets: Tensor  # [M] int64
+
+
 @torch.no_grad()
-def language_model_loss(
+def predictions(
     lm: LanguageModel,
     ids: Tensor,  # [B, T] int64
     attention: Tensor,  # [B, T] bool
     masked: Tensor | None = None,  # [B, T] bool, the tokens to hide and guess (masked-lm)
-) -> tuple[Tensor, int]:
-    """Sum of the cross-entropy in nats over predicted tokens, and their number.
-
-    causal-lm: every token after the first of each sequence; masked-lm: the tokens in `masked`.
-    Raises ConfigError for an encoder without a language-modelling head.
+) -> Predictions:
+    """Logits of the predicted tokens. causal-lm: every token after the first of each sequence;
+    masked-lm: the tokens in `masked`. Raises ConfigError for an encoder without a head for them.
     """
     check_has_loss(lm)
     if lm.causal:
@@ -47,5 +56,26 @@ def language_model_loss(
         hidden = ids.masked_fill(masked, lm.tokenizer.mask_token_id)
         logits = run_model(lm, hidden, attention).logits
         target, used = ids, masked & attention
-    losses = F.cross_entropy(logits[used].float(), target[used], reduction="sum")
-    return losses.double(), int(used.sum())
+    return Predictions(logits[used], target[used])
+
+
+def cross_entropy(found: Predictions) -> Tensor:
+    """Sum of the cross-entropy in nats, float64."""
+    total = torch.zeros((), dtype=torch.float64, device=found.logits.device)
+    for logits, targets in zip(*_parts(*found), strict=True):
+        total += F.cross_entropy(logits.float(), targets, reduction="sum")
+    return total
+
+
+def divergence(clean: Predictions, other: Predictions) -> Tensor:
+    """Sum of the Kullback-Leibler divergence KL(clean || other) in nats, float64."""
+    total = torch.zeros((), dtype=torch.float64, device=clean.logits.device)
+    for first, second in zip(*_parts(clean.logits, other.logits), strict=True):
+        p, q = (F.log_softmax(logits.float(), dim=1) for logits in (first, second))
+        total += F.kl_div(q, p, reduction="sum", log_target=True)
+    return total
+
+
+def _parts(*tensors: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+    # In float32 a whole batch's logits take gigabytes where the vocabulary is large.
+    return tuple(torch.split(tensor, _TOKENS_AT_ONCE) for tensor in tensors)

@@ -31,6 +31,7 @@ _ROW_KEYS = (
     "cache.context_length",
     "cache.drop_special_tokens",
 )
+_NO_LOSSES = "evaluate.loss_sequences=0 to measure no losses"
 
 
 class FinishedSAE(NamedTuple):
@@ -117,22 +118,23 @@ def check_same_model(config: Config, store: ActivationStore) -> None:
         # Without the files, names are all there is: another one's would be downloaded first.
         other = next(iter(_differences(store.config, store_config(config))), None)
     if other is not None:
-        raise _of_another_model(other, store)
+        raise _of_another_model(other, store, _NO_LOSSES)
 
 
-def check_loaded_model(config: Config, lm: LanguageModel, store: ActivationStore) -> None:
-    """`check_same_model` of a loaded model and its tokenizer. Raises ConfigError."""
+def check_loaded_model(
+    config: Config, lm: LanguageModel, store: ActivationStore, cure: str = _NO_LOSSES
+) -> None:
+    """`check_same_model` of a loaded model and its tokenizer. cure: what else there is to set.
+    Raises ConfigError.
+    """
     assert config.model is not None
     now = loaded_parts(config.model, lm)
     if other := difference(store.made_of()["parts"], now, MODEL_PARTS):
-        raise _of_another_model(other, store)
+        raise _of_another_model(other, store, cure)
 
 
-def _of_another_model(other: Difference, store: ActivationStore) -> ConfigError:
-    return ConfigError(
-        f"{other} in the store {store.path}; set it to that, or evaluate.loss_sequences=0 to "
-        "measure no losses"
-    )
+def _of_another_model(other: Difference, store: ActivationStore, cure: str) -> ConfigError:
+    return ConfigError(f"{other} in the store {store.path}; set it to that, or {cure}")
 
 
 def warn_of_other_text(config: Config, store: ActivationStore) -> None:

@@ -16,10 +16,18 @@ class ReconstructionMetrics(NamedTuple):
 
     tokens: int
     fvu: float  # sum (x - recon)^2 / sum (x - mean x)^2; by sum x^2 where the rows are all alike
+    mse: float  # mean over tokens of sum (x - recon)^2
     cosine: float  # mean over tokens of cos(x, recon)
+    l2_ratio: float  # mean over tokens of |recon| / |x|, those of zeros left out
+    relative_bias: float  # sum |recon|^2 / sum x . recon: below 1 where reconstructions are short
     l0: float  # mean active latents a token
     dead_fraction: float  # latents that never fired on these tokens, fewer than training counts
     density: Tensor  # [d_sae] float64, the fraction of tokens on which a latent fired
+
+    @property
+    def explained_variance(self) -> float:
+        """`1 - fvu`."""
+        return 1 - self.fvu
 
 
 @torch.no_grad()
@@ -30,20 +38,19 @@ def measure(sae: SparseCoder, batches: Iterable[Tensor]) -> ReconstructionMetric
     device, d_in = sae.W_dec.device, sae.d_in
     fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
     total = torch.zeros(d_in, dtype=torch.float64, device=device)
-    squares, error, cosine = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+    sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
     tokens = 0
     for batch in batches:
         x = batch.to(device, sae.W_dec.dtype)
         out = sae(x)
         tokens += x.shape[0]
-        wide = x.double()
+        wide, recon = x.double(), out.recon.double()
         total += wide.sum(dim=0)
-        squares += wide.square().sum()
-        error += (wide - out.recon.double()).square().sum()
-        cosine += torch.cosine_similarity(wide, out.recon.double(), dim=1).sum()
+        sums += _sums(wide, recon)
         fired.index_add_(0, out.top_idx.flatten().long(), (out.top_acts > 0).flatten().long())
     if tokens == 0:
         raise ValueError("there are no activations to measure on; raise evaluate.num_tokens")
+    squares, error, cosine, ratio, nonzero, recon_squares, product = sums
     of_mean = total.square().sum() / tokens
     # Rows are float32 at most: what is left of equal ones is float64's rounding of the sums.
     variance = squares - of_mean
@@ -51,11 +58,34 @@ def measure(sae: SparseCoder, batches: Iterable[Tensor]) -> ReconstructionMetric
     return ReconstructionMetrics(
         tokens,
         float(error / variance.clamp_min(torch.finfo(variance.dtype).tiny)),
+        float(error / tokens),
         float(cosine / tokens),
+        float(ratio / nonzero),
+        float(recon_squares / product),
         float(fired.sum() / tokens),
         float((fired == 0).double().mean()),
         (fired.double() / tokens).cpu(),
     )
+
+
+_SUMS = ("squares", "error", "cosine", "ratio", "nonzero", "recon_squares", "product")
+
+
+def _sums(
+    x: Tensor,  # [N, D] float64
+    recon: Tensor,  # [N, D] float64
+) -> Tensor:  # [len(_SUMS)] float64, over a batch
+    norms, recon_norms = x.norm(dim=1), recon.norm(dim=1)
+    parts = (
+        norms.square().sum(),
+        (x - recon).square().sum(),
+        torch.cosine_similarity(x, recon, dim=1).sum(),
+        torch.where(norms > 0, recon_norms / norms, 0).sum(),
+        (norms > 0).sum().double(),
+        recon_norms.square().sum(),
+        (x * recon).sum(),
+    )
+    return torch.stack(parts)
 
 
 class Histogram(NamedTuple):

@@ -6,25 +6,63 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..files import replacing
+from .results import natural
 
 _MARKERS = "os^DvPX<>*"
 _LINES = ("-", "--", ":", "-.")
 # Inches: a legend's entry is as high as its text, and a column of it as wide as its longest name.
 _ENTRY_HEIGHT, _LETTER_WIDTH = 0.19, 0.075
 _ENTRIES_A_COLUMN = 40
+_CURVE_POINTS = 300
+_DENSITY = "log10 of the fraction of tokens on which a latent fires"
 
 
-def natural(name: str) -> list[str | float]:
-    """Sorting key of a name: numbers in it by their size, so that layer 6 is before 12 and lr=1e-05
-    before lr=0.001.
-    """
-    # Only a value has decimals; the dots of a module's name part numbers.
-    parts = re.split(r"((?<==)\d+(?:\.\d+)?(?:e[+-]?\d+)?|\d+)", name)
-    return [float(part) if n % 2 else part for n, part in enumerate(parts)]
+class Measure(NamedTuple):
+    """What a plot has on its y axis."""
+
+    name: str
+    label: str
+    of: Callable[[dict[str, Any]], float | None]  # from an evaluation's record
+
+
+FVU = Measure("fvu", "FVU: fraction of variance unexplained", lambda r: r["fvu"])
+MEASURES = (
+    FVU,
+    Measure(
+        "ce_recovered",
+        "CE kept (1: as the model, 0: as zeros)",
+        lambda r: r.get("loss", {}).get("recovered"),
+    ),
+    Measure(
+        "kl_recovered",
+        "KL kept (1: as the model, 0: as zeros)",
+        lambda r: r.get("loss", {}).get("kl_recovered"),
+    ),
+)
+
+
+class _Series(NamedTuple):
+    """A line of a plot."""
+
+    hookpoint: str
+    setting: str
+    points: list[tuple[float, float]]
+
+
+class _Axes(NamedTuple):
+    """What a plot's axes say."""
+
+    x: str
+    y: str
+    log: str = ""  # axes that are logarithmic whatever their range
+    linear: str = ""
+    style: str = "default"  # matplotlib's drawstyle
+    marked: bool = True
 
 
 def plot_density(record: dict[str, Any], path: Path) -> None:
@@ -32,7 +70,7 @@ def plot_density(record: dict[str, Any], path: Path) -> None:
     h = record["density_histogram"]
     figure, axes = _figure(6, 4)
     axes.stairs(h["counts"], h["log10_edges"], fill=True)
-    axes.set_xlabel("log10 of the fraction of tokens on which a latent fires")
+    axes.set_xlabel(_DENSITY)
     axes.set_ylabel("latents")
     never = f"{h['never']} of {record['d_sae']} latents never fired on {record['tokens']:,} rows"
     axes.set_title("\n".join([*textwrap.wrap(record["job"], 70), never]), fontsize=9)
@@ -40,19 +78,70 @@ def plot_density(record: dict[str, Any], path: Path) -> None:
 
 
 def plot_frontiers(records: list[dict[str, Any]], output: Path) -> list[str]:
-    """Plots FVU against L0 (fvu_l0.png), and against every other number that a grid varied, such as
-    fvu_lr.png; returns the files' names.
+    """Plots what was measured against L0 (fvu_l0.png, ...), and FVU against every other number that
+    a grid varied, such as fvu_lr.png; returns the files' names.
     """
-    measured = [r for r in records if r["fvu"] is not None]
-    points = [(r, _values(r)) for r in sorted(measured, key=lambda r: natural(r["job"]))]
-    _plot_lines([(r, v, r["l0"]) for r, v in points], "k", output / "fvu_l0.png")
-    names = ["fvu_l0.png"]
+    figures = frontiers(records)
+    for name, figure in figures.items():
+        _save(figure, output / f"{name}.png")
+    return [f"{name}.png" for name in figures]
+
+
+def frontiers(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Those plots' figures by name: fvu_l0 always, ce_recovered_l0 and kl_recovered_l0 where losses
+    were measured.
+    """
+    points = [(r, _values(r)) for r in sorted(records, key=lambda r: natural(r["job"]))]
+    figures = {}
+    for measure in MEASURES:
+        along_l0 = [(r, v, r["l0"], y) for r, v in points if (y := measure.of(r)) is not None]
+        if along_l0 or measure is FVU:
+            axes = _Axes("L0: active latents a token", measure.label)
+            figures[f"{measure.name}_l0"] = _draw(_lines(along_l0, "k"), axes)
     for key in sorted({key for _, values in points for key in values} - {"k", "d_sae"}):
-        along = [(r, v, x) for r, v in points if (x := _number(v.get(key))) is not None]
-        if len({x for _, _, x in along}) > 1:
-            names.append(f"fvu_{key}.png")
-            _plot_lines(along, key, output / names[-1])
-    return names
+        along = [
+            (r, v, x, r["fvu"])
+            for r, v in points
+            if (x := _number(v.get(key))) is not None and r["fvu"] is not None
+        ]
+        if len({x for _, _, x, _ in along}) > 1:
+            figures[f"fvu_{key}"] = _draw(_lines(along, key), _Axes(key, FVU.label))
+    return figures
+
+
+def densities(records: list[dict[str, Any]]) -> Any:
+    """A figure of all SAEs' latents by firing frequency."""
+    series = []
+    for record in sorted(records, key=lambda r: natural(r["job"])):
+        histogram = record["density_histogram"]
+        points = zip(histogram["log10_edges"][:-1], histogram["counts"], strict=True)
+        series.append(_Series(record["hookpoint"], _setting(_values(record)), list(points)))
+    return _draw(series, _Axes(_DENSITY, "latents", linear="xy", style="steps-post", marked=False))
+
+
+def curves(
+    records: list[dict[str, Any]],
+    metrics: dict[str, list[dict[str, Any]]],  # lines of metrics.jsonl by job
+) -> Any:
+    """A figure of FVU over the tokens of training, on logarithmic axes."""
+    series = []
+    for record in sorted(records, key=lambda r: natural(r["job"])):
+        lines = [line for line in metrics.get(record["job"], []) if line.get("fvu", 0) > 0]
+        # A picture has no more columns than that.
+        lines = lines[:: max(1, len(lines) // _CURVE_POINTS)]
+        points = [(float(line["tokens"]), float(line["fvu"])) for line in lines]
+        series.append(_Series(record["hookpoint"], _setting(_values(record)), points))
+    return _draw(series, _Axes("tokens", "FVU of a training batch", log="xy", marked=False))
+
+
+def plot_all(
+    records: list[dict[str, Any]], metrics: dict[str, list[dict[str, Any]]], output: Path
+) -> list[str]:
+    """Writes the plots of a report; their files' names."""
+    names = plot_frontiers(records, output)
+    _save(densities(records), output / "densities.png")
+    _save(curves(records, metrics), output / "curves.png")
+    return [*names, "densities.png", "curves.png"]
 
 
 def _values(record: dict[str, Any]) -> dict[str, str]:
@@ -80,16 +169,23 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def _plot_lines(
-    points: list[tuple[dict[str, Any], dict[str, str], float]], along: str, path: Path
-) -> None:
-    """A line for all points that differ in `along` alone, which is their third part."""
+def _setting(values: dict[str, str], without: str = "") -> str:
+    return ", ".join(f"{k}={v}" for k, v in sorted(values.items()) if k != without)
+
+
+def _lines(
+    points: list[tuple[dict[str, Any], dict[str, str], float, float]], along: str
+) -> list[_Series]:
+    """A line for all points (x, y behind a record and its values) that differ in `along` alone."""
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for record, values, x in points:
-        setting = ", ".join(f"{k}={v}" for k, v in sorted(values.items()) if k != along)
-        lines.setdefault((record["hookpoint"], setting), []).append((x, record["fvu"]))
-    hookpoints = sorted({hookpoint for hookpoint, _ in lines}, key=natural)
-    settings = sorted({setting for _, setting in lines}, key=natural)
+    for record, values, x, y in points:
+        lines.setdefault((record["hookpoint"], _setting(values, along)), []).append((x, y))
+    return [_Series(*names, sorted(line)) for names, line in lines.items()]
+
+
+def _draw(series: list[_Series], titles: _Axes) -> Any:
+    hookpoints = sorted({line.hookpoint for line in series}, key=natural)
+    settings = sorted({line.setting for line in series}, key=natural)
     names = [*hookpoints, " ", *settings]
     columns = -(-len(names) // _ENTRIES_A_COLUMN)
     figure, axes = _figure(
@@ -97,18 +193,31 @@ def _plot_lines(
         max(4, 0.2 + _ENTRY_HEIGHT * -(-len(names) // columns)),
     )
     colours = dict(zip(hookpoints, _colours(len(hookpoints)), strict=True))
-    joined = any(len(line) > 1 for line in lines.values())
+    joined = any(len(line.points) > 1 for line in series)
     looks = {name: _look(n, joined) for n, name in enumerate(settings)}
-    for (hookpoint, setting), line in lines.items():
-        axes.plot(*zip(*sorted(line), strict=True), color=colours[hookpoint], **looks[setting])
-    axes.set_xlabel("L0: active latents a token" if along == "k" else along)
-    axes.set_ylabel("FVU: fraction of variance unexplained")
-    xs = [x for _, _, x in points]
-    if along != "k" and min(xs) > 0 and max(xs) >= 10 * min(xs):
-        axes.set_xscale("log")
-    if lines:
+    if not titles.marked:
+        looks = {name: look | {"marker": "none", "linewidth": 1.2} for name, look in looks.items()}
+    for line in (line for line in series if line.points):
+        how = looks[line.setting] | {"drawstyle": titles.style, "color": colours[line.hookpoint]}
+        axes.plot(*zip(*line.points, strict=True), **how)
+    axes.set_xlabel(titles.x)
+    axes.set_ylabel(titles.y)
+    for axis, values in (
+        ("x", [x for line in series for x, _ in line.points]),
+        ("y", [y for line in series for _, y in line.points]),
+    ):
+        if values and _is_wide(values, axis, titles):
+            getattr(axes, f"set_{axis}scale")("log")
+    if series:
         _legend(figure, colours, looks, columns)
-    _save(figure, path)
+    return figure
+
+
+def _is_wide(values: list[float], axis: str, titles: _Axes) -> bool:
+    """Whether an axis is to be logarithmic."""
+    if axis in titles.linear or min(values) <= 0:
+        return False
+    return axis in titles.log or max(values) >= 10 * min(values)
 
 
 def _look(number: int, joined: bool) -> dict[str, Any]:

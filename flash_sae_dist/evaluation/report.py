@@ -7,13 +7,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
-from ..files import write_checksums, write_json, write_text
+from ..files import replacing, write_checksums, write_json, write_text
+from ..training.metrics import read_metrics
 from .loss_recovered import LossRecovered
 from .metrics import ReconstructionMetrics, density_histogram
-from .plots import plot_density, plot_frontiers
+from .plots import plot_all, plot_density
 
 
 def evaluation_record(
@@ -33,14 +36,19 @@ def evaluation_record(
         {
             "tokens": m.tokens,
             "fvu": m.fvu,
+            "explained_variance": m.explained_variance,
+            "mse": m.mse,
             "cosine": m.cosine,
+            "l2_ratio": m.l2_ratio,
+            "relative_bias": m.relative_bias,
             "l0": m.l0,
             "never_fired_fraction": m.dead_fraction,
         }
     )
     record["density_histogram"] = density_histogram(m.density)._asdict()
     if loss is not None:
-        record["loss"] = _finite({**loss._asdict(), "recovered": loss.recovered})
+        shares = {"recovered": loss.recovered, "kl_recovered": loss.kl_recovered}
+        record["loss"] = _finite(loss._asdict() | shares)
     return record
 
 
@@ -48,18 +56,22 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def write_evaluation(folder: Path, record: dict[str, Any]) -> None:
-    """Writes one SAE's evaluation.json and its density plot."""
+def write_evaluation(folder: Path, record: dict[str, Any], density: Tensor) -> None:
+    """Writes one SAE's evaluation.json, the density of each latent [d_sae] as densities.npy, and
+    their plot."""
+    with replacing(folder / "densities.npy") as partial, partial.open("wb") as file:
+        np.save(file, density.float().numpy())
     write_json(folder / "evaluation.json", record, indent=1)
     plot_density(record, folder / "density.png")
 
 
 def write_report(output: Path, records: list[dict[str, Any]]) -> None:
-    """Writes evaluation.json and report.md over all SAEs, and plots of FVU against L0 and against
-    what a grid varied.
+    """Writes evaluation.json and report.md over all SAEs, and plots: what was measured against L0
+    and against what a grid varied, densities, curves of training.
     """
+    metrics = {r["job"]: read_metrics(output / r["job"] / "metrics.jsonl") for r in records}
     write_text(output / "evaluation.json", json.dumps(records, indent=1) + "\n")
-    write_text(output / "report.md", _markdown(records, plot_frontiers(records, output)))
+    write_text(output / "report.md", _markdown(records, plot_all(records, metrics, output)))
     # A list has no place for a checksum of its own.
     write_checksums(output, ["evaluation.json", "report.md"])
 
@@ -69,20 +81,27 @@ _COLUMNS = (
     "L0",
     "FVU",
     "cosine",
+    "L2 ratio",
     "never fired",
-    "loss",
+    "CE",
     "with SAE",
-    "with zeros",
-    "recovered",
+    "CE kept",
+    "KL kept",
 )
+_FORMS = {
+    "l0": ".1f",
+    "fvu": ".4f",
+    "cosine": ".4f",
+    "l2_ratio": ".3f",
+    "never_fired_fraction": ".1%",
+}
 
 
 def _cells(r: dict[str, Any]) -> list[str]:
-    forms = {"l0": ".1f", "fvu": ".4f", "cosine": ".4f", "never_fired_fraction": ".1%"}
-    cells = [r["job"], *(_cell(r[name], form) for name, form in forms.items())]
+    cells = [r["job"], *(_cell(r.get(name), form) for name, form in _FORMS.items())]
     loss = r.get("loss", {})
-    cells += [_cell(loss.get(name), ".3f") for name in ("clean", "spliced", "zero")]
-    return [*cells, _cell(loss.get("recovered"), ".1%")]
+    cells += [_cell(loss.get(name), ".3f") for name in ("clean", "spliced")]
+    return [*cells, *(_cell(loss.get(name), ".1%") for name in ("recovered", "kl_recovered"))]
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -94,23 +113,26 @@ def _markdown(records: list[dict[str, Any]], plots: list[str]) -> str:
     lines += [" | ".join(_cells(r)) for r in records]
     body = "\n".join(f"| {line} |" for line in lines)
     note = (
-        f"FVU, cosine, L0, densities and the latents that never fired are of {_rows(records)}, "
-        "which training may have seen (its own dead latents are those that did not fire for "
-        "train.dead_after_tokens); losses, in nats a token, are of text after the cached part, or "
-        "of the last of it where the text ends there. A dash stands for what is no number: where "
-        "zeros in place of the activations do not raise the loss, there is none to recover."
+        f"FVU, cosine, L2 ratio, L0, densities and the latents that never fired are of "
+        f"{_rows(records)} (training's own dead latents are those that did not fire for "
+        "train.dead_after_tokens); CE, the cross-entropy in nats a token, is of text after the "
+        "cached part, or of the last of it where the text ends there. CE kept and KL kept are the "
+        "shares of the damage that zeros do which the SAE does not: 100% for a perfect one. A dash "
+        "stands for what is no number: where zeros in place of the activations do not raise the "
+        "loss, there is none to recover."
     )
     images = "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in plots)
     return f"# Evaluation\n\n{body}\n\n{note}\n\n{images}\n"
 
 
 def _rows(records: list[dict[str, Any]]) -> str:
-    return f"{max(r['tokens'] for r in records):,} stored rows"
+    kinds = sorted({r.get("rows", "stored rows") for r in records})
+    return f"{max(r['tokens'] for r in records):,} stored rows ({'; '.join(kinds)})"
 
 
 def table(records: list[dict[str, Any]]) -> Table:
     """The same table for a terminal."""
-    out = Table(title=f"evaluation on {_rows(records)} (losses in nats a token)")
+    out = Table(title=f"evaluation on {_rows(records)} (CE in nats a token)")
     # Names of a grid differ in their last letters: broken, never cut.
     out.add_column(_COLUMNS[0], overflow="fold")
     for column in _COLUMNS[1:]:

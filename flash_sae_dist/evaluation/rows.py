@@ -17,6 +17,7 @@ from ..activations.probe import check_ids
 from ..activations.store import ActivationStore
 from ..activations.text import TokenTable
 from ..config.data import ModelConfig
+from .unseen import MeasuredRows
 
 # Another order than any training's.
 _SEED = -1 & 0x7FFFFFFF
@@ -24,6 +25,11 @@ _SEED = -1 & 0x7FFFFFFF
 
 class EvaluationRows(Protocol):
     """Rows of hookpoints, each of which is read once."""
+
+    @property
+    def told(self) -> str:
+        """What they are."""
+        ...
 
     def count(self, asked: int) -> int:
         """Rows that there are for so many asked for: a row measured twice is no new evidence."""
@@ -44,12 +50,17 @@ class EvaluationRows(Protocol):
 class StoreRows:
     """Rows of a store, from everywhere in it."""
 
-    def __init__(self, store: ActivationStore) -> None:
-        self.store = store
+    def __init__(self, store: ActivationStore, measured: MeasuredRows) -> None:
+        self.store, self.measured = store, measured
+
+    @property
+    def told(self) -> str:
+        """See EvaluationRows."""
+        return self.measured.told
 
     def count(self, asked: int) -> int:
         """See EvaluationRows."""
-        return min(asked, self.store.kept_rows)
+        return min(asked, self.measured.available)
 
     @contextmanager
     def batches(
@@ -64,6 +75,8 @@ class StoreRows:
             seed=_SEED,
             num_steps=num_steps,
             device=device,
+            holdout=self.measured.holdout,
+            only_held_out=self.measured.holdout > 0,
         )
 
         def cut() -> Iterator[Tensor]:
@@ -83,6 +96,8 @@ class StoreRows:
 
 class ModelRows:
     """Rows of a model's forward passes over a text, kept on the host."""
+
+    told = "rows of the model itself"
 
     def __init__(
         self,

@@ -36,11 +36,12 @@ from .finished import (
     warn_of_other_text,
 )
 from .given import GivenSAE, given_saes
-from .loss_recovered import LossMeter
+from .loss_recovered import CleanPredictions, LossMeter, num_batches
 from .metrics import measure
-from .plots import natural
 from .report import evaluation_record, write_evaluation, write_report
+from .results import natural, write_results
 from .rows import EvaluationRows, ModelRows, StoreRows
+from .unseen import MeasuredRows, measured_rows, warn_of_rows
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     everyone.sort(key=lambda r: natural(r["job"]))
     if accelerator.is_main_process:
         write_report(output, everyone)
+        write_results(output, everyone)
     accelerator.wait_for_everyone()
     return everyone
 
@@ -108,24 +110,16 @@ def _measure_all(
     lm, text = None, None
     if with_losses or store is None:
         lm, text = _language_model(config, store, device, hookpoints)
-    rows = _rows(config, store, lm, text, hookpoints)
-    num_tokens = rows.count(cfg.num_tokens) if mine else 0
-    passes = len(mine) + 2 * len(hookpoints)
-    losses = text.ids.size * passes if with_losses and text is not None else 0
-    meters: dict[str, LossMeter] = {}
+    rows = _rows(config, store, lm, text, mine)
+    work = sum(r.count(cfg.num_tokens) for r in rows)
+    if with_losses and text is not None:
+        work += int(text.ids.size) * (len(mine) + 2 * len(hookpoints))
     records = []
-    work = num_tokens * len(mine) + losses
     with progress_bar("evaluate", work, "tokens", accelerator.is_main_process) as bar:
-        for sae in mine:
-            if with_losses and sae.hookpoint not in meters:
-                assert lm is not None
-                assert text is not None
-                assert config.cache is not None
-                meters[sae.hookpoint] = LossMeter(
-                    lm, sae.hookpoint, text, config.cache.batch_sequences, bar.advance
-                )
+        meters = _meters(config, lm, text, hookpoints, bar.advance) if with_losses else {}
+        for sae, read in zip(mine, rows, strict=True):
             meter = meters.get(sae.hookpoint)
-            records.append(_evaluate(sae, cfg, rows, meter, device, bar.advance))
+            records.append(_evaluate(sae, cfg, read, meter, device, bar.advance))
     return records
 
 
@@ -134,10 +128,18 @@ def _rows(
     store: ActivationStore | None,
     lm: LanguageModel | None,
     text: TokenTable | None,
-    hookpoints: list[str],
-) -> EvaluationRows:
+    saes: list[FinishedSAE | GivenSAE],
+) -> list[EvaluationRows]:
+    """The rows of each SAE."""
     if store is not None:
-        return StoreRows(store)
+        measured = [
+            measured_rows(found, store, config.evaluate)
+            if isinstance(found, FinishedSAE)
+            else MeasuredRows(0.0, store.kept_rows, "all rows of the store")
+            for found in saes
+        ]
+        warn_of_rows(saes, measured)
+        return [StoreRows(store, of) for of in measured]
     assert lm is not None
     assert text is not None
     assert config.model is not None
@@ -145,7 +147,9 @@ def _rows(
     table = text
     if (wanted := config.evaluate.num_tokens) > int(text.keep.sum()):
         table = token_table(making_of(config, lm.tokenizer, causal=lm.causal), num_rows=wanted)
-    return ModelRows(lm, config.model, table, hookpoints, config.cache.batch_sequences)
+    hookpoints = list(dict.fromkeys(found.hookpoint for found in saes))
+    shared = ModelRows(lm, config.model, table, hookpoints, config.cache.batch_sequences)
+    return [shared] * len(saes)
 
 
 def _with_losses(config: Config, store: ActivationStore | None, accelerator: Any) -> bool:
@@ -207,6 +211,22 @@ def _made_of(
     }
 
 
+def _meters(
+    config: Config,
+    lm: LanguageModel | None,
+    text: TokenTable | None,
+    hookpoints: list[str],
+    advance: Callable[[int], None],
+) -> dict[str, LossMeter]:
+    """By hookpoint; none without a model."""
+    if lm is None or text is None:
+        return {}
+    assert config.cache is not None
+    batch = config.cache.batch_sequences
+    clean = CleanPredictions(num_batches(text, batch))
+    return {name: LossMeter(lm, name, text, batch, advance, clean) for name in hookpoints}
+
+
 def _evaluate(
     found: FinishedSAE | GivenSAE,
     cfg: EvaluateConfig,
@@ -229,6 +249,6 @@ def _evaluate(
     record = evaluation_record(
         found.name, found.hookpoint, getattr(sae.config, "k", None), sae.d_sae, metrics, loss
     )
-    record["made_of"] = _made_of(found, rows, meter)
-    write_evaluation(found.folder, record)
+    record |= {"rows": rows.told, "made_of": _made_of(found, rows, meter)}
+    write_evaluation(found.folder, record, metrics.density)
     return json.loads(json.dumps(record))  # type: ignore[no-any-return]

@@ -5,9 +5,7 @@ The first process makes it and broadcasts it, so that ranks never disagree on wh
 
 from __future__ import annotations
 
-import itertools
 import logging
-import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +14,7 @@ import torch
 
 from ..activations.store import ActivationStore
 from ..activations.stream import ModelRows, Rows
-from ..config.base import ConfigError, match_names, nearest_name
+from ..config.base import ConfigError, nearest_name
 from ..config.train import TrainConfig
 from ..files import check_space, check_writable
 from ..models.base import CONFIG_FILE, check_weights, read_spec
@@ -29,10 +27,11 @@ from ..planner.storage import disk_bytes
 from ..planner.timing import Cost, bundle_seconds, cost_of
 from ..training.engine import check_engine, check_installed
 from ..training.initial import read_initial
-from ..training.job import Config, with_values
+from ..training.job import Config
 from ..training.made_of import check_same_job
 from ..training.member import is_finished
 from ..training.records import Job, hookpoint_of
+from .expansion import expand
 
 logger = logging.getLogger(__name__)
 _ALL = 1 << 62  # bytes that anything fits
@@ -100,7 +99,7 @@ def make_plan(
 def varied(job: Job, grid: bool) -> set[str]:
     """Keys of a job that another key of its config decides."""
     assert job.config.sae is not None
-    found = set(job.config.grid.values) if grid and job.config.grid is not None else set()
+    found = job.config.grid.varied_keys() if grid and job.config.grid is not None else set()
     return found | ({"sae.d_sae"} if job.config.sae.expansion_factor is not None else set())
 
 
@@ -155,60 +154,6 @@ def train_job(config: Config, hookpoints: list[str], where: str = "the store") -
             f"train.hookpoint={name!r} is not in {where}{nearest_name(name, hookpoints)}"
         )
     return Job(name, Path(config.output) / name, config)
-
-
-def _matched(pattern: str, hookpoints: list[str]) -> list[str]:
-    """The hookpoints that a pattern names, as it would name modules in cache.hookpoints:
-    `layers.*` are the blocks' outputs alone, `layers.*:input` their inputs.
-    """
-    stem, colon, side = pattern.partition(":")
-    if colon and side not in ("input", "output"):
-        raise ConfigError(f"grid.hookpoints: {pattern!r} must end in :input, :output or nothing")
-    suffix = ":input" if side == "input" else ""
-    parted = [name.partition(":") for name in hookpoints]
-    names = [name for name, colon, end in parted if colon + end == suffix]
-    return [name + suffix for name in match_names(stem, names)]
-
-
-def expand(config: Config, hookpoints: list[str], where: str = "the store") -> list[Job]:
-    """The jobs of `grid`: every hookpoint (of the store, or where they come from) that a pattern
-    names, with every combination of values.
-
-    Each combination is checked as a config of its own. Raises ConfigError on a pattern that names
-    nothing or a combination that does not fit.
-    """
-    config.need("sae", "train", "grid", verb="grid")
-    assert config.grid is not None
-    matched: list[str] = []
-    for pattern in config.grid.hookpoints:
-        found = hookpoints if pattern == "*" else _matched(pattern, hookpoints)
-        if not found:
-            raise ConfigError(
-                f"grid.hookpoints: {pattern!r} is not in {where}{nearest_name(pattern, hookpoints)}"
-            )
-        matched += [name for name in found if name not in matched]
-    keys = list(config.grid.values)
-    jobs = []
-    for hookpoint in matched:
-        for choice in itertools.product(*config.grid.values.values()):
-            values = dict(zip(keys, choice, strict=True))
-            label = ",".join(f"{key.partition('.')[2]}={value}" for key, value in values.items())
-            name = f"{hookpoint}/{label}" if label else hookpoint
-            _check_name(name, list(values))
-            resolved = with_values(config, {"train.hookpoint": hookpoint, **values})
-            jobs.append(Job(name, Path(config.output) / name, resolved))
-    return jobs
-
-
-def _check_name(name: str, keys: list[str]) -> None:
-    """Raises ConfigError for a job whose folder no file system takes."""
-    for part in name.split("/"):
-        if (size := len(os.fsencode(part))) > 255:
-            raise ConfigError(
-                f"grid.values gives a folder name of {size} bytes ({part[:60]!r}...), and file "
-                f"systems take 255; move keys with one value ({', '.join(keys)[:200]}) to their "
-                "sections, or split the grid"
-            )
 
 
 def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:

@@ -14,6 +14,7 @@ from .. import ending
 from ..activations.store import store_of
 from ..activations.stream import Rows, open_stream
 from ..config.base import ConfigError, UserError
+from ..evaluation.results import write_results
 from ..files import locked
 from ..parallel import agree
 from ..parallel.mesh import Mesh, make_mesh, with_index
@@ -31,6 +32,7 @@ from ..training.records import (
 )
 from ..training.trainer import Trainer
 from .handout import bundles_for
+from .live import shown
 from .plan import Plan, agreed_plan, with_mesh
 from .trackers import Trackers
 
@@ -81,7 +83,7 @@ def _rows(config: Config, accelerator: Any, mesh: Mesh, device: torch.device) ->
         return
     counts = [config.train.num_tokens]
     if config.grid is not None:
-        counts += config.grid.values.get("train.num_tokens", ())
+        counts += config.grid.all_values("train.num_tokens")
     with open_stream(config, max(counts), accelerator, mesh, device) as rows:
         yield rows
 
@@ -97,12 +99,16 @@ def _run(
     trackers = _trackers(accelerator, Path(config.output), plan, todo)
     if accelerator.is_main_process and names and (seconds := process_seconds()) is not None:
         logger.info("%d SAEs to train, %.1f s after this process began", len(names), seconds)
-    mine, failed = _train(plan, rows, mesh, device, trackers, share)
+    # Jobs that are not a grid's have a bar.
+    with shown(todo if grid else [], enabled=accelerator.is_main_process):
+        mine, failed = _train(plan, rows, mesh, device, trackers, share, bar=not grid)
     if accelerator.is_main_process:
         _replay([job for job in todo if job.name not in mine], trackers)
         for job in plan.jobs:
             if job.name not in failed:
                 print(_summary(job, new=job.name in plan.unfinished), flush=True)
+    if grid and accelerator.is_main_process:
+        write_results(Path(config.output))
     if failed:
         if accelerator.is_main_process:
             trackers.finish()
@@ -120,6 +126,8 @@ def _train(
     device: torch.device,
     trackers: Trackers,
     share: HostShare,
+    *,
+    bar: bool,
 ) -> tuple[set[str], dict[str, str]]:
     """Trains bundles until none is left; the names of this group's jobs, and the reasons of all
     groups' failed jobs by name. Collective over all processes.
@@ -129,7 +137,7 @@ def _train(
     for bundle in bundles_for(plan, mesh):
         mine += bundle.jobs
         try:
-            _train_bundle(bundle.jobs, rows, mesh, device, trackers, share, only=only)
+            _train_bundle(bundle.jobs, rows, mesh, device, trackers, share, only=only, bar=bar)
         except BusyError as e:
             # Not ours to write a reason into.
             busy |= {job.name: str(e) for job in bundle.jobs}
@@ -173,13 +181,14 @@ def _train_bundle(
     share: HostShare,
     *,
     only: bool,  # the launch has no other job
+    bar: bool = True,
 ) -> None:
     # Where several ranks train together, the others may wait inside a collective that a failing one
     # has left: the launch must end, not hang. An only job's error is best told as it is.
     ends = mesh.members > 1 or only
     try:
         with ending.deferred(), _held(jobs, mesh):
-            Trainer(jobs, rows, mesh, device, trackers.log, share).run()
+            Trainer(jobs, rows, mesh, device, trackers.log, share, bar=bar).run()
         return
     except BusyError:
         raise
@@ -198,7 +207,7 @@ def _train_bundle(
         torch.cuda.empty_cache()
     for job in jobs:
         if not is_finished(job):
-            _train_bundle([job], rows, mesh, device, trackers, share, only=False)
+            _train_bundle([job], rows, mesh, device, trackers, share, only=False, bar=bar)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class Config(RunConfig):
         if self._from_grid:
             key = self._from_grid[0]
             raise ConfigError(
-                f"key {key!r} is missing: grid.values has it for `grid` alone; add it for `{verb}`"
+                f"key {key!r} is missing: the grid has it for `grid` alone; add it for `{verb}`"
             )
 
     @field_validator("grid")
@@ -79,11 +79,10 @@ class Config(RunConfig):
 
 
 def _filled_from_grid(data: Any) -> tuple[Any, tuple[str, ...]]:
-    """Plain data with the keys that sections need and only grid.values has; which those are."""
-    values = isinstance(data, dict) and isinstance(data.get("grid"), dict) and data["grid"]
-    values = values and values.get("values")
-    if not isinstance(values, dict):
+    """Plain data with the keys that sections need and only the grid has; which those are."""
+    if not isinstance(data, dict) or not isinstance(grid := data.get("grid"), dict):
         return data, ()
+    first = _first_values(grid)
     taken = []
     for section, choice in (("sae", ARCHITECTURE_CHOICE), ("train", ENGINE_CHOICE)):
         given = data.get(section) or {}
@@ -95,11 +94,22 @@ def _filled_from_grid(data: Any) -> tuple[Any, tuple[str, ...]]:
         if not any(given.get(width) for width in _WIDTHS):
             needed |= fields.keys() & set(_WIDTHS)
         for name in sorted(needed - given.keys()):
-            choices = values.get(f"{section}.{name}")
-            if isinstance(choices, list | tuple) and choices:
-                data = {**data, section: {**(data.get(section) or {}), name: choices[0]}}
-                taken.append(f"{section}.{name}")
+            if (key := f"{section}.{name}") in first:
+                data = {**data, section: {**(data.get(section) or {}), name: first[key]}}
+                taken.append(key)
     return data, tuple(taken)
+
+
+def _first_values(grid: dict[str, Any]) -> dict[str, Any]:
+    """The first value of each key of grid.values and of the first of grid.points."""
+    values, points = grid.get("values"), grid.get("points")
+    found: dict[str, Any] = {}
+    if isinstance(points, list | tuple) and points and isinstance(points[0], dict):
+        found |= points[0]
+    for key, choices in values.items() if isinstance(values, dict) else ():
+        if isinstance(choices, list | tuple) and choices:
+            found[key] = choices[0]
+    return found
 
 
 def _grid_kinds(config: type[Config]) -> dict[str, Any]:

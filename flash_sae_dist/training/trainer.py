@@ -67,12 +67,15 @@ class Trainer:
         device: torch.device,
         log_metrics: LogMetrics,
         share: HostShare,  # of the host's memory, for checkpoints
+        *,
+        bar: bool = True,  # shows its progress
     ) -> None:
         cfg = jobs[0].config.train
         assert cfg is not None
         self.cfg, self.rows = cfg, rows
         self.hookpoints = list(dict.fromkeys(hookpoint_of(job) for job in jobs))
         self.mesh, self.device, self.log_metrics = mesh, device, log_metrics
+        self.has_bar = bar and mesh.is_lead
         # Other ranks may wait inside a collective that an error has left.
         self.isolates = mesh.members == 1 and len(jobs) > 1
         self.members: list[Member] = []
@@ -126,7 +129,7 @@ class Trainer:
         title = f"train {self._what()} ({len(self.members)} SAEs)"
         total = num_steps * self.cfg.batch_tokens
         feed = BatchFeed(source, num_steps, mesh, self.device)
-        bar_ = progress_bar(title, total, "tokens", mesh.is_lead, shared=mesh.num_groups > 1)
+        bar_ = progress_bar(title, total, "tokens", self.has_bar, shared=mesh.num_groups > 1)
         with source, feed, bar_ as bar:
             batches = self._begun(feed, source)
             try:

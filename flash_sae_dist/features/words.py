@@ -1,0 +1,46 @@
+"""Tokens as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+# SentencePiece's mark of a space.
+_SPACE = "\u2581"
+
+
+class Words:
+    """The text of token ids, each looked up once; without a tokenizer their numbers."""
+
+    def __init__(self, tokenizer: Any | None) -> None:
+        self.tokenizer = tokenizer
+        self._known: dict[int, str] = {-1: ""}
+        self._joins_words = tokenizer is not None and _joins_words(tokenizer)
+
+    def of(self, ids: Iterable[int]) -> list[str]:
+        """The text of each id; of -1, no token, an empty one."""
+        known, wanted = self._known, list(ids)
+        for number in wanted:
+            if number not in known:
+                known[number] = self._text(number)
+        return [known[number] for number in wanted]
+
+    def _text(self, number: int) -> str:
+        if self.tokenizer is None:
+            return f"[{number}]"
+        text: str = self.tokenizer.decode([number])
+        piece = self.tokenizer.convert_ids_to_tokens(number)
+        if isinstance(piece, str) and piece.startswith(_SPACE):
+            return text if text.startswith(" ") else f" {text}"
+        if self._joins_words:
+            # WordPiece marks what goes on a word, others begin each token anew.
+            return text.removeprefix("##") if text.startswith("##") else f" {text}"
+        return text
+
+
+def _joins_words(tokenizer: Any) -> bool:
+    """Whether the text of two tokens has a space between them that neither has."""
+    number = next((n for n in range(len(tokenizer)) if n not in tokenizer.all_special_ids), 0)
+    one, two = tokenizer.decode([number]), tokenizer.decode([number, number])
+    piece = tokenizer.convert_ids_to_tokens(number)
+    return bool(two == f"{one} {one}" and not (isinstance(piece, str) and _SPACE in piece))

@@ -1,0 +1,420 @@
+"""What is shown of latents against a plain recomputation from the stored rows; the page in a
+browser.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from flash_sae_dist import TopKSAE
+from flash_sae_dist.activations.harvest import run_cache
+from flash_sae_dist.activations.importing import ImportOptions, run_import
+from flash_sae_dist.activations.language_model import capture_activations, load_language_model
+from flash_sae_dist.activations.sequential import row_blocks
+from flash_sae_dist.activations.store import ActivationStore, as_float64
+from flash_sae_dist.config.base import ConfigError
+from flash_sae_dist.features.directions import nearest_latents, output_tokens
+from flash_sae_dist.features.pairs import ActivePairs, PairSpool, active_pairs
+from flash_sae_dist.features.runner import run_features
+from flash_sae_dist.features.running import ActivationCounts, TopRows, chance_keys, size_keys
+from flash_sae_dist.features.words import Words
+from flash_sae_dist.grid.runner import run_jobs
+from flash_sae_dist.models.base import Codes, SparseCoder
+from flash_sae_dist.training.job import parse_config
+from tests.tiny_model import config_data, save_llama
+
+CPU = torch.device("cpu")
+JOB = "model.layers.0"
+
+
+class Run(NamedTuple):
+    """A folder with a store, an SAE and what `features` wrote."""
+
+    data: dict[str, Any]
+    store: ActivationStore
+    sae: SparseCoder
+    records: list[dict[str, Any]]
+
+
+def make_run(root: Path, **cache: Any) -> Run:
+    data = config_data(root, **cache)
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    data["train"] |= {"num_tokens": 640}
+    run_jobs(parse_config(data), Accelerator(cpu=True), grid=False)
+    data["features"] = {"batch_tokens": 100, "context_tokens": 5}
+    (folder,) = run_features(parse_config(data), Accelerator(cpu=True))
+    store = ActivationStore.open(data["cache"]["store"])
+    return Run(data, store, TopKSAE.load(folder.parent / "sae"), read_records(folder))
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    with gzip.open(folder / "features.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make_run(tmp_path_factory.mktemp("features"))
+
+
+def dense_activations(run: Run) -> Tensor:
+    """All activations [rows, d_sae] of the stored rows, the plain way."""
+    bits = run.store.read(f"activations/{JOB}", 0, run.store.rows)
+    x = torch.from_numpy(as_float64(bits, "float32")).float()
+    with torch.no_grad():
+        pre = (x - run.sae.b_dec) @ run.sae.W_enc.T + run.sae.b_enc
+    top, where = pre.relu().topk(run.sae.config.k, dim=1)  # type: ignore[attr-defined]
+    return torch.zeros_like(pre).scatter_(1, where, top)
+
+
+def test_examples_equal_a_plain_recomputation(run: Run) -> None:
+    """Of 50 latents drawn by chance the ten largest activations, their rows and tokens, and the
+    activation of every token that is shown beside them."""
+    acts = dense_activations(run)
+    ids, rows = (
+        run.store.read_stored(f"text/{name}", 0, 10**6).reshape(-1) for name in ("ids", "row")
+    )
+    place = {int(row): at for at, row in enumerate(rows) if row >= 0}
+    tokenizer = words_of(run)
+    length = run.store.config["cache.context_length"]
+    assert [r["index"] for r in run.records] == list(range(64))
+    unstored = 0
+    for latent in random.Random(0).sample(range(64), 50):
+        record, of_latent = run.records[latent], acts[:, latent]
+        order = (-of_latent).argsort(stable=True)[:10]
+        order = order[of_latent[order] > 0].tolist()
+        top = [e for e in record["examples"] if e["group"] == "top"]
+        assert [e["row"] for e in top[:10]] == order
+        assert [e["value"] for e in top[:10]] == pytest.approx(of_latent[order].tolist(), rel=1e-5)
+        for example in record["examples"]:
+            at = place[example["row"]]
+            start = at - at % length
+            around = range(max(start, at - 5), min(start + length, at + 6))
+            assert example["at"] == at - around.start
+            assert example["tokens"] == tokenizer.of(ids[around.start : around.stop].tolist())
+            for shown, token in zip(example["values"], around, strict=True):
+                if (row := int(rows[token])) < 0:
+                    assert shown is None
+                    unstored += 1
+                else:
+                    assert shown == pytest.approx(float(of_latent[row]), rel=1e-3)
+    assert unstored, "sequences begin with a token that is not stored"
+
+
+def words_of(run: Run) -> Words:
+    config = parse_config(run.data)
+    assert config.model is not None
+    return Words(load_language_model(config.model, CPU).tokenizer)
+
+
+def test_numbers_equal_their_definitions(run: Run) -> None:
+    acts = dense_activations(run)
+    for record in run.records:
+        active = acts[:, record["index"]]
+        active = active[active > 0].double()
+        assert record["fired"] == len(active) == sum(record["histogram"]["counts"])
+        assert record["density"] == len(active) / run.store.rows
+        if not len(active):
+            assert record["examples"] == []
+            continue
+        assert record["max"] == pytest.approx(float(active.max()), rel=1e-5)
+        assert record["mean"] == pytest.approx(float(active.mean()), rel=1e-5)
+        edges = record["histogram"]["edges"]
+        assert edges[0] <= float(active.min()) * 1.001
+        assert edges[-1] >= float(active.max()) * 0.999
+        for share, value in record["quantiles"].items():
+            near = np.quantile(active, float(share), method="inverted_cdf")
+            assert value == pytest.approx(near, rel=0.045)
+
+
+def test_each_fifth_of_the_activations_has_examples(run: Run) -> None:
+    for record in run.records:
+        drawn = [e for e in record["examples"] if e["group"] != "top"]
+        assert len(drawn) == min(record["fired"], 20)
+        assert len({e["row"] for e in drawn}) == len(drawn)
+        values = [e["value"] for e in drawn]
+        assert values == sorted(values, reverse=True)
+        if record["fired"] >= 20:
+            groups = ["80-100%", "60-80%", "40-60%", "20-40%", "0-20%"]
+            assert [e["group"] for e in drawn] == [g for g in groups for _ in range(4)]
+
+
+def test_examples_are_the_models_own_activations(run: Run) -> None:
+    config = parse_config(run.data)
+    assert config.model is not None
+    lm = load_language_model(config.model, CPU)
+    sequences, rows = (run.store.read_stored(f"text/{name}", 0, 10**6) for name in ("ids", "row"))
+    ids = torch.from_numpy(sequences.astype(np.int64))
+    x = capture_activations(lm, [JOB], ids, torch.ones_like(ids, dtype=torch.bool))[JOB]
+    with torch.no_grad():
+        codes = run.sae.encode(x.reshape(-1, x.shape[-1]))
+    of_row = {int(row): at for at, row in enumerate(rows.reshape(-1))}
+    for record in run.records[:50]:
+        for example in record["examples"][:10]:
+            at = of_row[example["row"]]
+            found = codes.values[at][codes.indices[at] == record["index"]]
+            assert example["value"] == pytest.approx(float(found.sum()), rel=1e-4)
+
+
+def test_rows_that_are_left_out_count_nowhere(tmp_path: Path) -> None:
+    run = make_run(tmp_path, max_norm_ratio=1.3)
+    lost = set(run.store.left_out.tolist())
+    assert lost
+    fired = sum(record["fired"] for record in run.records)
+    assert fired == int(
+        (dense_activations(run) > 0).sum(dim=1)[sorted(set(range(1500)) - lost)].sum()
+    )
+    examples = [e for record in run.records for e in record["examples"]]
+    assert not lost & {e["row"] for e in examples}
+    unknown = {
+        t for e in examples for t, v in zip(e["tokens"], e["values"], strict=True) if v is None
+    }
+    assert unknown - {" <s>", " </s>"}, "tokens of those rows are marked as not stored"
+
+
+def test_chosen_latents_and_fewer_rows(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.data["output"], tmp_path / "run")
+    data = run.data | {"output": str(tmp_path / "run")}
+    data["features"] = {"latents": [40, 3, 3], "num_tokens": 777, "output_tokens": 0, "nearest": 2}
+    (folder,) = run_features(parse_config(data), Accelerator(cpu=True))
+    records = read_records(folder)
+    acts = dense_activations(run)[:777]
+    assert [r["index"] for r in records] == [3, 40]
+    for record in records:
+        assert record["fired"] == int((acts[:, record["index"]] > 0).sum())
+        assert "raised" not in record
+        assert len(record["nearest"]) == 2
+        assert max(e["row"] for e in record["examples"]) < 777
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["left_out"] == ["raised", "lowered"]
+    assert (summary["tokens"], summary["latents"]) == (777, 2)
+    assert not list(folder.glob("*.tmp")), "the pass's own files are gone"
+
+
+def test_imported_rows_have_the_text_of_their_documents(tmp_path: Path) -> None:
+    """Without a model: neighbours in a document are neighbours in an example."""
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "rows.npy", rng.standard_normal((600, 16)).astype(np.float32))
+    options = ImportOptions("float32", 0, 128.0, "20")
+    run_import(str(tmp_path / "store.zarr"), [f"{JOB}={tmp_path / 'rows.npy'}"], options)
+    data = {
+        key: value
+        for key, value in config_data(tmp_path).items()
+        if key not in ("model", "text", "cache", "grid", "evaluate")
+    }
+    data |= {"store": str(tmp_path / "store.zarr"), "features": {"context_tokens": 2}}
+    data["train"] |= {"num_tokens": 640}
+    run_jobs(parse_config(data), Accelerator(cpu=True), grid=False)
+    (folder,) = run_features(parse_config(data), Accelerator(cpu=True))
+    store = ActivationStore.open(data["store"])
+    document, position = (
+        store.read_stored(f"tokens/{name}", 0, 600) for name in ("document", "position")
+    )
+    row_at = {(d, p): row for row, (d, p) in enumerate(zip(document, position, strict=True))}
+    acts = dense_activations(
+        Run(data, store, TopKSAE.load(folder.parent / "sae"), read_records(folder))
+    )
+    for record in read_records(folder):
+        assert "raised" not in record
+        for example in record["examples"]:
+            for at, value in enumerate(example["values"], start=-example["at"]):
+                row = row_at[example["document"], example["position"] + at]
+                assert value == pytest.approx(float(acts[row, record["index"]]), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float32"])
+def test_rows_come_in_their_order(tmp_path: Path, dtype: str) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((500, 16), np.float32))
+    options = ImportOptions(dtype, 0, 128.0, None)
+    run_import(str(tmp_path / "s.zarr"), [f"h={tmp_path / 'x.npy'}"], options)
+    store = ActivationStore.open(str(tmp_path / "s.zarr"))
+    blocks = list(row_blocks(store, "h", stop=421, batch_tokens=70))
+    assert len(blocks) > 3
+    assert [b.first for b in blocks] == np.cumsum([0, *map(len, (b.rows for b in blocks))])[
+        :-1
+    ].tolist()
+    rows = torch.cat([block.rows for block in blocks]).double().numpy()
+    found = store.read("activations/h", 0, 421)
+    assert np.array_equal(rows, as_float64(found, "float32" if dtype == "int8" else dtype))
+
+
+def random_pairs(rows: int, latents: int, seed: int) -> ActivePairs:
+    """A flat list, as an architecture by threshold has it; many values are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    active = torch.rand(rows, latents, generator=generator) < 0.2
+    row, latent = active.nonzero(as_tuple=True)
+    values = torch.randint(1, 9, (len(row),), generator=generator).float() / 4
+    return ActivePairs(row, latent, values)
+
+
+@pytest.mark.parametrize("parts", [1, 7])
+def test_running_tops_are_exact_in_any_blocks(parts: int) -> None:
+    pairs = random_pairs(900, 13, seed=parts)
+    top = TopRows(13, 10, CPU)
+    for rows in torch.arange(900).chunk(parts):
+        some = pairs.at((pairs.rows >= rows[0]) & (pairs.rows <= rows[-1]))
+        top.add(some, size_keys(some))
+    for latent in range(13):
+        mine = pairs.at(pairs.latents == latent)
+        order = (-mine.values).argsort(stable=True)[:10]
+        assert top.rows[latent].tolist() == mine.rows[order].tolist()
+        assert torch.equal(top.keys[latent].view(torch.float32), mine.values[order])
+
+
+def test_samples_are_of_chance() -> None:
+    """Whatever the activation: of 2,000 rows in two halves about as many of each."""
+    rows = torch.arange(2000).repeat_interleave(40)
+    latents = torch.arange(40).repeat(2000)
+    pairs = ActivePairs(rows, latents, torch.ones(len(rows)))
+    sample = TopRows(40, 50, CPU)
+    sample.add(pairs, chance_keys(pairs))
+    assert len(sample.rows.unique()) > 1000, "latents draw rows of their own"
+    assert 900 < int((sample.rows < 1000).sum()) < 1100
+
+
+def test_codes_become_pairs_in_order(tmp_path: Path) -> None:
+    values = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.5]])
+    indices = torch.tensor([[5, 2, 7], [1, 4, 0]], dtype=torch.int32)
+    pairs = active_pairs(Codes(values, indices), first_row=10)
+    assert pairs.rows.tolist() == [10, 10, 11, 11]
+    assert pairs.latents.tolist() == [2, 5, 0, 4]
+    assert pairs.values.tolist() == [1.0, 2.0, 0.5, 3.0]
+    with PairSpool(tmp_path) as spool:
+        spool.add(active_pairs(Codes(values[:0], indices[:0]), 0), 0, 0)
+        spool.add(active_pairs(Codes(values, indices), 0), 0, 2)
+        spool.close()
+        found = spool.values_at(np.array([0, 0, 1, 1, -1, 2]), np.array([5, 7, 4, 1, 5, 5]))
+    np.testing.assert_array_equal(found, [2.0, 0.0, 3.0, 0.0, np.nan, np.nan])
+    assert not list(tmp_path.iterdir())
+
+
+def test_activations_far_from_the_unit_are_counted() -> None:
+    counts = ActivationCounts(1, 1.0, CPU)
+    values = torch.tensor([1e-30, 1.0, 1e30])
+    counts.add(ActivePairs(torch.arange(3), torch.zeros(3, dtype=torch.int64), values), 3)
+    assert counts.fired().tolist() == [3]
+    assert counts.by_bin()[0].nonzero().flatten().tolist() == [0, 256, 575]
+
+
+def test_directions_equal_their_definitions() -> None:
+    W_dec, unembedding = torch.randn(40, 8), torch.randn(100, 8)
+    raised, lowered = output_tokens(W_dec[[3, 7]], unembedding, 5)
+    logits = W_dec[[3, 7]] @ unembedding.T
+    assert torch.equal(raised.indices, logits.argsort(dim=1, descending=True)[:, :5])
+    assert torch.equal(lowered.indices, logits.argsort(dim=1)[:, :5])
+    near = nearest_latents(W_dec, torch.tensor([3, 7]), 39)
+    cosines = torch.cosine_similarity(W_dec[[3, 7], None], W_dec[None], dim=2)
+    assert torch.allclose(near.scores, cosines.gather(1, near.indices), atol=1e-6)
+    assert 3 not in near.indices[0]
+    assert near.scores[0, 0] == pytest.approx(float(cosines[0].topk(2).values[1]), abs=1e-6)
+
+
+def test_raised_tokens_are_the_models(run: Run) -> None:
+    config = parse_config(run.data)
+    assert config.model is not None
+    lm = load_language_model(config.model, CPU)
+    unembedding: Any = lm.model.get_output_embeddings().weight  # type: ignore[operator]
+    logits = run.sae.W_dec[7] @ unembedding.T
+    found = run.records[7]["raised"]
+    assert [number for _, number, _ in found] == logits.topk(10).indices.tolist()
+    assert found[0][0] == Words(lm.tokenizer).of([found[0][1]])[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"saes": ["model.layers.1"]}, "features.saes: 'model.layers.1' is no finished SAE"),
+        ({"latents": [64]}, "features.latents: 64 is no latent of model.layers.0, which has 0"),
+    ],
+)
+def test_what_is_not_there_is_told(run: Run, values: dict[str, Any], told: str) -> None:
+    data = run.data | {"features": values}
+    with pytest.raises(ConfigError, match=told):
+        run_features(parse_config(data), Accelerator(cpu=True))
+
+
+def test_another_model_is_refused(run: Run, tmp_path: Path) -> None:
+    save_llama(tmp_path / "other", layers=4)
+    data = run.data | {"model": {"name": str(tmp_path / "other"), "dtype": "float32"}}
+    with pytest.raises(ConfigError, match="differs from .* or features.output_tokens=0"):
+        run_features(parse_config(data), Accelerator(cpu=True))
+
+
+def test_the_conversions_of_the_docs_hold(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs/features.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    folder = Path(run.data["output"]) / JOB / "features"
+    names: dict[str, Any] = {}
+    exec(block.replace("runs/quickstart/model.layers.8/k=32/features", str(folder)), names)
+    assert len(names["batch"]["features"]) == len(names["pages"]) == 64
+    record = max(run.records, key=lambda r: r["fired"])
+    first, page = record["examples"][0], names["pages"][record["index"]]
+    shown = page["examples_quantiles"][0]["examples"][0]
+    assert shown["tokens"][shown["train_token_ind"]] == first["tokens"][first["at"]]
+    assert max(shown["tokens_acts_list"]) <= page["act_max"] * 1.001
+    (feature,) = (f for f in names["batch"]["features"] if f["feature_index"] == record["index"])
+    assert feature["pos_str"] == page["top_logits"]
+    assert len(feature["freq_hist_data_bar_values"]) == len(feature["freq_hist_data_bar_heights"])
+    json.dumps(names["batch"], allow_nan=False)
+    json.dumps(names["pages"], allow_nan=False)
+
+
+def browser() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+# What a person does, in the page itself.
+_TYPED = """<script>
+addEventListener("load", () => {
+  get("search").value = WORD;
+  get("search").dispatchEvent(new Event("input"));
+});
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser() is None, reason="needs Chromium")
+def test_the_page_works_from_the_disk_in_a_browser(run: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(Path(run.data["output"]) / JOB / "features", tmp_path / "features")
+    page = folder / "index.html"
+
+    def opened(file: Path, fragment: str = "") -> str:
+        command = [str(browser()), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000"]
+        done = subprocess.run(
+            [*command, f"{file.as_uri()}{fragment}"], capture_output=True, text=True, timeout=60
+        )
+        return done.stdout
+
+    record = max(run.records, key=lambda r: r["density"])
+    body = opened(page)
+    fired = sum(r["fired"] > 0 for r in run.records)
+    assert f"{fired} of 64 latents" in body
+    assert body.count('<td class="n"><a href="#') == fired
+    one = opened(page, f"#{record['index']}")
+    assert f"Latent {record['index']}</h1>" in one
+    assert one.count('class="example"') == len(record["examples"])
+    assert one.count("token centre") == len(record["examples"])
+    assert 'class="token unstored"' in one
+    assert "background: rgba" in one
+    word = record["examples"][0]["tokens"][record["examples"][0]["at"]].strip()
+    search = folder / "search.html"
+    search.write_text(page.read_text().replace("</body>", _TYPED.replace("WORD", json.dumps(word))))
+    found = opened(search)
+    shown = found.count('<td class="n"><a href="#')
+    assert 0 < shown < fired
+    assert f'<a href="#{record["index"]}">' in found
