@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .pair_order import order_pairs
-from .reference import HeavySums, PairOrder, Pairs
+from .reference import HeavySums, PairGradients, PairOrder
 from .shapes import cdiv, next_power_of_2, num_programs
 
 # Scratch of the heavy blocks is kept under this many bytes by making the blocks longer.
@@ -23,6 +23,14 @@ _MAX_SCRATCH_BYTES = 32 << 20
 _MIN_HEAVY = 64
 # Programs a multiprocessor that add such blocks.
 _HEAVY_PROGRAMS = 8
+
+
+@triton.jit
+def token_of(pair, tokens_ptr, live, K):
+    """The tokens of pairs: they are given for a flat list; a rectangle has K pairs a token."""
+    if tokens_ptr is None:
+        return (pair // K).to(tl.int64)
+    return tl.load(tokens_ptr + pair, mask=live, other=0).to(tl.int64)
 
 
 @triton.jit
@@ -36,6 +44,7 @@ def _heavy_kernel(
     dec_out_ptr,  # [P // HEAVY, D]
     enc_out_ptr,  # [P // HEAVY, D], BOTH only
     values_ptr,  # [P // HEAVY]
+    tokens_ptr,  # [P] of a flat list, or None
     blocks,  # P // HEAVY
     F,
     D,
@@ -62,7 +71,7 @@ def _heavy_kernel(
             for start in range(0, HEAVY, BLOCK_P):
                 at = block * HEAVY + start + tl.arange(0, BLOCK_P)
                 pair = tl.load(order_ptr + at).to(tl.int32)
-                token = (pair // K).to(tl.int64)
+                token = token_of(pair, tokens_ptr, pair >= 0, K)
                 coef = tl.load(dec_coef_ptr + pair).to(tl.float32)
                 rows = tl.load(
                     dec_rows_ptr + token[:, None] * D + cols[None, :], mask=inside, other=0.0
@@ -100,7 +109,7 @@ def first_pairs(begin, order_ptr, P, PAIRS: tl.constexpr):
 
 @triton.jit
 def _add_pairs(
-    grad, value, pair, begin, end, order_ptr, coef_ptr, rows_ptr, cols, inside, D, K,
+    grad, value, pair, begin, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, cols, inside, D, K,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Adds the ordered pairs begin .. end, of which `pair` are the first, to a latent's gradient
@@ -108,7 +117,7 @@ def _add_pairs(
     """
     for i in range(begin, end, PAIRS):
         live = i + tl.arange(0, PAIRS) < end
-        row = (pair // K).to(tl.int64)
+        row = token_of(pair, tokens_ptr, live, K)
         coef = tl.load(coef_ptr + pair, mask=live, other=0.0).to(tl.float32)
         mask = live[:, None] & inside[None, :]
         # Kept in the L2 cache, through which weights and moments stream: 5 to 7% at D = 4096.
@@ -124,8 +133,8 @@ def _add_pairs(
 
 @triton.jit
 def latent_gradient(
-    pair, begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, inside, D, K,
-    HEAVY: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
+    pair, begin, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr, values_ptr, cols, inside,
+    D, K, HEAVY: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A latent's gradient and its coefficients' sum: its pairs, of which `pair` are the first,
     before, within and after the whole blocks that heavy_sums added.
@@ -136,7 +145,7 @@ def latent_gradient(
     value = tl.sum(tl.zeros([PAIRS], tl.float32), axis=0)
     grad, value = _add_pairs(
         grad, value, pair, begin, tl.where(split, first * HEAVY, end), order_ptr, coef_ptr,
-        rows_ptr, cols, inside, D, K, PAIRS,
+        rows_ptr, tokens_ptr, cols, inside, D, K, PAIRS,
     )  # fmt: skip
     if split:
         for block in range(first, last):
@@ -145,8 +154,8 @@ def latent_gradient(
             value += tl.load(values_ptr + block)
         pair = first_pairs(last * HEAVY, order_ptr, end, PAIRS)
         grad, value = _add_pairs(
-            grad, value, pair, last * HEAVY, end, order_ptr, coef_ptr, rows_ptr, cols, inside, D, K,
-            PAIRS,
+            grad, value, pair, last * HEAVY, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, cols,
+            inside, D, K, PAIRS,
         )  # fmt: skip
     return grad, value
 
@@ -212,11 +221,12 @@ def heavy_block(num_pairs: int, D: int, matrices: int) -> int:
     return heavy
 
 
-def heavy_sums(order: PairOrder, pairs: Pairs, num_latents: int) -> HeavySums:
+def heavy_sums(order: PairOrder, pairs: PairGradients, num_latents: int) -> HeavySums:
     """`reference.heavy_sums`: both gradients' in one pass."""
     return block_sums(
-        order, pairs.dec_coef, pairs.dec_rows, num_latents, pairs.k, pairs.enc_coef, pairs.enc_rows
-    )
+        order, pairs.dec_coef, pairs.dec_rows, num_latents, pairs.k, pairs.tokens, pairs.enc_coef,
+        pairs.enc_rows,
+    )  # fmt: skip
 
 
 def block_sums(
@@ -225,6 +235,7 @@ def block_sums(
     dec_rows: Tensor,  # [N, D]
     num_latents: int,
     k: int,
+    tokens: Tensor | None = None,  # [P], of a flat list
     enc_coef: Tensor | None = None,  # [P]
     enc_rows: Tensor | None = None,  # [N, D]
 ) -> HeavySums:
@@ -244,7 +255,7 @@ def block_sums(
         _heavy_kernel[(min(blocks, programs), shares)](
             order.order, order.latents, dec_coef, dec_coef if enc_coef is None else enc_coef,
             dec_rows, dec_rows if enc_rows is None else enc_rows, dec, dec if enc is None else enc,
-            values, blocks, num_latents, D, k,
+            values, tokens, blocks, num_latents, D, k,
             BOTH=enc is not None, HEAVY=heavy, BLOCK_P=8, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return HeavySums(heavy, dec, enc, values)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flash_sae_dist.config.sae import SAEConfig
 from flash_sae_dist.models import ARCHITECTURES
-from flash_sae_dist.models.base import Codes, SparseCoder
+from flash_sae_dist.models.base import Codes, Slots, SparseCoder
 from flash_sae_dist.parallel.collectives import feed_shards
 
 
@@ -40,7 +40,7 @@ class GroupMax(SparseCoder):
         pre = (xc @ W_enc.T + b_enc).unflatten(1, (-1, self.config.group))
         best, place = pre.max(dim=2)
         first = torch.arange(best.shape[1], device=place.device) * self.config.group
-        return Codes(best.relu().square(), (place + first).int())
+        return Slots(best.relu().square(), (place + first).int())
 
     def slope(self, codes: Codes) -> Tensor:
         return 2 * codes.values.sqrt()

@@ -41,7 +41,8 @@ def measure(sae: SparseCoder, batches: Iterable[Tensor]) -> ReconstructionMetric
         squares += wide.square().sum()
         error += (wide - out.recon.double()).square().sum()
         cosine += torch.cosine_similarity(wide, out.recon.double(), dim=1).sum()
-        fired.index_add_(0, out.top_idx.flatten().long(), (out.top_acts > 0).flatten().long())
+        codes = out.codes
+        fired.index_add_(0, codes.latents.flatten().long(), (codes.values > 0).flatten().long())
     if tokens == 0:
         raise ValueError("there are no activations to measure on; raise evaluate.num_tokens")
     of_mean = total.square().sum() / tokens

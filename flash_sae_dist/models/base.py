@@ -1,6 +1,6 @@
 """What all architectures share: parameters with roles, a batch's codes, decoder, save and load.
 
-Legend: N tokens, D d_in, F d_sae, K slots a token.
+Legend: N tokens, D d_in, F d_sae, K slots a token, C slots of a flat list.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from ..config.file import parse
 from ..config.sae import SAEConfig
 from ..files import check_readable, checksum, read_json, write_json
 from ..kernels import ops
+from ..kernels.reference import Codes as Codes
+from ..kernels.reference import Pairs as Pairs
+from ..kernels.reference import Slots as Slots
 from ..parallel import agree
 from ..parallel.collectives import feed_shards, sum_over_shards
 from ..parallel.mesh import Mesh
@@ -32,21 +35,11 @@ CONFIG_FILE = "config.json"
 Role = Literal["rows", "whole"]
 
 
-class Codes(NamedTuple):
-    """The active latents of each token, as a rectangle of K slots."""
-
-    values: Tensor  # [N, K] float32/64 >= 0; 0 where a slot is unused or another shard's
-    indices: Tensor  # [N, K] int32, rows of this shard
-
-
 class SAEOutput(NamedTuple):
     """What one forward pass of an SAE gives."""
 
     recon: Tensor  # [N, d_in]
-    top_acts: (
-        Tensor  # [N, k] >= 0, descending over all latents; 0 where another shard holds the latent
-    )
-    top_idx: Tensor  # [N, k] int32, rows of this shard
+    codes: Codes  # Slots or Pairs: values >= 0 and the latents, rows of this shard
 
 
 class SparseCoder(nn.Module):
@@ -59,7 +52,9 @@ class SparseCoder(nn.Module):
 
     An architecture says how latents are selected: `encode` for autograd, `select` for the fused
     engine (the same selection without gradients, from weights in the compute dtype), and `slope`
-    where an activation is not its pre-activation.
+    where an activation is not its pre-activation. Both give `Slots`, K for each token, or `Pairs`,
+    a flat list of which a token has any number; on a shard a value is 0 where another holds the
+    latent.
     """
 
     Config: ClassVar[type[SAEConfig]]
@@ -141,7 +136,9 @@ class SparseCoder(nn.Module):
         raise NotImplementedError
 
     def slope(self, codes: Codes) -> Tensor | None:
-        """Derivative [N, K] of each activation by its pre-activation; None stands for 1."""
+        """Derivative, as codes.values, of each activation by its pre-activation; None stands for
+        1.
+        """
         del codes
         return None
 
@@ -170,19 +167,23 @@ class SparseCoder(nn.Module):
         W = self.compute(self.W_dec[rows])
         return sum_over_shards((acts.to(W.dtype) @ W).to(self.b_dec.dtype), self.mesh)
 
-    def combine(self, values: Tensor, indices: Tensor) -> Tensor:
-        """`sum_j values[n, j] * W_dec[indices[n, j]]` [N, d_in], summed over shards: no b_dec."""
-        partial = ops.sparse_decode(values, indices, self.compute(self.W_dec))
+    def combine(self, codes: Codes) -> Tensor:
+        """`sum of value * W_dec[latent]` over each token's pairs [N, d_in], and over shards: no
+        b_dec.
+        """
+        partial = ops.sparse_decode(
+            codes.values, codes.latents, self.compute(self.W_dec), codes.tokens, codes.offsets
+        )
         return sum_over_shards(partial.to(self.b_dec.dtype), self.mesh)
 
-    def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """`combine(values, indices) + b_dec`: the reconstruction [N, d_in]."""
-        return self.combine(values, indices) + self.b_dec
+    def decode(self, codes: Codes) -> Tensor:
+        """`combine(codes) + b_dec`: the reconstruction [N, d_in]."""
+        return self.combine(codes) + self.b_dec
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encodes and decodes x [N, d_in]; both parts are differentiable, the selection is not."""
         codes = self.encode(x)
-        return SAEOutput(self.decode(*codes), *codes)
+        return SAEOutput(self.decode(codes), codes)
 
     def spec(self) -> dict[str, Any]:
         """What `save` writes beside the weights: the architecture, widths and its own keys."""

@@ -42,8 +42,8 @@ class DeadLatents:
     @torch.no_grad()
     def update_(
         self,
-        top_acts: Tensor,  # [N, k]
-        top_idx: Tensor,  # [N, k] int32
+        top_acts: Tensor,  # [N, k], or [C] of a flat list
+        top_idx: Tensor,  # as top_acts, int32
         batch_tokens: int,
     ) -> None:
         """Counts a batch of batch_tokens (all replicas'): latents with a positive activation

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.dispatch import implementation
-from ..kernels.reference import AdamOptions, DenseRows, Gradients, LatentRows, PairOrder, Pairs
+from ..kernels.reference import (
+    AdamOptions,
+    DenseRows,
+    Gradients,
+    LatentRows,
+    PairGradients,
+    PairOrder,
+)
 from ..models.base import SparseCoder
 from ..parallel.collectives import all_reduce_
 from .side_stream import SideStream
@@ -19,7 +26,7 @@ from .side_stream import SideStream
 class LatentGradients(NamedTuple):
     """A batch's gradients in the form that `SparseAdam.step` takes."""
 
-    pairs: Pairs
+    pairs: PairGradients
     order: PairOrder
     b_dec: Tensor  # [D], the decoder's part; made beside the current stream
     dense: DenseRows | None = None  # of listed dead latents

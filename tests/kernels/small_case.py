@@ -23,7 +23,7 @@ from flash_sae_dist.kernels.reference import (
     Gradients,
     LatentRows,
     Limits,
-    Pairs,
+    PairGradients,
 )
 
 N, D, F, K = 130, 72, 4104, 8
@@ -64,7 +64,7 @@ def adam(F: int, D: int, K: int, M: int) -> None:
     slots = torch.full((F,), -1, device="cuda", dtype=torch.int32)
     slots[torch.randperm(F, device="cuda")[:M]] = torch.arange(M, device="cuda").int()
     dense = DenseRows(slots, *torch.randn(2, M, D, device="cuda"), torch.randn(M, device="cuda"))
-    pairs = Pairs(idx.flatten(), *coef, *rows, K)
+    pairs = PairGradients(idx.flatten(), *coef, *rows, K)
     for dtype in (torch.float32, torch.bfloat16):
         moments = [(torch.zeros_like(W[0], dtype=dtype), b * 0, W[1].to(dtype) * 0) for _ in "mv"]
         latents = LatentRows(W[0], b, W[1], *moments, (copies[0], copies[1]))

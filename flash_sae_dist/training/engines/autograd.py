@@ -78,7 +78,7 @@ class AutogradEngine(Engine):
         inverse = self._inverse_residual(x) if self._revives() else None
         self._begin()
         shown = torch.zeros(3, dtype=x.dtype, device=x.device)
-        active: list[Codes] = []
+        fired: list[tuple[Tensor, Tensor]] = []
         parts = x.chunk(self.cfg.micro_batches)
         for number, part in enumerate(parts, 1):
             loss, terms, codes = self._forward(part, variance, inverse, x.shape[0])
@@ -86,10 +86,10 @@ class AutogradEngine(Engine):
             self._backward(loss, is_last=number == len(parts))
             timer.mark("backward")
             shown += terms
-            active.append(codes)
+            fired.append((codes.values.detach(), codes.latents))
         self._update()
-        values, indices = (torch.cat(parts) for parts in zip(*active, strict=True))
-        self.dead.update_(values, indices, x.shape[0] * mesh.num_replicas)
+        values, latents = (torch.cat(parts) for parts in zip(*fired, strict=True))
+        self.dead.update_(values, latents, x.shape[0] * mesh.num_replicas)
         all_reduce_(shown, mesh.replica_group, mesh.num_replicas)
         all_reduce_(shown[2], mesh.shard_group, mesh.num_shards)
         timer.mark("optimizer")
@@ -111,7 +111,7 @@ class AutogradEngine(Engine):
         sums, squares = torch.zeros_like(x[0]), torch.zeros((), dtype=x.dtype, device=x.device)
         for part in x.chunk(self.cfg.micro_batches):
             with self._autocast():
-                residual = part - self.sae.decode(*self.sae.encode(part))
+                residual = part - self.sae.decode(self.sae.encode(part))
             found = residual_sums(residual, self.sae.mesh)
             sums, squares = sums + found[0], squares + found[1]
         return inverse_variance(sums, squares, x.shape[0] * self.sae.mesh.num_replicas)
@@ -128,14 +128,14 @@ class AutogradEngine(Engine):
     ) -> tuple[Tensor, Tensor, Codes]:
         sae, mesh = self.sae, self.sae.mesh
         codes = sae.encode(x)
-        recon = sae.decode(*codes)
+        recon = sae.decode(codes)
         fvu = fvu_loss(x, recon, variance)
         aux = torch.zeros((), dtype=x.dtype, device=x.device)
         if inverse is not None:
             aux = auxk_loss((x - recon).detach(), self._aux_recon(x), inverse)
         l0 = (codes.values > 0).sum().to(x.dtype) / (batch * mesh.num_replicas)
         terms = torch.stack([fvu.detach(), aux.detach(), l0])
-        return fvu + self.cfg.aux_coef * aux, terms, Codes(*(t.detach() for t in codes))
+        return fvu + self.cfg.aux_coef * aux, terms, codes
 
     def _aux_recon(self, x: Tensor) -> Tensor:
         """What each token's k_aux best listed latents make of the residual [N, d_in], no b_dec."""

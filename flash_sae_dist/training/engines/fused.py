@@ -1,7 +1,7 @@
 """The fused engine: a whole training step without autograd and without a dense gradient.
 
-Legend: N tokens of this replica, R replicas, D d_in, F d_sae of this shard, K slots a token, M
-listed dead latents.
+Legend: N tokens of this replica, R replicas, D d_in, F d_sae of this shard, K slots a token (or C
+of a flat list in all), M listed dead latents.
 
 Each replica encodes and decodes its tokens, in micro-batches; a batch's (token, latent) pairs, and
 what each adds to its latent's gradients, are gathered over the replicas; then every rank steps its
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.dispatch import implementation, on_device, use_kernels
-from ...kernels.reference import DenseRows, PairOrder, Pairs
+from ...kernels.reference import DenseRows, PairGradients, PairOrder
 from ...models.base import Codes, SparseCoder
 from ...models.dead_latents import DeadLatents
 from ...models.losses import inverse_variance
@@ -38,9 +38,9 @@ _EAGER_CALLS = 2
 class _Forward(NamedTuple):
     """A micro-batch's pairs and metrics."""
 
-    codes: Codes  # [n, K], which the side stream reads
-    dec_coef: Tensor  # [n, K]
-    enc_coef: Tensor  # [n, K]
+    codes: Codes  # which the side stream reads
+    dec_coef: Tensor  # [n, K] or [C], as codes.values
+    enc_coef: Tensor
     residual: Tensor  # [n, D] recon - x, in the compute dtype
     squares: Tensor  # [any], of the residual
 
@@ -60,6 +60,10 @@ class _Batch(NamedTuple):
     scale: Tensor  # scalar, 2 * inverse
     tokens: int  # N * R
     kept: tuple[Tensor, ...]  # read by the side stream: not freed before the streams meet
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class FusedEngine(Engine):
@@ -229,8 +233,8 @@ class FusedEngine(Engine):
             timer.mark("dead")
         pairs = self._gather(local, batch.xc_all)
         if order is None:
-            order = self._order(pairs.indices, pairs.dec_coef)
-            self._count_fired(pairs.indices, pairs.dec_coef, batch.tokens)
+            order = self._order(pairs.latents, pairs.dec_coef)
+            self._count_fired(pairs.latents, pairs.dec_coef, batch.tokens)
         with self.side.beside():
             b_dec = pairs.dec_rows.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
             metrics = self._metrics(parts, aux, batch)
@@ -254,9 +258,9 @@ class FusedEngine(Engine):
             timer.mark("encode")
             if self.micro_batches == 1 and sae.mesh.num_replicas == 1:
                 with self.side.beside():
-                    order = self._order(codes.indices, codes.values)
+                    order = self._order(codes.latents, codes.values)
                     ordered = self.side.mark()
-                    self._count_fired(codes.indices, codes.values, batch.tokens)
+                    self._count_fired(codes.latents, codes.values, batch.tokens)
             self.side.wait(ready)
             parts.append(self._decode(part, codes, batch))
             timer.mark("decode")
@@ -280,56 +284,62 @@ class FusedEngine(Engine):
             self.optimizer.advance_()
         return _Batch(xc, xc_all, inverse, scale, tokens, (sums, squares)), self.side.mark()
 
-    def _order(self, indices: Tensor, coef: Tensor) -> PairOrder:
+    def _order(self, latents: Tensor, coef: Tensor) -> PairOrder:
         order: PairOrder = implementation("order_pairs", self.sae.W_dec)(
-            indices, self.sae.d_sae_local, coef
+            latents, self.sae.d_sae_local, coef
         )
         return order
 
-    def _count_fired(self, indices: Tensor, acts: Tensor, tokens: int) -> None:
+    def _count_fired(self, latents: Tensor, acts: Tensor, tokens: int) -> None:
         implementation("count_fired_", self.sae.W_dec)(
-            self.dead.tokens_since_fired, acts, indices, tokens
+            self.dead.tokens_since_fired, acts, latents, tokens
         )
 
     def _decode(self, x: Tensor, codes: Codes, batch: _Batch) -> _Forward:
         """`recon - x`, and what each pair adds to its latent's rows of W_dec and W_enc."""
         sae, W_dec = self.sae, self.optimizer.compute_weights[1]
-        values, indices = codes
         b_dec = sae.b_dec.detach()
+        flat = (codes.tokens, codes.offsets)
         if sae.mesh.num_shards == 1:
             residual, squares, dec, enc = implementation("decode_coefs", W_dec)(
-                values, indices, W_dec, b_dec, x, batch.scale
+                codes.values, codes.latents, W_dec, b_dec, x, batch.scale, *flat
             )
         else:
-            partial = implementation("sparse_decode", W_dec)(values, indices, W_dec)
-            partial = partial.to(b_dec.dtype)
+            partial = implementation("sparse_decode", W_dec)(
+                codes.values, codes.latents, W_dec, *flat
+            ).to(b_dec.dtype)
             all_reduce_(partial, sae.mesh.shard_group, sae.mesh.num_shards)
             exact = partial + b_dec - x.to(b_dec.dtype)
             residual, squares = exact.to(W_dec.dtype), exact.square().sum().view(1)
             dec, enc = implementation("pair_coefs", W_dec)(
-                values, indices, W_dec, residual, batch.scale
+                codes.values, codes.latents, W_dec, residual, batch.scale, *flat
             )
         if (slope := sae.slope(codes)) is not None:
             enc = enc * slope
         return _Forward(codes, dec, enc, residual, squares)
 
-    def _join(self, parts: list[_Forward], xc: Tensor) -> Pairs:
+    def _join(self, parts: list[_Forward], xc: Tensor) -> PairGradients:
         """The pairs of all micro-batches, tokens in the order of the batch."""
-        indices, dec, enc, residual = (
-            torch.cat(fields) if len(fields) > 1 else fields[0]
-            for fields in (
-                [part.codes.indices for part in parts],
-                [part.dec_coef for part in parts],
-                [part.enc_coef for part in parts],
-                [part.residual for part in parts],
-            )
+        tokens, first = [], 0
+        for part in parts:
+            if part.codes.tokens is not None:
+                tokens.append(part.codes.tokens + first if first else part.codes.tokens)
+            first += len(part.residual)
+        latents = _cat([part.codes.latents for part in parts])
+        return PairGradients(
+            latents.flatten(),
+            _cat([part.dec_coef for part in parts]).flatten(),
+            _cat([part.enc_coef for part in parts]).flatten(),
+            _cat([part.residual for part in parts]),
+            xc,
+            latents.shape[-1],
+            _cat(tokens) if tokens else None,
         )
-        k = indices.shape[1]
-        return Pairs(indices.flatten(), dec.flatten(), enc.flatten(), residual, xc, k)
 
-    def _gather(self, local: Pairs, xc_all: Tensor) -> Pairs:
+    def _gather(self, local: PairGradients, xc_all: Tensor) -> PairGradients:
         """The pairs of all replicas, tokens in the order of the whole batch: a rank contributes
-        N * (12 K + 4 D) bytes where rows are bfloat16. Collective over the replicas.
+        N * (12 K + 4 D) bytes where rows are bfloat16, or 16 C + 4 N D of a flat list, whose
+        unused slots travel too. Collective over the replicas.
         """
         mesh = self.sae.mesh
         if mesh.num_replicas == 1:
@@ -338,11 +348,14 @@ class FusedEngine(Engine):
         # float64 pairs travel with their indices as int64.
         bits = torch.int64 if local.dec_coef.dtype == torch.float64 else torch.int32
         coefs = (local.dec_coef.view(bits), local.enc_coef.view(bits))
-        packed = torch.stack([local.indices.to(bits), *coefs])
+        tokens = local.tokens
+        flat = [] if tokens is None else [tokens + mesh.replica * len(local.dec_rows)]
+        packed = torch.stack([*(t.to(bits) for t in (local.latents, *flat)), *coefs])
         gathered = all_gather(packed, group, size).transpose(0, 1).flatten(1).contiguous()
-        dec, enc = (row.view(local.dec_coef.dtype) for row in gathered[1:])
+        latents, *flat = (row.to(torch.int32) for row in gathered[:-2])
+        dec, enc = (row.view(local.dec_coef.dtype) for row in gathered[-2:])
         residual = all_gather(local.dec_rows, group, size).flatten(0, 1)
-        return Pairs(gathered[0].to(torch.int32), dec, enc, residual, xc_all, local.k)
+        return PairGradients(latents, dec, enc, residual, xc_all, local.k, *flat)
 
     def _metrics(self, parts: list[_Forward], aux: AuxLoss | None, batch: _Batch) -> Tensor:  # [3]
         """FVU, the dead latents' loss and L0 of the whole batch. Collective over the members."""
