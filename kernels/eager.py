@@ -169,22 +169,27 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
+def _order_of(top_idx: Tensor, W_dec: Tensor, offsets: Tensor | None) -> PairOrder:
+    """The order of a list's pairs, whatever their values: several decoders may share it."""
+    used: Tensor | None = None
+    if offsets is not None:
+        # Unused slots would all be the first latent's.
+        used = (torch.arange(top_idx.numel(), device=top_idx.device) < offsets[-1]).float()
+    return compute("order_pairs", W_dec, top_idx, W_dec.shape[0], used)  # type: ignore[no-any-return]
+
+
 def _order_beside(
-    top_idx: Tensor, W_dec: Tensor, offsets: Tensor | None = None
+    top_idx: Tensor, W_dec: Tensor, offsets: Tensor | None
 ) -> tuple[PairOrder, torch.cuda.Stream | None]:
-    """The order of a list's pairs, made on a side stream."""
+    """`_order_of`, made on a side stream."""
     side = _side_stream(W_dec.device)
     with on_device(W_dec):
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            used: Tensor | None = None
-            if offsets is not None:
-                # Unused slots would all be the first latent's.
-                slots = torch.arange(top_idx.numel(), device=top_idx.device)
-                used = (slots < offsets[-1]).float()
-                offsets.record_stream(side)
-            order: PairOrder = compute("order_pairs", W_dec, top_idx, W_dec.shape[0], used)
-    top_idx.record_stream(side)
+            order = _order_of(top_idx, W_dec, offsets)
+    for t in (top_idx, offsets):
+        if t is not None:
+            t.record_stream(side)
     return order, side
 
 
