@@ -22,9 +22,12 @@ from .shapes import cdiv, next_power_of_2
 def _span(offsets_ptr, token, K):
     """Where a token's pairs begin, and their number; offsets are None for a rectangle."""
     if offsets_ptr is None:
-        return token * K, K
-    first = tl.load(offsets_ptr + token)
-    return first.to(tl.int64), tl.load(offsets_ptr + token + 1) - first
+        first = token * K
+        count = K
+    else:
+        first = tl.load(offsets_ptr + token).to(tl.int64)
+        count = (tl.load(offsets_ptr + token + 1) - first).to(tl.int32)
+    return first, count
 
 
 @triton.jit
@@ -98,12 +101,12 @@ def _decode_coefs_kernel(
     rounded = row.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * D + cols, rounded, mask=inside)
     grad = rounded.to(tl.float32)
-    dots_ptr += first * tl.num_programs(1) + tl.program_id(1) * k
+    begin = at * K if offsets_ptr is None else first * tl.num_programs(1) + tl.program_id(1) * k
     for start in range(0, k, BLOCK_K):
         slot = start + tl.arange(0, BLOCK_K)
         _, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, first, start, cols, D, k, BLOCK_K)
         dots = tl.sum(grad[None, :] * w, axis=1)
-        tl.store(dots_ptr + slot, dots, mask=slot < k)
+        tl.store(dots_ptr + begin + slot, dots, mask=slot < k)
 
 
 @triton.jit
@@ -122,7 +125,6 @@ def _coefs_kernel(
     BLOCK: tl.constexpr,
 ):
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    act = tl.load(acts_ptr + pair, mask=pair < P, other=0.0).to(tl.float32)
     used = pair < P
     if tokens_ptr is None:
         at = (pair // K).to(tl.int64) * blocks * K + pair % K
@@ -137,6 +139,7 @@ def _coefs_kernel(
     for _ in range(blocks):
         dots += tl.load(dots_ptr + at, mask=used, other=0.0)
         at += step
+    act = tl.load(acts_ptr + pair, mask=pair < P, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr)
     tl.store(dec_ptr + pair, act * scale, mask=pair < P)
     tl.store(enc_ptr + pair, tl.where(act != 0, dots * scale, 0.0), mask=pair < P)

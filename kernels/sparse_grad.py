@@ -28,9 +28,8 @@ _HEAVY_PROGRAMS = 8
 @triton.jit
 def token_of(pair, tokens_ptr, live, K):
     """The tokens of pairs: they are given for a flat list; a rectangle has K pairs a token."""
-    if tokens_ptr is None:
-        return (pair // K).to(tl.int64)
-    return tl.load(tokens_ptr + pair, mask=live, other=0).to(tl.int64)
+    token = pair // K if tokens_ptr is None else tl.load(tokens_ptr + pair, mask=live, other=0)
+    return token.to(tl.int64)
 
 
 @triton.jit

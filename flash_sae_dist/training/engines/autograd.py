@@ -86,7 +86,7 @@ class AutogradEngine(Engine):
             self._backward(loss, is_last=number == len(parts))
             timer.mark("backward")
             shown += terms
-            fired.append((codes.values.detach(), codes.latents))
+            fired.append((codes.values, codes.latents))
         self._update()
         values, latents = (torch.cat(parts) for parts in zip(*fired, strict=True))
         self.dead.update_(values, latents, x.shape[0] * mesh.num_replicas)
@@ -135,7 +135,7 @@ class AutogradEngine(Engine):
             aux = auxk_loss((x - recon).detach(), self._aux_recon(x), inverse)
         l0 = (codes.values > 0).sum().to(x.dtype) / (batch * mesh.num_replicas)
         terms = torch.stack([fvu.detach(), aux.detach(), l0])
-        return fvu + self.cfg.aux_coef * aux, terms, codes
+        return fvu + self.cfg.aux_coef * aux, terms, codes._replace(values=codes.values.detach())
 
     def _aux_recon(self, x: Tensor) -> Tensor:
         """What each token's k_aux best listed latents make of the residual [N, d_in], no b_dec."""
