@@ -35,7 +35,6 @@ DIRECT = Kit(
     scatter_rows=lambda coef, idx, rows, *rest: compute(
         "scatter_rows", rows, coef, idx, rows, *rest
     ),
-    scatter_values=lambda coef, *rest: compute("scatter_values", coef, coef, *rest),
     sparse_decode=lambda acts, idx, W, *flat: compute("sparse_decode", W, acts, idx, W, *flat),
     order_pairs=lambda idx, num_latents, coef: (
         compute("order_pairs", coef, idx, num_latents, coef) if use_kernels(coef) else None

@@ -21,7 +21,6 @@ class Kit(NamedTuple):
 
     gathered_dots: Callable[..., Tensor]
     scatter_rows: Callable[..., Tensor]
-    scatter_values: Callable[..., Tensor]
     sparse_decode: Callable[..., Tensor]
     order_pairs: Callable[[Tensor, int, Tensor], PairOrder | None]
     decode_backward: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -59,7 +58,8 @@ def encode_gradients(
         xc = centred(x, b_dec, W_enc.dtype).contiguous()
         grad_W = kit.scatter_rows(coef, idx, xc, num_latents, W_enc.dtype, order, tokens)
     if need_b or need_b_dec:
-        sums = kit.scatter_values(coef, idx, num_latents, order)
+        ones, dtype = coef.new_ones(len(x), 1), coef.dtype
+        sums = kit.scatter_rows(coef, idx, ones, num_latents, dtype, order, tokens).squeeze(1)
         grad_b = sums.to(b_enc.dtype) if need_b else None
         if need_b_dec:
             grad_b_dec = -(sums.to(W_enc.dtype) @ W_enc).to(b_dec.dtype)

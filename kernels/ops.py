@@ -1,12 +1,15 @@
 """The public operations over `dispatch.implementation`: custom ops with fake and autograd
 registrations where a compiler traces, eager.py's Functions elsewhere.
 
-Legend: N tokens, D d_in, F d_sae (of this shard), K k.  Nothing here holds arithmetic of its own:
-kernels, reference and gradients.py do, so they can be tested without autograd.
+Legend: N tokens, D d_in, F d_sae (of this shard), K k, C slots of a flat list.  Nothing here holds
+arithmetic of its own: kernels, reference and gradients.py do, so they can be tested without
+autograd.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,270 +22,133 @@ from .gradients import Kit, decode_gradients, encode_gradients
 from .reference import PairOrder, Pairs, Slots, accumulate_dtype
 
 
-@torch.library.custom_op("flash_sae_dist::topk_encode", mutates_args=())
-def _topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int
-) -> tuple[Tensor, Tensor]:
-    values, latents = eager.encode_list("topk_encode", x, W_enc, b_enc, b_dec, k)
-    return values, latents
+def _op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """A custom op that runs as it stands in eager code; fake gives a compiler its results' shapes
+    and dtypes."""
+    name, opened, rest = schema.partition("(")
+    qualified = f"flash_sae_dist::{name}"
+    op = torch.library.custom_op(qualified, run, mutates_args=(), schema=opened + rest)
+    op.register_fake(fake)
+    return op
 
 
-@_topk_encode.register_fake
-def _(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int
-) -> tuple[Tensor, Tensor]:
-    values = W_enc.new_empty((x.shape[0], k), dtype=accumulate_dtype(W_enc.dtype))
+def _fake_slots(W_enc: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
+    """Values and latents."""
+    values = W_enc.new_empty(shape, dtype=accumulate_dtype(W_enc.dtype))
     return values, torch.empty_like(values, dtype=torch.int32)
 
 
-def _fake_list(x: Tensor, W_enc: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_pairs(x: Tensor, W_enc: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values, latents, tokens and offsets of a flat list."""
-    values = W_enc.new_empty(capacity, dtype=accumulate_dtype(W_enc.dtype))
-    latents, tokens = (torch.empty_like(values, dtype=torch.int32) for _ in range(2))
-    return values, latents, tokens, tokens.new_empty(x.shape[0] + 1)
+    values, latents = _fake_slots(W_enc, capacity)
+    return values, latents, torch.empty_like(latents), latents.new_empty(x.shape[0] + 1)
 
 
-@torch.library.custom_op("flash_sae_dist::batch_topk_encode", mutates_args=())
-def _batch_topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    found = eager.encode_list("batch_topk_encode", x, W_enc, b_enc, b_dec, k)
-    return found[0], found[1], found[2], found[3]
+def _of_order(order: list[Tensor]) -> PairOrder | None:
+    """An order as ops hand it on: no tensors where none was made."""
+    return PairOrder(*order) if order else None
 
 
-@_batch_topk_encode.register_fake
-def _(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_list(x, W_enc, x.shape[0] * k)
-
-
-@torch.library.custom_op("flash_sae_dist::threshold_encode", mutates_args=())
-def _threshold_encode(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor | None,
-    threshold: Tensor,
-    capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = eager.encode_list("threshold_encode", x, W_enc, b_enc, b_dec, threshold, capacity)
-    return found[0], found[1], found[2], found[3], found[4]
-
-
-@_threshold_encode.register_fake
-def _(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor | None,
-    threshold: Tensor,
-    capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    overflowed = x.new_empty((), dtype=torch.bool)
-    return *_fake_list(x, W_enc, capacity), overflowed
-
-
-@torch.library.custom_op("flash_sae_dist::sparse_decode", mutates_args=())
-def _sparse_decode(
-    top_acts: Tensor,
-    top_idx: Tensor,
-    W_dec: Tensor,
-    tokens: Tensor | None = None,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    out: Tensor = compute("sparse_decode", W_dec, top_acts, top_idx, W_dec, tokens, offsets)
-    return out
-
-
-@_sparse_decode.register_fake
-def _(
-    top_acts: Tensor,
-    top_idx: Tensor,
-    W_dec: Tensor,
-    tokens: Tensor | None = None,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    num_tokens = top_acts.shape[0] if offsets is None else offsets.shape[0] - 1
-    return W_dec.new_empty((num_tokens, W_dec.shape[1]))
-
-
-@torch.library.custom_op("flash_sae_dist::gathered_dots", mutates_args=())
-def gathered_dots(
-    grad: Tensor,
-    top_idx: Tensor,
-    W: Tensor,
-    tokens: Tensor | None = None,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    """`reference.gathered_dots`, by kernel where there is one."""
-    out: Tensor = compute("gathered_dots", W, grad, top_idx, W, tokens, offsets)
-    return out
-
-
-@gathered_dots.register_fake
-def _(
-    grad: Tensor,
-    top_idx: Tensor,
-    W: Tensor,
-    tokens: Tensor | None = None,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    return W.new_empty(top_idx.shape, dtype=accumulate_dtype(W.dtype))
-
-
-@torch.library.custom_op("flash_sae_dist::order_pairs", mutates_args=())
-def _order_pairs(
-    top_idx: Tensor, num_latents: int, coef: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _run_order(top_idx: Tensor, num_latents: int, coef: Tensor | None) -> tuple[Tensor, ...]:
     """`reference.order_pairs`, all int32."""
     like = top_idx.new_empty(0, dtype=torch.float32)
     order: PairOrder = compute("order_pairs", like, top_idx, num_latents, coef)
     return order.order.int(), order.latents.int(), order.offsets
 
 
-@_order_pairs.register_fake
-def _(
-    top_idx: Tensor, num_latents: int, coef: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_order(top_idx: Tensor, num_latents: int, coef: Tensor | None) -> tuple[Tensor, ...]:
     order = top_idx.new_empty(top_idx.numel(), dtype=torch.int32)
     return order, torch.empty_like(order), order.new_empty(num_latents + 1)
 
 
-def _order(parts: tuple[Tensor | None, Tensor | None, Tensor | None]) -> PairOrder | None:
-    """An order as ops hand it on."""
-    order, latents, offsets = parts
-    if order is None or latents is None or offsets is None:
-        return None
-    return PairOrder(order, latents, offsets)
-
-
-@torch.library.custom_op("flash_sae_dist::scatter_rows", mutates_args=())
-def scatter_rows(
-    coef: Tensor,
-    top_idx: Tensor,
-    rows: Tensor,
-    num_latents: int,
-    dtype: torch.dtype | None = None,
-    order: Tensor | None = None,
-    latents: Tensor | None = None,
-    offsets: Tensor | None = None,
-    tokens: Tensor | None = None,
-) -> Tensor:
-    """`reference.scatter_rows`, by kernel where there is one; offsets are the order's."""
-    made = _order((order, latents, offsets))
-    args = (coef, top_idx, rows, num_latents, dtype, made, tokens)
-    out: Tensor = compute("scatter_rows", rows, *args)
-    return out
-
-
-@scatter_rows.register_fake
-def _(
-    coef: Tensor,
-    top_idx: Tensor,
-    rows: Tensor,
-    num_latents: int,
-    dtype: torch.dtype | None = None,
-    order: Tensor | None = None,
-    latents: Tensor | None = None,
-    offsets: Tensor | None = None,
-    tokens: Tensor | None = None,
-) -> Tensor:
-    dtype = dtype or accumulate_dtype(rows.dtype)
-    return rows.new_empty((num_latents, rows.shape[1]), dtype=dtype)
-
-
-@torch.library.custom_op("flash_sae_dist::scatter_values", mutates_args=())
-def scatter_values(
-    coef: Tensor,
-    top_idx: Tensor,
-    num_latents: int,
-    order: Tensor | None = None,
-    latents: Tensor | None = None,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    """`reference.scatter_values`, by kernel where there is one."""
-    made = _order((order, latents, offsets))
-    out: Tensor = compute("scatter_values", coef, coef, top_idx, num_latents, made)
-    return out
-
-
-@scatter_values.register_fake
-def _(
-    coef: Tensor,
-    top_idx: Tensor,
-    num_latents: int,
-    order: Tensor | None = None,
-    latents: Tensor | None = None,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    return coef.new_empty((num_latents,), dtype=accumulate_dtype(coef.dtype))
-
-
-@torch.library.custom_op("flash_sae_dist::decode_backward", mutates_args=())
-def _decode_both(
-    top_acts: Tensor,
-    top_idx: Tensor,
-    W_dec: Tensor,
-    grad: Tensor,
-    order: Tensor | None,
-    latents: Tensor | None,
-    offsets: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`reference.decode_backward`, by kernel where there is one."""
-    made = _order((order, latents, offsets))
-    dots, rows = compute("decode_backward", W_dec, top_acts, top_idx, W_dec, grad, made)
-    return dots, rows
-
-
-@_decode_both.register_fake
-def _(
-    top_acts: Tensor,
-    top_idx: Tensor,
-    W_dec: Tensor,
-    grad: Tensor,
-    order: Tensor | None,
-    latents: Tensor | None,
-    offsets: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    dots = W_dec.new_empty(top_idx.shape, dtype=accumulate_dtype(W_dec.dtype))
-    # Contiguous whatever W_dec is.
-    return dots, W_dec.new_empty(W_dec.shape)
+_INPUTS = "Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec"
+_FLAT = "Tensor? tokens=None, Tensor? offsets=None"
+_topk_encode = _op(
+    f"topk_encode({_INPUTS}, int k) -> (Tensor, Tensor)",
+    partial(eager.encode_list, "topk_encode"),
+    lambda x, W_enc, b_enc, b_dec, k: _fake_slots(W_enc, x.shape[0], k),
+)
+_batch_topk_encode = _op(
+    f"batch_topk_encode({_INPUTS}, int k) -> (Tensor, Tensor, Tensor, Tensor)",
+    partial(eager.encode_list, "batch_topk_encode"),
+    lambda x, W_enc, b_enc, b_dec, k: _fake_pairs(x, W_enc, x.shape[0] * k),
+)
+_threshold_encode = _op(
+    f"threshold_encode({_INPUTS}, Tensor threshold, int capacity) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    partial(eager.encode_list, "threshold_encode"),
+    lambda x, W_enc, b_enc, b_dec, threshold, capacity: (
+        *_fake_pairs(x, W_enc, capacity),
+        x.new_empty((), dtype=torch.bool),
+    ),
+)
+_sparse_decode = _op(
+    f"sparse_decode(Tensor top_acts, Tensor top_idx, Tensor W_dec, {_FLAT}) -> Tensor",
+    lambda acts, idx, W, *flat: compute("sparse_decode", W, acts, idx, W, *flat),
+    lambda acts, idx, W, tokens=None, offsets=None: W.new_empty(
+        (acts.shape[0] if offsets is None else offsets.shape[0] - 1, W.shape[1])
+    ),
+)
+_gathered_dots = _op(
+    f"gathered_dots(Tensor grad, Tensor top_idx, Tensor W, {_FLAT}) -> Tensor",
+    lambda grad, idx, W, *flat: compute("gathered_dots", W, grad, idx, W, *flat),
+    lambda grad, idx, W, *flat: W.new_empty(idx.shape, dtype=accumulate_dtype(W.dtype)),
+)
+_order_pairs = _op(
+    "order_pairs(Tensor top_idx, int num_latents, Tensor? coef) -> (Tensor, Tensor, Tensor)",
+    _run_order,
+    _fake_order,
+)
+_scatter_rows = _op(
+    "scatter_rows(Tensor coef, Tensor top_idx, Tensor rows, int num_latents, ScalarType dtype, "
+    "Tensor[] order, Tensor? tokens) -> Tensor",
+    lambda coef, idx, rows, num_latents, dtype, order, tokens: compute(
+        "scatter_rows", rows, coef, idx, rows, num_latents, dtype, _of_order(order), tokens
+    ),
+    lambda coef, idx, rows, num_latents, dtype, order, tokens: rows.new_empty(
+        (num_latents, rows.shape[1]), dtype=dtype
+    ),
+)
+_decode_both = _op(
+    "decode_backward(Tensor top_acts, Tensor top_idx, Tensor W_dec, Tensor grad, Tensor[] order) "
+    "-> (Tensor, Tensor)",
+    lambda acts, idx, W, grad, order: compute(
+        "decode_backward", W, acts, idx, W, grad, _of_order(order)
+    ),
+    # Contiguous whatever W is.
+    lambda acts, idx, W, grad, order: (
+        W.new_empty(idx.shape, dtype=accumulate_dtype(W.dtype)),
+        W.new_empty(W.shape),
+    ),
+)
 
 
 def _encode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, W_enc, b_enc, b_dec = inputs[:4]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, W_enc, b_enc, b_dec, *output[:4])
+    ctx.save_for_backward(*inputs[:4], *output[:4])
 
 
-def _traced_order(
-    top_idx: Tensor, num_latents: int, like: Tensor, coef: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _traced_order(top_idx: Tensor, num_latents: int, like: Tensor, coef: Tensor) -> list[Tensor]:
     """An order of all pairs, made by an op of its own: a compiler finds that the decoder's gradient
     and the encoder's ask for the same one. None where the reference does without.
 
     A rectangle's pairs of coefficient 0 are among them: a token that is not finite makes their
     gradients NaN. A flat list's are not, for its unused slots would all be the first latent's."""
     if not use_kernels(like):
-        return None, None, None
-    order, latents, offsets = _order_pairs(top_idx, num_latents, coef if coef.ndim == 1 else None)
-    return order, latents, offsets
+        return []
+    return list(_order_pairs(top_idx, num_latents, coef if coef.ndim == 1 else None))
 
 
 _CUSTOM = Kit(
-    gathered_dots=lambda grad, idx, W, *flat: gathered_dots(grad, idx, W, *flat),
-    scatter_rows=lambda coef, idx, rows, num_latents, dtype, order, tokens: scatter_rows(
-        coef, idx, rows, num_latents, dtype, *_traced_order(idx, num_latents, rows, coef), tokens
+    gathered_dots=_gathered_dots,
+    scatter_rows=lambda coef, idx, rows, num_latents, dtype, order, tokens: _scatter_rows(
+        coef, idx, rows, num_latents, dtype, _traced_order(idx, num_latents, rows, coef), tokens
     ),
-    scatter_values=lambda coef, idx, num_latents, order: scatter_values(
-        coef, idx, num_latents, *_traced_order(idx, num_latents, coef, coef)
-    ),
-    sparse_decode=lambda acts, idx, W, *flat: _sparse_decode(acts, idx, W, *flat),
+    sparse_decode=_sparse_decode,
     order_pairs=lambda idx, num_latents, coef: None,
     decode_backward=lambda acts, idx, W, grad, order: _decode_both(
-        acts, idx, W, grad, *_traced_order(idx, W.shape[0], W, acts)
+        acts, idx, W, grad, _traced_order(idx, W.shape[0], W, acts)
     ),
 )
 
@@ -295,17 +161,10 @@ def _encode_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
 
 for _encode in (_topk_encode, _batch_topk_encode, _threshold_encode):
     _encode.register_autograd(_encode_backward, setup_context=_encode_setup)
-
-
-def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return decode_gradients(_CUSTOM, ctx.needs_input_grad, ctx.saved_tensors, grad)
-
-
-_sparse_decode.register_autograd(_decode_backward, setup_context=_decode_setup)
+_sparse_decode.register_autograd(
+    lambda ctx, grad: decode_gradients(_CUSTOM, ctx.needs_input_grad, ctx.saved_tensors, grad),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 def _check_encode(

@@ -52,6 +52,5 @@ from .reference_sparse import gathered_dots as gathered_dots
 from .reference_sparse import order_pairs as order_pairs
 from .reference_sparse import pair_coefs as pair_coefs
 from .reference_sparse import scatter_rows as scatter_rows
-from .reference_sparse import scatter_values as scatter_values
 from .reference_sparse import sparse_decode as sparse_decode
 from .reference_sparse import token_sums as token_sums

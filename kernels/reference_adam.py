@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference_sparse import PairOrder, scatter_rows, scatter_values
+from .reference_sparse import PairOrder, scatter_rows
 
 # On the CPU a block's weights, moments and gradient stay in a core's cache from one operation to
 # the next.
@@ -165,7 +165,8 @@ def encoder_gradients(grads: Gradients, num_latents: int) -> tuple[Tensor, Tenso
     enc = scatter_rows(
         pairs.enc_coef, pairs.latents, pairs.enc_rows, num_latents, tokens=_tokens(pairs)
     )
-    bias = scatter_values(pairs.enc_coef, pairs.latents, num_latents)
+    bias = pairs.enc_coef.new_zeros(num_latents)
+    bias.index_add_(0, pairs.latents, pairs.enc_coef)
     _add_dense_(enc, grads, "enc")
     _add_dense_(bias, grads, "bias")
     return enc, bias

@@ -128,20 +128,6 @@ def decode_backward(
     return gathered_dots(grad, top_idx, W_dec), grad_W
 
 
-def scatter_values(
-    coef: Tensor,  # [N, K]
-    top_idx: Tensor,  # [N, K]
-    num_latents: int,
-    order: PairOrder | None = None,
-) -> Tensor:  # [F] float32, or float64
-    """`out[f] = sum of coef[n, j] over the pairs with top_idx[n, j] == f`: the encoder bias's
-    gradient. `order` as in `scatter_rows`.
-    """
-    del order
-    coef = coef.to(accumulate_dtype(coef.dtype)).flatten()
-    return coef.new_zeros(num_latents).index_add_(0, top_idx.flatten().long(), coef)
-
-
 def pair_coefs(
     top_acts: Tensor,  # [N, K]
     top_idx: Tensor,  # [N, K]

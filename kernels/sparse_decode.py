@@ -50,40 +50,17 @@ def _decode_kernel(
     w_ptr,  # [F, D]
     out_ptr,  # [N, D]
     offsets_ptr,  # [N + 1] of a flat list, or None
-    D,
-    K,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    first, k = _span(offsets_ptr, token, K)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for start in range(0, k, BLOCK_K):
-        act, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, first, start, cols, D, k, BLOCK_K)
-        acc += act[:, None] * w
-    row = tl.sum(acc, axis=0)
-    tl.store(out_ptr + token * D + cols, row.to(out_ptr.dtype.element_ty), mask=cols < D)
-
-
-@triton.jit
-def _decode_coefs_kernel(
-    acts_ptr,  # [N, K]
-    idx_ptr,  # [N, K]
-    w_ptr,  # [F, D]
     b_ptr,  # [D]
-    x_ptr,  # [N, D]
-    out_ptr,  # [N, D]
+    x_ptr,  # [N, D]; None for the reconstruction alone
     sq_ptr,  # [N, blocks] sums of squares
     dots_ptr,  # [N, blocks, K] float32, as many of each token as it has pairs
-    offsets_ptr,  # [N + 1] of a flat list, or None
     D,
     K,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A token's residual in a block of columns, then its part of the dot products with the same
-    rows, which the caches still hold."""
+    """A token's reconstruction in a block of columns, or its residual and then its part of the dot
+    products with the same rows, which the caches still hold."""
     token = tl.program_id(0).to(tl.int64)
     first, k = _span(offsets_ptr, token, K)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -93,26 +70,29 @@ def _decode_coefs_kernel(
         act, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, first, start, cols, D, k, BLOCK_K)
         acc += act[:, None] * w
     row = tl.sum(acc, axis=0)
-    x = tl.load(x_ptr + token * D + cols, mask=inside, other=0.0).to(tl.float32)
-    row += tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32) - x
-    row = tl.where(inside, row, 0.0)
-    at = token * tl.num_programs(1) + tl.program_id(1)
-    tl.store(sq_ptr + at, tl.sum(row * row, axis=0))
-    rounded = row.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * D + cols, rounded, mask=inside)
-    grad = rounded.to(tl.float32)
-    begin = at * K if offsets_ptr is None else first * tl.num_programs(1) + tl.program_id(1) * k
-    for start in range(0, k, BLOCK_K):
-        slot = start + tl.arange(0, BLOCK_K)
-        _, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, first, start, cols, D, k, BLOCK_K)
-        dots = tl.sum(grad[None, :] * w, axis=1)
-        tl.store(dots_ptr + begin + slot, dots, mask=slot < k)
+    if x_ptr is None:
+        tl.store(out_ptr + token * D + cols, row.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        x = tl.load(x_ptr + token * D + cols, mask=inside, other=0.0).to(tl.float32)
+        row += tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32) - x
+        row = tl.where(inside, row, 0.0)
+        at = token * tl.num_programs(1) + tl.program_id(1)
+        tl.store(sq_ptr + at, tl.sum(row * row, axis=0))
+        rounded = row.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + token * D + cols, rounded, mask=inside)
+        grad = rounded.to(tl.float32)
+        begin = at * K if offsets_ptr is None else first * tl.num_programs(1) + tl.program_id(1) * k
+        for start in range(0, k, BLOCK_K):
+            slot = start + tl.arange(0, BLOCK_K)
+            _, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, first, start, cols, D, k, BLOCK_K)
+            dots = tl.sum(grad[None, :] * w, axis=1)
+            tl.store(dots_ptr + begin + slot, dots, mask=slot < k)
 
 
 @triton.jit
 def _coefs_kernel(
     acts_ptr,  # [P]
-    dots_ptr,  # of _decode_coefs_kernel
+    dots_ptr,  # of _decode_kernel
     scale_ptr,  # scalar float32
     dec_ptr,  # [P] float32
     enc_ptr,  # [P] float32
@@ -241,7 +221,8 @@ def sparse_decode(
         top_acts, top_idx, W_dec = top_acts.contiguous(), top_idx.contiguous(), W_dec.contiguous()
         blocks = _decode_blocks(D)
         grid = (N, cdiv(D, blocks["BLOCK_D"]))
-        _decode_kernel[grid](top_acts, top_idx, W_dec, out, offsets, D, K, **blocks)
+        args = (top_acts, top_idx, W_dec, out, offsets, None, None, None, None, D, K)
+        _decode_kernel[grid](*args, **blocks)
     return out
 
 
@@ -305,8 +286,8 @@ def decode_coefs(
     dec, enc = sq.new_empty((2, *top_idx.shape)).unbind()
     if N:
         top_acts, top_idx = top_acts.contiguous(), top_idx.contiguous()
-        args = (top_acts, top_idx, W_dec, b_dec, x.contiguous(), out, sq, dots, offsets, D, K)
-        _decode_coefs_kernel[(N, blocks)](*args, **block)
+        args = (top_acts, top_idx, W_dec, out, offsets, b_dec, x.contiguous(), sq, dots, D, K)
+        _decode_kernel[(N, blocks)](*args, **block)
     if P:
         pairs = (top_acts, dots, scale, dec, enc, tokens, offsets, N, P, K, blocks)
         _coefs_kernel[(cdiv(P, 512),)](*pairs, BLOCK=512)

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pair_order import order_pairs
 from .reference import HeavySums, PairGradients, PairOrder
 from .shapes import cdiv, next_power_of_2, num_programs
 
@@ -159,59 +158,6 @@ def latent_gradient(
     return grad, value
 
 
-@triton.jit
-def _block_values_kernel(
-    order_ptr,  # [P] int32 or int64
-    coef_ptr,  # [P]
-    out_ptr,  # [cdiv(P, HEAVY)] float32, of ordered pairs whatever their latents
-    P,
-    HEAVY: tl.constexpr,
-):
-    at = tl.program_id(0) * HEAVY + tl.arange(0, HEAVY)
-    pair = tl.load(order_ptr + at, mask=at < P, other=0)
-    coef = tl.load(coef_ptr + pair, mask=at < P, other=0.0).to(tl.float32)
-    tl.store(out_ptr + tl.program_id(0), tl.sum(coef, axis=0))
-
-
-@triton.jit
-def _add_values(acc, begin, end, order_ptr, coef_ptr, WIDTH: tl.constexpr):
-    """Adds ordered pairs begin .. end of each latent, WIDTH at once."""
-    for start in range(0, tl.max(end - begin, axis=0), WIDTH):
-        i = begin[:, None] + start + tl.arange(0, WIDTH)[None, :]
-        inside = i < end[:, None]
-        pair = tl.load(order_ptr + i, mask=inside, other=0)
-        acc += tl.load(coef_ptr + pair, mask=inside, other=0.0).to(tl.float32)
-    return acc
-
-
-@triton.jit
-def _scatter_values_kernel(
-    order_ptr,  # [P] int32 or int64
-    offsets_ptr,  # [F + 1]
-    coef_ptr,  # [P]
-    sums_ptr,  # [blocks] of _block_values_kernel
-    out_ptr,  # [F] float32
-    F,
-    HEAVY: tl.constexpr,
-    LATENTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    latent = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
-    begin = tl.load(offsets_ptr + latent, mask=latent < F, other=0)
-    end = tl.load(offsets_ptr + latent + 1, mask=latent < F, other=0)
-    first, last = tl.cdiv(begin, HEAVY), end // HEAVY  # whole blocks of each latent
-    split = first < last
-    acc = tl.zeros([LATENTS, WIDTH], tl.float32)
-    head = tl.where(split, first * HEAVY, end)
-    acc = _add_values(acc, begin, head, order_ptr, coef_ptr, WIDTH)
-    for start in range(0, tl.max(last - first, axis=0), WIDTH):
-        block = first[:, None] + start + tl.arange(0, WIDTH)[None, :]
-        acc += tl.load(sums_ptr + block, mask=block < last[:, None], other=0.0)
-    tail = tl.where(split, last * HEAVY, end)
-    acc = _add_values(acc, tail, end, order_ptr, coef_ptr, WIDTH)
-    tl.store(out_ptr + latent, tl.sum(acc, axis=1), mask=latent < F)
-
-
 def heavy_block(num_pairs: int, D: int, matrices: int) -> int:
     """Pairs a heavy block, so that the sums of all blocks stay within the scratch limit."""
     heavy = _MIN_HEAVY
@@ -258,34 +204,3 @@ def block_sums(
             BOTH=enc is not None, HEAVY=heavy, BLOCK_P=8, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return HeavySums(heavy, dec, enc, values)
-
-
-def scatter_values(
-    coef: Tensor,  # [N, K]
-    top_idx: Tensor,  # [N, K]
-    num_latents: int,
-    order: PairOrder | None = None,
-) -> Tensor:  # [F] float32
-    """`reference.scatter_values`, added in token order: deterministic on the GPU too."""
-    if top_idx.numel() == 0:
-        return coef.new_zeros(num_latents, dtype=torch.float32)
-    coef = coef.contiguous()
-    order = order_pairs(top_idx, num_latents, coef) if order is None else order
-    out = coef.new_empty(num_latents, dtype=torch.float32)
-    P = coef.numel()
-    blocks = cdiv(P, _MIN_HEAVY)
-    sums = coef.new_empty(blocks, dtype=torch.float32)
-    _block_values_kernel[(blocks,)](order.order, coef, sums, P, HEAVY=_MIN_HEAVY, num_warps=1)
-    _scatter_values_kernel[(cdiv(num_latents, 16),)](
-        order.order,
-        order.offsets,
-        coef,
-        sums,
-        out,
-        num_latents,
-        HEAVY=_MIN_HEAVY,
-        LATENTS=16,
-        WIDTH=8,
-        num_warps=1,
-    )
-    return out

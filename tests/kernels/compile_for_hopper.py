@@ -201,8 +201,8 @@ def main() -> None:
             )  # fmt: skip
             report(f"adam-decoder-{D}{what}", kernel)
         for what, flat in (("", (None, None)), ("-flat", (i32, i32))):
-            kernel = sparse_decode._decode_coefs_kernel.warmup(
-                f32, i32, bf16, f32, f32, bf16, f32, f32, flat[1], D, 64,
+            kernel = sparse_decode._decode_kernel.warmup(
+                f32, i32, bf16, bf16, flat[1], f32, f32, f32, f32, D, 64,
                 **sparse_decode._decode_coefs_blocks(D, 64), grid=(1, 1),
             )  # fmt: skip
             report(f"decode-coefs-{D}{what}", kernel)

@@ -325,7 +325,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops._batch_topk_encode, (x, W, b, d, 3))
     torch.library.opcheck(ops._threshold_encode, (x, W, b, d, torch.tensor(0.1), 40))
     torch.library.opcheck(ops._sparse_decode, (pairs.values, pairs.latents, W, *flat))
-    torch.library.opcheck(ops.gathered_dots, (x, pairs.latents, W, *flat))
+    torch.library.opcheck(ops._gathered_dots, (x, pairs.latents, W, *flat))
 
 
 @pytest.mark.parametrize(

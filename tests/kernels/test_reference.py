@@ -105,10 +105,10 @@ def test_opcheck(name: str, transposed: bool) -> None:
     calls = {
         "topk_encode": (ops._topk_encode, (x, W, b, None, 3)),
         "sparse_decode": (ops._sparse_decode, (acts, idx, W)),
-        "scatter_rows": (ops.scatter_rows, (acts, idx, x, 8)),
-        "gathered_dots": (ops.gathered_dots, (x, idx, W)),
-        "order_pairs": (ops._order_pairs, (idx, 8)),
-        "decode_backward": (ops._decode_both, (acts, idx, W, x, None, None, None)),
+        "scatter_rows": (ops._scatter_rows, (acts, idx, x, 8, torch.float32, [], None)),
+        "gathered_dots": (ops._gathered_dots, (x, idx, W)),
+        "order_pairs": (ops._order_pairs, (idx, 8, None)),
+        "decode_backward": (ops._decode_both, (acts, idx, W, x, [])),
     }
     torch.library.opcheck(*calls[name])
 
