@@ -26,7 +26,11 @@ CONFIGS: dict[str, SAEConfig] = {
     "batch": BatchConfig(d_sae=4 * F, k=5),
     "jump": JumpConfig(d_sae=4 * F, limit=0.3, capacity=4 * F),
 }
-OPTIONS: dict[str, dict[str, Any]] = {"plain": {}, "clipped": {"grad_clip": 0.05}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"grad_clip": 0.05},
+    "split": {"grad_clip": 0.05, "micro_batches": 2},
+}
 
 
 def cases(dtype: torch.dtype) -> dict[str, tuple[Tensor, int]]:
@@ -127,9 +131,9 @@ def run(*replicas: str) -> dict[str, Any]:
     for count in replicas:
         mesh = make_mesh(None, int(count), device=CPU)
         found[count] = {str(t): select(mesh, t) for t in (torch.float64, torch.float32)}
-        # Two shards and one, several replicas and one, both engines.
+        # A micro-batch of replicas has other tokens than one process's: its largest are others.
         for engine, rule, options in (
-            ("fused", "batch", "clipped"), ("fused", "jump", "plain"),
+            ("fused", "batch", "clipped"), ("fused", "jump", "split"),
             ("autograd", "batch", "plain"),
         ):  # fmt: skip
             found[count][f"{engine}-{rule}"] = train(mesh, engine, rule, OPTIONS[options])

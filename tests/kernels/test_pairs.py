@@ -90,6 +90,18 @@ def test_one_token_may_hold_all_and_others_none() -> None:
     assert ops.batch_topk_encode(torch.empty(0, 12), pre, pre[:, 0], 3).offsets.tolist() == [0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_selection_is_float32_whatever_the_products_are(dtype: torch.dtype) -> None:
+    """Values that differ in float32 alone are told apart."""
+    x, W, b = torch.randn(9, 16).to(dtype), torch.randn(30, 16).to(dtype), torch.randn(30)
+    acts = (x.float() @ W.float().T + b).relu()
+    batch = ops.batch_topk_encode(x, W, b, 4)
+    above, _ = ops.threshold_encode(x, W, b, float(acts.flatten().topk(37).values[-1]), 270)
+    for pairs, count in ((batch, 36), (above, 36)):
+        assert pairs.values.dtype == torch.float32
+        assert listed(pairs) == brute_batch(acts, count)
+
+
 @pytest.mark.parametrize("block", [1, 1 << 20])
 def test_nan_comes_first(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_encode, "_MAX_BLOCK_ELEMENTS", block)

@@ -353,7 +353,7 @@ def half_of(grads: Gradients, first: int, last: int) -> Gradients:
 def whole_numbers(grads: Gradients) -> Gradients:
     """Gradients of pairs whose sums are exact, in whatever order they are added."""
     pairs, F = grads.pairs, len(grads.order.offsets) - 1
-    pairs = PairGradients(*(t.round() for t in pairs[:-1]), pairs.k)
+    pairs = PairGradients(*(t.round() for t in pairs[:5]), pairs.k)
     pairs = pairs._replace(enc_coef=pairs.enc_coef * (pairs.dec_coef != 0))
     order = reference.order_pairs(pairs.latents, F, pairs.dec_coef)
     return grads._replace(pairs=pairs, order=order)
