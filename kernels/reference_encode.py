@@ -157,6 +157,11 @@ def _largest(found: _Found, count: int) -> _Found:
     return found[0][keep], found[1][keep], found[2][keep]
 
 
+def _least(values: Tensor) -> Tensor:  # scalar
+    """The least value; NaN is above all."""
+    return torch.where(values.isnan(), torch.inf, values).min()
+
+
 def _joined(found: _Found, more: _Found) -> _Found:
     tokens, latents, values = (torch.cat(both) for both in zip(found, more, strict=True))
     return tokens, latents, values
@@ -189,14 +194,20 @@ def batch_topk_encode(
 
     In blocks of tokens: what is kept between them is at most N * k pairs.
     """
-    found, limit = _no_pairs(x), torch.zeros((), dtype=accumulate_dtype(x.dtype), device=x.device)
+    found, total = _no_pairs(x), len(x) * k
+    limit = found[2].new_zeros(())
     for first, pre in _blocks(x, W_enc, b_enc):
+        if pre.numel() > total:
+            # A block's own limit first: 1.1 s for 2.4 at N=1024 D=576 F=16384 k=32 on one core, of
+            # which the product is 0.4.
+            own = _least(pre.flatten().topk(total, sorted=False).values)
+            limit = torch.maximum(limit, torch.nextafter(own, own.new_tensor(-torch.inf)))
         found = _joined(found, _find(pre, limit, first))
-        if len(found[0]) > len(x) * k:
-            found = _largest(found, len(x) * k)
+        if len(found[0]) > total:
+            found = _largest(found, total)
             # Later tokens lose against equal values.
-            limit = found[2].min()
-    return _padded(found, len(x), len(x) * k)
+            limit = _least(found[2])
+    return _padded(found, len(x), total)
 
 
 def threshold_encode(
