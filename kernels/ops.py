@@ -258,7 +258,7 @@ def threshold_encode(
             f"threshold must be a number or [F] = [{W_enc.shape[0]}], one a latent, not "
             f"{list(limit.shape)}"
         )
-    if capacity < 1:
+    if capacity < 1 and len(x):
         raise ValueError(f"capacity={capacity} must be at least 1, the pairs that are kept")
     limit = limit.detach()
     if eager.applies(x, W_enc, b_enc, b_dec):

@@ -88,6 +88,9 @@ def test_one_token_may_hold_all_and_others_none() -> None:
     assert listed(nothing) == []
     assert int(nothing.num_pairs) == 0
     assert ops.batch_topk_encode(torch.empty(0, 12), pre, pre[:, 0], 3).offsets.tolist() == [0]
+    none, overflowed = ops.threshold_encode(torch.empty(0, 12), pre, pre[:, 0], 0.0, 0)
+    assert none.offsets.tolist() == [0]
+    assert not overflowed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
