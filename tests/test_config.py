@@ -317,7 +317,11 @@ FIELDS = {
         "store hookpoints num_tokens context_length batch_sequences drop_special_tokens "
         "skip_first_tokens max_norm_ratio shard_mib memory_gib dtype seed"
     ),
-    "sae": "architecture d_sae expansion_factor k",
+    "sae": (
+        "architecture d_sae expansion_factor k threshold_decay threshold_start prefix_widths "
+        "prefix_losses sparsity sparsity_coefficient sparsity_warmup target_l0 tanh_scale "
+        "bandwidth initial_threshold ste_to_input pre_act_coefficient l1_coefficient"
+    ),
     "train": (
         "hookpoint source buffer_tokens num_tokens batch_tokens lr warmup_steps decay_fraction "
         "adam_betas "
@@ -417,7 +421,7 @@ def test_a_registered_architecture_is_in_configs_at_once() -> None:
         ({"architecture": "toy", "k": 3}, ["sae.k=3 needs sae.architecture=topk"]),
         ({"architecture": "toy", "sparsty": 3}, ["unknown key 'sae.sparsty'", "'sae.sparsity'"]),
         ({"architecture": "toy"}, ["'sae.sparsity' is missing"]),
-        ({"sparsity": 0.1, "k": 3}, ["sae.sparsity=0.1 needs sae.architecture=toy"]),
+        ({"sparsity": 0.1, "k": 3}, ["sae.sparsity=0.1 needs sae.architecture=jumprelu or toy"]),
     ],
 )
 def test_an_architecture_refuses_the_keys_of_others(sae: dict[str, Any], words: list[str]) -> None:

@@ -16,6 +16,7 @@ from flash_sae_dist.models.losses import (
     auxk_loss,
     fvu_loss,
     inverse_variance,
+    inverted,
     residual_sums,
     total_variance,
 )
@@ -85,7 +86,7 @@ def plain_steps(
         aux = torch.zeros((), dtype=x.dtype)
         if kind != "none":
             aux = aux_loss(sae, dead, x, recon, kind)
-        fvu = fvu_loss(x, recon, total_variance(x, sae.mesh))
+        fvu = fvu_loss(x, recon, inverted(total_variance(x, sae.mesh)))
         optimizer.zero_grad()
         (fvu + coef * aux).backward()
         project_decoder_grad_(sae)
@@ -191,7 +192,7 @@ def test_a_schedule_that_moves_betas() -> None:
     for x in xs:
         step.step(x)
         other.zero_grad()
-        fvu_loss(x, plain(x).recon, total_variance(x, plain.mesh)).backward()
+        fvu_loss(x, plain(x).recon, inverted(total_variance(x, plain.mesh))).backward()
         project_decoder_grad_(plain)
         other.step()
         renormalise_decoder_(plain)

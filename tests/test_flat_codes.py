@@ -14,7 +14,7 @@ from flash_sae_dist.evaluation.metrics import measure
 from flash_sae_dist.kernels import dispatch
 from flash_sae_dist.models import ARCHITECTURES
 from flash_sae_dist.models.dead_latents import DeadLatents
-from flash_sae_dist.models.losses import fvu_loss, total_variance
+from flash_sae_dist.models.losses import fvu_loss, inverted, total_variance
 from flash_sae_dist.models.topk import TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.engines.autograd import AutogradEngine
@@ -95,10 +95,10 @@ def test_a_step_is_that_of_dense_arithmetic(rule: str) -> None:
     torch.testing.assert_close(out.recon, recon)
     found = measure(sae, [x])
     assert found.l0 == pytest.approx(float(counts.double().mean()))
-    fvu = fvu_loss(x, recon, total_variance(x, sae.mesh))
+    fvu = fvu_loss(x, recon, inverted(total_variance(x, sae.mesh)))
     want = torch.autograd.grad(fvu, list(sae.parameters()))
     got = torch.autograd.grad(
-        fvu_loss(x, out.recon, total_variance(x, sae.mesh)), list(sae.parameters())
+        fvu_loss(x, out.recon, inverted(total_variance(x, sae.mesh))), list(sae.parameters())
     )
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other)

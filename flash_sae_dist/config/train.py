@@ -46,13 +46,16 @@ class TrainConfig(StrictModel):
     batch_tokens: int = Field(default=4096, gt=0)
     """Tokens a step, over all processes that train this SAE."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; left out it is 2e-4 / sqrt(d_sae / 2**14)."""
+    """Peak learning rate; left out, the architecture's: 2e-4 / sqrt(d_sae / 2**14) for those of the
+    TopK family (Gao et al. 2024), 7e-5 for jumprelu (its paper's), 5e-5 for gated
+    (dictionary_learning's) and relu (Anthropic's of April 2024)."""
     warmup_steps: int = Field(default=1000, ge=0)
     """Steps of linear warm-up."""
     decay_fraction: float = Field(default=0.2, ge=0, le=1)
     """Last part of the steps over which the learning rate falls linearly to zero."""
-    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Adam's decay rates."""
+    adam_betas: tuple[Beta, Beta] | None = None
+    """Adam's decay rates; left out, the architecture's: [0, 0.999] for jumprelu and gated (their
+    papers'), else [0.9, 0.999]."""
     adam_eps: float = Field(default=6.25e-10, gt=0)
     """Adam's epsilon; small because the normalised loss has small gradients (OpenAI's value).
     Biases are in the data's units: their learning rate is lr times the root mean square of the
@@ -69,9 +72,11 @@ class TrainConfig(StrictModel):
     activations (see adam_eps)."""
     micro_batches: int = Field(default=1, gt=0)
     """Parts that a batch is run in, their gradients added up."""
-    dead_latents: Literal["auxk", "ghost", "resample", "none"] = "auxk"
+    dead_latents: Literal["auxk", "ghost", "resample", "none"] | None = None
     """What revives latents that stopped firing: OpenAI's AuxK loss, Anthropic's ghost gradients
-    (engine fused alone), resampling once every dead_after_tokens, or nothing."""
+    (engine fused alone), resampling once every dead_after_tokens, or nothing; left out, the
+    architecture's: auxk for those of the TopK family, none for others, whose dead latents have no
+    positive pre-activations that AuxK could use."""
     aux_coef: float = Field(default=1 / 32, ge=0)
     """Weight of the AuxK or ghost loss."""
     k_aux: Latents | None = None

@@ -5,7 +5,6 @@ The first process makes it and broadcasts it, so that ranks never disagree on wh
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Callable, Collection
@@ -27,8 +26,9 @@ from ..planner.memory import Memory, Work, work_of
 from ..planner.search import DOUBT, check_memory, fits, meshes, need, splits
 from ..planner.storage import disk_bytes
 from ..planner.timing import Cost, bundle_seconds, cost_of
+from ..training.defaults import with_defaults
 from ..training.engine import check_engine, check_installed
-from ..training.job import Config, with_values
+from ..training.job import Config, grid_choices, with_values
 from ..training.made_of import check_same_job
 from ..training.member import is_finished
 from ..training.records import Job, hookpoint_of
@@ -186,11 +186,9 @@ def expand(config: Config, hookpoints: list[str], where: str = "the store") -> l
                 f"grid.hookpoints: {pattern!r} is not in {where}{nearest_name(pattern, hookpoints)}"
             )
         matched += [name for name in found if name not in matched]
-    keys = list(config.grid.values)
     jobs = []
     for hookpoint in matched:
-        for choice in itertools.product(*config.grid.values.values()):
-            values = dict(zip(keys, choice, strict=True))
+        for values in grid_choices(config):
             label = ",".join(f"{key.partition('.')[2]}={value}" for key, value in values.items())
             name = f"{hookpoint}/{label}" if label else hookpoint
             _check_name(name, list(values))
@@ -216,7 +214,8 @@ def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:
         assert job.config.sae is not None
         assert job.config.train is not None
         d_in = widths[hookpoint_of(job)]
-        check_engine(job.config.train, d_in, mesh)
+        train = with_defaults(job.config.train, job.config.sae, d_in)
+        check_engine(train, d_in, mesh, job.config.sae)
         d_sae = job.config.sae.width(d_in)
         if d_sae % mesh.num_shards:
             up = -(-d_sae // mesh.num_shards) * mesh.num_shards

@@ -106,8 +106,11 @@ class DeadLatents:
 
     def bias(self, b_enc: Tensor) -> Tensor:
         """[M]: the listed latents' b_enc, -inf for those that have fired since and for padding."""
-        left_out = self._padding | ~self.mask()[self.rows]
-        return b_enc[self.rows].masked_fill(left_out, -torch.inf)
+        return b_enc[self.rows].masked_fill(self.left_out(), -torch.inf)
+
+    def left_out(self) -> Tensor:
+        """[M] bool: the listed latents that have fired since, and padding."""
+        return self._padding | ~self.mask()[self.rows]
 
 
 def padded(count: int) -> int:

@@ -67,7 +67,7 @@ class TopKSAE(SparseCoder):
     ) -> None:
         if not 1 <= k <= d_sae:
             raise ValueError(f"k={k} is outside 1..d_sae={d_sae}; lower k or widen the dictionary")
-        config = TopKConfig(d_sae=d_sae, k=k)
+        config = self.Config.model_validate({"d_sae": d_sae, "k": k})
         super().__init__(config, d_in, mesh=mesh, dtype=dtype, device=device, seed=seed)
         self.k = k
 

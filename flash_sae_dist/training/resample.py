@@ -57,7 +57,7 @@ def resample_(
     directions = torch.nn.functional.normalize(x[mine] - sae.b_dec, dim=1)
     sae.W_dec[mask] = directions
     sae.W_enc[mask] = directions * (_ENCODER_SCALE * _mean_living_norm(sae, mask))
-    sae.b_enc[mask] = 0
+    sae.restart_(mask)
     engine.forget_(mask)
     engine.refresh_()
     dead.tokens_since_fired.masked_fill_(mask, 0)

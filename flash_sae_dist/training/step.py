@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from ..config.sae import SAEConfig
 from ..config.train import Precision, TrainConfig
 from ..kernels import encode_choice
 from ..models import ARCHITECTURES
+from ..models.batch_topk import BatchTopK
 from ..models.dead_latents import DeadLatents
-from ..models.losses import geometric_median
 from ..parallel import collectives
 from ..parallel.mesh import Mesh
+from .calibration import calibrate_
 from .checkpoint import TrainingState
+from .defaults import with_defaults
 from .engine import make_engine
 from .metrics import PhaseTimer, StepMetrics
 from .optim import lr_at
@@ -55,7 +58,8 @@ class SAETraining:
         """rms is the root mean square of the data's elements; left out, that of the first batch.
         Without initial weights drawn it waits for `load_state`.
         """
-        self.cfg, self.mesh, self.device = cfg, mesh, device
+        self.cfg = cfg = with_defaults(cfg, sae_cfg, d_in)
+        self.mesh, self.device = mesh, device
         self.compute_dtype = resolve_precision(cfg.precision, device)
         self.master_dtype = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         self.sae = ARCHITECTURES[sae_cfg.architecture].from_config(
@@ -84,6 +88,12 @@ class SAETraining:
         return lr_at(self.step_index, self.total_steps, self.peak_lr, self.cfg)
 
     @property
+    def ramp(self) -> float:
+        """Part of the sparsity's coefficient in the coming step: a linear rise from 0."""
+        steps = self.sae.sparsity_warmup * self.total_steps
+        return min(1.0, self.step_index / steps) if steps else 1.0
+
+    @property
     def last_lr(self) -> float:
         """Learning rate of the step that was made last."""
         return float(self.optimizer.param_groups[0]["lr"])
@@ -109,7 +119,8 @@ class SAETraining:
         that are all zero, or not finite, have none: 1.
         """
         self._rms = rms if 0 < rms < math.inf else 1.0
-        self.engine.set_unit(1.0 if self._divides else self._rms)
+        self.engine.set_unit(self._unit)
+        self.sae.set_unit(self._unit)
 
     @property
     def _divides(self) -> bool:
@@ -135,15 +146,16 @@ class SAETraining:
 
     @torch.no_grad()
     def init_b_dec(self, x: Tensor) -> None:
-        """Puts b_dec at the geometric median of the first batch x [N/R, d_in]. Collective over the
-        replicas.
+        """Begins what the first batch x [N/R, d_in] decides, such as b_dec at its geometric median.
+        Collective over the replicas.
         """
         rows = collectives.all_gather(
             x.to(self.master_dtype), self.mesh.replica_group, self.mesh.num_replicas
         )
-        self.sae.b_dec.copy_(geometric_median(rows.flatten(0, 1), unit=self._unit))
+        self.sae.begin_(rows.flatten(0, 1), self._unit)
         if "ema" in self.engine.moments:
-            self.optimizer.state[self.sae.b_dec]["ema"].copy_(self.sae.b_dec)
+            for param in self.sae.parameters():
+                self.optimizer.state[param]["ema"].copy_(param)
         self.engine.refresh_()
 
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
@@ -165,9 +177,10 @@ class SAETraining:
             encode_choice.use(*self._choice)
         if self.cfg.dead_latents == "resample":
             self._resample(x)
-        elif self.cfg.dead_latents != "none":
+        elif self.cfg.dead_latents != "none" or self.sae.penalises_dead:
             self.dead.refresh(self.step_index, self.step_index * self.cfg.batch_tokens)
         self.engine.set_lr(self.lr)
+        self.engine.set_ramp(self.ramp)
         metrics = self.engine.step(x, timer)
         self.step_index += 1
         return metrics
@@ -196,11 +209,40 @@ class SAETraining:
         seed = self.cfg.seed + self.step_index
         resample_(self.engine, self.dead, x, seed, self._unit)
 
+    @torch.no_grad()
+    def calibrate(self, batches: Callable[[], Iterable[Tensor]] | None) -> None:
+        """Sets thresholds a latent from rows that training left out, for the weights that are kept;
+        without rows they stay at the moving average. Collective over the members.
+        """
+        sae = self.sae
+        if not isinstance(sae, BatchTopK) or self._rms is None:
+            return
+        scale = self._rms if self._divides else 1.0
+        kept = self.engine.weights()
+        trained = {
+            n: p.detach().clone() for n, p in sae.named_parameters() if "ema" in self.engine.moments
+        }
+        try:
+            for name in trained:
+                sae.get_parameter(name).copy_(kept[name])
+            done = batches is not None and calibrate_(
+                sae, lambda: (x.to(self.master_dtype) / scale for x in batches())
+            )
+        finally:
+            for name, param in trained.items():
+                sae.get_parameter(name).copy_(param)
+        if not done and self.mesh.is_lead:
+            logger.warning(
+                "no rows are held out: every latent has the threshold %.4g of the moving average; "
+                "with train.holdout each has its own",
+                float(sae.mean_threshold),
+            )
+
     def final_weights(self) -> dict[str, Tensor]:
         """The weights to keep, this shard's rows, for rows as they are stored: the parameters, or
         their running average.
         """
-        weights = self.engine.weights()
+        weights = self.engine.weights() | dict(self.sae.named_buffers())
         if self._divides and self._rms is not None:
             for name in self.sae.in_data_units & weights.keys():
                 weights[name] = weights[name] * self._rms
@@ -215,6 +257,8 @@ class SAETraining:
         for key, value in self.engine.state().items():
             role = self.sae.roles[key.rpartition(".")[2]]
             (rows if role == "rows" else whole)[key] = value
+        for name, buffer in self.sae.named_buffers():
+            (rows if self.sae.roles[name] == "rows" else whole)[name] = buffer
         rows["tokens_since_fired"] = self.dead.tokens_since_fired
         rows["listed_dead"] = self.dead.listed()
         info: dict[str, Any] = {
@@ -234,6 +278,8 @@ class SAETraining:
         # A run goes on in the unit that it began with; older checkpoints name none, it was 1.
         self.set_rms(float(state.info.get("rms", 1.0)))
         self.engine.load_state(state.rows | state.whole, state.info["step"])
+        for name, buffer in self.sae.named_buffers():
+            buffer.copy_((state.rows | state.whole)[name])
         self.dead.tokens_since_fired.copy_(state.rows["tokens_since_fired"])
         listed = state.rows.get("listed_dead")
         if listed is None:

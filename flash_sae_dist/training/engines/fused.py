@@ -24,25 +24,25 @@ from ...kernels.reference import DenseRows, PairGradients, PairOrder
 from ...models.base import Codes, SparseCoder
 from ...models.dead_latents import DeadLatents
 from ...models.losses import inverse_variance
+from ...models.sparsity import Batch
 from ...parallel.collectives import all_gather, all_reduce_
 from ..metrics import PhaseTimer, StepMetrics
 from ..sparse_adam import LatentGradients, SparseAdam
 from .base import Engine
 from .dead_step import AuxLoss, DeadStep, Listed
+from .pair_forward import (
+    Forward,
+    gather,
+    has_gradient,
+    is_general,
+    join,
+    pair_forward,
+    same_length,
+)
 
 logger = logging.getLogger(__name__)
 # Calls of one kind made eagerly before its graph is captured: kernels compile, libraries warm up.
 _EAGER_CALLS = 2
-
-
-class _Forward(NamedTuple):
-    """A micro-batch's pairs and metrics."""
-
-    codes: Codes  # which the side stream reads
-    dec_coef: Tensor  # [n, K] or [C], as codes.values
-    enc_coef: Tensor
-    residual: Tensor  # [n, D] recon - x, in the compute dtype
-    squares: Tensor  # [any], of the residual
 
 
 class _Captured(NamedTuple):
@@ -98,6 +98,8 @@ class FusedEngine(Engine):
             )
         self.graph = obstacle is None and graph is not False
         self.side = optimizer.side
+        self.ramp = torch.ones_like(sae.b_dec[0], requires_grad=False)
+        self.is_general = is_general(sae)
         self._calls: dict[tuple[object, ...], int] = {}
         self._warm: set[tuple[object, ...]] = set()
         self._captured: dict[tuple[object, ...], _Captured] = {}
@@ -111,6 +113,8 @@ class FusedEngine(Engine):
             return "it needs a CUDA device"
         if not use_kernels(W_dec):
             return f"the reference, which serves {W_dec.dtype}, reads the host"
+        if (reason := self.sae.reads_host) is not None:
+            return reason
         if mesh.members > 1 and (backend := dist.get_backend(mesh.member_group)) != "nccl":
             return f"collectives of {backend} cannot be captured, only NCCL's"
         return None
@@ -208,14 +212,14 @@ class FusedEngine(Engine):
         self._captured[key] = _Captured(graph, static, metrics)
         return True
 
-    def _step(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [3]
+    def _step(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4]
         try:
             return self._work(x, revives, timer)
         finally:
             # Even where memory ran out midway: what crosses streams is freed after this.
             self.side.meet()
 
-    def _work(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [3]
+    def _work(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4]
         batch, ready = self._begin(x)
         listed: Listed | None = None
         if revives:
@@ -223,7 +227,7 @@ class FusedEngine(Engine):
                 listed = self.dead_step.begin(self.optimizer.compute_weights)
                 ready = self.side.mark()
         parts, order, ordered = self._forward(x, batch, ready, timer)
-        local = self._join(parts, batch.xc)
+        local, more = self._join(parts, batch.xc), join(parts)
         dense: DenseRows | None = None
         aux: AuxLoss | None = None
         if listed is not None:
@@ -231,27 +235,41 @@ class FusedEngine(Engine):
             # The side stream's memory: what it is given next waits for the products that read it.
             del listed
             timer.mark("dead")
+        if self.sae.reads_host is not None:
+            local, more = same_length(local, more, self.sae.mesh)
         pairs = self._gather(local, batch.xc_all)
-        if order is None:
+        if more is not None:
+            more = gather(more, self.sae.mesh)
+            order = self._order(pairs.latents, has_gradient(pairs))
+            self._count_active(parts, batch.tokens)
+        elif order is None:
             order = self._order(pairs.latents, pairs.dec_coef)
             self._count_fired(pairs.latents, pairs.dec_coef, batch.tokens)
         with self.side.beside():
-            b_dec = pairs.dec_rows.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
+            rows = pairs.dec_rows if more is None else more.first_rows
+            b_dec = rows.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
             metrics = self._metrics(parts, aux, batch)
         self.side.wait(ordered)
-        self.optimizer.gradients = LatentGradients(pairs, order, b_dec, dense)
+        assert order is not None
+        decoder, own = (None, ()) if more is None else (more.decoder(pairs), more.grads)
+        self.optimizer.gradients = LatentGradients(pairs, order, b_dec, dense, decoder, own)
         self.optimizer.step()
+        self.sae.project_()
+        self.sae.observe_([part.codes for part in parts])
         self.side.meet()
         timer.mark("optimizer")
         return metrics
 
     def _forward(
         self, x: Tensor, batch: _Batch, ready: torch.cuda.Event | None, timer: PhaseTimer
-    ) -> tuple[list[_Forward], PairOrder | None, torch.cuda.Event | None]:
+    ) -> tuple[list[Forward], PairOrder | None, torch.cuda.Event | None]:
         """Encodes and decodes the micro-batches. The order of pairs is made beside the decoder
         where these are all pairs of the step: one micro-batch, one replica.
         """
         sae, parts, order, ordered, at = self.sae, [], None, None, 0
+        if self.is_general:
+            self.side.wait(ready)
+            return self._forward_general(x, batch, timer), None, None
         for part in x.chunk(self.micro_batches):
             xc = batch.xc[at : at + len(part)]
             codes = sae.select(xc, self.encoder_weights, sae.b_enc.detach())
@@ -266,6 +284,34 @@ class FusedEngine(Engine):
             timer.mark("decode")
             at += len(part)
         return parts, order, ordered
+
+    def _forward_general(self, x: Tensor, batch: _Batch, timer: PhaseTimer) -> list[Forward]:
+        """The same where pairs are more than selected pre-activations."""
+        sae, mesh, parts = self.sae, self.sae.mesh, x.chunk(self.micro_batches)
+        shared = Batch(batch.inverse, batch.tokens, self.optimizer.unit, self.ramp)
+        found = [
+            sae.select(xc, self.encoder_weights, sae.b_enc.detach())
+            for xc in torch.split(batch.xc, [len(part) for part in parts])
+        ]
+        timer.mark("encode")
+        if sae.needs_l0:
+            l0 = torch.stack([(sae.activate(codes).values > 0).sum() for codes in found]).sum()
+            l0 = l0.to(batch.scale.dtype)
+            all_reduce_(l0, mesh.member_group, mesh.members)
+            shared = shared._replace(l0=l0 / batch.tokens)
+        W_dec = self.optimizer.compute_weights[1]
+        made = [
+            pair_forward(sae, W_dec, part, codes, shared)
+            for part, codes in zip(parts, found, strict=True)
+        ]
+        timer.mark("decode")
+        return made
+
+    def _count_active(self, parts: list[Forward], tokens: int) -> None:
+        """Counts which latents fire, of all replicas."""
+        active = [part.more.active for part in parts if part.more is not None]
+        values = torch.cat([codes.values for codes in active])
+        self.dead.update_(values, torch.cat([codes.latents for codes in active]), tokens)
 
     def _begin(self, x: Tensor) -> tuple[_Batch, torch.cuda.Event | None]:
         """Centres the batch; its variance and Adam's scalars are made on the side stream."""
@@ -295,7 +341,7 @@ class FusedEngine(Engine):
             self.dead.tokens_since_fired, acts, latents, tokens
         )
 
-    def _decode(self, x: Tensor, codes: Codes, batch: _Batch) -> _Forward:
+    def _decode(self, x: Tensor, codes: Codes, batch: _Batch) -> Forward:
         """`recon - x`, and what each pair adds to its latent's rows of W_dec and W_enc."""
         sae, W_dec = self.sae, self.optimizer.compute_weights[1]
         b_dec = sae.b_dec.detach()
@@ -314,11 +360,9 @@ class FusedEngine(Engine):
             dec, enc = implementation("pair_coefs", W_dec)(
                 codes.values, codes.latents, W_dec, residual, batch.scale, *flat
             )
-        if (slope := sae.slope(codes)) is not None:
-            enc = enc * slope
-        return _Forward(codes, dec, enc, residual, squares)
+        return Forward(codes, dec, enc, residual, squares)
 
-    def _join(self, parts: list[_Forward], xc: Tensor) -> PairGradients:
+    def _join(self, parts: list[Forward], xc: Tensor) -> PairGradients:
         """The pairs of all micro-batches, tokens in the order of the batch."""
         tokens, first = [], 0
         for part in parts:
@@ -357,14 +401,18 @@ class FusedEngine(Engine):
         residual = all_gather(local.dec_rows, group, size).flatten(0, 1)
         return PairGradients(latents, dec, enc, residual, xc_all, local.k, *flat)
 
-    def _metrics(self, parts: list[_Forward], aux: AuxLoss | None, batch: _Batch) -> Tensor:  # [3]
+    def _metrics(self, parts: list[Forward], aux: AuxLoss | None, batch: _Batch) -> Tensor:  # [4]
         """FVU, the dead latents' loss and L0 of the whole batch. Collective over the members."""
         mesh = self.sae.mesh
         squares = torch.stack([part.squares.sum() for part in parts]).sum()
-        active = torch.stack([(part.codes.values > 0).sum() for part in parts]).sum()
+        codes = [part.codes if part.more is None else part.more.active for part in parts]
+        active = torch.stack([(found.values > 0).sum() for found in codes]).sum()
         active = active.to(squares.dtype)
         all_reduce_(active, mesh.shard_group, mesh.num_shards)
         loss = torch.zeros_like(squares) if aux is None else aux.total()
-        metrics = torch.stack([squares * batch.inverse, loss, active / batch.tokens])
+        penalties = [part.more.penalty for part in parts if part.more is not None]
+        penalty = torch.stack(penalties).sum() if penalties else torch.zeros_like(squares)
+        fields = [squares * batch.inverse, loss, active / batch.tokens, penalty]
+        metrics = torch.stack([field.to(squares.dtype) for field in fields])
         all_reduce_(metrics, mesh.replica_group, mesh.num_replicas)
         return metrics
