@@ -206,7 +206,7 @@ def test_held_out_rows_give_each_latent_a_threshold(options: dict[str, Any]) -> 
     assert fractions(kept, unseen) == pytest.approx(4, rel=0.1)
 
     def error(sae: SparseCoder) -> float:
-        return float((sae(unseen).recon - unseen).square().sum())
+        return float((sae(unseen).recon - unseen).detach().square().sum())
 
     by_batch = error(kept.train())
     by_token = error(kept.eval())

@@ -22,8 +22,7 @@ class TopKConfig(SAEConfig):
     """Shape of a TopK sparse autoencoder."""
 
     architecture: Literal["topk"] = "topk"
-    """topk: the k largest pre-activations of a token are active. It decides which other keys there
-    are."""
+    """topk: the k largest pre-activations of a token are active."""
     k: Latents
     """Active latents a token."""
 
