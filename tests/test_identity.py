@@ -486,7 +486,7 @@ OTHER: dict[str, Any] = {
     "train.dead_after_tokens": 641, "train.precision": "bfloat16", "train.num_shards": 1,
     "train.num_replicas": 2, "train.seed": 5, "train.log_every": 2, "train.checkpoint_every": 11,
     "train.keep_checkpoints": 3, "train.adam_mode": "lazy", "train.moment_dtype": "bfloat16",
-    "train.ema_decay": 0.9, "train.normalize": "unit_mean_square",
+    "train.ema_decay": 0.9, "train.normalize": "unit_mean_square", "train.subtract_mean": True,
     "train.checkpoint_minutes": 5.0, "train.rendezvous_timeout_s": 30, "train.holdout": 0.5,
     "train.preload": "host", "train.heartbeat_s": 9, "train.source": "stream",
     "train.buffer_tokens": 4096,

@@ -61,10 +61,15 @@ class TrainConfig(StrictModel):
     Biases are in the data's units: their learning rate is lr times the root mean square of the
     hookpoint's activations and their epsilon is divided by it, so training does not depend on the
     data's scale."""
-    normalize: Literal["none", "unit_mean_square"] = "none"
+    normalize: Literal["none", "unit_mean_square", "expected_norm"] = "none"
     """unit_mean_square: rows are divided by the root mean square of the hookpoint's activations
     while training, which the SAE that is written undoes: it reads rows as they are stored. Training
-    does not depend on the scale either way; this keeps its numbers near 1."""
+    does not depend on the scale either way; this keeps its numbers near 1. expected_norm: they are
+    divided so that their mean norm, of the first batch, is sqrt(d_in), as SAELens's
+    expected_average_only_in."""
+    subtract_mean: bool = False
+    """The hookpoint's mean activation is subtracted from rows while training, before they are
+    divided; the b_dec that is written has it added."""
     engine: Literal["auto", "fused", "autograd", "deepspeed"]
     """What makes a step; it decides which other keys there are."""
     grad_clip: float | None = Field(default=None, gt=0)

@@ -24,6 +24,7 @@ from .checkpoint import TrainingState
 from .defaults import with_defaults
 from .engine import make_engine
 from .metrics import PhaseTimer, StepMetrics
+from .normalization import Normalization
 from .optim import lr_at
 from .resample import resample_
 from .tuning import Choice, tune_encoder
@@ -53,10 +54,11 @@ class SAETraining:
         device: torch.device,
         *,
         rms: float | None = None,
+        mean: Tensor | None = None,
         drawn: bool = True,
     ) -> None:
-        """rms is the root mean square of the data's elements; left out, that of the first batch.
-        Without initial weights drawn it waits for `load_state`.
+        """rms is the root mean square of the data's elements, mean [d_in] what may be subtracted;
+        left out, those of the first batch. Without initial weights drawn it waits for `load_state`.
         """
         self.cfg = cfg = with_defaults(cfg, sae_cfg, d_in)
         self.mesh, self.device = mesh, device
@@ -76,9 +78,9 @@ class SAETraining:
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self.total_steps = -(-cfg.num_tokens // cfg.batch_tokens)
         self.step_index = 0
-        self._rms: float | None = None
+        self.normalization = Normalization(cfg, mesh)
         if rms is not None:
-            self.set_rms(rms)
+            self.set_rms(rms, mean)
         self._tuned = False
         self._choice: Choice | None = None
 
@@ -112,37 +114,26 @@ class SAETraining:
 
     def has_rms(self) -> bool:
         """Whether the data's root mean square is known."""
-        return self._rms is not None
+        return self.normalization.rms is not None
 
-    def set_rms(self, rms: float) -> None:
-        """Makes the data's root mean square the unit of the biases' steps, or of the rows. Rows
-        that are all zero, or not finite, have none: 1.
+    def set_rms(self, rms: float, mean: Tensor | None = None) -> None:
+        """Tells the data's root mean square, by which parameters in its units take their steps, and
+        its mean [d_in] where that is subtracted. Rows that are all zero, or not finite, have none:
+        1.
         """
-        self._rms = rms if 0 < rms < math.inf else 1.0
+        self.normalization.rms = rms if 0 < rms < math.inf else 1.0
+        if self.normalization.centres and mean is not None:
+            self.normalization.mean = mean.to(self.device, torch.float64)
+        self._set_units()
+
+    def _set_units(self) -> None:
         self.engine.set_unit(self._unit)
         self.sae.set_unit(self._unit)
 
     @property
-    def _divides(self) -> bool:
-        return self.cfg.normalize == "unit_mean_square"
-
-    @property
     def _unit(self) -> float:
         """Root mean square of the rows that the engine gets."""
-        return 1.0 if self._divides or self._rms is None else self._rms
-
-    def _measure_rms(self, x: Tensor) -> float:
-        """Root mean square of the first batch. A host sync; collective over the replicas."""
-        square = x.double().square().mean()
-        collectives.all_reduce_(square, self.mesh.replica_group, self.mesh.num_replicas)
-        rms = math.sqrt(float(square / self.mesh.num_replicas))
-        if self.mesh.is_lead:
-            logger.info(
-                "the root mean square of the activations, which scales the biases' learning rate, "
-                "is taken from the first batch: %.4g",
-                rms,
-            )
-        return rms
+        return self.normalization.unit(self.sae.d_in)
 
     @torch.no_grad()
     def init_b_dec(self, x: Tensor) -> None:
@@ -163,11 +154,10 @@ class SAETraining:
         no host sync but in the first (the encoder's choice, the capture of a graph), every 100
         steps for the list of dead latents, and where latents are resampled.
         """
-        if self._rms is None:
-            self.set_rms(self._measure_rms(x))
-        assert self._rms is not None
-        if self._divides:
-            x = x.to(self.master_dtype) / self._rms
+        if self.normalization.missing:
+            self.normalization.measure(x)
+            self._set_units()
+        x = self.normalization(x, self.master_dtype)
         if self.step_index == 0:
             self.init_b_dec(x)
         if not self._tuned:
@@ -215,9 +205,8 @@ class SAETraining:
         without rows they stay at the moving average. Collective over the members.
         """
         sae = self.sae
-        if not isinstance(sae, BatchTopK) or self._rms is None:
+        if not isinstance(sae, BatchTopK):
             return
-        scale = self._rms if self._divides else 1.0
         kept = self.engine.weights()
         trained = {
             n: p.detach().clone() for n, p in sae.named_parameters() if "ema" in self.engine.moments
@@ -226,7 +215,7 @@ class SAETraining:
             for name in trained:
                 sae.get_parameter(name).copy_(kept[name])
             done = batches is not None and calibrate_(
-                sae, lambda: (x.to(self.master_dtype) / scale for x in batches())
+                sae, lambda: (self.normalization(x, self.master_dtype) for x in batches())
             )
         finally:
             for name, param in trained.items():
@@ -243,10 +232,7 @@ class SAETraining:
         their running average.
         """
         weights = self.engine.weights() | dict(self.sae.named_buffers())
-        if self._divides and self._rms is not None:
-            for name in self.sae.in_data_units & weights.keys():
-                weights[name] = weights[name] * self._rms
-        return weights
+        return self.normalization.folded(weights, self.sae)
 
     def state(self) -> TrainingState:
         """All that a resumed run needs, by reference: parameters, Adam's moments, counters,
@@ -265,8 +251,9 @@ class SAETraining:
             "step": self.step_index,
             "d_sae": self.sae.d_sae,
         }
-        if self._rms is not None:
-            info["rms"] = self._rms
+        tensors, values = self.normalization.state()
+        whole |= tensors
+        info |= values
         if self._choice is not None:
             shape, design = self._choice
             info["encoder"] = {"shape": list(shape), "design": design}
@@ -276,7 +263,8 @@ class SAETraining:
     def load_state(self, state: TrainingState) -> None:
         """Puts back what `state` gave, on any number of shards."""
         # A run goes on in the unit that it began with; older checkpoints name none, it was 1.
-        self.set_rms(float(state.info.get("rms", 1.0)))
+        self.normalization.load_state(state.whole, state.info)
+        self._set_units()
         self.engine.load_state(state.rows | state.whole, state.info["step"])
         for name, buffer in self.sae.named_buffers():
             buffer.copy_((state.rows | state.whole)[name])
