@@ -25,7 +25,6 @@ KERNEL_FILES: dict[str, str] = {
     "pair_coefs": "sparse_decode",
     "order_pairs": "pair_order",
     "scatter_rows": "dense_grad",
-    "scatter_values": "sparse_grad",
     "heavy_sums": "sparse_grad",
     "adam_encoder_": "sparse_adam",
     "adam_decoder_": "sparse_adam",

@@ -486,14 +486,27 @@ OTHER: dict[str, Any] = {
     "train.dead_after_tokens": 641, "train.precision": "bfloat16", "train.num_shards": 1,
     "train.num_replicas": 2, "train.seed": 5, "train.log_every": 2, "train.checkpoint_every": 11,
     "train.keep_checkpoints": 3, "train.adam_mode": "lazy", "train.moment_dtype": "bfloat16",
-    "train.ema_decay": 0.9, "train.normalize": "unit_mean_square",
+    "train.ema_decay": 0.9, "train.normalize": "unit_mean_square", "train.subtract_mean": True,
     "train.checkpoint_minutes": 5.0, "train.rendezvous_timeout_s": 30, "train.holdout": 0.5,
     "train.preload": "host", "train.heartbeat_s": 9, "train.source": "stream",
     "train.buffer_tokens": 4096,
     "train.deepspeed_config": "other.json",
+    "sae.threshold_decay": 0.5, "sae.threshold_start": 5, "sae.prefix_widths": [4, 9],
+    "sae.prefix_losses": "sum", "sae.sparsity": "tanh", "sae.sparsity_coefficient": 0.5,
+    "sae.sparsity_warmup": 0.5, "sae.target_l0": 9.0, "sae.tanh_scale": 2.0,
+    "sae.bandwidth": 0.5, "sae.initial_threshold": 0.5, "sae.ste_to_input": True,
+    "sae.pre_act_coefficient": 0.5, "sae.l1_coefficient": 0.5,
 }  # fmt: skip
 # What a key has to stand beside.
+JUMP = {"sae.architecture": "jumprelu"}
 NEEDED: dict[str, Any] = {
+    **{f"sae.threshold_{key}": {"sae.architecture": "batch_topk"} for key in ("decay", "start")},
+    **{f"sae.prefix_{key}": {"sae.architecture": "matryoshka"} for key in ("widths", "losses")},
+    **{f"sae.sparsity{key}": JUMP for key in ("", "_coefficient", "_warmup")},
+    **{f"sae.{key}": JUMP for key in ("tanh_scale", "bandwidth", "initial_threshold")},
+    **{f"sae.{key}": JUMP for key in ("ste_to_input", "pre_act_coefficient")},
+    "sae.target_l0": {**JUMP, "sae.sparsity": "target", "sae.target_l0": 8.0},
+    "sae.l1_coefficient": {"sae.architecture": "relu"},
     "train.buffer_tokens": {"train.source": "stream"},
     "train.deepspeed_config": {"train.engine": "deepspeed"},
 }

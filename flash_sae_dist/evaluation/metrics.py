@@ -47,7 +47,8 @@ def measure(sae: SparseCoder, batches: Iterable[Tensor]) -> ReconstructionMetric
         wide, recon = x.double(), out.recon.double()
         total += wide.sum(dim=0)
         sums += _sums(wide, recon)
-        fired.index_add_(0, out.top_idx.flatten().long(), (out.top_acts > 0).flatten().long())
+        codes = out.codes
+        fired.index_add_(0, codes.latents.flatten().long(), (codes.values > 0).flatten().long())
     if tokens == 0:
         raise ValueError("there are no activations to measure on; raise evaluate.num_tokens")
     squares, error, cosine, ratio, nonzero, recon_squares, product = sums

@@ -25,6 +25,7 @@ from ..planner.memory import Memory, Work, work_of
 from ..planner.search import DOUBT, check_memory, fits, meshes, need, splits
 from ..planner.storage import disk_bytes
 from ..planner.timing import Cost, bundle_seconds, cost_of
+from ..training.defaults import with_defaults
 from ..training.engine import check_engine, check_installed
 from ..training.job import Config
 from ..training.made_of import check_same_job
@@ -161,7 +162,8 @@ def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:
         assert job.config.sae is not None
         assert job.config.train is not None
         d_in = widths[hookpoint_of(job)]
-        check_engine(job.config.train, d_in, mesh)
+        train = with_defaults(job.config.train, job.config.sae, d_in)
+        check_engine(train, d_in, mesh, job.config.sae)
         d_sae = job.config.sae.width(d_in)
         if d_sae % mesh.num_shards:
             up = -(-d_sae // mesh.num_shards) * mesh.num_shards

@@ -1,6 +1,6 @@
 """What all architectures share: parameters with roles, a batch's codes, decoder, save and load.
 
-Legend: N tokens, D d_in, F d_sae, K slots a token.
+Legend: N tokens, D d_in, F d_sae, K slots a token, C slots of a flat list.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ from ..config.file import parse
 from ..config.sae import SAEConfig
 from ..files import check_readable, checksum, read_json, write_json
 from ..kernels import ops
+from ..kernels.reference import Codes as Codes
+from ..kernels.reference import Pairs as Pairs
+from ..kernels.reference import Slots as Slots
 from ..parallel import agree
 from ..parallel.collectives import feed_shards, sum_over_shards
 from ..parallel.mesh import Mesh
 from .initial import unit_rows_
+from .losses import geometric_median
 from .saved import save_weights
+from .sparsity import Batch
 
 logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "sae.safetensors"
@@ -32,21 +37,19 @@ CONFIG_FILE = "config.json"
 Role = Literal["rows", "whole"]
 
 
-class Codes(NamedTuple):
-    """The active latents of each token, as a rectangle of K slots."""
+class TrainDefaults(NamedTuple):
+    """What is usual with an architecture for keys of the section train that are left out."""
 
-    values: Tensor  # [N, K] float32/64 >= 0; 0 where a slot is unused or another shard's
-    indices: Tensor  # [N, K] int32, rows of this shard
+    lr: float | None = None  # None is 2e-4 / sqrt(d_sae / 2**14)
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    dead_latents: Literal["auxk", "ghost", "resample", "none"] = "auxk"
 
 
 class SAEOutput(NamedTuple):
     """What one forward pass of an SAE gives."""
 
     recon: Tensor  # [N, d_in]
-    top_acts: (
-        Tensor  # [N, k] >= 0, descending over all latents; 0 where another shard holds the latent
-    )
-    top_idx: Tensor  # [N, k] int32, rows of this shard
+    codes: Codes  # Slots or Pairs: values >= 0 and the latents, rows of this shard
 
 
 class SparseCoder(nn.Module):
@@ -57,9 +60,12 @@ class SparseCoder(nn.Module):
     collective over the shard group. Under autocast the products take autocast's dtype; sums and
     the selection stay float32.
 
-    An architecture says how latents are selected: `encode` for autograd, `select` for the fused
-    engine (the same selection without gradients, from weights in the compute dtype), and `slope`
-    where an activation is not its pre-activation.
+    An architecture says which latents are active, and how much: `encode`. To be trained it says
+    which pairs have an activation or a gradient, `candidates` for autograd and `select` for the
+    fused engine (the same pairs without gradients, from weights in the compute dtype); what they
+    come to, `activate`; and what else there is to lose than the error, `penalty` and `levels`.
+    Pairs are `Slots`, K for each token, or `Pairs`, a flat list of which a token has any number; on
+    a shard a value is 0 where another holds the latent.
     """
 
     Config: ClassVar[type[SAEConfig]]
@@ -71,6 +77,13 @@ class SparseCoder(nn.Module):
     }
     # Parameters that go with s where x -> s x, the matrices staying as they are.
     in_data_units: ClassVar[frozenset[str]] = frozenset({"b_enc", "b_dec"})
+    defaults: ClassVar[TrainDefaults] = TrainDefaults()
+    # What train.dead_latents may be.
+    revivals: ClassVar[frozenset[str]] = frozenset({"auxk", "ghost", "resample", "none"})
+    # Whether activations are a function of candidates' values, or there is a penalty.
+    is_pairwise: ClassVar[bool] = False
+    # Why its fused step cannot be captured in a CUDA graph.
+    reads_host: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -113,6 +126,32 @@ class SparseCoder(nn.Module):
         """Index over all shards of this rank's first latent."""
         return self.mesh.shard * self.d_sae_local
 
+    @classmethod
+    def autograd_reason(cls, config: SAEConfig) -> str | None:
+        """Why the fused engine cannot train it, to be logged; None where it can."""
+        del config
+        return None
+
+    @property
+    def level_weights(self) -> tuple[float, ...]:
+        """Weights of the FVUs of nested reconstructions: the j-th is of the pairs up to level j."""
+        return (1.0,)
+
+    @property
+    def main_level(self) -> int:
+        """The level whose reconstruction is that of `forward`."""
+        return len(self.level_weights) - 1
+
+    @property
+    def sparsity_warmup(self) -> float:
+        """Part of the steps over which the penalty's coefficient rises linearly from 0."""
+        return 0.0
+
+    @property
+    def needs_l0(self) -> bool:
+        """Whether `penalty` asks for the whole batch's L0."""
+        return False
+
     @property
     def encoder_k(self) -> int | None:
         """k of the top-k kernel that `select` calls, whose design is tuned; None without one."""
@@ -140,10 +179,85 @@ class SparseCoder(nn.Module):
         """
         raise NotImplementedError
 
-    def slope(self, codes: Codes) -> Tensor | None:
-        """Derivative [N, K] of each activation by its pre-activation; None stands for 1."""
+    def candidates(self, x: Tensor) -> Codes:
+        """The pairs of tokens x [N, d_in] that have an activation or a gradient, with values that
+        `activate` takes; differentiable. Collective over the shards.
+        """
+        return self.encode(x)
+
+    def activate(self, found: Codes) -> Codes:
+        """Activations of candidates, differentiable in their values and in this SAE's parameters
+        pair by pair: no product of matrices.
+        """
+        return found
+
+    def penalty(self, x: Tensor, found: Codes, codes: Codes, batch: Batch) -> Tensor:
+        """What candidates `found` and their activations `codes` of target rows x [N, d_in] cost
+        beside the error: these tokens' share of the batch's, over all shards. Collective over the
+        shards.
+        """
+        del found, codes, batch
+        return x.new_zeros(())
+
+    @property
+    def penalises_dead(self) -> bool:
+        """Whether `dead_penalty` is called where latents are listed as dead."""
+        return False
+
+    def dead_penalty(self, x: Tensor, rows: Tensor, left_out: Tensor, batch: Batch) -> Tensor:
+        """What listed dead latents, rows [M] of this shard but those left out [M] bool, cost on
+        tokens x: these tokens' share. Collective over the shards.
+        """
+        raise NotImplementedError
+
+    def levels(self, codes: Codes) -> Tensor | None:
+        """The least level, as codes.values, of the nested reconstructions that has a pair; None is
+        0 for all. Collective over the shards.
+        """
         del codes
         return None
+
+    def main_codes(self, codes: Codes) -> Codes:
+        """Without the pairs beyond the main level, which do not count as active."""
+        if self.main_level == len(self.level_weights) - 1:
+            return codes
+        levels = self.levels(codes)
+        assert levels is not None
+        return codes._replace(values=codes.values * (levels <= self.main_level))
+
+    @torch.no_grad()
+    def begin_(self, x: Tensor, unit: float) -> None:
+        """What the first batch x [N, d_in], of all replicas, decides: b_dec starts at its geometric
+        median (Gao et al. 2024).
+        """
+        self.b_dec.copy_(geometric_median(x, unit=unit))
+
+    def set_unit(self, unit: float) -> None:
+        """Tells the root mean square of the elements of the data that is trained on."""
+
+    @torch.no_grad()
+    def project_(self) -> tuple[str, ...]:
+        """Puts parameters back where they have to be, after a step; returns their names. Rows of
+        W_dec are put back to unit norm by the engine.
+        """
+        return ()
+
+    @torch.no_grad()
+    def observe_(self, active: list[Codes]) -> None:
+        """Takes in the activations of a step's micro-batches. Collective over the members; no host
+        sync.
+        """
+
+    @torch.no_grad()
+    def restart_(self, mask: Tensor) -> None:
+        """Puts parameters of resampled latents [d_sae_local] bool, other than the matrices, back to
+        their start.
+        """
+        self.b_enc[mask] = 0
+
+    def over_shards(self, share: Tensor) -> Tensor:
+        """A sum over the shards' shares, whose gradient is each share's."""
+        return sum_over_shards(share, self.mesh)
 
     def compute(self, weight: Tensor) -> Tensor:
         """A weight in the dtype of products: autocast's where it is on."""
@@ -170,19 +284,35 @@ class SparseCoder(nn.Module):
         W = self.compute(self.W_dec[rows])
         return sum_over_shards((acts.to(W.dtype) @ W).to(self.b_dec.dtype), self.mesh)
 
-    def combine(self, values: Tensor, indices: Tensor) -> Tensor:
-        """`sum_j values[n, j] * W_dec[indices[n, j]]` [N, d_in], summed over shards: no b_dec."""
-        partial = ops.sparse_decode(values, indices, self.compute(self.W_dec))
+    def combine(self, codes: Codes, W_dec: Tensor | None = None) -> Tensor:
+        """`sum of value * W_dec[latent]` over each token's pairs [N, d_in], and over shards: no
+        b_dec. W_dec may be another than this SAE's.
+        """
+        W_dec = self.compute(self.W_dec if W_dec is None else W_dec)
+        partial = ops.sparse_decode(codes.values, codes.latents, W_dec, codes.tokens, codes.offsets)
         return sum_over_shards(partial.to(self.b_dec.dtype), self.mesh)
 
-    def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """`combine(values, indices) + b_dec`: the reconstruction [N, d_in]."""
-        return self.combine(values, indices) + self.b_dec
+    def decode(self, codes: Codes) -> Tensor:
+        """`combine(codes) + b_dec`: the reconstruction [N, d_in]."""
+        return self.combine(codes) + self.b_dec
+
+    def nested(self, codes: Codes) -> list[Tensor]:
+        """The reconstructions [N, d_in] of all levels."""
+        levels = self.levels(codes)
+        if levels is None:
+            return [self.decode(codes)]
+        found: list[Tensor] = []
+        below: Tensor = self.b_dec
+        for level in range(len(self.level_weights)):
+            own = codes._replace(values=codes.values * (levels == level))
+            below = below + self.combine(own)
+            found.append(below)
+        return found
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encodes and decodes x [N, d_in]; both parts are differentiable, the selection is not."""
         codes = self.encode(x)
-        return SAEOutput(self.decode(*codes), *codes)
+        return SAEOutput(self.decode(codes), codes)
 
     def spec(self) -> dict[str, Any]:
         """What `save` writes beside the weights: the architecture, widths and its own keys."""
@@ -226,7 +356,7 @@ class SparseCoder(nn.Module):
             raise ValueError(
                 f"{path} holds no whole {cls.__name__} ({e}); train or export it anew"
             ) from e
-        return sae.to(device)
+        return sae.to(device).eval()
 
     @staticmethod
     def is_whole(folder: str | Path) -> bool:

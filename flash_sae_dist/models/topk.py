@@ -15,15 +15,14 @@ from ..kernels.dispatch import implementation
 from ..parallel.collectives import feed_shards
 from ..parallel.mesh import Mesh
 from ..parallel.selection import global_topk_mask
-from .base import Codes, SparseCoder
+from .base import Slots, SparseCoder
 
 
 class TopKConfig(SAEConfig):
     """Shape of a TopK sparse autoencoder."""
 
     architecture: Literal["topk"] = "topk"
-    """topk: the k largest pre-activations of a token are active. It decides which other keys there
-    are."""
+    """topk: the k largest pre-activations of a token are active."""
     k: Latents
     """Active latents a token."""
 
@@ -67,7 +66,7 @@ class TopKSAE(SparseCoder):
     ) -> None:
         if not 1 <= k <= d_sae:
             raise ValueError(f"k={k} is outside 1..d_sae={d_sae}; lower k or widen the dictionary")
-        config = TopKConfig(d_sae=d_sae, k=k)
+        config = self.Config.model_validate({"d_sae": d_sae, "k": k})
         super().__init__(config, d_in, mesh=mesh, dtype=dtype, device=device, seed=seed)
         self.k = k
 
@@ -84,8 +83,8 @@ class TopKSAE(SparseCoder):
         """
         return min(self.k, self.d_sae_local)
 
-    def encode(self, x: Tensor) -> Codes:
-        """The k active latents of each token over all shards: values [N, k] and local indices [N,
+    def encode(self, x: Tensor) -> Slots:
+        """The k active latents of each token over all shards: values [N, k] and local latents [N,
         k] int32.
 
         x is [N, d_in]. On several shards a value is 0 wherever the selection left this rank's
@@ -101,11 +100,11 @@ class TopKSAE(SparseCoder):
         )
         return self._over_shards(*top)
 
-    def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Codes:
+    def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Slots:
         """The same for the fused engine; see SparseCoder."""
         top = implementation("topk_encode", W_enc)(xc, W_enc, b_enc, self.encoder_k)
         return self._over_shards(*top)
 
-    def _over_shards(self, values: Tensor, indices: Tensor) -> Codes:
-        keep = global_topk_mask(values, indices, self.k, self.first_latent, self.mesh)
-        return Codes(values if keep is None else values * keep, indices)
+    def _over_shards(self, values: Tensor, latents: Tensor) -> Slots:
+        keep = global_topk_mask(values, latents, self.k, self.first_latent, self.mesh)
+        return Slots(values if keep is None else values * keep, latents)

@@ -21,6 +21,7 @@ from ..activations.stored_rows import float_dtype
 from ..config.deepspeed import ZeroOptimization, zero_of
 from ..config.train import DeepSpeedTrainConfig, TrainConfig
 from ..models.dead_latents import padded
+from ..training.defaults import with_defaults
 from ..training.engine import choose_engine
 from ..training.engines.dead_step import MAX_BLOCK_BYTES
 from ..training.job import Config
@@ -108,6 +109,7 @@ def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -
     assert sae is not None
     assert train is not None
     d_sae = sae.width(d_in)
+    train = with_defaults(train, sae, d_in)
     device = torch.device("cuda" if on_gpu else "cpu")
     return Work(
         name,
@@ -115,7 +117,7 @@ def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -
         d_sae,
         min(getattr(sae, "k", _SLOTS), d_sae),
         train,
-        choose_engine(train, d_in).engine,
+        choose_engine(train, d_in, sae).engine,
         resolve_precision(train.precision, device),
         float_dtype(dtype).itemsize,
         on_gpu,

@@ -27,9 +27,10 @@ from ..identity import (
     versions,
 )
 from . import checkpoint
+from .defaults import with_defaults
 from .engine import choose_engine
 from .job import Config
-from .optim import default_lr, lr_at
+from .optim import lr_at
 from .records import DamagedRecordError, Job, read_job, read_store_config
 from .step import resolve_precision
 
@@ -47,14 +48,14 @@ def step_values(config: Config, d_in: int, device: torch.device) -> dict[str, An
     assert sae is not None
     assert train is not None
     d_sae = sae.width(d_in)
+    train = with_defaults(train, sae, d_in)
     flat = {f"sae.{key}": value for key, value in sae.model_dump(mode="json").items()}
     del flat["sae.expansion_factor"]
     flat |= {f"train.{key}": value for key, value in train.model_dump(mode="json").items()}
     flat |= {
         "sae.d_sae": d_sae,
-        "train.lr": train.lr if train.lr is not None else default_lr(d_sae),
         "train.k_aux": min(train.k_aux or max(1, d_in // 2), d_sae),
-        "train.engine": choose_engine(train, d_in).engine,
+        "train.engine": choose_engine(train, d_in, sae).engine,
         "train.precision": str(resolve_precision(train.precision, device)).removeprefix("torch."),
     }
     if train.source == "store":
@@ -71,6 +72,9 @@ def _defaults() -> dict[str, Any]:
                 if not field.is_required():
                     found[f"{section}.{name}"] = plain(field.default)
     for resolved in ("sae.d_sae", "train.lr", "train.k_aux"):
+        found.pop(resolved, None)
+    # Those that an architecture decides were keys before it did.
+    for resolved in ("train.adam_betas", "train.dead_latents"):
         found.pop(resolved, None)
     return found | _BEFORE
 

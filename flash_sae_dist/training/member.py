@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ending
+from ..activations.store import ActivationStore
 from ..activations.stream import Rows
 from ..models.base import SparseCoder
 from ..parallel import agree
@@ -21,6 +22,13 @@ from .records import Job, State, Status, write_job, write_status
 from .step import SAETraining
 
 logger = logging.getLogger(__name__)
+
+
+def _mean_of(rows: Rows, hookpoint: str) -> Tensor | None:
+    """The mean row of a hookpoint [d_in]; None of a stream, which knows none yet."""
+    if not isinstance(rows, ActivationStore):
+        return None
+    return torch.from_numpy(rows.mean(hookpoint))
 
 
 class Member:
@@ -40,7 +48,14 @@ class Member:
         self.published = step or 0
         d_in, rms = rows.width(hookpoint), rows.root_mean_square(hookpoint)
         self.training = SAETraining(
-            job.config.sae, self.cfg, d_in, mesh, device, rms=rms, drawn=step is None
+            job.config.sae,
+            self.cfg,
+            d_in,
+            mesh,
+            device,
+            rms=rms,
+            mean=_mean_of(rows, hookpoint) if self.cfg.subtract_mean else None,
+            drawn=step is None,
         )
         logged = 0 if step is None else self._resume(step)
         ending.keeps(self.kept())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,13 +15,16 @@ from ..config.sae import SAEConfig
 from ..config.train import Precision, TrainConfig
 from ..kernels import encode_choice
 from ..models import ARCHITECTURES
+from ..models.batch_topk import BatchTopK
 from ..models.dead_latents import DeadLatents
-from ..models.losses import geometric_median
 from ..parallel import collectives
 from ..parallel.mesh import Mesh
+from .calibration import calibrate_
 from .checkpoint import TrainingState
+from .defaults import with_defaults
 from .engine import make_engine
 from .metrics import PhaseTimer, StepMetrics
+from .normalization import Normalization
 from .optim import lr_at
 from .resample import resample_
 from .tuning import Choice, tune_encoder
@@ -50,12 +54,14 @@ class SAETraining:
         device: torch.device,
         *,
         rms: float | None = None,
+        mean: Tensor | None = None,
         drawn: bool = True,
     ) -> None:
-        """rms is the root mean square of the data's elements; left out, that of the first batch.
-        Without initial weights drawn it waits for `load_state`.
+        """rms is the root mean square of the data's elements, mean [d_in] what may be subtracted;
+        left out, those of the first batch. Without initial weights drawn it waits for `load_state`.
         """
-        self.cfg, self.mesh, self.device = cfg, mesh, device
+        self.cfg = cfg = with_defaults(cfg, sae_cfg, d_in)
+        self.mesh, self.device = mesh, device
         self.compute_dtype = resolve_precision(cfg.precision, device)
         self.master_dtype = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         self.sae = ARCHITECTURES[sae_cfg.architecture].from_config(
@@ -72,9 +78,9 @@ class SAETraining:
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self.total_steps = -(-cfg.num_tokens // cfg.batch_tokens)
         self.step_index = 0
-        self._rms: float | None = None
+        self.normalization = Normalization(cfg, mesh)
         if rms is not None:
-            self.set_rms(rms)
+            self.set_rms(rms, mean)
         self._tuned = False
         self._choice: Choice | None = None
 
@@ -82,6 +88,12 @@ class SAETraining:
     def lr(self) -> float:
         """Learning rate of the coming step."""
         return lr_at(self.step_index, self.total_steps, self.peak_lr, self.cfg)
+
+    @property
+    def ramp(self) -> float:
+        """Part of the sparsity's coefficient in the coming step: a linear rise from 0."""
+        steps = self.sae.sparsity_warmup * self.total_steps
+        return min(1.0, self.step_index / steps) if steps else 1.0
 
     @property
     def last_lr(self) -> float:
@@ -102,48 +114,39 @@ class SAETraining:
 
     def has_rms(self) -> bool:
         """Whether the data's root mean square is known."""
-        return self._rms is not None
+        return self.normalization.rms is not None
 
-    def set_rms(self, rms: float) -> None:
-        """Makes the data's root mean square the unit of the biases' steps, or of the rows. Rows
-        that are all zero, or not finite, have none: 1.
+    def set_rms(self, rms: float, mean: Tensor | None = None) -> None:
+        """Tells the data's root mean square, by which parameters in its units take their steps, and
+        its mean [d_in] where that is subtracted. Rows that are all zero, or not finite, have none:
+        1.
         """
-        self._rms = rms if 0 < rms < math.inf else 1.0
-        self.engine.set_unit(1.0 if self._divides else self._rms)
+        self.normalization.rms = rms if 0 < rms < math.inf else 1.0
+        if self.normalization.centres and mean is not None:
+            self.normalization.mean = mean.to(self.device, torch.float64)
+        self._set_units()
 
-    @property
-    def _divides(self) -> bool:
-        return self.cfg.normalize == "unit_mean_square"
+    def _set_units(self) -> None:
+        self.engine.set_unit(self._unit)
+        self.sae.set_unit(self._unit)
 
     @property
     def _unit(self) -> float:
         """Root mean square of the rows that the engine gets."""
-        return 1.0 if self._divides or self._rms is None else self._rms
-
-    def _measure_rms(self, x: Tensor) -> float:
-        """Root mean square of the first batch. A host sync; collective over the replicas."""
-        square = x.double().square().mean()
-        collectives.all_reduce_(square, self.mesh.replica_group, self.mesh.num_replicas)
-        rms = math.sqrt(float(square / self.mesh.num_replicas))
-        if self.mesh.is_lead:
-            logger.info(
-                "the root mean square of the activations, which scales the biases' learning rate, "
-                "is taken from the first batch: %.4g",
-                rms,
-            )
-        return rms
+        return self.normalization.unit(self.sae.d_in)
 
     @torch.no_grad()
     def init_b_dec(self, x: Tensor) -> None:
-        """Puts b_dec at the geometric median of the first batch x [N/R, d_in]. Collective over the
-        replicas.
+        """Begins what the first batch x [N/R, d_in] decides, such as b_dec at its geometric median.
+        Collective over the replicas.
         """
         rows = collectives.all_gather(
             x.to(self.master_dtype), self.mesh.replica_group, self.mesh.num_replicas
         )
-        self.sae.b_dec.copy_(geometric_median(rows.flatten(0, 1), unit=self._unit))
+        self.sae.begin_(rows.flatten(0, 1), self._unit)
         if "ema" in self.engine.moments:
-            self.optimizer.state[self.sae.b_dec]["ema"].copy_(self.sae.b_dec)
+            for param in self.sae.parameters():
+                self.optimizer.state[param]["ema"].copy_(param)
         self.engine.refresh_()
 
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
@@ -151,11 +154,10 @@ class SAETraining:
         no host sync but in the first (the encoder's choice, the capture of a graph), every 100
         steps for the list of dead latents, and where latents are resampled.
         """
-        if self._rms is None:
-            self.set_rms(self._measure_rms(x))
-        assert self._rms is not None
-        if self._divides:
-            x = x.to(self.master_dtype) / self._rms
+        if self.normalization.missing:
+            self.normalization.measure(x)
+            self._set_units()
+        x = self.normalization(x, self.master_dtype)
         if self.step_index == 0:
             self.init_b_dec(x)
         if not self._tuned:
@@ -165,9 +167,10 @@ class SAETraining:
             encode_choice.use(*self._choice)
         if self.cfg.dead_latents == "resample":
             self._resample(x)
-        elif self.cfg.dead_latents != "none":
+        elif self.cfg.dead_latents != "none" or self.sae.penalises_dead:
             self.dead.refresh(self.step_index, self.step_index * self.cfg.batch_tokens)
         self.engine.set_lr(self.lr)
+        self.engine.set_ramp(self.ramp)
         metrics = self.engine.step(x, timer)
         self.step_index += 1
         return metrics
@@ -196,15 +199,40 @@ class SAETraining:
         seed = self.cfg.seed + self.step_index
         resample_(self.engine, self.dead, x, seed, self._unit)
 
+    @torch.no_grad()
+    def calibrate(self, batches: Callable[[], Iterable[Tensor]] | None) -> None:
+        """Sets thresholds a latent from rows that training left out, for the weights that are kept;
+        without rows they stay at the moving average. Collective over the members.
+        """
+        sae = self.sae
+        if not isinstance(sae, BatchTopK):
+            return
+        kept = self.engine.weights()
+        trained = {
+            n: p.detach().clone() for n, p in sae.named_parameters() if "ema" in self.engine.moments
+        }
+        try:
+            for name in trained:
+                sae.get_parameter(name).copy_(kept[name])
+            done = batches is not None and calibrate_(
+                sae, lambda: (self.normalization(x, self.master_dtype) for x in batches())
+            )
+        finally:
+            for name, param in trained.items():
+                sae.get_parameter(name).copy_(param)
+        if not done and self.mesh.is_lead:
+            logger.warning(
+                "no rows are held out: every latent has the threshold %.4g of the moving average; "
+                "with train.holdout each has its own",
+                float(sae.mean_threshold),
+            )
+
     def final_weights(self) -> dict[str, Tensor]:
         """The weights to keep, this shard's rows, for rows as they are stored: the parameters, or
         their running average.
         """
-        weights = self.engine.weights()
-        if self._divides and self._rms is not None:
-            for name in self.sae.in_data_units & weights.keys():
-                weights[name] = weights[name] * self._rms
-        return weights
+        weights = self.engine.weights() | dict(self.sae.named_buffers())
+        return self.normalization.folded(weights, self.sae)
 
     def state(self) -> TrainingState:
         """All that a resumed run needs, by reference: parameters, Adam's moments, counters,
@@ -215,14 +243,17 @@ class SAETraining:
         for key, value in self.engine.state().items():
             role = self.sae.roles[key.rpartition(".")[2]]
             (rows if role == "rows" else whole)[key] = value
+        for name, buffer in self.sae.named_buffers():
+            (rows if self.sae.roles[name] == "rows" else whole)[name] = buffer
         rows["tokens_since_fired"] = self.dead.tokens_since_fired
         rows["listed_dead"] = self.dead.listed()
         info: dict[str, Any] = {
             "step": self.step_index,
             "d_sae": self.sae.d_sae,
         }
-        if self._rms is not None:
-            info["rms"] = self._rms
+        tensors, values = self.normalization.state()
+        whole |= tensors
+        info |= values
         if self._choice is not None:
             shape, design = self._choice
             info["encoder"] = {"shape": list(shape), "design": design}
@@ -232,8 +263,11 @@ class SAETraining:
     def load_state(self, state: TrainingState) -> None:
         """Puts back what `state` gave, on any number of shards."""
         # A run goes on in the unit that it began with; older checkpoints name none, it was 1.
-        self.set_rms(float(state.info.get("rms", 1.0)))
+        self.normalization.load_state(state.whole, state.info)
+        self._set_units()
         self.engine.load_state(state.rows | state.whole, state.info["step"])
+        for name, buffer in self.sae.named_buffers():
+            buffer.copy_((state.rows | state.whole)[name])
         self.dead.tokens_since_fired.copy_(state.rows["tokens_since_fired"])
         listed = state.rows.get("listed_dead")
         if listed is None:

@@ -20,6 +20,7 @@ from ..activations.stream_buffer import StreamedBatches
 from ..config.base import UserError
 from ..parallel.mesh import Mesh
 from ..progress import progress_bar
+from .calibration import held_out_batches
 from .checkpoint_writer import GRACE_S, GRACE_TOGETHER_S
 from .host_memory import HostShare
 from .member import Member
@@ -95,6 +96,9 @@ class Trainer:
             for member in self.members:
                 if member.error is None:
                     with self._fails_alone(member.job, member):
+                        hookpoint = hookpoint_of(member.job)
+                        held = (self.rows, hookpoint, self.cfg, self.mesh, self.device)
+                        member.training.calibrate(held_out_batches(*held))
                         member.save_final()
         for member in self.members:
             member.writer.close()

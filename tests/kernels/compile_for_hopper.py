@@ -170,38 +170,51 @@ def main() -> None:
         i32, i32, i32, i32, i32, 65536, 65536, BLOCK=128, WIDTH=128, grid=(1,)
     )
     report("rank", kernel)
-    for name, dots in (("decode-backward", True), ("scatter-rows", False)):
+    for name, dots, tokens in (
+        ("decode-backward", True, None), ("scatter-rows", False, None),
+        ("scatter-rows-flat", False, i32),
+    ):  # fmt: skip
         kernel = dense_grad.latents_kernel.warmup(
-            i64, i32, f32, bf16, bf16, f32, f32, bf16, 65536, 4096, 65536, 64, dots, 64,
+            i64, i32, f32, bf16, tokens, bf16, f32, f32, bf16, 65536, 4096, 65536, 64, dots, 64,
             **dense_grad.latents_blocks(65536, 4096)[1], num_warps=1, grid=(1,),
         )  # fmt: skip
         report(name, kernel)
     constants = (0.1, 0.999, 0.001, 6e-10, 0, 0)
     step = torch.zeros(())
     for D in (768, 4096):
-        for what, scaled, dense, norm in (
-            ("", False, False, False), ("-dense-scaled", True, True, False),
-            ("-dense-norm", False, True, True),
+        for what, scaled, dense, norm, tokens in (
+            ("", False, False, False, None), ("-dense-scaled", True, True, False, None),
+            ("-dense-norm", False, True, True, None), ("-flat", False, False, False, i32),
         ):  # fmt: skip
             flags = {"LAZY": False, "SCALED": scaled, "DENSE": dense, "NORM": norm}
             flags |= {"COPIES": True, "HEAVY": 64}
             kernel = sparse_adam._encoder_kernel.warmup(
-                i32, i32, f32, bf16, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32, f32,
-                f32, f32, f32, step, 24576, D, 131072, 32, *constants, 1.0, 1e-9, **flags,
+                i32, i32, f32, bf16, tokens, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32,
+                f32, f32, f32, f32, step, 24576, D, 131072, 32, *constants, 1.0, 1e-9, **flags,
                 **sparse_adam._encoder_blocks(24576, D), grid=(1, 1),
             )  # fmt: skip
             report(f"adam-encoder-{D}{what}", kernel)
             kernel = sparse_adam._decoder_kernel.warmup(
-                i32, i32, f32, bf16, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32, step,
-                D, 32, *constants, UNIT_NORM=True, **flags, **sparse_adam._decoder_blocks(D),
+                i32, i32, f32, bf16, tokens, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32,
+                step, D, 32, *constants, UNIT_NORM=True, **flags, **sparse_adam._decoder_blocks(D),
                 grid=(1,),
             )  # fmt: skip
             report(f"adam-decoder-{D}{what}", kernel)
-        kernel = sparse_decode._decode_coefs_kernel.warmup(
-            f32, i32, bf16, f32, f32, bf16, f32, f32, D, 64,
-            **sparse_decode._decode_coefs_blocks(D, 64), grid=(1, 1),
-        )  # fmt: skip
-        report(f"decode-coefs-{D}", kernel)
+        for what, flat in (("", (None, None)), ("-flat", (i32, i32))):
+            kernel = sparse_decode._decode_kernel.warmup(
+                f32, i32, bf16, bf16, flat[1], f32, f32, f32, f32, D, 64,
+                **sparse_decode._decode_coefs_blocks(D, 64), grid=(1, 1),
+            )  # fmt: skip
+            report(f"decode-coefs-{D}{what}", kernel)
+            kernel = sparse_decode._coefs_kernel.warmup(
+                f32, f32, f32, f32, f32, *flat, 1024, 65536, 64, 32, BLOCK=512, grid=(1,)
+            )
+            report(f"coefs-{D}{what}", kernel)
+            kernel = sparse_decode._dots_kernel.warmup(
+                bf16, i32, bf16, f32, f32, f32, f32, *flat, 1024, D, 64, COEFS=True,
+                **sparse_decode._dots_blocks(D, 64), grid=(1, 1),
+            )  # fmt: skip
+            report(f"dots-{D}{what}", kernel)
     for M, k in ((832, 384), (13120, 2048), (43712, 2048)):
         block = min(dead_products._MAX_BLOCK, dead_products.next_power_of_2(M))
         for search in (True, False):

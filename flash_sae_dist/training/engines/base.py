@@ -17,6 +17,8 @@ class Engine(ABC):
     moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     sae: SparseCoder
     optimizer: torch.optim.Optimizer
+    ramp: Tensor
+    """Scalar on the device: the part of the sparsity's coefficient that its schedule gives."""
 
     @abstractmethod
     def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
@@ -42,6 +44,10 @@ class Engine(ABC):
         """Learning rate of the coming steps, for data of root mean square 1."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+    def set_ramp(self, part: float) -> None:
+        """Part of the sparsity's coefficient in the coming steps."""
+        self.ramp.fill_(part)
 
     def refresh_(self) -> None:
         """Takes in parameters that others have changed."""
