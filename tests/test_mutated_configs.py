@@ -126,7 +126,7 @@ def try_one(trial: Trial, root: Path, place: Path, monkeypatch: pytest.MonkeyPat
     began: list[str] = []
     with monkeypatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(runner, "_train", lambda *args: began.append("train") or (set(), {}))
+        patch.setattr(runner, "_train", lambda *args, **kw: began.append("train") or (set(), {}))
         patch.setattr(harvest, "_write_shards", lambda *args: began.append("cache"))
         patch.setattr(harvest.StoreWriter, "create", lambda *args: began.append("cache"))
         patch.setattr(harvest.StoreWriter, "finish", lambda *args: None)

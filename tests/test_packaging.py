@@ -60,7 +60,8 @@ def test_wheel_holds_one_package(wheel: Path) -> None:
         names = z.namelist()
     tops = {n.split("/")[0] for n in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"flash_sae_dist"}
-    for needed in ("kernels/ops.py", "launch/cli.py", "py.typed", "training/trainer.py"):
+    pages = ("features/page.html", "evaluation/report.html")
+    for needed in ("kernels/ops.py", "launch/cli.py", "py.typed", "training/trainer.py", *pages):
         assert f"flash_sae_dist/{needed}" in names
 
 
