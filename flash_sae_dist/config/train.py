@@ -34,6 +34,10 @@ class TrainConfig(StrictModel):
     hookpoint: Hookpoint | None = None
     """Hookpoint of the store (of cache.hookpoints) to train on; needed by `train`, set by the grid
     for its jobs."""
+    target: Hookpoint | None = None
+    """Hookpoint that is reconstructed from train.hookpoint, row by row: the SAE is a transcoder,
+    such as from `layers.8.mlp:input` to `layers.8.mlp`. Left out, the hookpoint itself. Rows of
+    both are divided by their root mean squares while training, whatever train.normalize says."""
     source: Literal["store", "stream"] = "store"
     """store: rows of an activation store; stream: rows of the model itself, which runs on the text
     while SAEs are trained, as the sections model, text and cache say. No store is needed, and

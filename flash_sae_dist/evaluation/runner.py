@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..activations.aligned import AlignedLoaders
 from ..activations.language_model import (
     LanguageModel,
     load_language_model,
@@ -76,12 +77,12 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
     records = []
     with progress_bar("evaluate", work, "tokens", accelerator.is_main_process) as bar:
         for sae in mine:
-            if lm is not None and text is not None and sae.hookpoint not in meters:
+            if lm is not None and sae.target is None and sae.hookpoint not in meters:
+                assert text is not None
                 assert config.cache is not None
-                meters[sae.hookpoint] = LossMeter(
-                    lm, sae.hookpoint, text, config.cache.batch_sequences, bar.advance
-                )
-            meter = meters.get(sae.hookpoint)
+                size = config.cache.batch_sequences
+                meters[sae.hookpoint] = LossMeter(lm, sae.hookpoint, text, size, bar.advance)
+            meter = None if sae.target is not None else meters.get(sae.hookpoint)
             records.append(_evaluate(sae, cfg, store, meter, accelerator.device, bar.advance))
     everyone: list[dict[str, Any]] = gather_object(records) if world > 1 else records
     everyone.sort(key=lambda r: natural(r["job"]))
@@ -154,27 +155,26 @@ def _evaluate(
     # Never more than the store holds: a row measured twice is no new evidence.
     num_tokens = min(cfg.num_tokens, store.kept_rows)
     num_steps = -(-num_tokens // cfg.batch_tokens)
-    loader = ActivationLoader(
-        store,
-        found.hookpoint,
-        batch_tokens=-(-num_tokens // num_steps),
-        seed=-1 & 0x7FFFFFFF,
-        num_steps=num_steps,
-        device=device,
+    options: dict[str, Any] = {"seed": -1 & 0x7FFFFFFF, "num_steps": num_steps, "device": device}
+    size = -(-num_tokens // num_steps)
+    loader = AlignedLoaders(
+        lambda name: ActivationLoader(store, name, batch_tokens=size, **options), found.hookpoints
     )
 
-    def batches() -> Iterator[Tensor]:
+    def batches() -> Iterator[tuple[Tensor, ...]]:
         left = num_tokens
         for batch in loader:
             # The loader's passes are of one size; the last may reach beyond what was asked for.
-            rows = batch[:left]
-            yield rows.to(device, non_blocking=True)
-            left -= len(rows)
-            advance(len(rows))
+            rows = tuple(part[:left].to(device, non_blocking=True) for part in batch)
+            yield rows
+            left -= len(rows[0])
+            advance(len(rows[0]))
 
     with loader:
         metrics = measure(sae, batches())
     loss = meter.measure(sae) if meter is not None else None
+    if found.target is not None:
+        logger.info("%s is a transcoder: the loss recovered is left out", found.name)
     record = evaluation_record(
         found.name, found.hookpoint, getattr(sae.config, "k", None), sae.d_sae, metrics, loss
     )

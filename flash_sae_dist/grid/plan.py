@@ -31,7 +31,7 @@ from ..training.engine import check_engine, check_installed
 from ..training.job import Config, grid_choices, with_values
 from ..training.made_of import check_same_job
 from ..training.member import is_finished
-from ..training.records import Job, hookpoint_of
+from ..training.records import Job, hookpoint_of, hookpoints_of
 
 logger = logging.getLogger(__name__)
 _ALL = 1 << 62  # bytes that anything fits
@@ -214,6 +214,10 @@ def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:
         assert job.config.sae is not None
         assert job.config.train is not None
         d_in = widths[hookpoint_of(job)]
+        if (target := job.config.train.target) is not None and target not in widths:
+            raise ConfigError(
+                f"train.target={target!r} is no hookpoint here{nearest_name(target, list(widths))}"
+            )
         train = with_defaults(job.config.train, job.config.sae, d_in)
         check_engine(train, d_in, mesh, job.config.sae)
         d_sae = job.config.sae.width(d_in)
@@ -310,7 +314,7 @@ def _stream_of(job: Job) -> tuple[object, ...]:
     """What jobs have to share to read the same batches."""
     t = _train(job)
     # One forward pass gives the rows of every hookpoint.
-    hookpoint = t.hookpoint if t.source == "store" else None
+    hookpoint = (t.hookpoint, t.target) if t.source == "store" else None
     read = (hookpoint, t.batch_tokens, t.num_tokens, t.seed, t.holdout, t.preload, t.buffer_tokens)
     return (*read, t.log_every, t.checkpoint_every, t.checkpoint_minutes)
 
@@ -334,7 +338,7 @@ def make_bundles(
 
     def taken(together: list[Job]) -> int:
         first, *others = (costs[job.name].memory for job in together)
-        hooks = {hookpoint_of(job): job for job in together}.values()
+        hooks = {tuple(hookpoints_of(job)): job for job in together}.values()
         rows = 0
         if buffer is not None:
             rows = sum(buffer(job) for job in hooks)

@@ -85,10 +85,12 @@ def made_of(config: Config, rows: Rows, device: torch.device) -> dict[str, Any]:
     hookpoint = str(config.train.hookpoint)
     train, found = config.train, rows.made_of(hookpoint)
     step = step_values(config, rows.width(hookpoint), device)
+    target = rows.made_of(train.target) if train.target is not None else None
     return {
         "step": step,
         "store": {"parts": found["parts"], "rows": found["rows"], "names": rows.config},
         "digest": digest([step, found["parts"] or found["rows"]]),
+        **({} if target is None else {"target_rows": target["rows"]}),
         "num_tokens": train.num_tokens,
         "total_steps": -(-train.num_tokens // train.batch_tokens),
         "versions": versions(),

@@ -52,17 +52,16 @@ def clip_grads_(sae: SparseCoder, largest: float, unit: float = 1.0) -> None:
     """Scales the gradients in place so that their norm over all shards is at most `largest`, as
     torch.nn.utils.clip_grad_norm_ does on one; those of the biases count times unit.
     """
-    rows = [(n, p.grad) for n, p in sae.named_parameters() if n != "b_dec" and p.grad is not None]
-    grads = [grad for _, grad in rows]
-    squares = torch.stack(
-        [(g * unit if n in sae.in_data_units else g).square().sum() for n, g in rows]
-    ).sum()
-    collectives.all_reduce_(squares, sae.mesh.shard_group, sae.mesh.num_shards)
-    assert sae.b_dec.grad is not None
-    # b_dec's gradient is the same on every shard and counts once.
-    norm = (squares + (sae.b_dec.grad * unit).square().sum()).sqrt()
-    factor = (largest / (norm + 1e-6)).clamp_max(1.0)
-    for grad in (*grads, sae.b_dec.grad):
+    grads = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
+    squares = {
+        n: (g * unit if n in sae.in_data_units else g).square().sum() for n, g in grads.items()
+    }
+    total = torch.stack([s for n, s in squares.items() if sae.roles[n] == "rows"]).sum()
+    collectives.all_reduce_(total, sae.mesh.shard_group, sae.mesh.num_shards)
+    # b_dec's gradient, and W_skip's, is the same on every shard and counts once.
+    total = total + torch.stack([s for n, s in squares.items() if sae.roles[n] == "whole"]).sum()
+    factor = (largest / (total.sqrt() + 1e-6)).clamp_max(1.0)
+    for grad in grads.values():
         grad.mul_(factor)
 
 
