@@ -480,7 +480,8 @@ def test_every_key_of_a_config_is_of_one_kind() -> None:
 OTHER: dict[str, Any] = {
     "sae.k": 3, "sae.d_sae": 32, "train.hookpoint": "model.layers.1.mlp", "train.num_tokens": 9999,
     "train.batch_tokens": 32, "train.lr": 0.5, "train.warmup_steps": 6,
-    "train.decay_fraction": 0.5, "train.adam_betas": [0.5, 0.9], "train.adam_eps": 1e-3,
+    "train.decay_fraction": 0.5, "train.schedule": "cosine", "train.adam_betas": [0.5, 0.9],
+    "train.adam_eps": 1e-3,
     "train.engine": "autograd", "train.grad_clip": 1.0, "train.micro_batches": 2,
     "train.dead_latents": "none", "train.aux_coef": 1.0, "train.k_aux": 3,
     "train.dead_after_tokens": 641, "train.precision": "bfloat16", "train.num_shards": 1,

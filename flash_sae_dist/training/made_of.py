@@ -219,9 +219,10 @@ def tell_longer(job: Job, was: dict[str, Any], step: int, peak: float) -> None:
     rates = [lr_at(step, steps, peak, cfg) for steps in (before, total)]
     logger.info(
         "%s: train.num_tokens was %d, is %d: step %d of now %d goes on at a learning rate of %.3g, "
-        "not %.3g, which falls to 0 over the last %d steps",
+        "not %.3g%s",
         job.name, was["num_tokens"], cfg.num_tokens, step, total, rates[1], rates[0],
-        round(total * cfg.decay_fraction),
+        f", which falls to 0 over the last {round(total * cfg.decay_fraction)} steps"
+        if cfg.schedule == "warmup_stable_decay" else "",
     )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,14 @@ def default_lr(d_sae: int) -> float:
 
 
 def lr_at(step: int, total_steps: int, peak: float, cfg: TrainConfig) -> float:
-    """Learning rate of a step, counted from 0: linear warm-up, flat, linear to zero over the last
-    part.
-    """
+    """Learning rate of a step, counted from 0: linear warm-up, then as train.schedule says."""
     warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+    if cfg.schedule == "constant":
+        return peak * warm
+    if cfg.schedule in ("linear", "cosine"):
+        after = max(0, step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)
+        left = 1 - after if cfg.schedule == "linear" else (1 + math.cos(math.pi * after)) / 2
+        return peak * warm * max(0.0, left)
     decay_steps = round(total_steps * cfg.decay_fraction)
     cool = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
     return peak * warm * cool

@@ -55,7 +55,7 @@ def test_losses_are_the_fused_engines(runs: Runs, case: str, want: str) -> None:
     steps = int(case.rpartition("-")[2])
     for rank in runs:
         got, fused = rank[case], rank[want]
-        assert got["losses"].shape == (steps, 3)
+        assert got["losses"].shape == (steps, 4)
         assert_close(got["losses"], fused["losses"][:steps])
         assert steps < 50 or got["listed"] == fused["listed"] > 2
 
