@@ -22,7 +22,7 @@ from ..models.base import CONFIG_FILE, check_weights, read_spec
 from ..parallel import agree
 from ..parallel.mesh import Mesh
 from ..planner.devices import GIB, Launch, launch_here, memory_of
-from ..planner.memory import Memory, Work, work_of
+from ..planner.memory import BUFFER, Memory, Work, work_of
 from ..planner.search import DOUBT, check_memory, fits, meshes, need, splits
 from ..planner.storage import disk_bytes
 from ..planner.timing import Cost, bundle_seconds, cost_of
@@ -301,11 +301,12 @@ def place(
 
 def _check_both(job: Job, takes: Memory, buffer: int, launch: Launch) -> None:
     """Raises ConfigError where an SAE and a stream's rows do not fit beside one another."""
-    if takes.peak + buffer > DOUBT * launch.memory:
+    others = takes.peak - takes.model.get(BUFFER, 0)
+    if others + buffer > DOUBT * launch.memory:
         raise ConfigError(
             f"{job.name}: train.buffer_tokens={_train(job).buffer_tokens} takes "
             f"{buffer / GIB:,.1f} GiB of a process's memory beside the SAE's "
-            f"{takes.peak / GIB:,.1f}, but {launch.memory / GIB:,.1f} GiB are free; lower "
+            f"{others / GIB:,.1f}, but {launch.memory / GIB:,.1f} GiB are free; lower "
             "train.buffer_tokens, train.batch_tokens or sae.d_sae, or use more shards"
         )
 
@@ -341,7 +342,7 @@ def make_bundles(
         hooks = {tuple(hookpoints_of(job)): job for job in together}.values()
         rows = 0
         if buffer is not None:
-            rows = sum(buffer(job) for job in hooks)
+            rows = sum(buffer(job) for job in hooks) - first.model.get(BUFFER, 0)
             # A batch has the rows of every hookpoint.
             rows += (len(hooks) - 1) * sum(costs[together[0].name].memory.feed.values())
         return first.peak + sum(other.own for other in others) + rows

@@ -104,13 +104,15 @@ class SAETraining:
         """Learning rate of the step that was made last."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether every parameter is finite on every member (a host sync, for checkpoints).
         Collective.
         """
-        finite = (
-            torch.stack([p.isfinite().all() for p in self.sae.parameters()]).all().to(torch.int32)
-        )
+        # Of the largest magnitude, which bears what is not finite: `isfinite` of a whole matrix
+        # takes six bytes an element beside it.
+        largest = [torch.linalg.vector_norm(p, math.inf) for p in self.sae.parameters()]
+        finite = torch.stack(largest).isfinite().all().to(torch.int32)
         collectives.all_reduce_(
             finite, self.mesh.member_group, self.mesh.members, dist.ReduceOp.MIN
         )
