@@ -34,7 +34,7 @@ STEP_KEYS = frozenset(
         *("hookpoint", "batch_tokens", "seed", "lr", "warmup_steps", "decay_fraction", "grad_clip"),
         *("adam_betas", "adam_eps", "adam_mode", "moment_dtype", "ema_decay", "engine"),
         *("precision", "dead_latents", "aux_coef", "k_aux", "dead_after_tokens", "normalize"),
-        *("subtract_mean",),
+        *("subtract_mean", "target", "schedule"),
         *("holdout", "source", "buffer_tokens"),
     )
 )

@@ -64,6 +64,11 @@ def _check_architectures(finished: list[FinishedSAE], formats: tuple[str, ...]) 
                 f"export.formats={list(formats)} cannot hold {found.name}, whose architecture is "
                 f"{name!r}, only 'topk'; export another output folder"
             )
+        if found.target is not None:
+            raise ConfigError(
+                f"export.formats={list(formats)} cannot hold {found.name}, which is a transcoder; "
+                "export another output folder"
+            )
 
 
 def _begins_with_token(config: Config) -> bool:

@@ -55,9 +55,11 @@ def ours(
     """
     given = GIVEN | (weights or {})
     config = ARCHITECTURES[architecture].Config(architecture=architecture, d_sae=case.F, **sae)
+    transcodes = "target" in (train or {})
     options = {"num_tokens": 10**9, "engine": "autograd", "precision": "float64"} | (train or {})
     cfg = AutogradTrainConfig(**options)
-    training = SAETraining(config, cfg, case.D, Mesh.single(), CPU, rms=1.0)
+    d_out = case.D if transcodes else None
+    training = SAETraining(config, cfg, case.D, Mesh.single(), CPU, d_out=d_out, rms=1.0)
     with torch.no_grad():
         for name, param in training.sae.named_parameters():
             param.copy_(given["b_gate" if (architecture, name) == ("gated", "b_enc") else name])
@@ -66,7 +68,8 @@ def ours(
         training.dead.list_(GIVEN["dead"])
     engine = training.engine
     assert isinstance(engine, AutogradEngine)
-    loss, shown, codes = engine._forward(X, engine._shared(X))
+    target = Y if transcodes else X
+    loss, shown, codes = engine._forward(X, target, engine._shared(X, target))
     loss.backward()
     training.sae.observe_([codes])
     grads = {n: p.grad for n, p in training.sae.named_parameters() if p.grad is not None}
@@ -363,3 +366,11 @@ def test_sparsify_multi_topk(sparsify: dict[str, dict[str, Tensor]]) -> None:
         else:
             for n, grad in got.grads.items():
                 torch.testing.assert_close(grad, summed[n])
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_sparsify_transcoder(skip: bool, sparsify: dict[str, dict[str, Tensor]]) -> None:
+    want = sparsify["skip_transcoder" if skip else "transcoder"]
+    got = ours("topk", k=case.K, skip=skip, train={"target": "mlp"})
+    assert got.loss == pytest.approx(float(want["fvu"]), rel=1e-12)
+    assert_grads(got.grads, want, 1.0, 1e-10)

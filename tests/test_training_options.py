@@ -246,3 +246,30 @@ def test_a_store_tells_the_mean() -> None:
     t = SAETraining(sae, cfg, D_IN, Mesh.single(), CPU, rms=10.0, mean=mean)
     assert torch.equal(t.normalization.mean, mean.double())
     assert t.normalization.unit(D_IN) == pytest.approx((100 - float(mean.square().mean())) ** 0.5)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup"])
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_schedules_are_those_of_transformers(name: str, warmup: int) -> None:
+    """A step later: the first step has a learning rate here."""
+    from transformers import get_scheduler
+
+    steps, optimizer = 40, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    want = []
+    for _ in range(steps + 1):
+        want.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    schedule = "constant" if name == "constant_with_warmup" else name
+    cfg = FusedTrainConfig(num_tokens=9, warmup_steps=warmup, schedule=schedule)
+    got = [lr_at(step, steps, 2.0, cfg) for step in range(steps)]
+    assert got[:warmup] == pytest.approx(want[1 : warmup + 1])
+    assert got[warmup:] == pytest.approx(want[warmup:steps])
+
+
+def test_a_schedule_refuses_keys_of_another() -> None:
+    with pytest.raises(
+        ValueError, match="train.decay_fraction=0.5 says nothing of train.schedule="
+    ):
+        FusedTrainConfig(num_tokens=9, schedule="cosine", decay_fraction=0.5)

@@ -19,6 +19,11 @@ class SAEConfig(StrictModel):
     expansion_factor: float | None = Field(default=None, gt=0, lt=2**31)
     """d_sae as a multiple of the hookpoint's width."""
 
+    skip: bool = False
+    """Transcoders (train.target) alone: a matrix [d_out, d_in], zero at first, adds what of the
+    target is affine in the input (Paulo et al. 2025, arXiv 2501.18823; sparsify's skip_connection).
+    """
+
     @model_validator(mode="after")
     def _one_width(self) -> Self:
         if (self.d_sae is None) == (self.expansion_factor is None):

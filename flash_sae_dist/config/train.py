@@ -34,6 +34,10 @@ class TrainConfig(StrictModel):
     hookpoint: Hookpoint | None = None
     """Hookpoint of the store (of cache.hookpoints) to train on; needed by `train`, set by the grid
     for its jobs."""
+    target: Hookpoint | None = None
+    """Hookpoint that is reconstructed from train.hookpoint, row by row: the SAE is a transcoder,
+    such as from `layers.8.mlp:input` to `layers.8.mlp`. Left out, the hookpoint itself. Rows of
+    both are divided by their root mean squares while training, whatever train.normalize says."""
     source: Literal["store", "stream"] = "store"
     """store: rows of an activation store; stream: rows of the model itself, which runs on the text
     while SAEs are trained, as the sections model, text and cache say. No store is needed, and
@@ -49,10 +53,15 @@ class TrainConfig(StrictModel):
     """Peak learning rate; left out, the architecture's: 2e-4 / sqrt(d_sae / 2**14) for those of the
     TopK family (Gao et al. 2024), 7e-5 for jumprelu (its paper's), 5e-5 for gated
     (dictionary_learning's) and relu (Anthropic's of April 2024)."""
+    schedule: Literal["warmup_stable_decay", "linear", "cosine", "constant"] = "warmup_stable_decay"
+    """The learning rate after its warm-up, by the names of transformers: warmup_stable_decay stays
+    and falls linearly to zero over the last part of the steps (decay_fraction); linear and cosine
+    fall to zero over all steps that are left; constant stays."""
     warmup_steps: int = Field(default=1000, ge=0)
     """Steps of linear warm-up."""
     decay_fraction: float = Field(default=0.2, ge=0, le=1)
-    """Last part of the steps over which the learning rate falls linearly to zero."""
+    """Last part of the steps over which the learning rate falls linearly to zero (schedule
+    warmup_stable_decay)."""
     adam_betas: tuple[Beta, Beta] | None = None
     """Adam's decay rates; left out, the architecture's: [0, 0.999] for jumprelu and gated (their
     papers'), else [0.9, 0.999]."""
@@ -138,6 +147,16 @@ class TrainConfig(StrictModel):
                 "train.k_aux=0 revives no latents; set train.dead_latents=none, or leave k_aux out"
             )
         return data
+
+    @model_validator(mode="after")
+    def _schedule_has_its_keys(self) -> Self:
+        usual = type(self).model_fields["decay_fraction"].default
+        if self.schedule != "warmup_stable_decay" and self.decay_fraction != usual:
+            raise ValueError(
+                f"train.decay_fraction={self.decay_fraction} says nothing of train.schedule="
+                f"{self.schedule!r}; drop one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _source_has_its_keys(self) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..activations.aligned import AlignedLoaders
 from ..activations.language_model import (
     LanguageModel,
     load_language_model,
@@ -76,7 +77,8 @@ def run_evaluation(config: Config, accelerator: Any) -> list[dict[str, Any]]:
         meters = _meters(config, lm, text, hookpoints, bar.advance)
         for sae, measured in zip(mine, rows, strict=True):
             place = _Place(store, measured, accelerator.device)
-            records.append(_evaluate(sae, cfg, place, meters.get(sae.hookpoint), bar.advance))
+            meter = None if sae.target is not None else meters.get(sae.hookpoint)
+            records.append(_evaluate(sae, cfg, place, meter, bar.advance))
     everyone: list[dict[str, Any]] = gather_object(records) if world > 1 else records
     everyone.sort(key=lambda r: natural(r["job"]))
     if accelerator.is_main_process:
@@ -163,14 +165,6 @@ def _num_tokens(
     return stored + int(text.ids.size) * (len(saes) + 2 * len({s.hookpoint for s in saes}))
 
 
-def _first_rows(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
-    """So many rows: a loader's passes are of one size, and the last may reach beyond."""
-    for batch in batches:
-        part = batch[:count]
-        yield part
-        count -= len(part)
-
-
 class _Place(NamedTuple):
     """What an SAE is measured on, and where."""
 
@@ -191,25 +185,27 @@ def _evaluate(
     # Never more than there are: a row measured twice is no new evidence.
     num_tokens = min(cfg.num_tokens, rows.available)
     num_steps = -(-num_tokens // cfg.batch_tokens)
-    loader = ActivationLoader(
-        store,
-        found.hookpoint,
-        batch_tokens=-(-num_tokens // num_steps),
-        seed=-1 & 0x7FFFFFFF,
-        num_steps=num_steps,
-        device=device,
-        holdout=rows.holdout,
-        only_held_out=rows.holdout > 0,
+    options: dict[str, Any] = {"seed": -1 & 0x7FFFFFFF, "num_steps": num_steps, "device": device}
+    options |= {"holdout": rows.holdout, "only_held_out": rows.holdout > 0}
+    size = -(-num_tokens // num_steps)
+    loader = AlignedLoaders(
+        lambda name: ActivationLoader(store, name, batch_tokens=size, **options), found.hookpoints
     )
 
-    def rows_of() -> Iterator[Tensor]:
-        for part in _first_rows(loader, num_tokens):
-            yield part.to(device, non_blocking=True)
-            advance(len(part))
+    def batches() -> Iterator[tuple[Tensor, ...]]:
+        left = num_tokens
+        for batch in loader:
+            # The loader's passes are of one size; the last may reach beyond what was asked for.
+            parts = tuple(part[:left].to(device, non_blocking=True) for part in batch)
+            yield parts
+            left -= len(parts[0])
+            advance(len(parts[0]))
 
     with loader:
-        metrics = measure(sae, rows_of())
+        metrics = measure(sae, batches())
     loss = meter.measure(sae) if meter is not None else None
+    if found.target is not None:
+        logger.info("%s is a transcoder: the loss recovered is left out", found.name)
     record = evaluation_record(
         found.name, found.hookpoint, getattr(sae.config, "k", None), sae.d_sae, metrics, loss
     )

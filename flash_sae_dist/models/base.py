@@ -55,7 +55,10 @@ class SAEOutput(NamedTuple):
 class SparseCoder(nn.Module):
     """A sparse autoencoder `decode(encode(x))`, whole or one shard of it; an ordinary nn.Module.
 
-    W_enc and W_dec are [d_sae_local, d_in], b_enc is [d_sae_local], b_dec is [d_in]. On a mesh
+    W_enc and W_dec are [d_sae_local, d_in], b_enc is [d_sae_local], b_dec is [d_in]. With a d_out
+    it is a transcoder, whose target rows are [N, d_out]: W_dec is [d_sae_local, d_out] and of any
+    norm, b_dec [d_out], nothing is subtracted from the input, and with config.skip W_skip [d_out,
+    d_in] adds `x @ W_skip.T`. On a mesh
     with several shards a rank holds rows `mesh.shard * d_sae_local` onwards, and every method is
     collective over the shard group. Under autocast the products take autocast's dtype; sums and
     the selection stay float32.
@@ -74,6 +77,7 @@ class SparseCoder(nn.Module):
         "b_enc": "rows",
         "W_dec": "rows",
         "b_dec": "whole",
+        "W_skip": "whole",
     }
     # Parameters that go with s where x -> s x, the matrices staying as they are.
     in_data_units: ClassVar[frozenset[str]] = frozenset({"b_enc", "b_dec"})
@@ -90,6 +94,7 @@ class SparseCoder(nn.Module):
         config: SAEConfig,
         d_in: int,
         *,
+        d_out: int | None = None,
         mesh: Mesh | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -101,6 +106,7 @@ class SparseCoder(nn.Module):
         """
         super().__init__()
         self.config, self.d_in, self.d_sae = config, d_in, config.width(d_in)
+        self.transcodes, self.d_out = d_out is not None, d_in if d_out is None else d_out
         self.mesh = mesh if mesh is not None else Mesh.single()
         if self.d_sae % self.mesh.num_shards:
             raise ValueError(
@@ -108,11 +114,14 @@ class SparseCoder(nn.Module):
                 f"use d_sae={-(-self.d_sae // self.mesh.num_shards) * self.mesh.num_shards}"
             )
         self.d_sae_local = self.d_sae // self.mesh.num_shards
-        shape = (self.d_sae_local, d_in)
-        self.W_enc = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.b_enc = nn.Parameter(torch.zeros(self.d_sae_local, dtype=dtype, device=device))
-        self.W_dec = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
+        place: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.W_enc = nn.Parameter(torch.empty((self.d_sae_local, d_in), **place))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae_local, **place))
+        self.W_dec = nn.Parameter(torch.empty((self.d_sae_local, self.d_out), **place))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out, **place))
+        self.W_skip: nn.Parameter | None = None
+        if config.skip and self.transcodes:
+            self.W_skip = nn.Parameter(torch.zeros((self.d_out, d_in), **place))
         if seed is not None:
             self.reset_parameters(seed)
 
@@ -159,13 +168,19 @@ class SparseCoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> None:
-        """Unit-norm random decoder rows, the encoder equal to them, zero biases.
+        """Unit-norm random encoder rows, the decoder equal to them (a transcoder's zero, as
+        sparsify's), zero biases.
 
         An element is a function of (seed, its latent over all shards, its column) alone: see
         initial.py.
         """
-        unit_rows_(self.W_dec, seed, self.first_latent)
-        self.W_enc.copy_(self.W_dec)
+        unit_rows_(self.W_enc, seed, self.first_latent)
+        if self.transcodes:
+            self.W_dec.zero_()
+        else:
+            self.W_dec.copy_(self.W_enc)
+        if self.W_skip is not None:
+            self.W_skip.zero_()
         self.b_enc.zero_()
         self.b_dec.zero_()
 
@@ -192,7 +207,7 @@ class SparseCoder(nn.Module):
         return found
 
     def penalty(self, x: Tensor, found: Codes, codes: Codes, batch: Batch) -> Tensor:
-        """What candidates `found` and their activations `codes` of target rows x [N, d_in] cost
+        """What candidates `found` and their activations `codes` of target rows x [N, d_out] cost
         beside the error: these tokens' share of the batch's, over all shards. Collective over the
         shards.
         """
@@ -226,11 +241,16 @@ class SparseCoder(nn.Module):
         return codes._replace(values=codes.values * (levels <= self.main_level))
 
     @torch.no_grad()
-    def begin_(self, x: Tensor, unit: float) -> None:
-        """What the first batch x [N, d_in], of all replicas, decides: b_dec starts at its geometric
-        median (Gao et al. 2024).
+    def begin_(self, x: Tensor, y: Tensor, unit: float) -> None:
+        """What the first batch x [N, d_in] and its target rows y, of all replicas, decide: b_dec
+        starts at the geometric median (Gao et al. 2024), a transcoder's at the mean, its encoder
+        subtracts the mean input (sparsify's).
         """
-        self.b_dec.copy_(geometric_median(x, unit=unit))
+        if not self.transcodes:
+            self.b_dec.copy_(geometric_median(x, unit=unit))
+            return
+        self.b_dec.copy_(y.mean(dim=0))
+        self.b_enc.copy_(-self.W_enc @ x.mean(dim=0))
 
     def set_unit(self, unit: float) -> None:
         """Tells the root mean square of the elements of the data that is trained on."""
@@ -255,6 +275,12 @@ class SparseCoder(nn.Module):
         """
         self.b_enc[mask] = 0
 
+    def for_moved_input(self, weights: dict[str, Tensor], moved: Tensor) -> dict[str, Tensor]:
+        """Weights of a transcoder that give for inputs x what these give for x - mean, where moved
+        [d_sae_local] is W_enc @ mean.
+        """
+        return weights | {"b_enc": weights["b_enc"] - moved}
+
     def over_shards(self, share: Tensor) -> Tensor:
         """A sum over the shards' shares, whose gradient is each share's."""
         return sum_over_shards(share, self.mesh)
@@ -275,7 +301,9 @@ class SparseCoder(nn.Module):
 
     def pre_activations(self, x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
         """`(x - b_dec) @ W_enc[rows].T + bias` [N, M] for a few rows [M] of this shard."""
-        centred = feed_shards(x, self.mesh) - feed_shards(self.b_dec, self.mesh)
+        centred = feed_shards(x, self.mesh)
+        if (centre := self.centre) is not None:
+            centred = centred - feed_shards(centre, self.mesh)
         W = self.compute(self.W_enc[rows])
         return (centred.to(W.dtype) @ W.T).to(bias.dtype) + bias
 
@@ -292,17 +320,41 @@ class SparseCoder(nn.Module):
         partial = ops.sparse_decode(codes.values, codes.latents, W_dec, codes.tokens, codes.offsets)
         return sum_over_shards(partial.to(self.b_dec.dtype), self.mesh)
 
-    def decode(self, codes: Codes) -> Tensor:
-        """`combine(codes) + b_dec`: the reconstruction [N, d_in]."""
-        return self.combine(codes) + self.b_dec
+    def decode(self, codes: Codes, x: Tensor | None = None) -> Tensor:
+        """`combine(codes) + b_dec`: the reconstruction [N, d_out]. x is the input [N, d_in], which
+        W_skip takes.
+        """
+        return self.combine(codes) + self.base(x)
 
-    def nested(self, codes: Codes) -> list[Tensor]:
-        """The reconstructions [N, d_in] of all levels."""
+    def base(self, x: Tensor | None) -> Tensor:
+        """What the reconstruction of inputs x is without latents: b_dec, of a transcoder with a
+        skip connection `b_dec + x @ W_skip.T`.
+        """
+        if self.W_skip is None:
+            return self.b_dec
+        if x is None:
+            raise ValueError(
+                "a transcoder with a skip connection needs its input: decode(codes, x)"
+            )
+        W = self.compute(self.W_skip)
+        return self.b_dec + (x.to(W.dtype) @ W.T).to(self.b_dec.dtype)
+
+    @property
+    def centre(self) -> Tensor | None:
+        """What the encoder subtracts from its input: b_dec, of a transcoder nothing."""
+        return None if self.transcodes else self.b_dec
+
+    def fed_centre(self) -> Tensor | None:
+        """`centre` for the products of this shard."""
+        return None if self.centre is None else feed_shards(self.centre, self.mesh)
+
+    def nested(self, codes: Codes, x: Tensor) -> list[Tensor]:
+        """The reconstructions [N, d_out] of all levels."""
         levels = self.levels(codes)
         if levels is None:
-            return [self.decode(codes)]
+            return [self.decode(codes, x)]
         found: list[Tensor] = []
-        below: Tensor = self.b_dec
+        below = self.base(x)
         for level in range(len(self.level_weights)):
             own = codes._replace(values=codes.values * (levels == level))
             below = below + self.combine(own)
@@ -312,12 +364,16 @@ class SparseCoder(nn.Module):
     def forward(self, x: Tensor) -> SAEOutput:
         """Encodes and decodes x [N, d_in]; both parts are differentiable, the selection is not."""
         codes = self.encode(x)
-        return SAEOutput(self.decode(codes), codes)
+        return SAEOutput(self.decode(codes, x), codes)
 
     def spec(self) -> dict[str, Any]:
         """What `save` writes beside the weights: the architecture, widths and its own keys."""
         own = self.config.model_dump(mode="json", exclude={"d_sae", "expansion_factor"})
         head = {"architecture": own.pop("architecture"), "d_in": self.d_in, "d_sae": self.d_sae}
+        if self.transcodes:
+            head["d_out"] = self.d_out
+        else:
+            del own["skip"]
         return head | own
 
     def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -348,9 +404,10 @@ class SparseCoder(nn.Module):
             spec = read_spec(path)
             check_weights(path, spec.pop("weights_crc32c", None))
             weights = load_file(path / WEIGHTS_FILE)
-            d_in = spec.pop("d_in")
+            d_in, d_out = spec.pop("d_in"), spec.pop("d_out", None)
             config = parse(cls.Config, spec, str(path / CONFIG_FILE))
-            sae = cls.from_config(config, d_in, dtype=weights["W_enc"].dtype, seed=None)
+            place = {} if d_out is None else {"d_out": d_out}
+            sae = cls.from_config(config, d_in, **place, dtype=weights["W_enc"].dtype, seed=None)
             sae.load_state_dict(weights)
         except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
             raise ValueError(

@@ -75,7 +75,7 @@ class BatchTopK(SparseCoder):
         """The N k largest activations of a batch x [N/R, d_in], or of their products with `per`
         [d_sae_local] > 0; differentiable. Collective over the members.
         """
-        fed, b_dec = feed_shards(x, self.mesh), feed_shards(self.b_dec, self.mesh)
+        fed, b_dec = feed_shards(x, self.mesh), self.fed_centre()
         W_enc: Tensor = self.compute(self.W_enc)
         b_enc: Tensor = self.b_enc
         if per is not None:

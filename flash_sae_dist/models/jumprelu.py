@@ -139,9 +139,9 @@ class JumpReLU(ThresholdCoder):
         self.unit = unit
 
     @torch.no_grad()
-    def begin_(self, x: Tensor, unit: float) -> None:
+    def begin_(self, x: Tensor, y: Tensor, unit: float) -> None:
         """See SparseCoder."""
-        super().begin_(x, unit)
+        super().begin_(x, y, unit)
         self.threshold.fill_(self.config.usual("threshold") * unit)
 
     @torch.no_grad()

@@ -79,5 +79,8 @@ class Matryoshka(BatchTopK):
 
     def levels(self, codes: Codes) -> Tensor:
         """See SparseCoder: the first width that a pair's latent is within."""
-        ends = torch.tensor(self.widths[:-1], dtype=torch.int32, device=codes.latents.device)
-        return torch.bucketize(codes.latents + self.first_latent, ends, right=True)
+        found = torch.zeros_like(codes.latents)
+        # Compared one by one: a captured graph takes no tensor from the host.
+        for width in self.widths[:-1]:
+            found += codes.latents >= width - self.first_latent
+        return found

@@ -47,7 +47,7 @@ class MultiTopK(TopKSAE):
             self.compute(self.W_enc),
             self.b_enc,
             min(self._most, self.d_sae_local),
-            b_dec=feed_shards(self.b_dec, self.mesh),
+            b_dec=self.fed_centre(),
         )
         return self._kept(*top)
 

@@ -42,7 +42,7 @@ def encode_above(sae: SparseCoder, x: Tensor, threshold: Tensor | float) -> Pair
     """All of a shard's activations `relu(pre)` of tokens x [N, d_in] above thresholds [d_sae_local]
     or one for all; differentiable. A host sync.
     """
-    fed, b_dec = feed_shards(x, sae.mesh), feed_shards(sae.b_dec, sae.mesh)
+    fed, b_dec = feed_shards(x, sae.mesh), sae.fed_centre()
     W_enc = sae.compute(sae.W_enc)
     return whole_list(
         lambda capacity: ops.threshold_encode(
@@ -92,7 +92,7 @@ class ThresholdCoder(SparseCoder):
         """See SparseCoder: pre-activations above their limits."""
         self.check_input(x)
         limits = self.limits()
-        fed, b_dec = feed_shards(x, self.mesh), feed_shards(self.b_dec, self.mesh)
+        fed, b_dec = feed_shards(x, self.mesh), self.fed_centre()
         W_enc = self.compute(self.W_enc)
         # Below 0 there may be gradients, too: how far limits are exceeded is what is rectified.
         b_enc = self.b_enc if limits is None else self.b_enc - limits

@@ -59,6 +59,8 @@ class TopKSAE(SparseCoder):
         d_sae: int,
         k: int,
         *,
+        skip: bool = False,
+        d_out: int | None = None,
         mesh: Mesh | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -66,15 +68,16 @@ class TopKSAE(SparseCoder):
     ) -> None:
         if not 1 <= k <= d_sae:
             raise ValueError(f"k={k} is outside 1..d_sae={d_sae}; lower k or widen the dictionary")
-        config = self.Config.model_validate({"d_sae": d_sae, "k": k})
-        super().__init__(config, d_in, mesh=mesh, dtype=dtype, device=device, seed=seed)
+        config = self.Config.model_validate({"d_sae": d_sae, "k": k, "skip": skip})
+        place: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "device": device, "seed": seed}
+        super().__init__(config, d_in, d_out=d_out, **place)
         self.k = k
 
     @classmethod
     def from_config(cls, config: SAEConfig, d_in: int, **place: Any) -> Self:
         """An SAE of what a config's section `sae` says; place is mesh, dtype, device and seed."""
         assert isinstance(config, TopKConfig)
-        return cls(d_in, config.width(d_in), config.k, **place)
+        return cls(d_in, config.width(d_in), config.k, skip=config.skip, **place)
 
     @property
     def encoder_k(self) -> int:
@@ -96,7 +99,7 @@ class TopKSAE(SparseCoder):
             self.compute(self.W_enc),
             self.b_enc,
             self.encoder_k,
-            b_dec=feed_shards(self.b_dec, self.mesh),
+            b_dec=self.fed_centre(),
         )
         return self._over_shards(*top)
 

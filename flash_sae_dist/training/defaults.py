@@ -24,6 +24,15 @@ def with_defaults(train: _Train, sae: SAEConfig, d_in: int) -> _Train:
             f"train.dead_latents={chosen!r} does nothing for sae.architecture="
             f"{sae.architecture!r}; choose one of {', '.join(sorted(kind.revivals))}, or drop it"
         )
+    if train.target is not None and (train.dead_latents or "") in ("resample", "ghost"):
+        raise ConfigError(
+            f"train.dead_latents={train.dead_latents!r} takes directions of the input, which "
+            f"train.target={train.target!r} does not have; choose auxk or none"
+        )
+    if sae.skip and train.target is None:
+        raise ConfigError(
+            "sae.skip=True is of transcoders alone; name their target as train.target, or drop it"
+        )
     lr = usual.lr if usual.lr is not None else default_lr(sae.width(d_in))
     return train.model_copy(
         update={

@@ -44,6 +44,8 @@ def choose_engine(cfg: TrainConfig, d_in: int, sae: SAEConfig | None = None) -> 
     if not isinstance(cfg, FusedTrainConfig):
         return EngineChoice("deepspeed" if isinstance(cfg, DeepSpeedTrainConfig) else "autograd")
     reason = None if sae is None else ARCHITECTURES[sae.architecture].autograd_reason(sae)
+    if cfg.target is not None:
+        reason = "a transcoder's encoder and decoder have other rows"
     if d_in > _MAX_WIDTH:
         reason = f"its kernels take widths up to {_MAX_WIDTH}, not {d_in}"
     if reason is None:

@@ -85,10 +85,12 @@ def made_of(config: Config, rows: Rows, device: torch.device) -> dict[str, Any]:
     hookpoint = str(config.train.hookpoint)
     train, found = config.train, rows.made_of(hookpoint)
     step = step_values(config, rows.width(hookpoint), device)
+    target = rows.made_of(train.target) if train.target is not None else None
     return {
         "step": step,
         "store": {"parts": found["parts"], "rows": found["rows"], "names": rows.config},
         "digest": digest([step, found["parts"] or found["rows"]]),
+        **({} if target is None else {"target_rows": target["rows"]}),
         "num_tokens": train.num_tokens,
         "total_steps": -(-train.num_tokens // train.batch_tokens),
         "versions": versions(),
@@ -217,9 +219,10 @@ def tell_longer(job: Job, was: dict[str, Any], step: int, peak: float) -> None:
     rates = [lr_at(step, steps, peak, cfg) for steps in (before, total)]
     logger.info(
         "%s: train.num_tokens was %d, is %d: step %d of now %d goes on at a learning rate of %.3g, "
-        "not %.3g, which falls to 0 over the last %d steps",
+        "not %.3g%s",
         job.name, was["num_tokens"], cfg.num_tokens, step, total, rates[1], rates[0],
-        round(total * cfg.decay_fraction),
+        f", which falls to 0 over the last {round(total * cfg.decay_fraction)} steps"
+        if cfg.schedule == "warmup_stable_decay" else "",
     )  # fmt: skip
 
 

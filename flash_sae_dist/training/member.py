@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -53,10 +54,12 @@ class Member:
             d_in,
             mesh,
             device,
+            d_out=None if self.cfg.target is None else rows.width(self.cfg.target),
             rms=rms,
             mean=_mean_of(rows, hookpoint) if self.cfg.subtract_mean else None,
             drawn=step is None,
         )
+        self._set_target_units(rows)
         logged = 0 if step is None else self._resume(step)
         ending.keeps(self.kept())
         curve = job.folder / "metrics.jsonl"
@@ -69,6 +72,13 @@ class Member:
             job.name, self.checkpoints, None if self.done else self.training.state(), mesh, device,
             self.cfg.keep_checkpoints, share, self._is_published,
         )  # fmt: skip
+
+    def _set_target_units(self, rows: Rows) -> None:
+        if (target := self.cfg.target) is None:
+            return
+        mean = _mean_of(rows, target) if self.cfg.subtract_mean else None
+        if (rms := rows.root_mean_square(target)) is not None:
+            self.training.set_target_rms(rms, mean)
 
     def _resume(self, step: int) -> int:
         """Goes on from the checkpoint of a step; returns the last step that it has a metrics line
@@ -108,9 +118,11 @@ class Member:
             step = t.step_index if step is None else step
             write_status(self.job, Status(state, step, t.total_steps, self.error))
 
-    def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
-        """One step on the replica's batch."""
-        return self.training.step(x, timer)
+    def step(self, rows: Mapping[str, Tensor], timer: PhaseTimer) -> StepMetrics:
+        """One step on the replica's batch, which has the rows of each hookpoint."""
+        assert self.cfg.hookpoint is not None
+        y = None if self.cfg.target is None else rows[self.cfg.target]
+        return self.training.step(rows[self.cfg.hookpoint], timer, y)
 
     def fail(self, reason: str, step: int) -> None:
         """Ends this job, which failed at a step, and lets the others go on."""

@@ -26,7 +26,10 @@ class Normalization:
     """
 
     def __init__(self, cfg: TrainConfig, mesh: Mesh) -> None:
-        self.kind, self.centres, self.mesh = cfg.normalize, cfg.subtract_mean, mesh
+        """Rows of a transcoder's input and target are divided in any case: their units differ."""
+        divides = cfg.target is not None and cfg.normalize == "none"
+        self.kind = "unit_mean_square" if divides else cfg.normalize
+        self.centres, self.mesh = cfg.subtract_mean, mesh
         self.rms: float | None = None  # of the rows as they are stored
         self.mean: Tensor | None = None  # [d_in]
         self.mean_norm: float | None = None  # of the rows without their mean
@@ -100,18 +103,39 @@ class Normalization:
             found["b_dec"] = found["b_dec"] + self.mean.to(found["b_dec"])
         return found
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint keeps: tensors and plain values."""
+    def transcoded(
+        self, weights: dict[str, Tensor], sae: SparseCoder, target: Normalization
+    ) -> dict[str, Tensor]:
+        """`folded` for a transcoder, whose target rows have a normalization of their own."""
+        into, out = self.divisor(sae.d_in), target.divisor(sae.d_out)
+        ratios = {"b_dec": out, "W_dec": out / into, "W_skip": out / into}
+        in_units = {n: into for n in sae.in_data_units} | ratios
+        found = {n: w * in_units.get(n, 1.0) for n, w in weights.items()}
+        if target.mean is not None:
+            found["b_dec"] = found["b_dec"] + target.mean.to(found["b_dec"])
+        if self.mean is not None:
+            mean = self.mean.to(found["W_enc"])
+            found = sae.for_moved_input(found, found["W_enc"] @ mean)
+            if "W_skip" in found:
+                found["b_dec"] = found["b_dec"] - found["W_skip"] @ mean
+        return found
+
+    def state(self, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint keeps: tensors and plain values, their names with a prefix."""
         tensors = {} if self.mean is None else {"subtracted_mean": self.mean}
         values = {"rms": self.rms, "mean_norm": self.mean_norm}
-        return tensors, {name: value for name, value in values.items() if value is not None}
+        tensors = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+        known = {name: value for name, value in values.items() if value is not None}
+        return tensors, {f"{prefix}{name}": value for name, value in known.items()}
 
-    def load_state(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+    def load_state(
+        self, tensors: dict[str, Tensor], info: dict[str, Any], prefix: str = ""
+    ) -> None:
         """Puts back what `state` gave; older checkpoints name no unit, it was 1."""
-        self.rms = float(info.get("rms", 1.0))
-        self.mean_norm = info.get("mean_norm")
-        if self.centres and "subtracted_mean" in tensors:
-            self.mean = tensors["subtracted_mean"].double()
+        self.rms = float(info.get(f"{prefix}rms", 1.0))
+        self.mean_norm = info.get(f"{prefix}mean_norm")
+        if self.centres and f"{prefix}subtracted_mean" in tensors:
+            self.mean = tensors[f"{prefix}subtracted_mean"].double()
 
 
 def _usable(value: float) -> float:

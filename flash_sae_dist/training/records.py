@@ -38,6 +38,13 @@ def hookpoint_of(job: Job) -> str:
     return job.config.train.hookpoint
 
 
+def hookpoints_of(job: Job) -> list[str]:
+    """All hookpoints whose rows a job trains on: a transcoder's target is one, too."""
+    assert job.config.train is not None
+    target = job.config.train.target
+    return [hookpoint_of(job), *([target] if target is not None else [])]
+
+
 class Status(NamedTuple):
     """How far a job is."""
 

@@ -53,12 +53,14 @@ class SAETraining:
         mesh: Mesh,
         device: torch.device,
         *,
+        d_out: int | None = None,
         rms: float | None = None,
         mean: Tensor | None = None,
         drawn: bool = True,
     ) -> None:
         """rms is the root mean square of the data's elements, mean [d_in] what may be subtracted;
-        left out, those of the first batch. Without initial weights drawn it waits for `load_state`.
+        left out, those of the first batch. d_out is the width of a transcoder's target. Without
+        initial weights drawn it waits for `load_state`.
         """
         self.cfg = cfg = with_defaults(cfg, sae_cfg, d_in)
         self.mesh, self.device = mesh, device
@@ -67,6 +69,7 @@ class SAETraining:
         self.sae = ARCHITECTURES[sae_cfg.architecture].from_config(
             sae_cfg,
             d_in,
+            d_out=d_out,
             mesh=mesh,
             dtype=self.master_dtype,
             device=device,
@@ -79,6 +82,7 @@ class SAETraining:
         self.total_steps = -(-cfg.num_tokens // cfg.batch_tokens)
         self.step_index = 0
         self.normalization = Normalization(cfg, mesh)
+        self.target = None if d_out is None else Normalization(cfg, mesh)
         if rms is not None:
             self.set_rms(rms, mean)
         self._tuned = False
@@ -100,13 +104,15 @@ class SAETraining:
         """Learning rate of the step that was made last."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether every parameter is finite on every member (a host sync, for checkpoints).
         Collective.
         """
-        finite = (
-            torch.stack([p.isfinite().all() for p in self.sae.parameters()]).all().to(torch.int32)
-        )
+        # Of the largest magnitude, which bears what is not finite: `isfinite` of a whole matrix
+        # takes six bytes an element beside it.
+        largest = [torch.linalg.vector_norm(p, math.inf) for p in self.sae.parameters()]
+        finite = torch.stack(largest).isfinite().all().to(torch.int32)
         collectives.all_reduce_(
             finite, self.mesh.member_group, self.mesh.members, dist.ReduceOp.MIN
         )
@@ -126,6 +132,13 @@ class SAETraining:
             self.normalization.mean = mean.to(self.device, torch.float64)
         self._set_units()
 
+    def set_target_rms(self, rms: float, mean: Tensor | None = None) -> None:
+        """`set_rms` of a transcoder's target rows."""
+        assert self.target is not None
+        self.target.rms = rms if 0 < rms < math.inf else 1.0
+        if self.target.centres and mean is not None:
+            self.target.mean = mean.to(self.device, torch.float64)
+
     def _set_units(self) -> None:
         self.engine.set_unit(self._unit)
         self.sae.set_unit(self._unit)
@@ -136,21 +149,25 @@ class SAETraining:
         return self.normalization.unit(self.sae.d_in)
 
     @torch.no_grad()
-    def init_b_dec(self, x: Tensor) -> None:
-        """Begins what the first batch x [N/R, d_in] decides, such as b_dec at its geometric median.
-        Collective over the replicas.
+    def init_b_dec(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Begins what the first batch x [N/R, d_in] (of a transcoder with y [N/R, d_out]) decides,
+        such as b_dec at its geometric median. Collective over the replicas.
         """
-        rows = collectives.all_gather(
-            x.to(self.master_dtype), self.mesh.replica_group, self.mesh.num_replicas
+        rows, target = (
+            collectives.all_gather(
+                part.to(self.master_dtype), self.mesh.replica_group, self.mesh.num_replicas
+            ).flatten(0, 1)
+            for part in (x, x if y is None else y)
         )
-        self.sae.begin_(rows.flatten(0, 1), self._unit)
+        self.sae.begin_(rows, target, self._unit)
         if "ema" in self.engine.moments:
             for param in self.sae.parameters():
                 self.optimizer.state[param]["ema"].copy_(param)
         self.engine.refresh_()
 
-    def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
-        """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
+    def step(self, x: Tensor, timer: PhaseTimer, y: Tensor | None = None) -> StepMetrics:
+        """One optimizer step on this replica's batch x [N/R, d_in], of a transcoder with its target
+        rows y [N/R, d_out]. Collective over the members;
         no host sync but in the first (the encoder's choice, the capture of a graph), every 100
         steps for the list of dead latents, and where latents are resampled.
         """
@@ -158,8 +175,13 @@ class SAETraining:
             self.normalization.measure(x)
             self._set_units()
         x = self.normalization(x, self.master_dtype)
+        if self.target is not None:
+            assert y is not None
+            if self.target.missing:
+                self.target.measure(y)
+            y = self.target(y, self.master_dtype)
         if self.step_index == 0:
-            self.init_b_dec(x)
+            self.init_b_dec(x, y)
         if not self._tuned:
             self._tune(x)
         if self._choice is not None:
@@ -171,7 +193,7 @@ class SAETraining:
             self.dead.refresh(self.step_index, self.step_index * self.cfg.batch_tokens)
         self.engine.set_lr(self.lr)
         self.engine.set_ramp(self.ramp)
-        metrics = self.engine.step(x, timer)
+        metrics = self.engine.step(x, timer, y)
         self.step_index += 1
         return metrics
 
@@ -232,7 +254,14 @@ class SAETraining:
         their running average.
         """
         weights = self.engine.weights() | dict(self.sae.named_buffers())
+        if self.target is not None:
+            return self.normalization.transcoded(weights, self.sae, self.target)
         return self.normalization.folded(weights, self.sae)
+
+    def _normalizations(self) -> list[tuple[Normalization, str]]:
+        """Each with what its names begin with in a checkpoint."""
+        target = [] if self.target is None else [(self.target, "target_")]
+        return [(self.normalization, ""), *target]
 
     def state(self) -> TrainingState:
         """All that a resumed run needs, by reference: parameters, Adam's moments, counters,
@@ -251,9 +280,10 @@ class SAETraining:
             "step": self.step_index,
             "d_sae": self.sae.d_sae,
         }
-        tensors, values = self.normalization.state()
-        whole |= tensors
-        info |= values
+        for normalization, prefix in self._normalizations():
+            tensors, values = normalization.state(prefix)
+            whole |= tensors
+            info |= values
         if self._choice is not None:
             shape, design = self._choice
             info["encoder"] = {"shape": list(shape), "design": design}
@@ -263,7 +293,8 @@ class SAETraining:
     def load_state(self, state: TrainingState) -> None:
         """Puts back what `state` gave, on any number of shards."""
         # A run goes on in the unit that it began with; older checkpoints name none, it was 1.
-        self.normalization.load_state(state.whole, state.info)
+        for normalization, prefix in self._normalizations():
+            normalization.load_state(state.whole, state.info, prefix)
         self._set_units()
         self.engine.load_state(state.rows | state.whole, state.info["step"])
         for name, buffer in self.sae.named_buffers():

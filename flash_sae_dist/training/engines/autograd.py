@@ -80,17 +80,18 @@ class AutogradEngine(Engine):
         weights, biases = self.optimizer.param_groups
         weights["lr"], biases["lr"] = lr, lr * self.unit
 
-    def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
+    def step(self, x: Tensor, timer: PhaseTimer, y: Tensor | None = None) -> StepMetrics:
         """See Engine."""
         sae, mesh = self.sae, self.sae.mesh
         x = x.to(sae.b_dec.dtype)
-        shared = self._shared(x)
+        y = x if y is None else y.to(sae.b_dec.dtype)
+        shared = self._shared(x, y)
         self._begin()
         shown = torch.zeros(len(StepMetrics._fields), dtype=x.dtype, device=x.device)
         active: list[Codes] = []
-        parts = x.chunk(self.cfg.micro_batches)
+        parts = self._parts(x, y)
         for number, part in enumerate(parts, 1):
-            loss, terms, codes = self._forward(part, shared)
+            loss, terms, codes = self._forward(*part, shared)
             timer.mark("forward")
             self._backward(loss, is_last=number == len(parts))
             timer.mark("backward")
@@ -114,12 +115,16 @@ class AutogradEngine(Engine):
     def _revives(self) -> bool:
         return self.cfg.dead_latents == "auxk" and self.dead.any_listed
 
-    def _shared(self, x: Tensor) -> Shared:
+    def _parts(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+        count = self.cfg.micro_batches
+        return list(zip(x.chunk(count), y.chunk(count), strict=True))
+
+    def _shared(self, x: Tensor, y: Tensor) -> Shared:
         sae, tokens = self.sae, x.shape[0] * self.sae.mesh.num_replicas
-        inverse = inverted(total_variance(x, sae.mesh))
+        inverse = inverted(total_variance(y, sae.mesh))
         l0 = self._l0(x) / tokens if sae.needs_l0 else None
         batch = Batch(inverse, tokens, self.unit, self.ramp, l0)
-        return Shared(batch, self._inverse_residual(x) if self._revives() else None)
+        return Shared(batch, self._inverse_residual(x, y) if self._revives() else None)
 
     @torch.no_grad()
     def _l0(self, x: Tensor) -> Tensor:
@@ -132,38 +137,40 @@ class AutogradEngine(Engine):
         return total
 
     @torch.no_grad()
-    def _inverse_residual(self, x: Tensor) -> Tensor:
+    def _inverse_residual(self, x: Tensor, y: Tensor) -> Tensor:
         """AuxK's normaliser over the whole batch, whose residual takes a forward pass of its own:
         the micro-batches' gradients then add up to the batch's.
         """
-        sums, squares = torch.zeros_like(x[0]), torch.zeros((), dtype=x.dtype, device=x.device)
-        for part in x.chunk(self.cfg.micro_batches):
+        sums, squares = torch.zeros_like(y[0]), torch.zeros((), dtype=x.dtype, device=x.device)
+        for part, target in self._parts(x, y):
             with self._autocast():
                 codes = self.sae.activate(self.sae.candidates(part))
-                residual = part - self.sae.decode(self.sae.main_codes(codes))
+                residual = target - self.sae.decode(self.sae.main_codes(codes), part)
             found = residual_sums(residual, self.sae.mesh)
             sums, squares = sums + found[0], squares + found[1]
         return inverse_variance(sums, squares, x.shape[0] * self.sae.mesh.num_replicas)
 
-    def _forward(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Codes]:
-        """Loss of a micro-batch, its StepMetrics as shares of the batch's, its codes."""
+    def _forward(self, x: Tensor, y: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Codes]:
+        """Loss of a micro-batch x with target rows y, its StepMetrics as shares of the batch's, and
+        its codes.
+        """
         with self._autocast():
-            return self._losses(x, shared)
+            return self._losses(x, y, shared)
 
-    def _losses(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Codes]:
+    def _losses(self, x: Tensor, y: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Codes]:
         sae, batch = self.sae, shared.batch
         found = sae.candidates(x)
         codes = sae.activate(found)
-        recons = sae.nested(codes)
-        fvus = torch.stack([fvu_loss(x, recon, batch.inverse) for recon in recons])
+        recons = sae.nested(codes, x)
+        fvus = torch.stack([fvu_loss(y, recon, batch.inverse) for recon in recons])
         loss = (fvus * fvus.new_tensor(sae.level_weights)).sum()
-        penalty = sae.penalty(x, found, codes, batch)
+        penalty = sae.penalty(y, found, codes, batch)
         if sae.penalises_dead and self.dead.any_listed:
             lost = sae.dead_penalty(x, self.dead.rows, self.dead.left_out(), batch)
             penalty = penalty + lost
         aux = torch.zeros((), dtype=x.dtype, device=x.device)
         if shared.inverse_residual is not None:
-            residual = (x - recons[sae.main_level]).detach()
+            residual = (y - recons[sae.main_level]).detach()
             aux = auxk_loss(residual, self._aux_recon(x), shared.inverse_residual)
         codes = sae.main_codes(codes)
         l0 = (codes.values > 0).sum().to(x.dtype) / batch.tokens
@@ -197,9 +204,11 @@ class AutogradEngine(Engine):
     def _update(self) -> None:
         """The optimizer's step, from the gradients of all micro-batches."""
         sum_grads_over_replicas_(self.sae)
-        project_decoder_grad_(self.sae)
+        if not self.sae.transcodes:
+            project_decoder_grad_(self.sae)
         if self.cfg.grad_clip is not None:
             clip_grads_(self.sae, self.cfg.grad_clip, self.unit)
         self.optimizer.step()
-        renormalise_decoder_(self.sae)
+        if not self.sae.transcodes:
+            renormalise_decoder_(self.sae)
         self.sae.project_()

@@ -21,9 +21,10 @@ class Engine(ABC):
     """Scalar on the device: the part of the sparsity's coefficient that its schedule gives."""
 
     @abstractmethod
-    def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
-        """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
-        no host sync but where a graph is captured.
+    def step(self, x: Tensor, timer: PhaseTimer, y: Tensor | None = None) -> StepMetrics:
+        """One optimizer step on this replica's batch x [N/R, d_in], of a transcoder with its target
+        rows y [N/R, d_out]. Collective over the members; no host sync but where a graph is
+        captured.
         """
 
     @property

@@ -56,7 +56,8 @@ class DeepSpeedEngine(AutogradEngine):
         for name, param in sae.named_parameters():
             # Else the norm that clips is that of one shard.
             param.model_parallel = sae.roles[name] == "rows"  # type: ignore[attr-defined]
-        _hook(sae.W_dec, lambda grad: _project_(grad, sae.W_dec))
+        if not sae.transcodes:
+            _hook(sae.W_dec, lambda grad: _project_(grad, sae.W_dec))
         for name, param in sae.named_parameters():
             if name in sae.in_data_units:
                 _hook(param, lambda grad: grad * self.unit)
@@ -88,8 +89,8 @@ class DeepSpeedEngine(AutogradEngine):
     def _begin(self) -> None:
         """ZeRO drops gradients itself; those of its flat tensors it uses again."""
 
-    def _forward(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Codes]:
-        out: tuple[Tensor, Tensor, Codes] = self.zero(x, shared)
+    def _forward(self, x: Tensor, y: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Codes]:
+        out: tuple[Tensor, Tensor, Codes] = self.zero(x, y, shared)
         return out
 
     def _backward(self, loss: Tensor, *, is_last: bool) -> None:
@@ -102,7 +103,8 @@ class DeepSpeedEngine(AutogradEngine):
         if not self.zero.was_step_applied():
             # The norm is all shards': all of them end.
             raise UserError("the gradient is not finite; lower train.lr, check the store")
-        renormalise_decoder_(self.sae)
+        if not self.sae.transcodes:
+            renormalise_decoder_(self.sae)
         for name in ("W_dec", *self.sae.project_()):
             param = self.sae.get_parameter(name)
             _Part.of(param).set(param)

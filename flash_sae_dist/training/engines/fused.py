@@ -154,10 +154,13 @@ class FusedEngine(Engine):
         self.refresh_()
 
     @torch.no_grad()
-    def step(self, x: Tensor, timer: PhaseTimer | None = None) -> StepMetrics:
+    def step(
+        self, x: Tensor, timer: PhaseTimer | None = None, y: Tensor | None = None
+    ) -> StepMetrics:
         """See Engine. The timer's phases are encode, decode and optimizer, or fused_step where a
         graph is replayed, which is one piece to the host.
         """
+        assert y is None, "transcoders are trained by autograd"
         timer = timer or PhaseTimer(x.device, enabled=False)
         # The kernels read any type; the reference computes in that of its input.
         x = x if x.is_cuda else x.to(self.sae.b_dec.dtype)

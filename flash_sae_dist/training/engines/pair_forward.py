@@ -126,7 +126,8 @@ def pair_forward(
     active = codes._replace(values=codes.values.detach())
     levels = sae.levels(active)
     residuals = _residuals(sae, W_dec, x, active, levels)
-    weighted = residuals * residuals.new_tensor(sae.level_weights).view(-1, 1, 1)
+    # Not by a tensor of the weights, which would come from the host.
+    weighted = torch.stack([w * r for w, r in zip(sae.level_weights, residuals, strict=True)])
     # A pair of level j is in the reconstructions of j and all above.
     rows = weighted.flip(0).cumsum(0).flip(0).to(W_dec.dtype)
     scale = 2 * batch.inverse
