@@ -10,7 +10,7 @@ few tokens and for what the others do not take. encode_plan.py has a picture of 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +22,19 @@ from .encode_select import limit_kernel, mend_kernel, select_kernel
 from .shapes import cdiv, next_power_of_2, num_programs
 
 Design = Literal["hopper", "plain", "rows"]
-# Pre-activations of one block of rows that are to be written rather than filtered: fewer than two
-# blocks of tokens would give the filter no more than 64 programs.
+
+
+class Matmul(Protocol):
+    """`encode_filter.PlainFilter`, or one like it."""
+
+    def write(self, x: Tensor, scratch: Tensor) -> None:
+        """The sample's pre-activations."""
+
+    def filter(self, x: Tensor, tau: Tensor, last: Tensor, scratch: Tensor, count: Tensor) -> None:
+        """Lists of what passes of the other tiles."""
+
+
+# Two blocks of tokens would give the filter no more than 64 programs.
 _FEW_TOKENS = 256
 
 
@@ -52,7 +63,7 @@ def filtered_topk(
     b_enc: Tensor,  # [F] float32
     k: int,
     plan: Plan,
-    matmul: PlainFilter,  # or a HopperFilter
+    matmul: Matmul,
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32 descending, [N, k] int32
     """The k largest by a filter, with the sizes of a plan."""
     (N, D), F, device = x.shape, W_enc.shape[0], x.device
@@ -71,13 +82,13 @@ def filtered_topk(
             scratch, tau, last, kept, num_kept, plan.pitch, plan.whole,
             spread(plan.whole), plan.rank, plan.slack, plan.sample, next_power_of_2(plan.sample),
             plan.sample_keys, next_power_of_2(plan.rank + plan.slack), plan.block_n, CELL,
-            num_warps=1 if plan.sample <= 16 else 4,
+            num_warps=limit_warps(plan),
         )  # fmt: skip
         matmul.filter(part, tau, last, scratch, count)
         size, out = part.shape[0], (values[start:], indices[start:])
         select_kernel[(size,)](
             tau, last, kept, num_kept, count, scratch, short, *out, plan.pitch, F, k, **sizes,
-            num_warps=max(1, min(8, plan.keys // 256)),
+            num_warps=select_warps(plan),
         )  # fmt: skip
         each = next_power_of_2(cdiv(size, num_programs(device)))
         mend_kernel[(cdiv(size, each),)](
@@ -85,6 +96,16 @@ def filtered_topk(
             sizes["SORT"], 32, 64, num_warps=8,
         )  # fmt: skip
     return values, indices
+
+
+def limit_warps(plan: Plan) -> int:
+    """That look through a row's sample."""
+    return 1 if plan.sample <= 16 else 4
+
+
+def select_warps(plan: Plan) -> int:
+    """That select a row's k largest: registers for eight keys a thread let many rows be at work."""
+    return max(1, min(8, plan.keys // 256))
 
 
 def select_sizes(plan: Plan, k: int) -> dict[str, int]:

@@ -1,5 +1,5 @@
-"""What the encoder for Hopper does with a finished tile of pre-activations: writes it, or appends to
-lists what passes a limit.
+"""What the encoder for Hopper does with a finished tile of pre-activations: writes it, or appends
+to lists what passes a limit.
 
 Legend: rows are tokens, columns of a tile are latents.
 
@@ -71,9 +71,9 @@ def _joined(first, second):
 
 @gluon.jit
 def write_tile(tile, pairs, cells, at, cell_at, there, RUN: gl.constexpr):
-    """Writes a tile's pairs to `pairs` (of 8 bytes) at `at` [64, 4] + 4 * their run, and the bits of
-    the largest of each 4 neighbours to `cells` at cell_at [64, 2] + 2 * their run, of rows that are
-    `there` [64, 1]."""
+    """Writes a tile's pairs to `pairs` (of 8 bytes) at `at` [64, 4] + 4 * their run, and the bits
+    of the largest of each 4 neighbours to `cells` at cell_at [64, 2] + 2 * their run, of rows that
+    are `there` [64, 1]."""
     if tile.shape[1] > 8:
         left, right = _halves(tile)
         write_tile(left, pairs, cells, at, cell_at, there, RUN)
@@ -106,9 +106,10 @@ def append_tile(
     and the limits, which nothing exceeds where a list is full.
 
     entry, brim [64, 4]: addresses of each list's next entry of 12 bytes (a pair, its first latent),
-    which stand LISTS apart, and of where less than ROOM are left. limit [64, 4] int32 bits; with TIES, in a row's first equal_runs [64, 1] runs, what equals the limit
-    passes, too. latent [64, 4]: a pair's first latent in run 0; apart: how far the latents of
-    neighbouring runs are from one another.
+    which stand LISTS apart, and of where less than ROOM are left. limit [64, 4] int32 bits; with
+    TIES, in a row's first equal_runs [64, 1] runs, what equals the limit passes, too. latent [64,
+    4]: a pair's first latent in run 0; apart: how far the latents of neighbouring runs are from one
+    another.
     """
     if tile.shape[1] > 8:
         if tile.shape[1] == 8 * ROOM:

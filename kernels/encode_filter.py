@@ -92,9 +92,9 @@ def filter_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     CELL: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of the positions from `begin` to `end`: their pre-activations (WRITE), and
-    the largest of cells of them, or lists of those that pass their rows' limits. A program keeps to a block of rows and every PARTS-th
-    position."""
+    """Tiles of the positions from `begin` to `end`: their pre-activations and the largest of their
+    cells (WRITE), or lists of those that pass their rows' limits. A program keeps to a block of
+    rows and every PARTS-th position."""
     LISTS: tl.constexpr = 4 * PARTS
     num_m = tl.cdiv(N, BLOCK_M)
     quad = tl.arange(0, 4)[None, :]
@@ -157,8 +157,8 @@ class PlainFilter:
         self.stages = num_stages(W_enc.device, (block_m + n) * block_k * W_enc.element_size())
 
     def write(self, x: Tensor, scratch: Tensor) -> None:
-        """The sample's pre-activations, to the front of each row of scratch [N, pitch] int32, and the
-        bits of the largest of each CELL neighbours behind them."""
+        """The sample's pre-activations, to the front of each row of scratch [N, pitch] int32, and
+        the bits of the largest of each CELL neighbours behind them."""
         self._launch(x, scratch, scratch, scratch, scratch, 0, self.plan.sample, write=True)
 
     def filter(self, x: Tensor, tau: Tensor, last: Tensor, scratch: Tensor, count: Tensor) -> None:
@@ -176,6 +176,6 @@ class PlainFilter:
         filter_kernel[(num_programs(x.device),)](
             TensorDescriptor.from_tensor(x, [m, k]), self.w, self.rest, self.bias, tau, last,
             scratch, count, scratch.stride(0), N, self.F, D, plan.whole, spread(plan.whole), begin,
-            end, parts, write, plan.capacity, m, n, k, self.precision, CELL, num_warps=8 if m > 64 else 4,
-            num_stages=self.stages,
+            end, parts, write, plan.capacity, m, n, k, self.precision, CELL,
+            num_warps=8 if m > 64 else 4, num_stages=self.stages,
         )  # fmt: skip

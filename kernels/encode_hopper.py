@@ -1,5 +1,5 @@
-"""The encoder's matmul for Hopper: one warp feeds two warpgroups, which write what they multiply, or
-filter it.
+"""The encoder's matmul for Hopper: one warp feeds two warpgroups, which write what they multiply,
+or filter it.
 
 Legend: N tokens of this launch, D d_in, F d_sae (of this shard).
 

@@ -1,5 +1,5 @@
-"""Sizes of the encoder: how large a sample, how many lists, how long. A function of shapes alone, so
-that every rank makes the same.
+"""Sizes of the encoder: how large a sample, how many lists, how long. A function of shapes alone,
+so that every rank makes the same.
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k.
 
@@ -75,8 +75,8 @@ class Plan(NamedTuple):
 
     @property
     def pitch(self) -> int:
-        """int32 words of scratch a row: its sample and the sample's cells, then its lists of entries
-        of three words, and the keys that are made of these, beside the sample's."""
+        """int32 words of scratch a row: its sample and the sample's cells, then its lists of
+        entries of three words, and the keys that are made of these, beside the sample's."""
         sample = self.sample * (self.block_n + self.block_n // CELL)
         lists = 3 * self.capacity * self.lists
         return cdiv(max(sample, lists, 4 * self.keys) + 2 * self.sample_keys, 4) * 4
@@ -205,7 +205,7 @@ def make_plan(
 ) -> Plan | None:
     """The sizes of a call, or None where k is too large a part of F for a sample to pay, or the
     copy engine does not take rows of D."""
-    if N == 0 or D % 8 or F < 8 * block_n or F > 50_000 * block_n or k > 512:
+    if N == 0 or D % 8 or k > 512 or not 8 <= F // block_n <= 50_000:
         return None
     best: tuple[float, Plan] | None = None
     for sample in (1, 2, 4, 8, 16, 32, 64):

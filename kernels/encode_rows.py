@@ -1,5 +1,5 @@
-"""Encoder by a library matmul in blocks of rows, and the exact selection of each row's k largest from
-what it writes: for few tokens, float32, odd widths, k near F.
+"""Encoder by a library matmul in blocks of rows, and the exact selection of each row's k largest
+from what it writes: for few tokens, float32, odd widths, k near F.
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k.
 
@@ -112,7 +112,7 @@ def _groups_kernel(
     row_keys = keys_ptr + row * 2 * K_POW2
     if num_reach > 2 * K_POW2:
         # Many equal ones.
-        limit, last, num_reach = kth(bits.reshape(K_POW2 * SIZE), f.reshape(K_POW2 * SIZE), k, 0, tau)
+        limit, last, num_reach = kth(bits, f, k, 0, tau)
         keys = tl.where(reaches(bits, f, limit, last).reshape(K_POW2 * SIZE), keys, -1)
         reach = (keys >= 0).to(tl.int32)
     tl.store(row_keys + tl.cumsum(reach, 0) - 1, keys, mask=reach != 0)

@@ -134,8 +134,8 @@ def stream_row(
     x_row, w_ptr, bias_ptr, row_keys, F, D, k,
     KEYS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The exact slow path: all activations of one row in chunks, cut back to k whenever full. Returns
-    how many keys are left."""
+    """The exact slow path: all activations of one row in chunks, cut back to k whenever full.
+    Returns how many keys are left."""
     depth = tl.arange(0, BLOCK_K)
     count = tl.zeros([], tl.int32)
     for f0 in range(0, F, CHUNK):

@@ -12,7 +12,7 @@ import torch
 from flash_sae_dist.config.train import FusedTrainConfig
 from flash_sae_dist.models.topk import TopKConfig
 from flash_sae_dist.parallel.mesh import Mesh
-from flash_sae_dist.training import checkpoint, step
+from flash_sae_dist.training import checkpoint
 from flash_sae_dist.training.checkpoint import TrainingState
 from flash_sae_dist.training.checkpoint_writer import CheckpointWriter, _tensors, write_shard
 from flash_sae_dist.training.host_memory import HostShare
