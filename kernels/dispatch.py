@@ -17,7 +17,7 @@ from . import reference
 # Operation -> the file of this folder that holds its Triton implementation, under the reference's
 # name.
 KERNEL_FILES: dict[str, str] = {
-    "topk_encode": "encode_topk",
+    "topk_encode": "encode",
     "sparse_decode": "sparse_decode",
     "decode_coefs": "sparse_decode",
     "decode_backward": "decode_backward",

@@ -161,11 +161,6 @@ class SparseCoder(nn.Module):
         """Whether `penalty` asks for the whole batch's L0."""
         return False
 
-    @property
-    def encoder_k(self) -> int | None:
-        """k of the top-k kernel that `select` calls, whose design is tuned; None without one."""
-        return None
-
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> None:
         """Unit-norm random encoder rows, the decoder equal to them (a transcoder's zero, as

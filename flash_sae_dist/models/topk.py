@@ -80,8 +80,8 @@ class TopKSAE(SparseCoder):
         return cls(d_in, config.width(d_in), config.k, skip=config.skip, **place)
 
     @property
-    def encoder_k(self) -> int:
-        """See SparseCoder. A shard narrower than k offers all it has: no more of its latents can be
+    def _local_k(self) -> int:
+        """k of the top-k kernel. A shard narrower than k offers all it has: no more of its latents can be
         selected.
         """
         return min(self.k, self.d_sae_local)
@@ -98,14 +98,14 @@ class TopKSAE(SparseCoder):
             feed_shards(x, self.mesh),
             self.compute(self.W_enc),
             self.b_enc,
-            self.encoder_k,
+            self._local_k,
             b_dec=self.fed_centre(),
         )
         return self._over_shards(*top)
 
     def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Slots:
         """The same for the fused engine; see SparseCoder."""
-        top = implementation("topk_encode", W_enc)(xc, W_enc, b_enc, self.encoder_k)
+        top = implementation("topk_encode", W_enc)(xc, W_enc, b_enc, self._local_k)
         return self._over_shards(*top)
 
     def _over_shards(self, values: Tensor, latents: Tensor) -> Slots:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..config.sae import SAEConfig
 from ..config.train import Precision, TrainConfig
-from ..kernels import encode_choice
 from ..models import ARCHITECTURES
 from ..models.batch_topk import BatchTopK
 from ..models.dead_latents import DeadLatents
@@ -27,7 +26,6 @@ from .metrics import PhaseTimer, StepMetrics
 from .normalization import Normalization
 from .optim import lr_at
 from .resample import resample_
-from .tuning import Choice, tune_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +83,6 @@ class SAETraining:
         self.target = None if d_out is None else Normalization(cfg, mesh)
         if rms is not None:
             self.set_rms(rms, mean)
-        self._tuned = False
-        self._choice: Choice | None = None
 
     @property
     def lr(self) -> float:
@@ -167,9 +163,8 @@ class SAETraining:
 
     def step(self, x: Tensor, timer: PhaseTimer, y: Tensor | None = None) -> StepMetrics:
         """One optimizer step on this replica's batch x [N/R, d_in], of a transcoder with its target
-        rows y [N/R, d_out]. Collective over the members;
-        no host sync but in the first (the encoder's choice, the capture of a graph), every 100
-        steps for the list of dead latents, and where latents are resampled.
+        rows y [N/R, d_out]. Collective over the members; no host sync but in the first (the capture
+        of a graph), every 100 steps for the list of dead latents, and where latents are resampled.
         """
         if self.normalization.missing:
             self.normalization.measure(x)
@@ -182,11 +177,6 @@ class SAETraining:
             y = self.target(y, self.master_dtype)
         if self.step_index == 0:
             self.init_b_dec(x, y)
-        if not self._tuned:
-            self._tune(x)
-        if self._choice is not None:
-            # Another SAE of this process may go on with another design for the same shape.
-            encode_choice.use(*self._choice)
         if self.cfg.dead_latents == "resample":
             self._resample(x)
         elif self.cfg.dead_latents != "none" or self.sae.penalises_dead:
@@ -196,21 +186,6 @@ class SAETraining:
         metrics = self.engine.step(x, timer, y)
         self.step_index += 1
         return metrics
-
-    def _tune(self, x: Tensor) -> None:
-        """Chooses the encoder's design, at this process's first step of this SAE: a run goes on
-        with that which it began with, where its shape is still the same.
-        """
-        self._tuned = True
-        if (k := self.sae.encoder_k) is None:
-            return
-        x, W_enc = x.chunk(self.cfg.micro_batches)[0], self.engine.encoder_weights
-        shape = encode_choice.Shape.of(x.to(self.compute_dtype), W_enc, k)
-        if self._choice is not None and self._choice[0] == shape:
-            return
-        self._choice = tune_encoder(
-            x, W_enc, self.sae.b_enc.detach(), k, self.compute_dtype, self.mesh
-        )
 
     def _resample(self, x: Tensor) -> None:
         """Resamples when the tokens seen pass a multiple of dead_after_tokens."""
@@ -284,9 +259,6 @@ class SAETraining:
             tensors, values = normalization.state(prefix)
             whole |= tensors
             info |= values
-        if self._choice is not None:
-            shape, design = self._choice
-            info["encoder"] = {"shape": list(shape), "design": design}
         return TrainingState(rows, whole, info)
 
     @torch.no_grad()
@@ -307,5 +279,3 @@ class SAETraining:
             listed = self.dead.mask() & bool(state.info.get("any_dead"))
         self.dead.list_(listed.to(self.device))
         self.step_index = state.info["step"]
-        if (encoder := state.info.get("encoder")) is not None:
-            self._choice = encode_choice.Shape(*encoder["shape"]), encoder["design"]

@@ -11,8 +11,10 @@ from flash_sae_dist.kernels import (
     dead_products,
     decode_backward,
     dense_grad,
+    encode,
+    encode_filter,
     encode_plan,
-    encode_topk,
+    encode_rows,
     pair_order,
     sparse_adam,
     sparse_decode,
@@ -99,28 +101,18 @@ def flat_lists(x: torch.Tensor, W: torch.Tensor) -> None:
 def main() -> None:
     x, W = (torch.randn(n, D, device="cuda").bfloat16() for n in (N, F))
     b, b_dec = torch.randn(F, device="cuda"), torch.zeros(D, device="cuda")
-    plan = encode_plan.make_plan(N, D, F, K)
-    assert plan is not None
+    values, indices = encode_rows.topk_encode(x, W, b, K)
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    values, indices = encode_topk.fused_topk(x, W, b, K, plan)
-    for design in encode_topk.designs(x, W, b, K).values():
-        design()
-    if hopper:
-        from flash_sae_dist.kernels import encode_first, encode_tiles
-        from flash_sae_dist.kernels.encode_first_plan import make_first_plan
-
-        # With the last tokens beside whole blocks.
-        more = x.repeat(3, 1)
-        encode_tiles.topk_encode(more[:269], W, b, K, 16)
-        encode_tiles.topk_encode(more[:288], W, b, K, 32)
-        # Two warps a row.
-        first = make_first_plan(N, D, F, 64)
-        assert first is not None
-        encode_first.topk_encode(x, W, b, 64, first._replace(warps=2))
-        blocks = make_first_plan(256, D, F, 64)
-        assert blocks is not None
-        encode_first.topk_encode(more[:269], W, b, 64, blocks._replace(tail=16, held=832))
-        encode_tiles.topk_encode(more, W, b, 64)
+    for design, block_n in (("plain", encode_filter.BLOCK_N), ("hopper", encode_plan.BLOCK_N)):
+        plan = encode_plan.make_plan(N, D, F, K, block_n=block_n)
+        assert plan is not None
+        if design == "plain" or hopper:
+            encode.run(design, plan, x, W, b, K)
+            # Limits too high, and lists too short.
+            encode.run(design, plan._replace(rank=1), x, W, b, K)
+            encode.run(design, plan._replace(capacity=5), x, W, b, K)
+            # Equal activations.
+            encode.run(design, plan, x, torch.zeros_like(W), torch.ones_like(b), K)
     scale = torch.tensor(0.1, device="cuda")
     sparse_decode.decode_coefs(values, indices, W, b_dec, x.float(), scale)
     dense_grad.scatter_rows(values, indices, x, F)
