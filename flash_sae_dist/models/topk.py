@@ -81,8 +81,8 @@ class TopKSAE(SparseCoder):
 
     @property
     def _local_k(self) -> int:
-        """k of the top-k kernel. A shard narrower than k offers all it has: no more of its latents can be
-        selected.
+        """k of the top-k kernel. A shard narrower than k offers all it has: no more of its latents
+        can be selected.
         """
         return min(self.k, self.d_sae_local)
 
