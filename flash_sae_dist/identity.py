@@ -21,7 +21,6 @@ from crc32c import crc32c
 
 from .config.base import UserError
 from .files import write_text
-from .kernels.encode_choice import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +33,7 @@ STEP_KEYS = frozenset(
         *("hookpoint", "batch_tokens", "seed", "lr", "warmup_steps", "decay_fraction", "grad_clip"),
         *("adam_betas", "adam_eps", "adam_mode", "moment_dtype", "ema_decay", "engine"),
         *("precision", "dead_latents", "aux_coef", "k_aux", "dead_after_tokens", "normalize"),
+        *("subtract_mean", "target", "schedule"),
         *("holdout", "source", "buffer_tokens", "init_from"),
     )
 )
@@ -179,14 +179,12 @@ def private_folder() -> Path | None:
     """Where checksums are kept: a folder of the user's cache that no one else can read or write;
     None where there is none.
     """
-    encoder = cache_folder()
-    if encoder is None:
-        return None
-    folder = encoder.parent / "checksums"
+    root = os.environ.get("XDG_CACHE_HOME")
     try:
+        folder = (Path(root) if root else Path.home() / ".cache") / "flash_sae_dist" / "checksums"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
-    except OSError:
+    except (OSError, RuntimeError):  # the latter of a user who has no home
         return None
     mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
     return folder if mine and not found.st_mode & 0o077 else None

@@ -14,7 +14,7 @@ from .activations.store import ActivationStore, Shape
 from .config.base import ConfigError, UserError
 from .files import CHECKSUMS, check_checksums, read_json
 from .models import load_sae
-from .models.base import CONFIG_FILE, WEIGHTS_FILE
+from .models.saved import CONFIG_FILE, WEIGHTS_FILE
 from .training import checkpoint, made_of
 from .training.metrics import split_metrics
 from .training.records import Status, read_job, read_status, read_store_config

@@ -53,8 +53,8 @@ def _heavy_kernel(
             w = tl.load(w_ptr + first.to(tl.int64) * D + cols, mask=inside, other=0.0)
             grad = add_pairs(
                 tl.zeros([BLOCK_D], tl.float32), w.to(tl.float32), block * HEAVY,
-                block * HEAVY + HEAVY, order_ptr, coef_ptr, rows_ptr, parts_ptr + part * P, cols,
-                inside, D, K, True, PAIRS,
+                block * HEAVY + HEAVY, order_ptr, coef_ptr, rows_ptr, None, parts_ptr + part * P,
+                cols, inside, D, K, True, PAIRS,
             )  # fmt: skip
             tl.store(sums_ptr + block * D + cols, grad, mask=inside)
 
@@ -101,8 +101,8 @@ def decode_backward(
         )  # fmt: skip
     out = torch.empty_like(W_dec)
     latents_kernel[(programs,)](
-        order.order, order.offsets, top_acts, grad, W_dec, sums, parts, out, F, D, P, K, DOTS=True,
-        HEAVY=heavy, **sizes, num_warps=1,
+        order.order, order.offsets, top_acts, grad, None, W_dec, sums, parts, out, F, D, P, K,
+        DOTS=True, HEAVY=heavy, **sizes, num_warps=1,
     )  # fmt: skip
     dots = torch.empty(N, K, dtype=torch.float32, device=grad.device)
     _gather_dots_kernel[(cdiv(P, 256),)](

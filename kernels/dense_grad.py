@@ -17,14 +17,14 @@ from torch import Tensor
 from .pair_order import order_pairs
 from .reference import PairOrder
 from .shapes import cdiv, next_power_of_2
-from .sparse_grad import block_sums, first_pairs, inside_of
+from .sparse_grad import block_sums, first_pairs, inside_of, token_of
 
 
 @triton.jit
-def _load_pairs(pair, live, coef_ptr, rows_ptr, cols, inside, D, K):
+def _load_pairs(pair, live, coef_ptr, rows_ptr, tokens_ptr, cols, inside, D, K):
     """Some pairs' coefficients and rows."""
     coef = tl.load(coef_ptr + pair, mask=live, other=0.0).to(tl.float32)
-    row = (pair // K).to(tl.int64) * D
+    row = token_of(pair, tokens_ptr, live, K) * D
     mask = live[:, None] & inside[None, :]
     rows = tl.load(
         rows_ptr + row[:, None] + cols[None, :], mask=mask, other=0.0,
@@ -44,7 +44,7 @@ def _add_loaded(grad, w, coef, rows, parts_ptrs, live, DOTS: tl.constexpr):
 
 @triton.jit
 def add_pairs(
-    grad, w, begin, end, order_ptr, coef_ptr, rows_ptr, parts_ptr, cols, inside, D, K,
+    grad, w, begin, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, parts_ptr, cols, inside, D, K,
     DOTS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Adds the ordered pairs begin .. end to a latent's gradient; DOTS as in `_add_loaded`."""
@@ -52,7 +52,7 @@ def add_pairs(
     pair = first_pairs(begin, order_ptr, end, PAIRS)
     for i in range(begin, end, PAIRS):
         live = i + slots < end
-        coef, rows = _load_pairs(pair, live, coef_ptr, rows_ptr, cols, inside, D, K)
+        coef, rows = _load_pairs(pair, live, coef_ptr, rows_ptr, tokens_ptr, cols, inside, D, K)
         pair = first_pairs(i + PAIRS, order_ptr, end, PAIRS)
         grad = _add_loaded(grad, w, coef, rows, parts_ptr + i + slots, live, DOTS)
     return grad
@@ -64,6 +64,7 @@ def latents_kernel(
     offsets_ptr,  # [F + 1]
     coef_ptr,  # [P]
     rows_ptr,  # [N, D]
+    tokens_ptr,  # [P] of a flat list, or None
     w_ptr,  # [F, D], DOTS only
     sums_ptr,  # [P // HEAVY, D] float32, of the blocks that belong to one latent
     parts_ptr,  # [blocks of columns, P] float32, DOTS only
@@ -99,15 +100,17 @@ def latents_kernel(
         w = grad
         if begin < end:
             live = begin + slots < end
-            coef, rows = _load_pairs(pair, live, coef_ptr, rows_ptr, cols, inside, D, K)
+            coef, rows = _load_pairs(
+                pair, live, coef_ptr, rows_ptr, tokens_ptr, cols, inside, D, K
+            )  # fmt: skip
             if DOTS:
                 w = tl.load(w_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first")
                 w = w.to(tl.float32)
             first, last = tl.cdiv(begin, HEAVY), end // HEAVY  # whole blocks of this latent
             if first < last:
                 grad = add_pairs(
-                    grad, w, begin, first * HEAVY, order_ptr, coef_ptr, rows_ptr, parts_ptr, cols,
-                    inside, D, K, DOTS, PAIRS,
+                    grad, w, begin, first * HEAVY, order_ptr, coef_ptr, rows_ptr, tokens_ptr,
+                    parts_ptr, cols, inside, D, K, DOTS, PAIRS,
                 )  # fmt: skip
                 for heavy in range(first, last):
                     # 32 bits suffice: the scratch is bounded.
@@ -117,8 +120,8 @@ def latents_kernel(
                 grad = _add_loaded(grad, w, coef, rows, parts_ptr + begin + slots, live, DOTS)
                 begin += PAIRS
             grad = add_pairs(
-                grad, w, begin, end, order_ptr, coef_ptr, rows_ptr, parts_ptr, cols, inside, D, K,
-                DOTS, PAIRS,
+                grad, w, begin, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, parts_ptr, cols,
+                inside, D, K, DOTS, PAIRS,
             )  # fmt: skip
         # What is read and written once makes room for the rows, which are read once a pair.
         out = grad.to(out_ptr.dtype.element_ty)
@@ -145,18 +148,19 @@ def scatter_rows(
     num_latents: int,
     dtype: torch.dtype | None = None,
     order: PairOrder | None = None,
+    tokens: Tensor | None = None,  # [C], of a flat list
 ) -> Tensor:  # [F, D] in dtype; left out, float32
     """`reference.scatter_rows`; an order made before for the same pairs is used again."""
-    (N, K), D = top_idx.shape, rows.shape[1]
-    if N == 0:
+    P, K, D = top_idx.numel(), top_idx.shape[-1], rows.shape[1]
+    if P == 0:
         return rows.new_zeros((num_latents, D), dtype=dtype or torch.float32)
     coef, rows = coef.contiguous(), rows.contiguous()
     order = order_pairs(top_idx, num_latents, coef) if order is None else order
-    sums = block_sums(order, coef, rows, num_latents, K)
+    sums = block_sums(order, coef, rows, num_latents, K, tokens)
     out = rows.new_empty((num_latents, D), dtype=dtype or torch.float32)
     programs, sizes = latents_blocks(num_latents, D)
     latents_kernel[(programs,)](
-        order.order, order.offsets, coef, rows, rows, sums.dec, coef, out,
-        num_latents, D, N * K, K, DOTS=False, HEAVY=sums.heavy, **sizes, num_warps=1,
+        order.order, order.offsets, coef, rows, tokens, rows, sums.dec, coef, out,
+        num_latents, D, P, K, DOTS=False, HEAVY=sums.heavy, **sizes, num_warps=1,
     )  # fmt: skip
     return out

@@ -17,7 +17,7 @@ from . import reference
 # Operation -> the file of this folder that holds its Triton implementation, under the reference's
 # name.
 KERNEL_FILES: dict[str, str] = {
-    "topk_encode": "encode_topk",
+    "topk_encode": "encode",
     "sparse_decode": "sparse_decode",
     "decode_coefs": "sparse_decode",
     "decode_backward": "decode_backward",
@@ -25,7 +25,6 @@ KERNEL_FILES: dict[str, str] = {
     "pair_coefs": "sparse_decode",
     "order_pairs": "pair_order",
     "scatter_rows": "dense_grad",
-    "scatter_values": "sparse_grad",
     "heavy_sums": "sparse_grad",
     "adam_encoder_": "sparse_adam",
     "adam_decoder_": "sparse_adam",

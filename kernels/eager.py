@@ -31,12 +31,11 @@ def compute(name: str, like: Tensor, *args: Any) -> Any:
 
 
 DIRECT = Kit(
-    gathered_dots=lambda grad, idx, W: compute("gathered_dots", W, grad, idx, W),
+    gathered_dots=lambda grad, idx, W, *flat: compute("gathered_dots", W, grad, idx, W, *flat),
     scatter_rows=lambda coef, idx, rows, *rest: compute(
         "scatter_rows", rows, coef, idx, rows, *rest
     ),
-    scatter_values=lambda coef, *rest: compute("scatter_values", coef, coef, *rest),
-    sparse_decode=lambda acts, idx, W: compute("sparse_decode", W, acts, idx, W),
+    sparse_decode=lambda acts, idx, W, *flat: compute("sparse_decode", W, acts, idx, W, *flat),
     order_pairs=lambda idx, num_latents, coef: (
         compute("order_pairs", coef, idx, num_latents, coef) if use_kernels(coef) else None
     ),
@@ -56,12 +55,18 @@ def _wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _list(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int
-) -> tuple[Tensor, Tensor]:
+def encode_list(
+    rule: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    """What an encoder finds by a rule, one of the three `..._encode` of `reference`: values and
+    latents, of a flat list tokens and offsets, and whether a capacity overflowed.
+    """
     xc = centred(x, b_dec, W_enc.dtype).contiguous()
-    values, indices = compute("topk_encode", W_enc, xc, W_enc, b_enc, k)
-    return values, indices
+    found = compute(rule, W_enc, xc, W_enc, b_enc, *args)
+    if rule == "topk_encode":
+        return tuple(found)
+    pairs, *overflowed = found if rule == "threshold_encode" else (found,)
+    return pairs.values, pairs.latents, pairs.tokens, pairs.offsets, *overflowed
 
 
 class _Shared:
@@ -103,57 +108,58 @@ def _join(order: PairOrder, side: torch.cuda.Stream | None, device: torch.device
 
 
 def encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int
-) -> tuple[Tensor, Tensor]:
+    rule: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
     """`Encode` where a gradient is wanted, else its list alone."""
     if not _wants_gradients(x, W_enc, b_enc, b_dec):
-        return _list(x, W_enc, b_enc, b_dec, k)
+        return encode_list(rule, x, W_enc, b_enc, b_dec, *args)
     shared = _Shared() if use_kernels(W_enc) else None
-    values, indices = Encode.apply(x, W_enc, b_enc, b_dec, shared, k)
+    found: tuple[Tensor, ...] = Encode.apply(rule, shared, args, x, W_enc, b_enc, b_dec)
     if shared is not None:
-        _SHARED[indices] = shared
-    return values, indices
+        _SHARED[found[1]] = shared
+    return found
 
 
-def decode(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
+def decode(top_acts: Tensor, top_idx: Tensor, W_dec: Tensor, *flat: Tensor | None) -> Tensor:
     """`Decode` where a gradient is wanted, else the reconstruction alone."""
     if not _wants_gradients(top_acts, W_dec):
-        return compute("sparse_decode", W_dec, top_acts, top_idx, W_dec)  # type: ignore[no-any-return]
-    return Decode.apply(top_acts, top_idx, W_dec)  # type: ignore[no-any-return]
+        return compute("sparse_decode", W_dec, top_acts, top_idx, W_dec, *flat)  # type: ignore[no-any-return]
+    return Decode.apply(top_acts, top_idx, W_dec, *flat)  # type: ignore[no-any-return]
 
 
 class Encode(torch.autograd.Function):
-    """`topk_encode`."""
+    """An encoder by any rule."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        rule: str,
+        shared: _Shared | None,
+        args: tuple[Any, ...],
         x: Tensor,
         W_enc: Tensor,
         b_enc: Tensor,
         b_dec: Tensor | None,
-        shared: _Shared | None,
-        k: int,
     ) -> Any:
-        """Values and indices."""
-        output = _list(x, W_enc, b_enc, b_dec, k)
+        """As `encode_list`."""
+        output = encode_list(rule, x, W_enc, b_enc, b_dec, *args)
         ctx.shared = shared
-        ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, W_enc, b_enc, b_dec, *output)
+        ctx.save_for_backward(x, W_enc, b_enc, b_dec, *output[:4])
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Gradients of the four tensors."""
-        needs = ctx.needs_input_grad[:4]
+        needs = ctx.needs_input_grad[3:]
         # Once: activation checkpointing hands each tensor out a single time.
         saved = ctx.saved_tensors
         order = None
         if ctx.shared is not None:
             order = ctx.shared.take(saved[5], saved[1].shape[0])
-        return *encode_gradients(DIRECT, needs, saved, grads[0], order), None, None
+        return None, None, None, *encode_gradients(DIRECT, needs, saved, grads[0], order)
 
 
 @cache
@@ -162,14 +168,27 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def _order_beside(top_idx: Tensor, W_dec: Tensor) -> tuple[PairOrder, torch.cuda.Stream | None]:
-    """The order of a list's pairs, made on a side stream."""
+def _order_of(top_idx: Tensor, W_dec: Tensor, offsets: Tensor | None) -> PairOrder:
+    """The order of a list's pairs, whatever their values: several decoders may share it."""
+    used: Tensor | None = None
+    if offsets is not None:
+        # Unused slots would all be the first latent's.
+        used = (torch.arange(top_idx.numel(), device=top_idx.device) < offsets[-1]).float()
+    return compute("order_pairs", W_dec, top_idx, W_dec.shape[0], used)  # type: ignore[no-any-return]
+
+
+def _order_beside(
+    top_idx: Tensor, W_dec: Tensor, offsets: Tensor | None
+) -> tuple[PairOrder, torch.cuda.Stream | None]:
+    """`_order_of`, made on a side stream."""
     side = _side_stream(W_dec.device)
     with on_device(W_dec):
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            order: PairOrder = compute("order_pairs", W_dec, top_idx, W_dec.shape[0])
-    top_idx.record_stream(side)
+            order = _order_of(top_idx, W_dec, offsets)
+    for t in (top_idx, offsets):
+        if t is not None:
+            t.record_stream(side)
     return order, side
 
 
@@ -177,7 +196,14 @@ class Decode(torch.autograd.Function):
     """`sparse_decode`; the order that its backward needs is made beside the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, top_acts: Tensor, top_idx: Tensor, W_dec: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        top_acts: Tensor,
+        top_idx: Tensor,
+        W_dec: Tensor,
+        tokens: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> Tensor:
         """The reconstruction."""
         ctx.order, ctx.side = None, None
         # A graph that captures the forward pass alone would be left with a stream that never ends.
@@ -186,12 +212,12 @@ class Decode(torch.autograd.Function):
             and use_kernels(W_dec)
             and not torch.cuda.is_current_stream_capturing()
         ):
-            ctx.order, ctx.side = _order_beside(top_idx, W_dec)
+            ctx.order, ctx.side = _order_beside(top_idx, W_dec, offsets)
             shared: _Shared | None = _SHARED.get(top_idx)
             if shared is not None:
                 shared.give(ctx.order, top_idx, W_dec.shape[0], ctx.side)
-        ctx.save_for_backward(top_acts, top_idx, W_dec)
-        out: Tensor = compute("sparse_decode", W_dec, top_acts, top_idx, W_dec)
+        ctx.save_for_backward(top_acts, top_idx, W_dec, tokens, offsets)
+        out: Tensor = compute("sparse_decode", W_dec, top_acts, top_idx, W_dec, tokens, offsets)
         return out
 
     @staticmethod
@@ -202,4 +228,5 @@ class Decode(torch.autograd.Function):
         if order is not None:
             order = _join(order, ctx.side, grads[0].device)
         needs = ctx.needs_input_grad
-        return decode_gradients(DIRECT, needs, ctx.saved_tensors, grads[0], order)
+        found = decode_gradients(DIRECT, needs, ctx.saved_tensors, grads[0], order)
+        return found[: len(needs)]

@@ -1,5 +1,5 @@
-"""Exact selection of a row's k largest activations from its short lists, for the fused encoder; of
-its parts also from whole rows (encode_rows.py).
+"""Selections of the encoder: a row's limit from its sample, and the exact k largest of its keys and
+lists; of their parts also those of whole rows (encode_rows.py).
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k.  Activations are compared as the int32 bits
 of their fp32 value: those order non-negative floats, put NaN above +inf and negative ones, which
@@ -14,30 +14,37 @@ import triton.language as tl
 
 @triton.jit
 def relu_bits(v):
-    """int32 bits of relu(v), NaN kept."""
-    bits = tl.where(v != v, 0x7FC00000, v.to(tl.int32, bitcast=True))
-    return tl.maximum(bits, 0)
+    """int32 bits of relu(v), NaN kept: as one NaN, whose bits are above those of +inf, where it is
+    the positive one that a GPU's arithmetic makes."""
+    return relu_of(v.to(tl.int32, bitcast=True))
 
 
 @triton.jit
-def kth(bits, latent, k, slack):
-    """(value bits, last latent) that at least k and at most k + slack of the entries reach.
+def relu_of(bits):
+    return tl.minimum(tl.maximum(bits, 0), 0x7FC00000)
+
+
+@triton.jit
+def _reaching(bits, limit):
+    """How many of the entries are at least a limit."""
+    return tl.sum((bits >= limit).to(tl.int32))
+
+
+@triton.jit
+def kth(bits, latent, k, slack, low=0):
+    """(value bits, last latent) that at least k and at most k + slack of the entries reach, and how
+    many do.
 
     An entry reaches them with a larger value, or an equal one and a latent up to `last`. Entries
-    below 0 do not count; where there are fewer than k, all reach.
+    below `low`, a number of at least 0, do not count; where there are fewer than k, all others
+    reach.
     """
-    hi = tl.max(bits, 0)
-    count = tl.sum((bits >= 0).to(tl.int32), 0)
-    lo = tl.zeros([], tl.int32)
-    # Most searches end within two octaves of the maximum: try there before halving the whole range.
-    near = tl.maximum(hi - (2 << 23), 0)
-    c = tl.sum((bits >= near).to(tl.int32), 0)
-    if c >= k:
-        lo = near
-        count = c
+    hi = tl.max(bits)
+    lo = low
+    count = _reaching(bits, lo)
     while (lo < hi) & (count > k + slack):
         mid = lo + (hi - lo + 1) // 2
-        c = tl.sum((bits >= mid).to(tl.int32), 0)
+        c = _reaching(bits, mid)
         if c >= k:
             lo = mid
             count = c
@@ -47,15 +54,38 @@ def kth(bits, latent, k, slack):
     if count > k + slack:
         # More than enough equal values: the lowest latents of them.
         first = tl.zeros([], tl.int32)
-        need = k - tl.sum((bits > lo).to(tl.int32), 0)
-        last = tl.max(tl.where(bits >= 0, latent, 0), 0)
+        need = k - _reaching(bits, lo + 1)
+        last -= 1
         while first < last:
             mid = first + (last - first) // 2
-            if tl.sum(((bits == lo) & (latent <= mid)).to(tl.int32), 0) >= need:
+            if tl.sum(((bits == lo) & (latent <= mid)).to(tl.int32)) >= need:
                 last = mid
             else:
                 first = mid + 1
-    return lo, last
+        count = k
+    return lo, last, count
+
+
+@triton.jit
+def near(bits, k):
+    """A limit to begin with: two octaves under the largest of the bits if k of them reach that, as
+    most often, else 0."""
+    limit = tl.maximum(tl.max(bits) - (2 << 23), 0)
+    return tl.where(tl.sum((bits >= limit).to(tl.int32)) >= k, limit, 0)
+
+
+@triton.jit
+def _places(keeps):
+    """A number from 0 on for each entry of a tile that is kept, column after column: within one a
+    thread counts alone."""
+    each = keeps.to(tl.int32)
+    column = tl.sum(each, 0)
+    return (tl.cumsum(column, 0) - column)[None, :] + tl.cumsum(each, 0) - 1
+
+
+@triton.jit
+def reaches(bits, latent, tau, last):
+    return (bits > tau) | ((bits == tau) & (latent <= last))
 
 
 @triton.jit
@@ -65,19 +95,27 @@ def key_of(bits, latent):
 
 
 @triton.jit
-def keep_largest(row_keys, keys, k):
-    """Writes the k largest of some keys to the front of a row's (all where there are fewer); keys
-    below 0 are none. Returns how many it wrote."""
-    bits = (keys >> 32).to(tl.int32)
-    latent = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
-    tau, last = kth(bits, latent, k, 0)
-    kept = (bits > tau) | ((bits == tau) & (latent <= last))
-    at = tl.cumsum(kept.to(tl.int32), 0) - 1
-    # Every thread has read its keys before any is overwritten.
-    tl.debug_barrier()
-    tl.store(row_keys + at, keys, mask=kept)
-    tl.debug_barrier()
-    return tl.sum(kept.to(tl.int32), 0)
+def keep_largest(row_keys, num_keys, k, SORT: tl.constexpr, KEYS: tl.constexpr):
+    """Brings the k to SORT largest of a row's keys (all where there are fewer) to their front, and
+    returns how many these are. KEYS of them are held at a time."""
+    slot = tl.arange(0, KEYS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    kept = tl.zeros([], tl.int32)
+    at = tl.zeros([], tl.int32)
+    while at < num_keys:
+        # Those that were kept, and the next.
+        place = tl.where(slot < kept, slot, at + slot - kept)
+        keys = tl.load(row_keys + place, mask=place < num_keys, other=-1)
+        at += KEYS - kept
+        bits = (keys >> 32).to(tl.int32)
+        latent = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
+        tau, last, _ = kth(bits, latent, k, SORT - k, near(bits, k))
+        keeps = reaches(bits, latent, tau, last) & (keys >= 0)
+        # Every thread has read its keys before any is overwritten.
+        tl.debug_barrier()
+        tl.store(row_keys + _places(keeps), keys, mask=keeps)
+        tl.debug_barrier()
+        kept = tl.sum(keeps.to(tl.int32))
+    return kept
 
 
 @triton.jit
@@ -96,14 +134,13 @@ def stream_row(
     x_row, w_ptr, bias_ptr, row_keys, F, D, k,
     KEYS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The exact slow path: all activations of one row in chunks, cut back to k whenever full."""
+    """The exact slow path: all activations of one row in chunks, cut back to k whenever full.
+    Returns how many keys are left."""
     depth = tl.arange(0, BLOCK_K)
     count = tl.zeros([], tl.int32)
-    slots = tl.arange(0, KEYS)
     for f0 in range(0, F, CHUNK):
         if count + CHUNK > KEYS:
-            held = tl.load(row_keys + slots, mask=slots < count, other=-1)
-            count = keep_largest(row_keys, held, k)
+            count = keep_largest(row_keys, count, k, k, KEYS)
         f = f0 + tl.arange(0, CHUNK)
         w_rows = w_ptr + tl.minimum(f, F - 1).to(tl.int64)[:, None] * D
         total = tl.zeros((CHUNK,), tl.float32)
@@ -117,61 +154,166 @@ def stream_row(
         tl.store(row_keys + count + tl.arange(0, CHUNK), keys)
         tl.debug_barrier()
         count += CHUNK
-    keep_largest(row_keys, tl.load(row_keys + slots, mask=slots < count, other=-1), k)
+    return keep_largest(row_keys, count, k, k, KEYS)
 
 
 @triton.jit
-def _read_lists(
-    row_lists, row_counts, F, k, num_lists, longest,
-    LISTS_POW2: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Turns a row's lists into keys at the front of the same memory, cut back to k whenever full.
-
-    Returns how many; keys below 0 among them are none. Entry s of list l is at s * num_lists + l,
-    so that no key is written past the entries read.
-    """
-    HALF: tl.constexpr = KEYS // 2
-    slots = tl.arange(0, KEYS)
-    place = tl.arange(0, HALF)
-    which = place % LISTS_POW2
-    counts = tl.load(row_counts + which, mask=which < num_lists, other=0)
-    found = tl.zeros([], tl.int32)
-    for first in range(0, longest, HALF // LISTS_POW2):
-        slot = first + place // LISTS_POW2
-        there = slot < counts
-        entry = tl.load(row_lists + slot * num_lists + which, mask=there, other=0)
-        at = tl.cumsum(there.to(tl.int32), 0)
-        total = tl.sum(there.to(tl.int32), 0)
-        if found + total > KEYS:
-            found = keep_largest(
-                row_lists, tl.load(row_lists + slots, mask=slots < found, other=-1), k
-            )
-        latent = (entry & 0x7FFFFFFF).to(tl.int32)
-        bits = relu_bits((entry >> 32).to(tl.int32).to(tl.float32, bitcast=True))
-        key = tl.where(latent < F, key_of(bits, latent), -1)
-        # Every thread has read its entries before any is overwritten.
-        tl.debug_barrier()
-        tl.store(row_lists + found + at - 1, key, mask=there)
-        tl.debug_barrier()
-        found += total
-    return keep_largest(row_lists, tl.load(row_lists + slots, mask=slots < found, other=-1), k)
+def limit_kernel(
+    sample_ptr,  # [N, pitch] int32: bits of the sample, then of its cells' largest
+    tau_ptr,  # [N] int32
+    last_ptr,  # [N] int32
+    keys_ptr,  # [N, KEYS] int64
+    num_keys_ptr,  # [N] int32
+    pitch,
+    whole,
+    spread,
+    rank,
+    slack,
+    SAMPLE: tl.constexpr,
+    SAMPLE_POW2: tl.constexpr,
+    KEYS: tl.constexpr,
+    KEPT_POW2: tl.constexpr,
+    TILE: tl.constexpr,
+    CELL: tl.constexpr,
+):
+    """A row's limit: what the rank-th largest reaches of the largest activations of its sample's
+    cells, CELL neighbours each. That many of the sample reach it at least, and hardly more, since
+    few cells hold two. It is these bits, of equal ones up to the latent `last`. Cells that reach
+    it, at most rank + slack, are kept as keys."""
+    CELLS: tl.constexpr = TILE // CELL
+    row = tl.program_id(0).to(tl.int64)
+    sample_row = sample_ptr + row * pitch
+    row_keys = keys_ptr + row * KEYS
+    turn = tl.arange(0, SAMPLE_POW2)[:, None]
+    cell = tl.arange(0, CELLS)[None, :]
+    there = turn < SAMPLE
+    largest = tl.load(sample_row + SAMPLE * TILE + turn * CELLS + cell, mask=there, other=-1)
+    largest = tl.where(there, relu_of(largest), -1)
+    # A tile has 8 neighbours of each part of the latents. A cell's last latent stands for it.
+    latent = turn * spread % whole * 8 + cell * CELL // 8 * (whole * 8) + cell * CELL % 8 + CELL - 1
+    tau, last, count = kth(largest, latent, rank, slack, near(largest, rank))
+    keeps = reaches(largest, latent, tau, last)
+    # First the numbers of the cells that are kept, where their keys will be; then their keys.
+    kept_ptr = row_keys.to(tl.pointer_type(tl.int32), bitcast=True)
+    tl.store(kept_ptr + _places(keeps), turn * CELLS + cell, mask=keeps)
+    tl.debug_barrier()
+    j = tl.arange(0, KEPT_POW2)
+    kept = tl.load(kept_ptr + j, mask=j < count, other=0)
+    tl.debug_barrier()
+    first = kept // CELLS * spread % whole * 8
+    first += kept % CELLS * CELL // 8 * (whole * 8) + kept % CELLS * CELL % 8
+    within = tl.arange(0, CELL)
+    here = (j < count)[:, None] & (within >= 0)[None, :]
+    bits = tl.load(sample_row + (kept * CELL)[:, None] + within[None, :], mask=here, other=0)
+    key = key_of(relu_of(bits), first[:, None] + within[None, :])
+    tl.store(row_keys + (j * CELL)[:, None] + within[None, :], key, mask=here)
+    tl.store(num_keys_ptr + row, CELL * count)
+    # The NaN that a GPU's arithmetic makes, so that where none is to pass, none does.
+    tl.store(tau_ptr + row, tl.where(tau == 0x7FC00000, 0x7FFFFFFF, tau))
+    tl.store(last_ptr + row, last)
 
 
 @triton.jit
 def select_kernel(
-    x_ptr, w_ptr, bias_ptr, count_ptr, lists_ptr, pitch, num_lists, values_ptr, indices_ptr, F, D,
-    k, CAPACITY: tl.constexpr, LISTS_POW2: tl.constexpr, KEYS: tl.constexpr,
-    K_POW2: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    tau_ptr,  # [N] int32
+    last_ptr,  # [N] int32
+    sample_ptr,  # [N, SAMPLE_KEYS] int64
+    num_sample_ptr,  # [N] int32
+    count_ptr,  # [N, LISTS] int32
+    lists_ptr,  # [N, pitch] int32
+    short_ptr,  # [N] int32
+    values_ptr,  # [N, K]
+    indices_ptr,  # [N, K]
+    pitch,
+    F,
+    k,
+    LISTS: tl.constexpr,
+    LISTS_POW2: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    SAMPLE_KEYS: tl.constexpr,
+    SAMPLE_POW2: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SORT: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """A row's k largest of its keys and lists; or, where these overflowed or hold too few, a mark
+    in `short`."""
     row = tl.program_id(0).to(tl.int64)
-    row_keys = lists_ptr + row * pitch
-    row_counts = count_ptr + row * num_lists
-    each = tl.arange(0, LISTS_POW2)
-    counts = tl.load(row_counts + each, mask=each < num_lists, other=0)
+    entries = lists_ptr + row * pitch
+    which = tl.arange(0, LISTS_POW2)[None, :]
+    counts = tl.load(count_ptr + row * LISTS + which, mask=which < LISTS, other=0)
+    longest = tl.max(counts)
+    tau, last = tl.load(tau_ptr + row), tl.load(last_ptr + row)
+    short = longest > CAPACITY
+    # The keys take the entries' place, or that behind the lists where equal values pass: then most
+    # pairs are two, and their keys are longer than they.
+    base = tl.where(last != 0x7FFFFFFF, (3 * LISTS * longest + 3) // 4 * 4, 0)
+    row_keys = (entries + base).to(tl.pointer_type(tl.int64), bitcast=True)
     found = tl.zeros([], tl.int32)
-    longest = tl.max(counts, 0)
-    if longest <= CAPACITY:
-        found = _read_lists(row_keys, row_counts, F, k, num_lists, longest, LISTS_POW2, KEYS)
-    if found < k:
-        stream_row(x_ptr + row * D, w_ptr, bias_ptr, row_keys, F, D, k, KEYS, CHUNK, BLOCK_K)
-    best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, k, K_POW2)
+    for start in range(0, tl.where(short, 0, longest), SLOTS):
+        slot = start + tl.arange(0, SLOTS)[:, None]
+        there = (which < LISTS) & (slot < counts)
+        # Entry s of list l is at s * LISTS + l.
+        entry = entries + (slot * LISTS + which) * 3
+        first = relu_of(tl.load(entry, mask=there, other=0))
+        second = relu_of(tl.load(entry + 1, mask=there, other=0))
+        latent = tl.load(entry + 2, mask=there, other=0)
+        # What the last tile has behind the last latent is no activation.
+        keeps_first = there & (latent < F) & reaches(first, latent, tau, last)
+        keeps_second = there & (latent + 1 < F) & reaches(second, latent + 1, tau, last)
+        each = keeps_first.to(tl.int32) + keeps_second.to(tl.int32)
+        column = tl.sum(each, 0)
+        total = tl.sum(column, 0)
+        # Where the keys do not fit, the row is left to be computed anew.
+        room = tl.where(base == 0, 3 * LISTS * (start + SLOTS), pitch - base - 2 * SAMPLE_KEYS)
+        short = short | (2 * (found + total) > room)
+        # Column after column, within which a thread counts alone.
+        to = found + (tl.cumsum(column, 0) - column)[None, :] + tl.cumsum(each, 0) - each
+        found += total
+        tl.debug_barrier()
+        tl.store(row_keys + to, key_of(first, latent), mask=keeps_first & (not short))
+        to += keeps_first.to(tl.int32)
+        tl.store(row_keys + to, key_of(second, latent + 1), mask=keeps_second & (not short))
+        tl.debug_barrier()
+    num_sample = tl.load(num_sample_ptr + row)
+    j = tl.arange(0, SAMPLE_POW2)
+    sample = tl.load(sample_ptr + row * SAMPLE_KEYS + j, mask=j < num_sample, other=-1)
+    tl.store(row_keys + found + j, sample, mask=(j < num_sample) & (not short))
+    tl.debug_barrier()
+    found = keep_largest(row_keys, tl.where(short, 0, found + num_sample), k, SORT, KEYS)
+    tl.store(short_ptr + row, (found < k).to(tl.int32))
+    best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, found, SORT)
+
+
+@triton.jit
+def mend_kernel(
+    x_ptr,  # [N, D]
+    w_ptr,  # [F, D]
+    bias_ptr,  # [F] float32
+    short_ptr,  # [N] int32
+    scratch_ptr,  # [N, pitch] int32
+    values_ptr,  # [N, K]
+    indices_ptr,  # [N, K]
+    pitch,
+    N,
+    F,
+    D,
+    k,
+    ROWS: tl.constexpr,
+    SORT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Computes the rows that are marked as short anew, as one in a hundred million is: they read
+    all of W_enc."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    marks = tl.load(short_ptr + rows, mask=rows < N, other=0)
+    if tl.max(marks, 0) > 0:
+        for i in range(0, ROWS):
+            row = first + i
+            if tl.load(short_ptr + row, mask=row < N, other=0) > 0:
+                row_keys = (scratch_ptr + row * pitch).to(tl.pointer_type(tl.int64), bitcast=True)
+                x_row = x_ptr + row * D
+                stream_row(x_row, w_ptr, bias_ptr, row_keys, F, D, k, 2 * SORT, CHUNK, BLOCK_K)
+                best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, k, SORT)

@@ -19,10 +19,9 @@ from .reference import PairOrder
 class Kit(NamedTuple):
     """The operations that gradients are made of, by the names they have in `reference`."""
 
-    gathered_dots: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gathered_dots: Callable[..., Tensor]
     scatter_rows: Callable[..., Tensor]
-    scatter_values: Callable[..., Tensor]
-    sparse_decode: Callable[[Tensor, Tensor, Tensor], Tensor]
+    sparse_decode: Callable[..., Tensor]
     order_pairs: Callable[[Tensor, int, Tensor], PairOrder | None]
     decode_backward: Callable[..., tuple[Tensor, Tensor]] | None = None
 
@@ -35,7 +34,7 @@ def centred(x: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
 def encode_gradients(
     kit: Kit,
     needs: Sequence[bool],  # whether x, W_enc, b_enc, b_dec need a gradient
-    saved: Sequence[Tensor],  # x, W_enc, b_enc, b_dec or None, values, indices
+    saved: Sequence[Tensor],  # x, W_enc, b_enc, b_dec or None, values, latents, as `_flat`
     grad: Tensor | None,  # of the values
     order: PairOrder | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -47,7 +46,8 @@ def encode_gradients(
     """
     if grad is None:
         return None, None, None, None
-    x, W_enc, b_enc, b_dec, values, idx = saved
+    x, W_enc, b_enc, b_dec, values, idx = saved[:6]
+    tokens, offsets = _flat(saved[6:])
     coef = grad * (values > 0)  # ReLU's gradient
     need_x, need_W, need_b, need_b_dec = needs
     num_latents = W_enc.shape[0]
@@ -56,33 +56,41 @@ def encode_gradients(
         order = kit.order_pairs(idx, num_latents, coef)
     if need_W:
         xc = centred(x, b_dec, W_enc.dtype).contiguous()
-        grad_W = kit.scatter_rows(coef, idx, xc, num_latents, W_enc.dtype, order)
+        grad_W = kit.scatter_rows(coef, idx, xc, num_latents, W_enc.dtype, order, tokens)
     if need_b or need_b_dec:
-        sums = kit.scatter_values(coef, idx, num_latents, order)
+        ones, dtype = coef.new_ones(len(x), 1), coef.dtype
+        sums = kit.scatter_rows(coef, idx, ones, num_latents, dtype, order, tokens).squeeze(1)
         grad_b = sums.to(b_enc.dtype) if need_b else None
         if need_b_dec:
             grad_b_dec = -(sums.to(W_enc.dtype) @ W_enc).to(b_dec.dtype)
     if need_x:
-        grad_x = kit.sparse_decode(coef, idx, W_enc).to(x.dtype)
+        grad_x = kit.sparse_decode(coef, idx, W_enc, tokens, offsets).to(x.dtype)
     return grad_x, grad_W, grad_b, grad_b_dec
+
+
+def _flat(rest: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """A flat list's tokens and offsets; a rectangle has none."""
+    return (rest[0], rest[1]) if rest else (None, None)
 
 
 def decode_gradients(
     kit: Kit,
     needs: Sequence[bool],  # whether top_acts, top_idx, W_dec need a gradient
-    saved: Sequence[Tensor],  # top_acts, top_idx, W_dec
+    saved: Sequence[Tensor],  # top_acts, top_idx, W_dec, tokens and offsets or None
     grad: Tensor,  # [N, D]
     order: PairOrder | None = None,
-) -> tuple[Tensor | None, None, Tensor | None]:
+) -> tuple[Tensor | None, None, Tensor | None, None, None]:
     """Gradients of top_acts and W_dec; an order of all pairs made before is used."""
-    top_acts, top_idx, W_dec = saved
+    top_acts, top_idx, W_dec, tokens, offsets = saved
     grad = grad.contiguous()
     grad_acts = grad_W = None
-    if needs[0] and needs[2] and kit.decode_backward is not None:
+    if needs[0] and needs[2] and kit.decode_backward is not None and tokens is None:
         grad_acts, grad_W = kit.decode_backward(top_acts, top_idx, W_dec, grad, order)
-        return grad_acts.to(top_acts.dtype), None, grad_W
+        return grad_acts.to(top_acts.dtype), None, grad_W, None, None
     if needs[0]:
-        grad_acts = kit.gathered_dots(grad, top_idx, W_dec).to(top_acts.dtype)
+        grad_acts = kit.gathered_dots(grad, top_idx, W_dec, tokens, offsets).to(top_acts.dtype)
     if needs[2]:
-        grad_W = kit.scatter_rows(top_acts, top_idx, grad, W_dec.shape[0], W_dec.dtype, order)
-    return grad_acts, None, grad_W
+        grad_W = kit.scatter_rows(
+            top_acts, top_idx, grad, W_dec.shape[0], W_dec.dtype, order, tokens
+        )
+    return grad_acts, None, grad_W, None, None

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import reference
 from .reference import PairOrder
 from .shapes import cdiv
 
@@ -128,46 +129,6 @@ def _rank_kernel(
     tl.store(latents_ptr + to, tl.where(live, latent, F), mask=place < P)
 
 
-@triton.jit
-def _keys_kernel(
-    idx_ptr,  # [P]
-    coef_ptr,  # [P], HAS_COEF only
-    keys_ptr,  # [P] int16 or int32
-    P,
-    F,
-    HAS_COEF: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(idx_ptr + at, mask=at < P, other=0).to(tl.int32)
-    if HAS_COEF:
-        coef = tl.load(coef_ptr + at, mask=at < P, other=0.0)
-        key = tl.where(coef == 0, F, key)
-    tl.store(keys_ptr + at, key.to(keys_ptr.dtype.element_ty), mask=at < P)
-
-
-@triton.jit
-def _offsets_kernel(
-    latents_ptr,  # [P] ordered
-    offsets_ptr,  # [F + 1]
-    P,
-    F,
-    STEPS: tl.constexpr,  # log2(P + 1), rounded up
-    BLOCK: tl.constexpr,
-):
-    """offsets[f] = the first place whose latent is at least f, by halving."""
-    f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    low = tl.zeros([BLOCK], tl.int32)
-    high = tl.zeros([BLOCK], tl.int32) + P
-    for _ in range(STEPS):
-        open_ = low < high
-        middle = low + (high - low) // 2
-        below = tl.load(latents_ptr + middle, mask=open_, other=0).to(tl.int32) < f
-        low = tl.where(open_ & below, middle + 1, low)
-        high = tl.where(open_ & (below == 0), middle, high)
-    tl.store(offsets_ptr + f, low, mask=f <= F)
-
-
 def _by_counting(top_idx: Tensor, num_latents: int, coef: Tensor | None) -> PairOrder:
     P, F = top_idx.numel(), num_latents
     counts = torch.zeros(F, dtype=torch.int32, device=top_idx.device)
@@ -181,24 +142,6 @@ def _by_counting(top_idx: Tensor, num_latents: int, coef: Tensor | None) -> Pair
     _place_kernel[(cdiv(P, 256),)](top_idx, numbers, offsets, placed, P, BLOCK=256)
     _rank_kernel[(cdiv(P, 128),)](
         top_idx, offsets, placed, order, latents, P, F, BLOCK=128, WIDTH=128
-    )
-    return PairOrder(order, latents, offsets)
-
-
-def _by_sorting(top_idx: Tensor, num_latents: int, coef: Tensor | None) -> PairOrder:
-    """Two small kernels around torch's sort, which is stable."""
-    P = top_idx.numel()
-    dtype = torch.int16 if num_latents < 2**15 else torch.int32
-    keys = torch.empty(P, dtype=dtype, device=top_idx.device)
-    offsets = torch.empty(num_latents + 1, dtype=torch.int32, device=top_idx.device)
-    if P:
-        _keys_kernel[(cdiv(P, 1024),)](
-            top_idx, top_idx if coef is None else coef, keys, P, num_latents,
-            HAS_COEF=coef is not None, BLOCK=1024,
-        )  # fmt: skip
-    latents, order = keys.sort(stable=True)
-    _offsets_kernel[(cdiv(num_latents + 1, 128),)](
-        latents, offsets, P, num_latents, STEPS=P.bit_length(), BLOCK=128, num_warps=4
     )
     return PairOrder(order, latents, offsets)
 
@@ -217,5 +160,5 @@ def order_pairs(
             "take fewer tokens at once"
         )
     counts = 0 < P <= min(_MAX_MEAN * num_latents, _MAX_PAIRS) and num_latents <= _MAX_LATENTS
-    by = _by_counting if counts else _by_sorting
+    by = _by_counting if counts else reference.order_pairs
     return by(top_idx.contiguous(), num_latents, None if coef is None else coef.contiguous())

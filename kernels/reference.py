@@ -13,7 +13,7 @@ from .reference_adam import DenseRows as DenseRows
 from .reference_adam import Gradients as Gradients
 from .reference_adam import HeavySums as HeavySums
 from .reference_adam import LatentRows as LatentRows
-from .reference_adam import Pairs as Pairs
+from .reference_adam import PairGradients as PairGradients
 from .reference_adam import adam_decoder_ as adam_decoder_
 from .reference_adam import adam_encoder_ as adam_encoder_
 from .reference_adam import adam_scalars_ as adam_scalars_
@@ -33,11 +33,16 @@ from .reference_dead import digit_counts as digit_counts
 from .reference_dead import mask_dead_grad_ as mask_dead_grad_
 from .reference_dead import pick_digits_ as pick_digits_
 from .reference_dead import select_dead as select_dead
+from .reference_encode import Codes as Codes
+from .reference_encode import Pairs as Pairs
+from .reference_encode import Slots as Slots
 from .reference_encode import accumulate_dtype as accumulate_dtype
+from .reference_encode import batch_topk_encode as batch_topk_encode
 from .reference_encode import pre_activations as pre_activations
 from .reference_encode import select_topk as select_topk
 from .reference_encode import sort_key as sort_key
 from .reference_encode import sort_keys as sort_keys
+from .reference_encode import threshold_encode as threshold_encode
 from .reference_encode import topk_encode as topk_encode
 from .reference_sparse import PairOrder as PairOrder
 from .reference_sparse import centre as centre
@@ -47,6 +52,5 @@ from .reference_sparse import gathered_dots as gathered_dots
 from .reference_sparse import order_pairs as order_pairs
 from .reference_sparse import pair_coefs as pair_coefs
 from .reference_sparse import scatter_rows as scatter_rows
-from .reference_sparse import scatter_values as scatter_values
 from .reference_sparse import sparse_decode as sparse_decode
 from .reference_sparse import token_sums as token_sums

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference_sparse import PairOrder, scatter_rows, scatter_values
+from .reference_sparse import PairOrder, scatter_rows
 
 # On the CPU a block's weights, moments and gradient stay in a core's cache from one operation to
 # the next.
@@ -31,18 +31,19 @@ class LatentRows(NamedTuple):
     copies: tuple[Tensor, Tensor] | None  # W_enc and W_dec in the compute dtype
 
 
-class Pairs(NamedTuple):
-    """A batch's (token, latent) pairs, `k` of each token one after another, and what each adds to
-    its latent's gradients: `dec_coef` times its token's row of dec_rows to W_dec's, `enc_coef`
-    times that of enc_rows to W_enc's, `enc_coef` to b_enc's.
+class PairGradients(NamedTuple):
+    """A batch's (token, latent) pairs and what each adds to its latent's gradients: `dec_coef`
+    times its token's row of dec_rows to W_dec's, `enc_coef` times that of enc_rows to W_enc's,
+    `enc_coef` to b_enc's. Pairs of coefficient 0 are none.
     """
 
-    indices: Tensor  # [N * K] int32
-    dec_coef: Tensor  # [N * K] float32/64
-    enc_coef: Tensor  # [N * K]
+    latents: Tensor  # [P] int32
+    dec_coef: Tensor  # [P] float32/64
+    enc_coef: Tensor  # [P]
     dec_rows: Tensor  # [N, D] residual
     enc_rows: Tensor  # [N, D] centred input
-    k: int
+    k: int  # pairs of each token, one after another; without meaning where tokens are given
+    tokens: Tensor | None = None  # [P] int32, of flat lists
 
 
 class DenseRows(NamedTuple):
@@ -68,7 +69,7 @@ class HeavySums(NamedTuple):
 class Gradients(NamedTuple):
     """A batch's gradients in the form that an optimizer step takes."""
 
-    pairs: Pairs
+    pairs: PairGradients
     order: PairOrder
     dense: DenseRows | None = None
     sums: HeavySums | None = None  # of heavy_sums; made anew where it is left out
@@ -138,7 +139,7 @@ def round_stochastic(
     return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)
 
 
-def heavy_sums(order: PairOrder, pairs: Pairs, num_latents: int) -> None:
+def heavy_sums(order: PairOrder, pairs: PairGradients, num_latents: int) -> None:
     """What a frequent latent's pairs come to, added ahead by many programs; here not needed."""
     del order, pairs, num_latents
     return
@@ -152,12 +153,20 @@ def _add_dense_(total: Tensor, grads: Gradients, part: str) -> None:
         total.index_add_(0, listed, rows.to(total.dtype))
 
 
+def _tokens(pairs: PairGradients) -> Tensor:  # [P]
+    if pairs.tokens is not None:
+        return pairs.tokens
+    return torch.arange(len(pairs.latents), device=pairs.latents.device) // pairs.k
+
+
 def encoder_gradients(grads: Gradients, num_latents: int) -> tuple[Tensor, Tensor]:
     """The gradients of W_enc [F, D] and b_enc [F] that a step forms row by row."""
-    pairs, shape = grads.pairs, (-1, grads.pairs.k)
-    idx, coef = pairs.indices.view(shape), pairs.enc_coef.view(shape)
-    enc = scatter_rows(coef, idx, pairs.enc_rows, num_latents)
-    bias = scatter_values(coef, idx, num_latents)
+    pairs = grads.pairs
+    enc = scatter_rows(
+        pairs.enc_coef, pairs.latents, pairs.enc_rows, num_latents, tokens=_tokens(pairs)
+    )
+    bias = pairs.enc_coef.new_zeros(num_latents)
+    bias.index_add_(0, pairs.latents, pairs.enc_coef)
     _add_dense_(enc, grads, "enc")
     _add_dense_(bias, grads, "bias")
     return enc, bias
@@ -165,9 +174,10 @@ def encoder_gradients(grads: Gradients, num_latents: int) -> tuple[Tensor, Tenso
 
 def decoder_gradient(grads: Gradients, num_latents: int) -> Tensor:  # [F, D]
     """`encoder_gradients` for W_dec."""
-    pairs, shape = grads.pairs, (-1, grads.pairs.k)
-    idx, coef = pairs.indices.view(shape), pairs.dec_coef.view(shape)
-    dec = scatter_rows(coef, idx, pairs.dec_rows, num_latents)
+    pairs = grads.pairs
+    dec = scatter_rows(
+        pairs.dec_coef, pairs.latents, pairs.dec_rows, num_latents, tokens=_tokens(pairs)
+    )
     _add_dense_(dec, grads, "dec")
     return dec
 

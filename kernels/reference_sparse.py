@@ -1,6 +1,8 @@
 """Decoder, its gradients and the order of pairs in plain PyTorch: the sparse part of reference.py.
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k.  W_dec is [F, D]: a latent is a row.
+Activations, latents and coefficients are a rectangle [N, K], or a flat list [C] with its `tokens`
+and `offsets`: see Pairs.
 """
 
 from __future__ import annotations
@@ -18,13 +20,20 @@ def sparse_decode(
     top_acts: Tensor,  # [N, K]
     top_idx: Tensor,  # [N, K] int32 or int64
     W_dec: Tensor,  # [F, D]
+    tokens: Tensor | None = None,  # [C], of a flat list
+    offsets: Tensor | None = None,  # [N + 1]
 ) -> Tensor:  # [N, D] in W_dec's dtype
     """`recon[n] = sum_j top_acts[n, j] * W_dec[top_idx[n, j]]`, accumulated in float32 (float64
     for float64).
     """
     dtype = accumulate_dtype(W_dec.dtype)
+    begins, _ = _bags(top_idx, tokens, offsets)
+    weights = top_acts.to(dtype).flatten()
+    if offsets is not None:
+        # They would be the last token's.
+        weights = weights.masked_fill(_unused(weights, offsets), 0)
     recon = F.embedding_bag(
-        top_idx, W_dec.to(dtype), mode="sum", per_sample_weights=top_acts.to(dtype)
+        top_idx.flatten().long(), W_dec.to(dtype), begins, mode="sum", per_sample_weights=weights
     )
     return recon.to(W_dec.dtype)
 
@@ -33,21 +42,39 @@ def gathered_dots(
     grad: Tensor,  # [N, D]
     top_idx: Tensor,  # [N, K]
     W: Tensor,  # [F, D]
+    tokens: Tensor | None = None,  # [C], of a flat list
+    offsets: Tensor | None = None,  # [N + 1]
 ) -> Tensor:  # [N, K] float32, or float64
     """`dots[n, j] = grad[n] . W[top_idx[n, j]]`: the decoder's gradient with respect to its
-    activations.
+    activations; 0 in the slots that a flat list does not use.
     """
     dtype = accumulate_dtype(W.dtype)
     # The gradient of embedding_bag's weights, which gathers no [N, K, D]: 3.3 ms for an einsum's
     # 17.8 at N=1024 K=32 D=576 F=4096, on one core.
     dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad.to(dtype), W.to(dtype), top_idx.flatten().long(), *_bags(top_idx), 0
+        grad.to(dtype),
+        W.to(dtype),
+        top_idx.flatten().long(),
+        *_bags(top_idx, tokens, offsets),
+        0,
     )
+    if offsets is not None:
+        dots = dots.masked_fill(_unused(dots, offsets), 0)
     return dots.view(top_idx.shape)
 
 
-def _bags(top_idx: Tensor) -> tuple[Tensor, Tensor]:  # [N], [N * K] int64
+def _unused(slots: Tensor, offsets: Tensor) -> Tensor:  # [C] bool
+    """The slots that a flat list does not use."""
+    return torch.arange(len(slots), device=slots.device) >= offsets[-1]
+
+
+def _bags(
+    top_idx: Tensor, tokens: Tensor | None = None, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # [N], [N * K] int64
     """Where each token's pairs begin, and each pair's token."""
+    if tokens is not None:
+        begins = tokens if offsets is None else offsets[:-1]
+        return begins.long(), tokens.long()
     num_tokens, k = top_idx.shape
     token = torch.arange(num_tokens, device=top_idx.device)
     return token * k, token.repeat_interleave(k)
@@ -60,6 +87,7 @@ def scatter_rows(
     num_latents: int,
     dtype: torch.dtype | None = None,
     order: PairOrder | None = None,
+    tokens: Tensor | None = None,  # [C], of a flat list
 ) -> Tensor:  # [F, D] in dtype; left out, float32, or float64
     """`out[f] = sum of coef[n, j] * rows[n] over the pairs with top_idx[n, j] == f`: both weight
     gradients.
@@ -69,7 +97,7 @@ def scatter_rows(
     """
     del order
     wanted, dtype = dtype, accumulate_dtype(rows.dtype)
-    token = _bags(top_idx)[1]
+    token = _bags(top_idx, tokens)[1]
     empty = token.new_empty(0)
     # embedding_bag's own backward is this sum without an [N, K, D] tensor: 20x index_add_ at
     # N=1024 K=32 D=576.
@@ -100,32 +128,20 @@ def decode_backward(
     return gathered_dots(grad, top_idx, W_dec), grad_W
 
 
-def scatter_values(
-    coef: Tensor,  # [N, K]
-    top_idx: Tensor,  # [N, K]
-    num_latents: int,
-    order: PairOrder | None = None,
-) -> Tensor:  # [F] float32, or float64
-    """`out[f] = sum of coef[n, j] over the pairs with top_idx[n, j] == f`: the encoder bias's
-    gradient. `order` as in `scatter_rows`.
-    """
-    del order
-    coef = coef.to(accumulate_dtype(coef.dtype)).flatten()
-    return coef.new_zeros(num_latents).index_add_(0, top_idx.flatten().long(), coef)
-
-
 def pair_coefs(
     top_acts: Tensor,  # [N, K]
     top_idx: Tensor,  # [N, K]
     W_dec: Tensor,  # [F, D]
     residual: Tensor,  # [N, D]
     scale: Tensor,  # scalar
+    tokens: Tensor | None = None,  # [C], of a flat list
+    offsets: Tensor | None = None,  # [N + 1]
 ) -> tuple[Tensor, Tensor]:  # [N, K] float32/64 x 2
     """What a pair adds to its latent's rows: `scale * act` times the token's residual to W_dec's
     gradient, `scale * residual . W_dec[latent]` times the centred token to W_enc's; 0 where the
     activation is 0.
     """
-    dots = gathered_dots(residual, top_idx, W_dec)
+    dots = gathered_dots(residual, top_idx, W_dec, tokens, offsets)
     return top_acts.to(dots.dtype) * scale, (dots * scale).masked_fill(top_acts == 0, 0)
 
 
@@ -136,14 +152,18 @@ def decode_coefs(
     b_dec: Tensor,  # [D]
     x: Tensor,  # [N, D]
     scale: Tensor,  # scalar
+    tokens: Tensor | None = None,  # [C], of a flat list
+    offsets: Tensor | None = None,  # [N + 1]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N, D], [any] float32/64, [N, K] float32/64 x 2
     """`recon - x`, its squares in parts that are to be added (taken before it is rounded), and its
     `pair_coefs`.
     """
     dtype = accumulate_dtype(W_dec.dtype)
-    residual = sparse_decode(top_acts, top_idx, W_dec.to(dtype)) + b_dec.to(dtype) - x.to(dtype)
+    recon = sparse_decode(top_acts, top_idx, W_dec.to(dtype), tokens, offsets)
+    residual = recon + b_dec.to(dtype) - x.to(dtype)
     rounded, squares = residual.to(W_dec.dtype), residual.square().sum().view(1)
-    return rounded, squares, *pair_coefs(top_acts, top_idx, W_dec, rounded, scale)
+    coefs = pair_coefs(top_acts, top_idx, W_dec, rounded, scale, tokens, offsets)
+    return rounded, squares, *coefs
 
 
 class PairOrder(NamedTuple):

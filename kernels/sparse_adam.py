@@ -87,7 +87,7 @@ def _add_dense(grad, value, slot, dense_ptr, bias_ptr, cols, inside, D):
 @triton.jit(do_not_specialize=["seed", "first_latent"])
 def _encoder_kernel(
     order_ptr, offsets_ptr,  # [P] int32 or int64, [F + 1]
-    coef_ptr, rows_ptr,  # [P], [N, D]
+    coef_ptr, rows_ptr, tokens_ptr,  # [P], [N, D], [P] of flat lists or None
     sums_ptr, values_ptr,  # [P // HEAVY, D] and [P // HEAVY] of heavy_sums
     slots_ptr, dense_ptr, dense_bias_ptr,  # [F] int32, [M, D] and [M], DENSE only
     W_ptr, m_ptr, v_ptr, copy_ptr,  # [F, D]
@@ -129,8 +129,8 @@ def _encoder_kernel(
                 m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
                 v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
             grad, value = latent_gradient(
-                pair, begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, inside,
-                D, K, HEAVY, PAIRS, BLOCK_D,
+                pair, begin, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr, values_ptr,
+                cols, inside, D, K, HEAVY, PAIRS, BLOCK_D,
             )  # fmt: skip
             if DENSE:
                 grad, value = _add_dense(
@@ -176,6 +176,7 @@ def _decoder_kernel(
     offsets_ptr,  # [F + 1]
     coef_ptr,  # [P]
     rows_ptr,  # [N, D]
+    tokens_ptr,  # [P] of flat lists, or None
     sums_ptr, values_ptr,  # [P // HEAVY, D] and [P // HEAVY] of heavy_sums
     slots_ptr, dense_ptr, dense_bias_ptr,  # [F] int32, [M, D] and [M], DENSE only
     W_ptr, m_ptr, v_ptr, copy_ptr,  # [F, D]
@@ -207,7 +208,7 @@ def _decoder_kernel(
             v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
         grad, value = latent_gradient(
             first_pairs(begin, order_ptr, end, PAIRS), begin, end, order_ptr, coef_ptr, rows_ptr,
-            sums_ptr, values_ptr, cols, inside, D, K, HEAVY, PAIRS, BLOCK_D,
+            tokens_ptr, sums_ptr, values_ptr, cols, inside, D, K, HEAVY, PAIRS, BLOCK_D,
         )  # fmt: skip
         if DENSE:
             grad, value = _add_dense(grad, value, slot, dense_ptr, dense_bias_ptr, cols, inside, D)
@@ -295,7 +296,8 @@ def _encoder(
     squares = weighted.new_empty(grid if norm else (0,))
     copy = rows.W_enc if rows.copies is None else rows.copies[0]
     _encoder_kernel[grid](
-        order.order, order.offsets, pairs.enc_coef, pairs.enc_rows, sums.enc, sums.values,
+        order.order, order.offsets, pairs.enc_coef, pairs.enc_rows, pairs.tokens, sums.enc,
+        sums.values,
         *_dense_args(rows, grads, decoder=False),
         rows.W_enc, rows.exp_avg[0], rows.exp_avg_sq[0], copy,
         rows.b_enc, rows.exp_avg[1], rows.exp_avg_sq[1], weighted, squares,
@@ -322,7 +324,8 @@ def _decoder(
     squares = rows.W_dec.new_empty(F if norm else 0, dtype=torch.float32)
     copy = rows.W_dec if rows.copies is None else rows.copies[1]
     _decoder_kernel[(F,)](
-        order.order, order.offsets, pairs.dec_coef, pairs.dec_rows, sums.dec, sums.values,
+        order.order, order.offsets, pairs.dec_coef, pairs.dec_rows, pairs.tokens, sums.dec,
+        sums.values,
         *_dense_args(rows, grads, decoder=True),
         rows.W_dec, rows.exp_avg[2], rows.exp_avg_sq[2], copy, squares,
         scalars, step, D, pairs.k, *_constants(options, first_latent), NORM=norm,

@@ -3,7 +3,9 @@ with the loss's residual between them.
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k.  One program a token and a block of columns
 (decode) or of pairs (dots); several latents' rows are in flight at once as a [BLOCK_K, BLOCK_D]
-tile.  No atomics: the order of every sum is fixed.
+tile.  No atomics: the order of every sum is fixed.  Pairs are a rectangle [N, K], or a flat list
+[C], whose tokens' numbers of pairs are known to the device alone: there dots take blocks of pairs
+whatever their tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +19,24 @@ from .shapes import cdiv, next_power_of_2
 
 
 @triton.jit
-def _latent_rows(acts_ptr, idx_ptr, w_ptr, token, start, cols, D, K, BLOCK_K: tl.constexpr):
-    """Activations [BLOCK_K] of a token from slot `start` on, and their latents' rows in some
-    columns, float32."""
+def _span(offsets_ptr, token, K):
+    """Where a token's pairs begin, and their number; offsets are None for a rectangle."""
+    if offsets_ptr is None:
+        first = token * K
+        count = K
+    else:
+        first = tl.load(offsets_ptr + token).to(tl.int64)
+        count = (tl.load(offsets_ptr + token + 1) - first).to(tl.int32)
+    return first, count
+
+
+@triton.jit
+def _latent_rows(acts_ptr, idx_ptr, w_ptr, first, start, cols, D, K, BLOCK_K: tl.constexpr):
+    """Activations [BLOCK_K] of a token, whose K pairs begin at `first`, from slot `start` on, and
+    their latents' rows in some columns, float32."""
     slot = start + tl.arange(0, BLOCK_K)
-    act = tl.load(acts_ptr + token * K + slot, mask=slot < K, other=0.0).to(tl.float32)
-    latent = tl.load(idx_ptr + token * K + slot, mask=slot < K, other=0).to(tl.int64)
+    act = tl.load(acts_ptr + first + slot, mask=slot < K, other=0.0).to(tl.float32)
+    latent = tl.load(idx_ptr + first + slot, mask=slot < K, other=0).to(tl.int64)
     # A zero activation loads nothing: on a shard most pairs belong to other shards.
     mask = (act != 0)[:, None] & (cols < D)[None, :]
     w = tl.load(w_ptr + latent[:, None] * D + cols[None, :], mask=mask, other=0.0)
@@ -35,79 +49,76 @@ def _decode_kernel(
     idx_ptr,  # [N, K]
     w_ptr,  # [F, D]
     out_ptr,  # [N, D]
-    D,
-    K,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        act, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, token, start, cols, D, K, BLOCK_K)
-        acc += act[:, None] * w
-    row = tl.sum(acc, axis=0)
-    tl.store(out_ptr + token * D + cols, row.to(out_ptr.dtype.element_ty), mask=cols < D)
-
-
-@triton.jit
-def _decode_coefs_kernel(
-    acts_ptr,  # [N, K]
-    idx_ptr,  # [N, K]
-    w_ptr,  # [F, D]
+    offsets_ptr,  # [N + 1] of a flat list, or None
     b_ptr,  # [D]
-    x_ptr,  # [N, D]
-    out_ptr,  # [N, D]
+    x_ptr,  # [N, D]; None for the reconstruction alone
     sq_ptr,  # [N, blocks] sums of squares
-    dots_ptr,  # [N, blocks, K] float32
+    dots_ptr,  # [N, blocks, K] float32, as many of each token as it has pairs
     D,
     K,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A token's residual in a block of columns, then its part of the dot products with the same
-    rows, which the caches still hold."""
+    """A token's reconstruction in a block of columns, or its residual and then its part of the dot
+    products with the same rows, which the caches still hold."""
     token = tl.program_id(0).to(tl.int64)
+    first, k = _span(offsets_ptr, token, K)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = cols < D
     acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        act, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, token, start, cols, D, K, BLOCK_K)
+    for start in range(0, k, BLOCK_K):
+        act, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, first, start, cols, D, k, BLOCK_K)
         acc += act[:, None] * w
     row = tl.sum(acc, axis=0)
-    x = tl.load(x_ptr + token * D + cols, mask=inside, other=0.0).to(tl.float32)
-    row += tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32) - x
-    row = tl.where(inside, row, 0.0)
-    at = token * tl.num_programs(1) + tl.program_id(1)
-    tl.store(sq_ptr + at, tl.sum(row * row, axis=0))
-    rounded = row.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * D + cols, rounded, mask=inside)
-    grad = rounded.to(tl.float32)
-    for start in range(0, K, BLOCK_K):
-        slot = start + tl.arange(0, BLOCK_K)
-        _, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, token, start, cols, D, K, BLOCK_K)
-        dots = tl.sum(grad[None, :] * w, axis=1)
-        tl.store(dots_ptr + at * K + slot, dots, mask=slot < K)
+    if x_ptr is None:
+        tl.store(out_ptr + token * D + cols, row.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        x = tl.load(x_ptr + token * D + cols, mask=inside, other=0.0).to(tl.float32)
+        row += tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32) - x
+        row = tl.where(inside, row, 0.0)
+        at = token * tl.num_programs(1) + tl.program_id(1)
+        tl.store(sq_ptr + at, tl.sum(row * row, axis=0))
+        rounded = row.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + token * D + cols, rounded, mask=inside)
+        grad = rounded.to(tl.float32)
+        begin = at * K if offsets_ptr is None else first * tl.num_programs(1) + tl.program_id(1) * k
+        for start in range(0, k, BLOCK_K):
+            slot = start + tl.arange(0, BLOCK_K)
+            _, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, first, start, cols, D, k, BLOCK_K)
+            dots = tl.sum(grad[None, :] * w, axis=1)
+            tl.store(dots_ptr + begin + slot, dots, mask=slot < k)
 
 
 @triton.jit
 def _coefs_kernel(
-    acts_ptr,  # [N, K]
-    dots_ptr,  # [N, blocks, K] float32
+    acts_ptr,  # [P]
+    dots_ptr,  # of _decode_kernel
     scale_ptr,  # scalar float32
-    dec_ptr,  # [N, K] float32
-    enc_ptr,  # [N, K] float32
+    dec_ptr,  # [P] float32
+    enc_ptr,  # [P] float32
+    tokens_ptr,  # [P] of a flat list, or None
+    offsets_ptr,  # [N + 1] of a flat list, or None
+    N,
     P,
     K,
     blocks,
     BLOCK: tl.constexpr,
 ):
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    at = (pair // K).to(tl.int64) * blocks * K + pair % K
+    used = pair < P
+    if tokens_ptr is None:
+        at = (pair // K).to(tl.int64) * blocks * K + pair % K
+        step = K
+    else:
+        used = pair < tl.load(offsets_ptr + N)
+        token = tl.load(tokens_ptr + pair, mask=used, other=0)
+        first = tl.load(offsets_ptr + token, mask=used, other=0)
+        step = tl.load(offsets_ptr + token + 1, mask=used, other=0) - first
+        at = first.to(tl.int64) * blocks + pair - first
     dots = tl.zeros([BLOCK], tl.float32)
     for _ in range(blocks):
-        dots += tl.load(dots_ptr + at, mask=pair < P, other=0.0)
-        at += K
+        dots += tl.load(dots_ptr + at, mask=used, other=0.0)
+        at += step
     act = tl.load(acts_ptr + pair, mask=pair < P, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr)
     tl.store(dec_ptr + pair, act * scale, mask=pair < P)
@@ -123,16 +134,26 @@ def _dots_kernel(
     acts_ptr,  # [N, K], COEFS only
     dec_ptr,  # [N, K] float32, COEFS only
     scale_ptr,  # scalar float32, COEFS only
+    tokens_ptr,  # [P] of a flat list, or None
+    offsets_ptr,  # [N + 1] of a flat list, or None
+    N,
     D,
-    K,
+    K,  # pairs a token; of a flat list all slots
     COEFS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
     slot = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    pair = token * K + slot
-    used = slot < K
+    inside = slot < K
+    if tokens_ptr is None:
+        token = tl.program_id(0).to(tl.int64)
+        pair = token * K + slot
+        used = inside
+    else:
+        pair = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = pair < K
+        used = pair < tl.load(offsets_ptr + N)
+        token = tl.load(tokens_ptr + pair, mask=used, other=0).to(tl.int64)[:, None]
     latent = tl.load(idx_ptr + pair, mask=used, other=0).to(tl.int64)
     if COEFS:
         act = tl.load(acts_ptr + pair, mask=used, other=0.0).to(tl.float32)
@@ -141,17 +162,17 @@ def _dots_kernel(
         wanted = used
     acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
+        cols = (start + tl.arange(0, BLOCK_D))[None, :]
         g = tl.load(grad_ptr + token * D + cols, mask=cols < D, other=0.0).to(tl.float32)
-        mask = wanted[:, None] & (cols < D)[None, :]
-        w = tl.load(w_ptr + latent[:, None] * D + cols[None, :], mask=mask, other=0.0)
-        acc += g[None, :] * w.to(tl.float32)
+        mask = wanted[:, None] & (cols < D)
+        w = tl.load(w_ptr + latent[:, None] * D + cols, mask=mask, other=0.0)
+        acc += g * w.to(tl.float32)
     dots = tl.sum(acc, axis=1)
     if COEFS:
         scale = tl.load(scale_ptr)
         dots = dots * scale
-        tl.store(dec_ptr + pair, act * scale, mask=used)
-    tl.store(out_ptr + pair, dots, mask=used)
+        tl.store(dec_ptr + pair, act * scale, mask=inside)
+    tl.store(out_ptr + pair, dots, mask=inside)
 
 
 def _decode_blocks(D: int) -> dict[str, int]:
@@ -166,24 +187,42 @@ def _dots_blocks(D: int, K: int) -> dict[str, int]:
     return {"BLOCK_K": min(16, next_power_of_2(K)), "BLOCK_D": block_d, "num_warps": 1}
 
 
+def _dots_grid(
+    N: int, D: int, K: int, tokens: Tensor | None
+) -> tuple[tuple[int, int], dict[str, int]]:
+    blocks = _dots_blocks(D, K)
+    programs = cdiv(K, blocks["BLOCK_K"])
+    # A grid's first axis alone may have more than 65535.
+    return ((N, programs) if tokens is None else (programs, 1)), blocks
+
+
 def _decode_coefs_blocks(D: int, K: int) -> dict[str, int]:
     # 16 latents at once 203 us, 8 263 us at D=4096, K=64; at D=768, K=32 66 and 61.
     return {**_decode_blocks(D), "BLOCK_K": 16 if K > 32 else 8}
+
+
+def _sizes(top_idx: Tensor, offsets: Tensor | None) -> tuple[int, int]:
+    """N, and K; of a flat list all slots."""
+    return (len(top_idx) if offsets is None else len(offsets) - 1), top_idx.shape[-1]
 
 
 def sparse_decode(
     top_acts: Tensor,  # [N, K]
     top_idx: Tensor,  # [N, K] int32 or int64
     W_dec: Tensor,  # [F, D]
+    tokens: Tensor | None = None,  # [C], of a flat list
+    offsets: Tensor | None = None,  # [N + 1]
 ) -> Tensor:  # [N, D] in W_dec's dtype
     """`reference.sparse_decode`; a row of W_dec whose activation is 0 is never read."""
-    (N, K), D = top_idx.shape, W_dec.shape[1]
+    del tokens
+    (N, K), D = _sizes(top_idx, offsets), W_dec.shape[1]
     out = W_dec.new_empty((N, D))
     if N:
         top_acts, top_idx, W_dec = top_acts.contiguous(), top_idx.contiguous(), W_dec.contiguous()
         blocks = _decode_blocks(D)
         grid = (N, cdiv(D, blocks["BLOCK_D"]))
-        _decode_kernel[grid](top_acts, top_idx, W_dec, out, D, K, **blocks)
+        args = (top_acts, top_idx, W_dec, out, offsets, None, None, None, None, D, K)
+        _decode_kernel[grid](*args, **blocks)
     return out
 
 
@@ -191,15 +230,17 @@ def gathered_dots(
     grad: Tensor,  # [N, D]
     top_idx: Tensor,  # [N, K]
     W: Tensor,  # [F, D]
+    tokens: Tensor | None = None,  # [C], of a flat list
+    offsets: Tensor | None = None,  # [N + 1]
 ) -> Tensor:  # [N, K] float32
     """`reference.gathered_dots`."""
-    (N, K), D = top_idx.shape, W.shape[1]
-    out = W.new_empty((N, K), dtype=torch.float32)
-    if N:
-        blocks = _dots_blocks(D, K)
-        grid = (N, cdiv(K, blocks["BLOCK_K"]))
+    (N, K), D = _sizes(top_idx, offsets), W.shape[1]
+    out = W.new_empty(top_idx.shape, dtype=torch.float32)
+    if out.numel():
+        grid, blocks = _dots_grid(N, D, K, tokens)
         grad, top_idx, W = grad.contiguous(), top_idx.contiguous(), W.contiguous()
-        _dots_kernel[grid](grad, top_idx, W, out, out, out, out, D, K, COEFS=False, **blocks)
+        args = (grad, top_idx, W, out, out, out, out, tokens, offsets, N, D, K)
+        _dots_kernel[grid](*args, COEFS=False, **blocks)
     return out
 
 
@@ -209,16 +250,17 @@ def pair_coefs(
     W_dec: Tensor,  # [F, D]
     residual: Tensor,  # [N, D]
     scale: Tensor,  # scalar float32
+    tokens: Tensor | None = None,  # [C], of a flat list
+    offsets: Tensor | None = None,  # [N + 1]
 ) -> tuple[Tensor, Tensor]:  # [N, K] float32 x 2
     """`reference.pair_coefs` in one pass."""
-    (N, K), D = top_idx.shape, W_dec.shape[1]
-    enc = W_dec.new_empty((N, K), dtype=torch.float32)
+    (N, K), D = _sizes(top_idx, offsets), W_dec.shape[1]
+    enc = W_dec.new_empty(top_idx.shape, dtype=torch.float32)
     dec = torch.empty_like(enc)
-    if N:
-        blocks = _dots_blocks(D, K)
-        grid = (N, cdiv(K, blocks["BLOCK_K"]))
+    if enc.numel():
+        grid, blocks = _dots_grid(N, D, K, tokens)
         args = (residual, top_idx.contiguous(), W_dec, enc, top_acts.contiguous(), dec, scale)
-        _dots_kernel[grid](*args, D, K, COEFS=True, **blocks)
+        _dots_kernel[grid](*args, tokens, offsets, N, D, K, COEFS=True, **blocks)
     return dec, enc
 
 
@@ -229,21 +271,24 @@ def decode_coefs(
     b_dec: Tensor,  # [D]
     x: Tensor,  # [N, D]
     scale: Tensor,  # scalar float32
+    tokens: Tensor | None = None,  # [C], of a flat list
+    offsets: Tensor | None = None,  # [N + 1]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N, D], [any, any] float32, [N, K] float32 x 2
     """`reference.decode_coefs` with the rows of W_dec read once from memory: the dot products find
     them in the caches.
     """
-    (N, K), D = top_idx.shape, W_dec.shape[1]
-    block = _decode_coefs_blocks(D, K)
+    (N, K), D, P = _sizes(top_idx, offsets), W_dec.shape[1], top_idx.numel()
+    block = _decode_coefs_blocks(D, cdiv(P, max(N, 1)))
     blocks = cdiv(D, block["BLOCK_D"])
     out = W_dec.new_empty((N, D))
     sq = W_dec.new_empty((N, blocks), dtype=torch.float32)
-    dots = sq.new_empty((N, blocks, K))
-    dec, enc = sq.new_empty((2, N, K)).unbind()
+    dots = sq.new_empty(P * blocks)
+    dec, enc = sq.new_empty((2, *top_idx.shape)).unbind()
     if N:
         top_acts, top_idx = top_acts.contiguous(), top_idx.contiguous()
-        args = (top_acts, top_idx, W_dec, b_dec, x.contiguous(), out, sq, dots, D, K)
-        _decode_coefs_kernel[(N, blocks)](*args, **block)
-        pairs = (top_acts, dots, scale, dec, enc, N * K, K, blocks)
-        _coefs_kernel[(cdiv(N * K, 512),)](*pairs, BLOCK=512)
+        args = (top_acts, top_idx, W_dec, out, offsets, b_dec, x.contiguous(), sq, dots, D, K)
+        _decode_kernel[(N, blocks)](*args, **block)
+    if P:
+        pairs = (top_acts, dots, scale, dec, enc, tokens, offsets, N, P, K, blocks)
+        _coefs_kernel[(cdiv(P, 512),)](*pairs, BLOCK=512)
     return out, sq, dec, enc

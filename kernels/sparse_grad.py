@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pair_order import order_pairs
-from .reference import HeavySums, PairOrder, Pairs
+from .reference import HeavySums, PairGradients, PairOrder
 from .shapes import cdiv, next_power_of_2, num_programs
 
 # Scratch of the heavy blocks is kept under this many bytes by making the blocks longer.
@@ -23,6 +22,13 @@ _MAX_SCRATCH_BYTES = 32 << 20
 _MIN_HEAVY = 64
 # Programs a multiprocessor that add such blocks.
 _HEAVY_PROGRAMS = 8
+
+
+@triton.jit
+def token_of(pair, tokens_ptr, live, K):
+    """The tokens of pairs: they are given for a flat list; a rectangle has K pairs a token."""
+    token = pair // K if tokens_ptr is None else tl.load(tokens_ptr + pair, mask=live, other=0)
+    return token.to(tl.int64)
 
 
 @triton.jit
@@ -36,6 +42,7 @@ def _heavy_kernel(
     dec_out_ptr,  # [P // HEAVY, D]
     enc_out_ptr,  # [P // HEAVY, D], BOTH only
     values_ptr,  # [P // HEAVY]
+    tokens_ptr,  # [P] of a flat list, or None
     blocks,  # P // HEAVY
     F,
     D,
@@ -62,7 +69,7 @@ def _heavy_kernel(
             for start in range(0, HEAVY, BLOCK_P):
                 at = block * HEAVY + start + tl.arange(0, BLOCK_P)
                 pair = tl.load(order_ptr + at).to(tl.int32)
-                token = (pair // K).to(tl.int64)
+                token = token_of(pair, tokens_ptr, pair >= 0, K)
                 coef = tl.load(dec_coef_ptr + pair).to(tl.float32)
                 rows = tl.load(
                     dec_rows_ptr + token[:, None] * D + cols[None, :], mask=inside, other=0.0
@@ -100,7 +107,7 @@ def first_pairs(begin, order_ptr, P, PAIRS: tl.constexpr):
 
 @triton.jit
 def _add_pairs(
-    grad, value, pair, begin, end, order_ptr, coef_ptr, rows_ptr, cols, inside, D, K,
+    grad, value, pair, begin, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, cols, inside, D, K,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Adds the ordered pairs begin .. end, of which `pair` are the first, to a latent's gradient
@@ -108,7 +115,7 @@ def _add_pairs(
     """
     for i in range(begin, end, PAIRS):
         live = i + tl.arange(0, PAIRS) < end
-        row = (pair // K).to(tl.int64)
+        row = token_of(pair, tokens_ptr, live, K)
         coef = tl.load(coef_ptr + pair, mask=live, other=0.0).to(tl.float32)
         mask = live[:, None] & inside[None, :]
         # Kept in the L2 cache, through which weights and moments stream: 5 to 7% at D = 4096.
@@ -124,8 +131,8 @@ def _add_pairs(
 
 @triton.jit
 def latent_gradient(
-    pair, begin, end, order_ptr, coef_ptr, rows_ptr, sums_ptr, values_ptr, cols, inside, D, K,
-    HEAVY: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
+    pair, begin, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr, values_ptr, cols, inside,
+    D, K, HEAVY: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A latent's gradient and its coefficients' sum: its pairs, of which `pair` are the first,
     before, within and after the whole blocks that heavy_sums added.
@@ -136,7 +143,7 @@ def latent_gradient(
     value = tl.sum(tl.zeros([PAIRS], tl.float32), axis=0)
     grad, value = _add_pairs(
         grad, value, pair, begin, tl.where(split, first * HEAVY, end), order_ptr, coef_ptr,
-        rows_ptr, cols, inside, D, K, PAIRS,
+        rows_ptr, tokens_ptr, cols, inside, D, K, PAIRS,
     )  # fmt: skip
     if split:
         for block in range(first, last):
@@ -145,63 +152,10 @@ def latent_gradient(
             value += tl.load(values_ptr + block)
         pair = first_pairs(last * HEAVY, order_ptr, end, PAIRS)
         grad, value = _add_pairs(
-            grad, value, pair, last * HEAVY, end, order_ptr, coef_ptr, rows_ptr, cols, inside, D, K,
-            PAIRS,
+            grad, value, pair, last * HEAVY, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, cols,
+            inside, D, K, PAIRS,
         )  # fmt: skip
     return grad, value
-
-
-@triton.jit
-def _block_values_kernel(
-    order_ptr,  # [P] int32 or int64
-    coef_ptr,  # [P]
-    out_ptr,  # [cdiv(P, HEAVY)] float32, of ordered pairs whatever their latents
-    P,
-    HEAVY: tl.constexpr,
-):
-    at = tl.program_id(0) * HEAVY + tl.arange(0, HEAVY)
-    pair = tl.load(order_ptr + at, mask=at < P, other=0)
-    coef = tl.load(coef_ptr + pair, mask=at < P, other=0.0).to(tl.float32)
-    tl.store(out_ptr + tl.program_id(0), tl.sum(coef, axis=0))
-
-
-@triton.jit
-def _add_values(acc, begin, end, order_ptr, coef_ptr, WIDTH: tl.constexpr):
-    """Adds ordered pairs begin .. end of each latent, WIDTH at once."""
-    for start in range(0, tl.max(end - begin, axis=0), WIDTH):
-        i = begin[:, None] + start + tl.arange(0, WIDTH)[None, :]
-        inside = i < end[:, None]
-        pair = tl.load(order_ptr + i, mask=inside, other=0)
-        acc += tl.load(coef_ptr + pair, mask=inside, other=0.0).to(tl.float32)
-    return acc
-
-
-@triton.jit
-def _scatter_values_kernel(
-    order_ptr,  # [P] int32 or int64
-    offsets_ptr,  # [F + 1]
-    coef_ptr,  # [P]
-    sums_ptr,  # [blocks] of _block_values_kernel
-    out_ptr,  # [F] float32
-    F,
-    HEAVY: tl.constexpr,
-    LATENTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    latent = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
-    begin = tl.load(offsets_ptr + latent, mask=latent < F, other=0)
-    end = tl.load(offsets_ptr + latent + 1, mask=latent < F, other=0)
-    first, last = tl.cdiv(begin, HEAVY), end // HEAVY  # whole blocks of each latent
-    split = first < last
-    acc = tl.zeros([LATENTS, WIDTH], tl.float32)
-    head = tl.where(split, first * HEAVY, end)
-    acc = _add_values(acc, begin, head, order_ptr, coef_ptr, WIDTH)
-    for start in range(0, tl.max(last - first, axis=0), WIDTH):
-        block = first[:, None] + start + tl.arange(0, WIDTH)[None, :]
-        acc += tl.load(sums_ptr + block, mask=block < last[:, None], other=0.0)
-    tail = tl.where(split, last * HEAVY, end)
-    acc = _add_values(acc, tail, end, order_ptr, coef_ptr, WIDTH)
-    tl.store(out_ptr + latent, tl.sum(acc, axis=1), mask=latent < F)
 
 
 def heavy_block(num_pairs: int, D: int, matrices: int) -> int:
@@ -212,11 +166,12 @@ def heavy_block(num_pairs: int, D: int, matrices: int) -> int:
     return heavy
 
 
-def heavy_sums(order: PairOrder, pairs: Pairs, num_latents: int) -> HeavySums:
+def heavy_sums(order: PairOrder, pairs: PairGradients, num_latents: int) -> HeavySums:
     """`reference.heavy_sums`: both gradients' in one pass."""
     return block_sums(
-        order, pairs.dec_coef, pairs.dec_rows, num_latents, pairs.k, pairs.enc_coef, pairs.enc_rows
-    )
+        order, pairs.dec_coef, pairs.dec_rows, num_latents, pairs.k, pairs.tokens, pairs.enc_coef,
+        pairs.enc_rows,
+    )  # fmt: skip
 
 
 def block_sums(
@@ -225,6 +180,7 @@ def block_sums(
     dec_rows: Tensor,  # [N, D]
     num_latents: int,
     k: int,
+    tokens: Tensor | None = None,  # [P], of a flat list
     enc_coef: Tensor | None = None,  # [P]
     enc_rows: Tensor | None = None,  # [N, D]
 ) -> HeavySums:
@@ -244,38 +200,7 @@ def block_sums(
         _heavy_kernel[(min(blocks, programs), shares)](
             order.order, order.latents, dec_coef, dec_coef if enc_coef is None else enc_coef,
             dec_rows, dec_rows if enc_rows is None else enc_rows, dec, dec if enc is None else enc,
-            values, blocks, num_latents, D, k,
+            values, tokens, blocks, num_latents, D, k,
             BOTH=enc is not None, HEAVY=heavy, BLOCK_P=8, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return HeavySums(heavy, dec, enc, values)
-
-
-def scatter_values(
-    coef: Tensor,  # [N, K]
-    top_idx: Tensor,  # [N, K]
-    num_latents: int,
-    order: PairOrder | None = None,
-) -> Tensor:  # [F] float32
-    """`reference.scatter_values`, added in token order: deterministic on the GPU too."""
-    if top_idx.numel() == 0:
-        return coef.new_zeros(num_latents, dtype=torch.float32)
-    coef = coef.contiguous()
-    order = order_pairs(top_idx, num_latents, coef) if order is None else order
-    out = coef.new_empty(num_latents, dtype=torch.float32)
-    P = coef.numel()
-    blocks = cdiv(P, _MIN_HEAVY)
-    sums = coef.new_empty(blocks, dtype=torch.float32)
-    _block_values_kernel[(blocks,)](order.order, coef, sums, P, HEAVY=_MIN_HEAVY, num_warps=1)
-    _scatter_values_kernel[(cdiv(num_latents, 16),)](
-        order.order,
-        order.offsets,
-        coef,
-        sums,
-        out,
-        num_latents,
-        HEAVY=_MIN_HEAVY,
-        LATENTS=16,
-        WIDTH=8,
-        num_warps=1,
-    )
-    return out

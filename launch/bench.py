@@ -94,11 +94,14 @@ def _peers(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], An
     return peers
 
 
-def _designs(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], Any]]:
-    """Each design that takes the inputs, whichever is chosen."""
-    from ..kernels.encode_topk import designs
+def _plain(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], Any]]:
+    """The filter for GPUs of any kind, where it takes the inputs."""
+    from ..kernels import encode, encode_filter
 
-    return {f"ours, {name}": call for name, call in designs(x, W, b, k).items()}
+    shape = (*x.shape, W.shape[0], k, num_programs(x.device), encode_filter.BLOCK_N)
+    if (plan := make_plan(*shape)) is None:
+        return {}
+    return {"ours, plain filter": lambda: encode.run("plain", plan, x, W, b, k)}
 
 
 def _extra_mib(call: Callable[[], Any]) -> float:
@@ -118,7 +121,6 @@ def encode(
     data: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(DATA)}.")] = None,
     peers: Annotated[bool, typer.Option(help="Time other encoders, too.")] = True,
     plain: Annotated[bool, typer.Option(help="Time the filter for other GPUs, too.")] = False,
-    designs: Annotated[bool, typer.Option(help="Time each of our designs.")] = False,
     kernels: Annotated[bool, typer.Option(help="List the kernels of ours, too.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed calls.")] = 20,
     json: Annotated[Path | None, typer.Option(help="Write the table here, too.")] = None,
@@ -126,7 +128,7 @@ def encode(
     """Encoder and top-k: ours, the bare matmul, other encoders."""
     table: list[dict[str, Any]] = []
     shapes = {name: _shape(name) for name in shape or list(SHAPES)[:3]}
-    for name, (n, d, f, k) in shapes.items():
+    for name, (n, _, f, k) in shapes.items():
         for kind in data or ["normal"]:
             x, W, b = _inputs(shapes[name], kind)
             out = torch.empty(n, f, device="cuda", dtype=torch.bfloat16)
@@ -139,15 +141,8 @@ def encode(
             calls: dict[str, Callable[[], Any]] = {
                 "ours": lambda x=x, W=W, b=b, k=k: ops.topk_encode(x, W, b, k)  # type: ignore[misc]
             }
-            plan = make_plan(n, d, f, k, num_programs(x.device))
-            if plain and plan is not None:
-                from ..kernels.encode_topk import fused_topk
-
-                calls["ours, plain filter"] = lambda x=x, W=W, b=b, k=k, p=plan: (  # type: ignore[misc]
-                    fused_topk(x, W, b, k, p)
-                )
-            if designs:
-                calls |= _designs(x, W, b, k)
+            if plain:
+                calls |= _plain(x, W, b, k)
             if peers:
                 calls |= _peers(x, W, b, k)
             table.append({"shape": name, "data": kind, "what": "matmul", "ms": bare, "ratio": 1.0})

@@ -135,6 +135,8 @@ def stream(
         rate = stream_rate(folder, shape, count, batch, sae, tokens, buffer_tokens, device)
         rates = {"forward": forward, "steps": alone, "limit": limit, "stream": rate}
         rows.append({"SAEs": count, **rates, "x limit": rate / limit})
+        # A run takes a minute: what is there is told.
+        print(f"{count} SAEs: {rate:,.0f} of {limit:,.0f} tokens/s", flush=True)
     title = f"Stream, tokens/s, Llama of {blocks} blocks of width {width}, {latents} latents, k={k}"
     print_table(title, rows)
     if json_file is not None:

@@ -92,17 +92,31 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[_Key]:
 
 
 def _keys_of_all(choice: OneOf) -> Iterator[_Key]:
-    """The keys of every model of a section, each once; those that not all have say who has them."""
-    told: set[str] = set()
-    for model in dict.fromkeys(choice.models().values()):
+    """The keys of every model of a section, each once; those that not all have say who has them,
+    and those that mean something else to each say what.
+    """
+    found: dict[str, dict[_Key, list[str]]] = {}  # by name, who has the key with one meaning
+    for tag, model in choice.models().items():
         for key in _keys(model, f"{choice.section}."):
-            if key.name in told:
-                continue
-            told.add(key.name)
-            owners = choice.tags_with(key.name.partition(".")[2])
-            if len(owners) < len(choice.models()):
-                key = key._replace(meaning=f"({choice.tag} {', '.join(owners)}) {key.meaning}")
-            yield key
+            found.setdefault(key.name, {}).setdefault(key, []).append(tag)
+    for name, kinds in found.items():
+        key, owners = next(iter(kinds)), [tag for tags in kinds.values() for tag in tags]
+        if name == f"{choice.section}.{choice.tag}":
+            # What each tag stands for, where its model says so.
+            own = [k.meaning for k, tags in kinds.items() if k.meaning.startswith(f"{tags[0]}:")]
+            yield key._replace(meaning=" ".join(own or [key.meaning]))
+            continue
+        if len(kinds) > 1:
+            told = [(", ".join(tags), k) for k, tags in kinds.items()]
+            key = key._replace(
+                default="; ".join(f"{tags} {k.default}" for tags, k in told)
+                if len({k.default for k in kinds}) > 1
+                else key.default,
+                meaning=" ".join(f"({choice.tag} {tags}) {k.meaning}" for tags, k in told),
+            )
+        elif len(owners) < len(choice.models()):
+            key = key._replace(meaning=f"({choice.tag} {', '.join(owners)}) {key.meaning}")
+        yield key
 
 
 def keys(

@@ -79,6 +79,7 @@ def _about(config: Config, found: FinishedSAE, begins: bool) -> About:
         config.model.name if config.model else None,
         config.cache.context_length if config.cache else None,
         begins,
+        found.target,
     )
 
 

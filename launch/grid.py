@@ -22,6 +22,8 @@ def run(config: Config) -> None:
 
     flash-sae grid configs/quickstart.yaml "grid.values={sae.k: [16, 32, 64]}"
 
+    flash-sae grid configs/quickstart.yaml "grid.values={sae.architecture: [topk, batch_topk]}"
+
     accelerate launch -m flash_sae_dist.launch.grid configs/gemma-2-2b-grid.yaml
     """
     from ..grid.runner import run_jobs

@@ -17,7 +17,12 @@ def run(config: Config) -> None:
     and train; with train.source=stream it needs no store: the model runs meanwhile, as model, text
     and cache say.
 
+    sae.architecture is topk, batch_topk, matryoshka, jumprelu, gated, relu or multi_topk;
+    `flash-sae keys sae` lists the keys of each.
+
     flash-sae train configs/gpt2-small.yaml train.hookpoint=transformer.h.8
+
+    flash-sae train configs/gpt2-small.yaml sae.architecture=batch_topk
 
     flash-sae train configs/gpt2-small.yaml output=runs/gpt2-stream train.source=stream
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flash_sae_dist.config.sae import SAEConfig
 from flash_sae_dist.models import ARCHITECTURES
-from flash_sae_dist.models.base import Codes, SparseCoder
+from flash_sae_dist.models.base import Codes, Slots, SparseCoder
 from flash_sae_dist.parallel.collectives import feed_shards
 
 
@@ -29,8 +29,12 @@ class GroupMax(SparseCoder):
     """The largest pre-activation of each group, rectified and squared."""
 
     Config: ClassVar[type[SAEConfig]] = GroupMaxConfig
+    is_pairwise = True
 
     def encode_rows(self, x: Tensor) -> Codes:
+        return self.activate(self.candidates(x))
+
+    def candidates(self, x: Tensor) -> Codes:
         self.check_input(x)
         xc = feed_shards(x, self.mesh) - feed_shards(self.b_dec, self.mesh)
         return self.select(xc, self.W_enc, self.b_enc)
@@ -40,10 +44,10 @@ class GroupMax(SparseCoder):
         pre = (xc @ W_enc.T + b_enc).unflatten(1, (-1, self.config.group))
         best, place = pre.max(dim=2)
         first = torch.arange(best.shape[1], device=place.device) * self.config.group
-        return Codes(best.relu().square(), (place + first).int())
+        return Slots(best.relu(), (place + first).int())
 
-    def slope(self, codes: Codes) -> Tensor:
-        return 2 * codes.values.sqrt()
+    def activate(self, found: Codes) -> Codes:
+        return found._replace(values=found.values.square())
 
 
 if __name__ == "__main__":

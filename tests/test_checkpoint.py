@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from flash_sae_dist.config.train import FusedTrainConfig
-from flash_sae_dist.kernels import encode_choice
 from flash_sae_dist.models.topk import TopKConfig
 from flash_sae_dist.parallel.mesh import Mesh
-from flash_sae_dist.training import checkpoint, step
+from flash_sae_dist.training import checkpoint
 from flash_sae_dist.training.checkpoint import TrainingState
 from flash_sae_dist.training.checkpoint_writer import CheckpointWriter, _tensors, write_shard
 from flash_sae_dist.training.host_memory import HostShare
@@ -64,27 +63,6 @@ def test_resume_is_bit_exact(tmp_path: Path) -> None:
     second = training()
     assert resume(tmp_path, second) == 5
     assert before + advance(second, 7) == whole
-
-
-def test_a_resumed_run_keeps_its_encoders_design(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Designs differ by rounding, and what is faster may be found otherwise another time."""
-    shape = encode_choice.Shape(32, 8, 24, 3, "float32")
-    monkeypatch.setattr(step, "tune_encoder", lambda *args: (shape, "library"))
-    monkeypatch.setattr(encode_choice, "_CHOSEN", {})
-    first = training()
-    advance(first, 1)
-    save(tmp_path, first, keep=1)
-    monkeypatch.setattr(step, "tune_encoder", lambda *args: (shape, "tiles"))
-    other, again = training(), training()
-    assert resume(tmp_path, again) == 1
-    for _ in range(2):
-        advance(other, 1)
-        assert encode_choice.chosen(shape) == "tiles"
-        advance(again, 1)
-        assert encode_choice.chosen(shape) == "library", "each SAE goes on with its own"
-    assert again.state().info["encoder"]["design"] == "library"
 
 
 def test_keeps_the_newest(tmp_path: Path) -> None:

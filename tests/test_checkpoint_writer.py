@@ -401,15 +401,21 @@ def test_a_quick_lead_does_not_leave_a_slow_rank_waiting(
 
 
 @pytest.mark.gpu
-def test_a_gpus_state_is_of_one_moment_and_nothing_waits_but_the_device(tmp_path: Path) -> None:
+def test_a_gpus_state_is_of_one_moment_and_nothing_waits_but_the_device(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     device = torch.device("cuda")
     weights = torch.zeros(4096, 65536, device=device)
     now = TrainingState({"W": weights}, {}, {"step": 1, "d_sae": 4096})
     made = CheckpointWriter("job", tmp_path, now, ALONE, device, 2, HostShare(1 << 30))
+    # Memory that stayed page-locked would fail tests that come after.
+    request.addfinalizer(made.close)
     assert made._memory is not None
     made._memory._maker.join()
     assert made._memory._views is not None
     assert made._memory._views["rows.W"].is_pinned()
+    # Kernels are loaded at their first call, which may wait for the device.
+    weights.add_(0).sub_(0)
     for step in range(1, 4):
         torch.cuda._sleep(200_000_000)
         began = time.perf_counter()

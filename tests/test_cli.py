@@ -24,9 +24,11 @@ from typer.testing import CliRunner
 
 import flash_sae_dist
 from flash_sae_dist.config.data import CacheConfig
+from flash_sae_dist.config.sae import SAEConfig
 from flash_sae_dist.launch import bench
 from flash_sae_dist.launch.cli import PATH_VERBS, VERBS, build
 from flash_sae_dist.launch.entry import processes
+from flash_sae_dist.models import ARCHITECTURES
 from flash_sae_dist.training.job import load_config
 from tests.tiny_model import config_data, write_config
 
@@ -202,6 +204,20 @@ def test_keys_lists_fields_with_their_meaning(app: Any) -> None:
     result = RUNNER.invoke(app, ["keys", "sae.k"])
     assert "sae.k" in result.output
     assert "Active latents" in result.output
+
+
+def test_keys_list_what_each_architecture_takes(app: Any) -> None:
+    lines = [line for line in RUNNER.invoke(app, ["keys", "sae."]).output.splitlines()]
+    told = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    for name, kind in ARCHITECTURES.items():
+        assert f"{name}: " in told["sae.architecture"]
+        for key in kind.Config.model_fields.keys() - SAEConfig.model_fields.keys():
+            assert name in told[f"sae.{key}"]
+    assert told["sae.l1_coefficient"].startswith("gated 1.0; relu 5.0 (architecture gated) ")
+    for verb in ("train", "keys"):
+        assert RUNNER.invoke(app, [verb, "--help"]).exit_code == 0
+    text = " ".join(RUNNER.invoke(app, ["train", "--help"]).output.split())
+    assert ", ".join([*ARCHITECTURES][:-1]) + f" or {[*ARCHITECTURES][-1]}" in text
 
 
 def test_keys_are_a_line_each_in_a_pipe(app: Any) -> None:

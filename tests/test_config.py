@@ -335,14 +335,18 @@ FIELDS = {
         "store hookpoints num_tokens context_length batch_sequences drop_special_tokens "
         "skip_first_tokens max_norm_ratio shard_mib memory_gib dtype seed"
     ),
-    "sae": "architecture d_sae expansion_factor input_norm k",
+    "sae": (
+        "architecture d_sae expansion_factor input_norm skip k threshold_decay threshold_start "
+        "prefix_widths prefix_losses sparsity sparsity_coefficient sparsity_warmup target_l0 "
+        "tanh_scale bandwidth initial_threshold ste_to_input pre_act_coefficient l1_coefficient"
+    ),
     "train": (
-        "hookpoint source buffer_tokens num_tokens batch_tokens lr warmup_steps decay_fraction "
-        "adam_betas "
-        "adam_eps normalize engine grad_clip micro_batches dead_latents aux_coef k_aux "
-        "dead_after_tokens precision num_shards num_replicas init_from seed holdout preload "
-        "log_every checkpoint_every checkpoint_minutes keep_checkpoints rendezvous_timeout_s "
-        "heartbeat_s adam_mode moment_dtype ema_decay deepspeed_config"
+        "hookpoint target source buffer_tokens num_tokens batch_tokens lr schedule "
+        "warmup_steps decay_fraction adam_betas adam_eps normalize subtract_mean engine "
+        "grad_clip micro_batches dead_latents aux_coef k_aux dead_after_tokens precision "
+        "num_shards num_replicas init_from seed holdout preload log_every checkpoint_every "
+        "checkpoint_minutes keep_checkpoints rendezvous_timeout_s heartbeat_s adam_mode "
+        "moment_dtype ema_decay deepspeed_config"
     ),
     "grid": "hookpoints values points exclude overrides",
     "evaluate": "rows saes hookpoint k num_tokens batch_tokens loss_sequences",
@@ -439,7 +443,7 @@ def test_a_registered_architecture_is_in_configs_at_once() -> None:
         ({"architecture": "toy", "k": 3}, ["sae.k=3 needs sae.architecture=topk"]),
         ({"architecture": "toy", "sparsty": 3}, ["unknown key 'sae.sparsty'", "'sae.sparsity'"]),
         ({"architecture": "toy"}, ["'sae.sparsity' is missing"]),
-        ({"sparsity": 0.1, "k": 3}, ["sae.sparsity=0.1 needs sae.architecture=toy"]),
+        ({"sparsity": 0.1, "k": 3}, ["sae.sparsity=0.1 needs sae.architecture=jumprelu or toy"]),
     ],
 )
 def test_an_architecture_refuses_the_keys_of_others(sae: dict[str, Any], words: list[str]) -> None:

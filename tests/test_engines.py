@@ -16,6 +16,7 @@ from flash_sae_dist.models.losses import (
     auxk_loss,
     fvu_loss,
     inverse_variance,
+    inverted,
     residual_sums,
     total_variance,
 )
@@ -81,11 +82,11 @@ def plain_steps(
     out = []
     for x in xs:
         top = sae.encode(x)
-        recon = sae.decode(*top)
+        recon = sae.decode(top)
         aux = torch.zeros((), dtype=x.dtype)
         if kind != "none":
             aux = aux_loss(sae, dead, x, recon, kind)
-        fvu = fvu_loss(x, recon, total_variance(x, sae.mesh))
+        fvu = fvu_loss(x, recon, inverted(total_variance(x, sae.mesh)))
         optimizer.zero_grad()
         (fvu + coef * aux).backward()
         project_decoder_grad_(sae)
@@ -132,7 +133,7 @@ def test_dead_latents_get_encoder_gradients() -> None:
     step = FusedEngine(sae, optimizer, dead, k_aux=K_AUX, graph=False)
     step.step(batches(1)[0])
     silent = torch.ones(F, dtype=torch.bool)
-    silent[top.indices[top.values > 0].long()] = False
+    silent[top.latents[top.values > 0].long()] = False
     moved = (sae.W_enc != before).any(dim=1)
     assert (moved & silent)[:12].any()
 
@@ -191,7 +192,7 @@ def test_a_schedule_that_moves_betas() -> None:
     for x in xs:
         step.step(x)
         other.zero_grad()
-        fvu_loss(x, plain(x).recon, total_variance(x, plain.mesh)).backward()
+        fvu_loss(x, plain(x).recon, inverted(total_variance(x, plain.mesh))).backward()
         project_decoder_grad_(plain)
         other.step()
         renormalise_decoder_(plain)
@@ -294,7 +295,7 @@ def test_a_residual_without_variance_revives_nothing(dtype: torch.dtype, tokens:
     metrics = engine.step(x)
     assert metrics.aux == 0
     silent = torch.ones(12, dtype=torch.bool)
-    silent[[i for i in sae.encode(x).indices.flatten().tolist() if i < 12]] = False
+    silent[[i for i in sae.encode(x).latents.flatten().tolist() if i < 12]] = False
     assert torch.equal(sae.W_enc[:12][silent], before[silent])
     assert all(p.isfinite().all() for p in sae.parameters())
     for kind in (torch.float32, torch.float64):

@@ -45,11 +45,11 @@ def test_metrics_equal_their_definitions() -> None:
     out = sae(x)
     fvu = (x - out.recon.detach()).square().sum() / (x - x.mean(0)).square().sum()
     fired = torch.zeros(24).index_add_(
-        0, out.top_idx.flatten().long(), (out.top_acts > 0).flatten().float()
+        0, out.codes.latents.flatten().long(), (out.codes.values > 0).flatten().float()
     )
     assert m.tokens == 100
     assert m.fvu == pytest.approx(float(fvu), rel=1e-9)
-    assert m.l0 == pytest.approx(float((out.top_acts > 0).sum()) / 100)
+    assert m.l0 == pytest.approx(float((out.codes.values > 0).sum()) / 100)
     assert m.dead_fraction == pytest.approx(float((fired == 0).float().mean()))
     cosine = torch.cosine_similarity(x, out.recon, dim=1).mean()
     assert m.cosine == pytest.approx(cosine.item(), rel=1e-9)

@@ -32,7 +32,8 @@ from flash_sae_dist.features.runner import run_features
 from flash_sae_dist.features.running import ActivationCounts, TopRows, chance_keys, size_keys
 from flash_sae_dist.features.words import Words
 from flash_sae_dist.grid.runner import run_jobs
-from flash_sae_dist.models.base import Codes, SparseCoder
+from flash_sae_dist.models import load_sae
+from flash_sae_dist.models.base import Pairs, Slots, SparseCoder
 from flash_sae_dist.training.job import parse_config
 from tests.tiny_model import config_data, save_llama
 
@@ -165,8 +166,36 @@ def test_examples_are_the_models_own_activations(run: Run) -> None:
     for record in run.records[:50]:
         for example in record["examples"][:10]:
             at = of_row[example["row"]]
-            found = codes.values[at][codes.indices[at] == record["index"]]
+            found = codes.values[at][codes.latents[at] == record["index"]]
             assert example["value"] == pytest.approx(float(found.sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sae",
+    [
+        {"architecture": "batch_topk", "k": 4, "d_sae": 64},
+        {"architecture": "jumprelu", "d_sae": 64},
+        {"architecture": "relu", "d_sae": 64},
+    ],
+    ids=lambda sae: str(sae["architecture"]),
+)
+def test_every_architecture_shows_its_activations(
+    run: Run, tmp_path: Path, sae: dict[str, Any]
+) -> None:
+    data = run.data | {"output": str(tmp_path / "run"), "sae": sae, "grid": None}
+    data["train"] = data["train"] | {"num_tokens": 1280, "holdout": 0.1}
+    run_jobs(parse_config(data), Accelerator(cpu=True), grid=False)
+    (folder,) = run_features(parse_config(data), Accelerator(cpu=True))
+    own = load_sae(folder.parent / "sae")
+    x = torch.from_numpy(run.store.read(f"activations/{JOB}", 0, run.store.rows))
+    with torch.no_grad():
+        codes = own.encode(x)
+    for record in read_records(folder):
+        active = (codes.latents == record["index"]) & (codes.values > 0)
+        values = codes.values[active].sort(descending=True).values
+        assert record["fired"] == len(values)
+        top = [e["value"] for e in record["examples"] if e["group"] == "top"]
+        assert top == pytest.approx(values[:16].tolist(), rel=1e-5)
 
 
 def test_rows_that_are_left_out_count_nowhere(tmp_path: Path) -> None:
@@ -287,14 +316,22 @@ def test_samples_are_of_chance() -> None:
 
 def test_codes_become_pairs_in_order(tmp_path: Path) -> None:
     values = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.5]])
-    indices = torch.tensor([[5, 2, 7], [1, 4, 0]], dtype=torch.int32)
-    pairs = active_pairs(Codes(values, indices), first_row=10)
+    latents = torch.tensor([[5, 2, 7], [1, 4, 0]], dtype=torch.int32)
+    pairs = active_pairs(Slots(values, latents), first_row=10)
     assert pairs.rows.tolist() == [10, 10, 11, 11]
     assert pairs.latents.tolist() == [2, 5, 0, 4]
     assert pairs.values.tolist() == [1.0, 2.0, 0.5, 3.0]
+    flat = torch.tensor([2.0, 1.0, 0.0, 3.0, 0.5, 0.0])
+    tokens = torch.tensor([0, 0, 0, 1, 1, 0], dtype=torch.int32)
+    listed = torch.tensor([5, 2, 7, 4, 0, 0], dtype=torch.int32)
+    offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
+    for part, other in zip(
+        active_pairs(Pairs(tokens, listed, flat, offsets), first_row=10), pairs, strict=True
+    ):
+        assert torch.equal(part, other)
     with PairSpool(tmp_path) as spool:
-        spool.add(active_pairs(Codes(values[:0], indices[:0]), 0), 0, 0)
-        spool.add(active_pairs(Codes(values, indices), 0), 0, 2)
+        spool.add(active_pairs(Slots(values[:0], latents[:0]), 0), 0, 0)
+        spool.add(active_pairs(Slots(values, latents), 0), 0, 2)
         spool.close()
         found = spool.values_at(np.array([0, 0, 1, 1, -1, 2]), np.array([5, 7, 4, 1, 5, 5]))
     np.testing.assert_array_equal(found, [2.0, 0.0, 3.0, 0.0, np.nan, np.nan])

@@ -25,15 +25,14 @@ from flash_sae_dist.interop import FORMATS, About, delphi, hook_names
 from flash_sae_dist.launch.cli import build
 from flash_sae_dist.models import ARCHITECTURES
 from flash_sae_dist.models.base import SparseCoder
-from tests.toy_jumprelu import JumpReLU, JumpReLUConfig
+from flash_sae_dist.models.jumprelu import JumpReLU, JumpReLUConfig
 
 ABOUT = About("model.layers.3", "EleutherAI/pythia-70m", 64)
 D_IN, D_SAE, K = 12, 40, 5
 
 
 @pytest.fixture(autouse=True)
-def _jumprelu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ARCHITECTURES, "jumprelu", JumpReLU)
+def _no_transformer_lens(monkeypatch: pytest.MonkeyPatch) -> None:
     # Asking TransformerLens takes as long as all of this file.
     monkeypatch.setattr(hook_names, "_known_models", lambda: None)
 
@@ -49,7 +48,7 @@ def make(name: str) -> SparseCoder:
     """An SAE that a format holds; decoder rows are of unit norm only by chance."""
     torch.manual_seed(1)
     if name in ("gemma_scope", "gemma_scope_2", "circuit_tracer"):
-        return perturbed(JumpReLU(JumpReLUConfig(d_sae=D_SAE), D_IN))
+        return perturbed(JumpReLU(JumpReLUConfig(d_sae=D_SAE), D_IN).eval())
     norm = "layer_norm" if name == "openai" else "none"
     return perturbed(TopKSAE(D_IN, D_SAE, K, input_norm=norm))
 

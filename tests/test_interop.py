@@ -43,7 +43,7 @@ def test_sae_lens_reconstructs_the_same(sae: TopKSAE, x: torch.Tensor, tmp_path:
     theirs = library.SAE.load_from_disk(str(tmp_path), device="cpu")
     out = sae(x)
     acts = theirs.encode(x)
-    dense = torch.zeros_like(acts).scatter(1, out.top_idx.long(), out.top_acts)
+    dense = torch.zeros_like(acts).scatter(1, out.codes.latents.long(), out.codes.values)
     torch.testing.assert_close(acts, dense, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(theirs(x), out.recon, rtol=1e-5, atol=1e-5)
     assert theirs.cfg.architecture() == "topk"
@@ -83,7 +83,9 @@ def test_sparsify_reconstructs_the_same(sae: TopKSAE, x: torch.Tensor, tmp_path:
     for recon, acts, idx in torch.load(tmp_path / "out.pt", weights_only=True):
         torch.testing.assert_close(recon, ours.recon, rtol=1e-5, atol=1e-5)
         theirs = torch.zeros(len(x), sae.d_sae).scatter(1, idx.long(), acts)
-        mine = torch.zeros(len(x), sae.d_sae).scatter(1, ours.top_idx.long(), ours.top_acts)
+        mine = torch.zeros(len(x), sae.d_sae).scatter(
+            1, ours.codes.latents.long(), ours.codes.values
+        )
         torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5)
 
 

@@ -55,10 +55,20 @@ def lines(job: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what the clock said, the keys in their order."""
     found = []
     for line in read_metrics(job / "metrics.jsonl"):
-        assert list(line)[:8] == [
-            *("step", "tokens", "fvu", "aux", "l0", "dead_fraction", "lr", "tokens_per_s")
+        assert list(line)[:9] == [
+            *(
+                "step",
+                "tokens",
+                "fvu",
+                "aux",
+                "l0",
+                "penalty",
+                "dead_fraction",
+                "lr",
+                "tokens_per_s",
+            )
         ]
-        assert list(line)[8] == "ms/data"
+        assert list(line)[9] == "ms/data"
         assert all(value > 0 for key, value in line.items() if key.startswith("ms/"))
         assert line["tokens_per_s"] > 0
         found.append({k: v for k, v in line.items() if k[:3] != "ms/" and k != "tokens_per_s"})

@@ -10,6 +10,7 @@ from torch import nn
 
 from flash_sae_dist import TopKSAE, interop
 from flash_sae_dist.interop import About
+from flash_sae_dist.models import ARCHITECTURES
 from flash_sae_dist.training.job import parse_config
 from tests.tiny_model import config_data, save_llama
 
@@ -29,16 +30,56 @@ def test_sequences_are_tokens_one_after_another(sae: TopKSAE) -> None:
     x = torch.randn(2, 5, D_IN)
     out, flat = sae(x), sae(x.flatten(0, 1))
     assert out.recon.shape == x.shape
-    assert out.top_acts.shape == out.top_idx.shape == (2, 5, K)
-    for a, b in zip(out, flat, strict=True):
+    assert out.codes.values.shape == out.codes.latents.shape == (2, 5, K)
+    for a, b in zip((out.recon, *out.codes), (flat.recon, *flat.codes), strict=True):
         assert torch.equal(a.flatten(0, 1), b)
-    values, indices = sae.encode(x)
-    assert torch.equal(sae.decode(values, indices), out.recon)
+    assert torch.equal(sae.decode(sae.encode(x)), out.recon)
     one = sae(x[0, 0])
     torch.testing.assert_close(one.recon, out.recon[0, 0])
-    assert one.top_idx.shape == (K,)
+    assert one.codes.latents.shape == (K,)
     with pytest.raises(ValueError, match="of another hookpoint"):
         sae(torch.randn(2, 5, D_IN + 1))
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_every_architecture_takes_sequences_and_hooks(name: str) -> None:
+    kind = ARCHITECTURES[name].Config
+    keys = {"architecture": name, "d_sae": D_SAE, "k": K}
+    config = kind.model_validate({k: v for k, v in keys.items() if k in kind.model_fields})
+    made = ARCHITECTURES[name].from_config(config, D_IN).eval()
+    with torch.no_grad():
+        for key, p in made.state_dict().items():
+            if made.roles[key] == "rows":
+                p.add_(0.2 * torch.rand_like(p))
+    x = torch.randn(2, 5, D_IN)
+    out, acts = made(x), made.encode_dense(x)
+    assert acts.shape == (2, 5, D_SAE)
+    assert 0 < (acts > 0).sum() < acts.numel()
+    assert torch.equal(made(x.flatten(0, 1)).recon, out.recon.flatten(0, 1))
+    torch.testing.assert_close(made.decode_dense(acts), out.recon)
+    made.register_acts_hook(lambda given: given.index_fill(1, torch.tensor([3]), 0.0))
+    want = out.recon - acts[..., [3]] * made.W_dec[3]
+    torch.testing.assert_close(made(x).recon, want)
+
+
+def test_a_transcoder_takes_sequences_and_hooks_alone() -> None:
+    made = TopKSAE(D_IN, D_SAE, K, d_out=6, skip=True)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    x = torch.randn(2, 5, D_IN)
+    out = made(x).recon
+    assert out.shape == (2, 5, 6)
+    torch.testing.assert_close(made.decode_dense(made.encode_dense(x), x), out)
+    made.register_acts_hook(lambda acts: acts * 0)
+    torch.testing.assert_close(made(x).recon, made.b_dec + x @ made.W_skip.T)
+    made.use_error_term = True
+    with pytest.raises(ValueError, match="no error term"):
+        made(x)
+    with pytest.raises(ValueError, match="spliced is for SAEs"), made.spliced(nn.ReLU(), ""):
+        pass
+    with pytest.raises(ValueError, match="input_norm='layer_norm' is for SAEs"):
+        TopKSAE(D_IN, D_SAE, K, d_out=6, input_norm="layer_norm")
 
 
 def test_dense_activations(sae: TopKSAE) -> None:
@@ -137,7 +178,7 @@ def test_layer_norm_standardises_and_puts_back(tmp_path: Path) -> None:
     rows = (x - mean) / (deviation + 1e-5)
     torch.testing.assert_close(sae(x).recon, plain(rows).recon * deviation + mean)
     torch.testing.assert_close(sae.encode_dense(x), plain.encode_dense(rows))
-    torch.testing.assert_close(sae(7 * x).top_acts, sae(x).top_acts)
+    torch.testing.assert_close(sae(7 * x).codes.values, sae(x).codes.values)
     sae.use_error_term = True
     torch.testing.assert_close(sae(x).recon, x, rtol=1e-3, atol=1e-3)
     sae.save(tmp_path)

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from flash_sae_dist.activations import loader
 from flash_sae_dist.activations.language_model import model_without_weights
+from flash_sae_dist.activations.stream_order import BufferShape
 from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.grid import plan
 from flash_sae_dist.launch.bench_wire import measure_sent
@@ -482,6 +483,50 @@ def test_a_width_stands_in_for_the_model(file: Path) -> None:
     assert "width 64, " in result.output
 
 
+STREAM = ("train.source=stream", "train.buffer_tokens=1000", "grid=null")
+
+
+def test_a_stream_is_planned(file: Path) -> None:
+    """The model and its rows stand beside the SAE; its passes take their time of the same GPU."""
+    result = planned(file, "--gpu", "H200", *STREAM, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert found["store"] is None
+    (job,) = found["train"]["jobs"]
+    cfg = parse_config(config_data(file.parent)).cache
+    assert cfg is not None
+    shape = BufferShape.of(1000, cfg.batch_sequences, cfg.context_length)
+    model = job["memory"]["model"]
+    assert model["train.buffer_tokens"] == shape.rows * 16 * 4
+    assert model["model"] == 4 * found["stream"]["model"]["parameters"]
+    taken = sum(sum(job["memory"][part].values()) for part in ("kept", "step", "feed", "model"))
+    assert job["memory"]["peak"] == taken
+    times = job["step_ms"]
+    assert times["loader"] == 0 < times["model"]
+    assert times["all"] == pytest.approx(times["compute"] + times["model"])
+    assert job["to_device"] == 0
+    page = planned(file, "--gpu", "H200", *STREAM).output
+    assert "stream: the model runs beside the steps, 2 hookpoints, float32" in page
+    assert "forward passes" in page
+
+
+def test_a_stream_without_its_model_is_planned_by_its_width(file: Path) -> None:
+    gone = "model.name=no/such-model-at-all"
+    result = planned(file, *STREAM, gone)
+    assert result.exit_code == 2
+    assert "--width D plans without the model" in result.output
+    result = planned(file, *STREAM, gone, "--width", "64")
+    assert result.exit_code == 0, result.output
+    assert "the model's memory and time are left out" in " ".join(result.output.split())
+
+
+def test_a_buffer_that_does_not_fit_is_refused(file: Path) -> None:
+    large = ("train.buffer_tokens=10_000_000_000", "train.batch_tokens=64")
+    result = planned(file, "--gpu", "H200", *STREAM[::2], *large)
+    assert result.exit_code == 2, result.output
+    assert "139.8 GiB free" in " ".join(result.output.split())
+
+
 LAYERS = ",".join(f"model.layers.{i}" for i in range(26))
 GRID = "grid.values={sae.d_sae: [16384, 32768, 65536, 131072], sae.k: [16, 32, 64, 128, 256]}"
 LARGE = {
@@ -590,6 +635,26 @@ def test_a_gpus_peak_is_the_predicted_one(options: dict[str, Any], dead: float) 
     peak = torch.cuda.max_memory_allocated(device) - before
     planned = memory_of_rank(work_of("h", config, d, "bfloat16", on_gpu=True), 1, 1, dead=dead)
     assert planned.peak == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str
+)
+def test_weights_that_are_not_finite_are_found_in_no_more_memory(device: torch.device) -> None:
+    """Before each checkpoint of a run that has no more to spare."""
+    training = training_of(config_of(64, 4096, 8), 256, Mesh.single(), device)
+    assert training.is_finite()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        assert training.is_finite()
+        assert torch.cuda.max_memory_allocated(device) - before < training.sae.W_enc.nbytes / 8
+    for name, weight in training.sae.named_parameters():
+        for value in (torch.nan, torch.inf, -torch.inf):
+            kept = weight.detach().clone()
+            weight.data.view(-1)[len(weight) // 3] = value
+            assert not training.is_finite(), (name, value)
+            weight.data.copy_(kept)
 
 
 @pytest.mark.gpu

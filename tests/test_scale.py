@@ -49,8 +49,8 @@ class Outcome(NamedTuple):
 
 def outcome(sae: TopKSAE, x: Tensor, curve: Tensor) -> Outcome:
     with torch.no_grad():
-        values, indices = sae.encode(x)
-        fvu = (sae.decode(values, indices) - x).square().sum() / (x - x.mean(0)).square().sum()
+        values, indices = codes = sae.encode(x)
+        fvu = (sae.decode(codes) - x).square().sum() / (x - x.mean(0)).square().sum()
     active = torch.zeros(len(x), D_SAE).scatter_(1, indices.long(), (values > 0).float()).bool()
     return Outcome(curve, float(fvu), active, float((~active.any(0)).float().mean()))
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flash_sae_dist.activations import language_model, stream
+from flash_sae_dist.activations import language_model, stream, tokenising
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.holdout import document_hash
 from flash_sae_dist.activations.store import ActivationStore
@@ -258,6 +258,34 @@ def test_an_epoch_is_the_stores_rows(
         want = torch.from_numpy(store.read(f"activations/{hookpoint}", 0, store.rows))
         assert not torch.equal(got, want)
         assert_same_rows(got, want)
+
+
+def test_the_process_that_tokenises_loads_beside_the_model(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one part is too little text, and ends with what fails before its job is known."""
+    started: list[Any] = []
+    start = tokenising._start_process
+
+    def noted() -> Any:
+        started.append(start())
+        return started[-1]
+
+    def refused(*_: Any) -> None:
+        assert all(process.poll() is None for process in started)
+        raise ConfigError("no such model")
+
+    monkeypatch.setattr(tokenising, "_start_process", noted)
+    monkeypatch.setattr(stream, "load_language_model", refused)
+    for rows, count in ((100, 0), (10**9, 1)):
+        config = config_in(root, tmp_path)
+        with (
+            pytest.raises(ConfigError, match="no such model"),
+            open_stream(config, rows, Accelerator(cpu=True), ALONE, CPU),
+        ):
+            pass
+        assert len(started) == count
+    assert started[0].returncode is not None
 
 
 def curve(folder: Path) -> list[dict[str, float]]:

@@ -69,9 +69,9 @@ def test_gradient_of_the_input() -> None:
 def test_outputs_have_the_documented_shapes() -> None:
     out = TopKSAE(D_IN, D_SAE, K)(torch.randn(7, D_IN))
     assert out.recon.shape == (7, D_IN)
-    assert out.top_acts.shape == out.top_idx.shape == (7, K)
-    assert out.top_idx.dtype == torch.int32
-    assert (out.top_acts >= 0).all()
+    assert out.codes.values.shape == out.codes.latents.shape == (7, K)
+    assert out.codes.latents.dtype == torch.int32
+    assert (out.codes.values >= 0).all()
 
 
 def test_no_tokens_at_all() -> None:
@@ -84,7 +84,7 @@ def test_autocast_computes_in_bfloat16_and_selects_in_float32() -> None:
     exact = sae(x).recon
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = sae(x)
-    assert out.top_acts.dtype == torch.float32
+    assert out.codes.values.dtype == torch.float32
     error = (out.recon - exact).norm() / exact.norm()
     assert 0 < error < 2e-2
     out.recon.sum().backward()

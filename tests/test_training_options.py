@@ -201,3 +201,75 @@ def test_b_dec_starts_at_the_geometric_median() -> None:
     # At the geometric median the unit vectors towards the points cancel.
     pull = torch.nn.functional.normalize(x - median, dim=1).sum(dim=0)
     assert float(pull.norm()) < 1e-3 * BATCH
+
+
+@pytest.mark.parametrize("engine", ["fused", "autograd"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalize": "expected_norm"},
+        {"subtract_mean": True},
+        {"normalize": "unit_mean_square", "subtract_mean": True},
+        {"normalize": "expected_norm", "subtract_mean": True},
+    ],
+)
+def test_normalization_is_undone_in_what_is_written(engine: str, options: dict[str, Any]) -> None:
+    """Training is that of rows that were normalised before; the SAE that is kept reads others."""
+    t = training(engine=engine, **options)
+    rows = [5 * batch(i) + torch.arange(D_IN) for i in range(6)]
+    mean = rows[0].mean(0) if "subtract_mean" in options else torch.zeros(D_IN, dtype=torch.float64)
+    centred = rows[0] - mean
+    divisor = {
+        "unit_mean_square": float(centred.square().mean().sqrt()),
+        "expected_norm": float(centred.norm(dim=1).mean()) / D_IN**0.5,
+    }.get(options.get("normalize", "none"), 1.0)
+    timer = PhaseTimer(CPU, enabled=False)
+    got = [tuple(map(float, t.step(x, timer))) for x in rows]
+    other = training(engine=engine)
+    want = [tuple(map(float, other.step((x - mean) / divisor, timer))) for x in rows]
+    assert got == [pytest.approx(line, rel=1e-9, abs=1e-12) for line in want]
+    kept = TopKSAE(D_IN, D_SAE, K, dtype=torch.float64)
+    kept.load_state_dict(t.final_weights())
+    x = rows[-1]
+    expected = other.sae((x - mean) / divisor).recon * divisor + mean
+    torch.testing.assert_close(kept(x).recon, expected)
+    again = training(engine=engine, **options)
+    again.load_state(t.state())
+    assert again.normalization.unit(D_IN) == t.normalization.unit(D_IN)
+    assert float(again.step(x, timer).fvu) == float(t.step(x, timer).fvu)
+
+
+def test_a_store_tells_the_mean() -> None:
+    mean = torch.arange(float(D_IN))
+    sae = TopKConfig(k=K, d_sae=D_SAE)
+    cfg = FusedTrainConfig(num_tokens=9, subtract_mean=True)
+    t = SAETraining(sae, cfg, D_IN, Mesh.single(), CPU, rms=10.0, mean=mean)
+    assert torch.equal(t.normalization.mean, mean.double())
+    assert t.normalization.unit(D_IN) == pytest.approx((100 - float(mean.square().mean())) ** 0.5)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup"])
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_schedules_are_those_of_transformers(name: str, warmup: int) -> None:
+    """A step later: the first step has a learning rate here."""
+    from transformers import get_scheduler
+
+    steps, optimizer = 40, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    want = []
+    for _ in range(steps + 1):
+        want.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    schedule = "constant" if name == "constant_with_warmup" else name
+    cfg = FusedTrainConfig(num_tokens=9, warmup_steps=warmup, schedule=schedule)
+    got = [lr_at(step, steps, 2.0, cfg) for step in range(steps)]
+    assert got[:warmup] == pytest.approx(want[1 : warmup + 1])
+    assert got[warmup:] == pytest.approx(want[warmup:steps])
+
+
+def test_a_schedule_refuses_keys_of_another() -> None:
+    with pytest.raises(
+        ValueError, match="train.decay_fraction=0.5 says nothing of train.schedule="
+    ):
+        FusedTrainConfig(num_tokens=9, schedule="cosine", decay_fraction=0.5)

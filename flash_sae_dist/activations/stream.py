@@ -34,7 +34,7 @@ from .stored_rows import float_dtype
 from .stream_buffer import StreamedBatches
 from .stream_order import BufferShape, Share, StreamOrder
 from .text_parts import TextParts, digest_of, part_size
-from .tokenising import Tokeniser, making_of
+from .tokenising import Tokeniser, early_process, making_of
 
 logger = logging.getLogger(__name__)
 # Rows that the text is tokenised for beyond those that the steps take: processes do not take the
@@ -144,8 +144,19 @@ def open_stream(
     assert config.cache is not None
     cache, first = config.cache, accelerator.is_main_process
     _check_keys(config, tell=first)
-    model = config.model
-    lm = agree.together(lambda: load_language_model(model, device))
+    model, size = config.model, part_size(cache.context_length, cache.batch_sequences)
+    with early_process(num_rows * first, size, cache.context_length) as process:
+        lm = agree.together(lambda: load_language_model(model, device))
+        with _opened(config, lm, num_rows, accelerator, mesh, process) as rows:
+            yield rows
+
+
+@contextmanager
+def _opened(
+    config: RunConfig, lm: LanguageModel, num_rows: int, accelerator: Any, mesh: Mesh, process: Any
+) -> Iterator[ModelRows]:
+    assert config.cache is not None
+    cache, first = config.cache, accelerator.is_main_process
     hookpoints = resolve_hookpoints(lm.model, cache.hookpoints)
     widths = probe(lm, hookpoints, cache.context_length)
     agree.first_checks(lambda: _check_text(config, lm))
@@ -159,7 +170,9 @@ def open_stream(
     most = cache.num_tokens or _NO_LIMIT
     with ExitStack() as lock:
         agree.first_checks(lambda: lock.enter_context(locked(Path(place), deep=True)))
-        with Tokeniser(config, making, text, place, num_rows=most, first=first) as tokeniser:
+        with Tokeniser(
+            config, making, text, place, num_rows=most, first=first, process=process
+        ) as tokeniser:
             agree.first_checks(lambda: _begin(config, lm, tokeniser))
             tokeniser.follow(int(num_rows * _MARGIN))
             # Others may see it later: they wait for parts where they need them.

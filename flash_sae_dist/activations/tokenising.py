@@ -4,7 +4,8 @@ launch, which needs them to begin, the others in a process of their own:
     python -m flash_sae_dist.activations.tokenising < JOB
 
 which reads its job as a line of JSON, and ends when its standard input does: when the process that
-started it is gone.
+started it is gone. It is started before its job is known, since its libraries take seconds to load,
+in which a GPU would have used up the first part.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,7 +33,10 @@ from .text_parts import TextParts, made_parts
 
 logger = logging.getLogger(__name__)
 _POLL_S, _POLL_REMOTE_S = 0.05, 1.0
+_PARALLEL = "TOKENIZERS_PARALLELISM"
 _FAILED, _ASKED = "tokenising.json", "asked.json"
+
+_Process = subprocess.Popen[str]
 
 
 def making_of(config: RunConfig, tokenizer: Any, *, causal: bool) -> Making:
@@ -50,6 +54,45 @@ def making_of(config: RunConfig, tokenizer: Any, *, causal: bool) -> Making:
     )
 
 
+@contextmanager
+def early_process(rows: int, size: int, context_length: int) -> Iterator[_Process | None]:
+    """The process that makes parts, before its job is known, where so many rows take more than one
+    part of so many sequences; it ends with this context.
+    """
+    if rows <= size * context_length:
+        yield None
+        return
+    process = _start_process()
+    try:
+        yield process
+    finally:
+        _end_process(process)
+
+
+def _start_process() -> _Process:
+    # Modules are found where this process finds them, whatever lies in the current folder.
+    command = [sys.executable, "-P", "-m", "flash_sae_dist.activations.tokenising"]
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+        # A terminal's Ctrl-C is for the first process alone.
+        start_new_session=True,
+    )
+
+
+def _end_process(process: _Process) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        with suppress(OSError):
+            pipe.close()
+
+
 class Tokeniser:
     """The text of a store while its rows are made. In the launch's first process it makes the
     parts; in all of them it waits for those that are not there. A context manager, which ends the
@@ -65,11 +108,14 @@ class Tokeniser:
         *,
         num_rows: int,
         first: bool,
+        process: _Process | None = None,
     ) -> None:
-        """num_rows: tokens to store, with which the text ends."""
+        """num_rows: tokens to store, with which the text ends; process: one that was started
+        before (`early_process`).
+        """
         self.config, self.making, self.parts, self.first = config, making, parts, first
         self.place, self.num_rows = place, num_rows
-        self.process: subprocess.Popen[str] | None = None
+        self.process, self._is_own = process, process is None
         self.failed: dict[str, Any] | None = None  # what that process met
         self._watcher = threading.Thread(target=self._watch, name="tokenising", daemon=True)
         self._is_over = False
@@ -83,14 +129,15 @@ class Tokeniser:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.process is not None:
-            self._is_over = True
+        self._is_over = True
+        if self.process is None:
+            return
+        if self._watcher.ident is not None:
+            # It reads what the process says until that ends.
             self.process.kill()
             self._watcher.join()
-            for pipe in (self.process.stdin, self.process.stdout):
-                assert pipe is not None
-                with suppress(OSError):
-                    pipe.close()
+        if self._is_own:
+            _end_process(self.process)
 
     def begin(self, enough: int, advance: Callable[[int], None], mark: Callable[[], None]) -> None:
         """Makes parts until they give that many tokens to store. mark is called before the first
@@ -143,6 +190,10 @@ class Tokeniser:
         """
         if not self.first or self.parts.ended:
             return
+        if os.environ.get(_PARALLEL, "").lower() in ("0", "false", "no", "off"):
+            logger.info(
+                "%s=%s: the text is tokenised by one core", _PARALLEL, os.environ[_PARALLEL]
+            )
         job = {
             "config": self.config.model_dump(mode="json", include={"output", *_SECTIONS}),
             "causal": self.making.causal,
@@ -151,18 +202,7 @@ class Tokeniser:
             "num_rows": self.num_rows,
             "enough": self.num_rows if enough is None else enough,
         }
-        # Modules are found where this process finds them, whatever lies in the current folder.
-        command = [sys.executable, "-P", "-m", "flash_sae_dist.activations.tokenising"]
-        paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": paths},
-            # A terminal's Ctrl-C is for the first process alone.
-            start_new_session=True,
-        )
+        self.process = self.process or _start_process()
         self._watcher.start()
         assert self.process.stdin is not None
         # Of one that is gone already the watcher tells.
@@ -244,7 +284,10 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    job = json.loads(sys.stdin.readline())
+    if not (line := sys.stdin.readline()):
+        # Whoever started it needed none, or is gone.
+        return
+    job = json.loads(line)
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
     try:
         config = RunConfig.model_validate(job["config"])

@@ -93,7 +93,8 @@ class AutoEncoderTopK(nn.Module):
         if not return_topk and not use_threshold:
             return self.sae.encode_dense(x)
         every = torch.relu(self.encoder(x - self.b_dec))
-        values, indices = self.sae.encode(x)
+        codes = self.sae.encode(x)
+        values, indices = codes.values, codes.latents
         if use_threshold:
             acts = every * (every > self.threshold)
         else:
@@ -110,7 +111,7 @@ class AutoEncoderTopK(nn.Module):
         out: SAEOutput = self.sae(x)
         if not output_features:
             return out.recon
-        return out.recon, self.sae.dense(out.top_acts, out.top_idx)
+        return out.recon, self.sae.dense(out.codes)
 
     @torch.no_grad()
     def scale_biases(self, scale: float) -> None:

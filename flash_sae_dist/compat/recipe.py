@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ..models.base import Codes
+from ..models.base import Slots
 from ..models.dead_latents import CHECK_EVERY_STEPS, DeadLatents
 from ..models.topk import TopKSAE
 from ..training.engines.fused import FusedEngine
@@ -83,7 +83,7 @@ class Watched(TopKSAE):
         # The mean over tokens of their least activation, which thresholds are made of.
         self.least = torch.zeros((), device=self.W_dec.device)
 
-    def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Codes:
+    def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Slots:
         """See SparseCoder."""
         if self.ranks_by_norm:
             norms = self.W_dec.detach().norm(dim=1)
@@ -96,9 +96,9 @@ class Watched(TopKSAE):
         self.fired.index_add_(0, indices.flatten().long(), active.flatten().to(self.fired.dtype))
         least = values.masked_fill(~active, torch.inf).amin(dim=1).mean()
         self.least.copy_(least.to(self.least.dtype))
-        return Codes(values, indices)
+        return Slots(values, indices)
 
-    def encode_rows(self, x: Tensor) -> Codes:
+    def encode_rows(self, x: Tensor) -> Slots:
         """See SparseCoder."""
         if not getattr(self, "ranks_by_norm", False):
             return super().encode_rows(x)
@@ -110,7 +110,7 @@ class Watched(TopKSAE):
         )
         rows.b_dec = self.b_dec
         values, indices = rows.encode_rows(x)
-        return Codes(values / norms[indices.long()], indices)
+        return Slots(values / norms[indices.long()], indices)
 
 
 def _parameter(tensor: Tensor) -> torch.nn.Parameter:

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..evaluation.plots import natural
+from ..evaluation.results import natural
 from ..interop import files
 from ..interop.hub import local_copy
+from ..models.base import Slots
 from ..models.topk import TopKSAE
 from ..progress import progress_bar
 from ..training.optim import project_decoder_grad_
@@ -176,12 +177,12 @@ class SparseCoder(nn.Module):
 
     def encode(self, x: Tensor) -> EncoderOutput:
         """The k active latents; no dense pre-activations are made."""
-        values, indices = self.sae.encode(x)
-        return EncoderOutput(values, indices.long(), None)
+        codes = self.sae.encode(x)
+        return EncoderOutput(codes.values, codes.latents.long(), None)
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         """The reconstruction of active latents."""
-        return self.sae.decode(top_acts, top_indices.to(torch.int32))
+        return self.sae.decode(Slots(top_acts, top_indices.to(torch.int32)))
 
     def forward(self, x: Tensor, y: Tensor | None = None, **unused: Any) -> ForwardOutput:
         """Reconstructs x, and measures that."""
@@ -191,7 +192,8 @@ class SparseCoder(nn.Module):
         variance = (flat - flat.mean(0)).square().sum()
         fvu = (x - out.recon).square().sum() / variance
         none = fvu.new_zeros(())
-        return ForwardOutput(out.recon, out.top_acts, out.top_idx.long(), fvu, none, none)
+        acts, latents = out.codes.values, out.codes.latents.long()
+        return ForwardOutput(out.recon, acts, latents, fvu, none, none)
 
     @torch.no_grad()
     def set_decoder_norm_to_unit_norm(self) -> None:

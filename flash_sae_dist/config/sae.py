@@ -24,6 +24,10 @@ class SAEConfig(StrictModel):
     """layer_norm: each token is standardised (its mean taken out, divided by its deviation) before
     it is encoded, and the reconstruction put back, as OpenAI's SAEs do; losses are then those of
     standardised tokens."""
+    skip: bool = False
+    """Transcoders (train.target) alone: a matrix [d_out, d_in], zero at first, adds what of the
+    target is affine in the input (Paulo et al. 2025, arXiv 2501.18823; sparsify's skip_connection).
+    """
 
     @model_validator(mode="after")
     def _one_width(self) -> Self:

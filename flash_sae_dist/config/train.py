@@ -34,6 +34,10 @@ class TrainConfig(StrictModel):
     hookpoint: Hookpoint | None = None
     """Hookpoint of the store (of cache.hookpoints) to train on; needed by `train`, set by the grid
     for its jobs."""
+    target: Hookpoint | None = None
+    """Hookpoint that is reconstructed from train.hookpoint, row by row: the SAE is a transcoder,
+    such as from `layers.8.mlp:input` to `layers.8.mlp`. Left out, the hookpoint itself. Rows of
+    both are divided by their root mean squares while training, whatever train.normalize says."""
     source: Literal["store", "stream"] = "store"
     """store: rows of an activation store; stream: rows of the model itself, which runs on the text
     while SAEs are trained, as the sections model, text and cache say. No store is needed, and
@@ -46,22 +50,35 @@ class TrainConfig(StrictModel):
     batch_tokens: int = Field(default=4096, gt=0)
     """Tokens a step, over all processes that train this SAE."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; left out it is 2e-4 / sqrt(d_sae / 2**14)."""
+    """Peak learning rate; left out, the architecture's: 2e-4 / sqrt(d_sae / 2**14) for those of the
+    TopK family (Gao et al. 2024), 7e-5 for jumprelu (its paper's), 5e-5 for gated
+    (dictionary_learning's) and relu (Anthropic's of April 2024)."""
+    schedule: Literal["warmup_stable_decay", "linear", "cosine", "constant"] = "warmup_stable_decay"
+    """The learning rate after its warm-up, by the names of transformers: warmup_stable_decay stays
+    and falls linearly to zero over the last part of the steps (decay_fraction); linear and cosine
+    fall to zero over all steps that are left; constant stays."""
     warmup_steps: int = Field(default=1000, ge=0)
     """Steps of linear warm-up."""
     decay_fraction: float = Field(default=0.2, ge=0, le=1)
-    """Last part of the steps over which the learning rate falls linearly to zero."""
-    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Adam's decay rates."""
+    """Last part of the steps over which the learning rate falls linearly to zero (schedule
+    warmup_stable_decay)."""
+    adam_betas: tuple[Beta, Beta] | None = None
+    """Adam's decay rates; left out, the architecture's: [0, 0.999] for jumprelu and gated (their
+    papers'), else [0.9, 0.999]."""
     adam_eps: float = Field(default=6.25e-10, gt=0)
     """Adam's epsilon; small because the normalised loss has small gradients (OpenAI's value).
     Biases are in the data's units: their learning rate is lr times the root mean square of the
     hookpoint's activations and their epsilon is divided by it, so training does not depend on the
     data's scale."""
-    normalize: Literal["none", "unit_mean_square"] = "none"
+    normalize: Literal["none", "unit_mean_square", "expected_norm"] = "none"
     """unit_mean_square: rows are divided by the root mean square of the hookpoint's activations
     while training, which the SAE that is written undoes: it reads rows as they are stored. Training
-    does not depend on the scale either way; this keeps its numbers near 1."""
+    does not depend on the scale either way; this keeps its numbers near 1. expected_norm: they are
+    divided so that their mean norm, of the first batch, is sqrt(d_in), as SAELens's
+    expected_average_only_in."""
+    subtract_mean: bool = False
+    """The hookpoint's mean activation is subtracted from rows while training, before they are
+    divided; the b_dec that is written has it added."""
     engine: Literal["auto", "fused", "autograd", "deepspeed"]
     """What makes a step; it decides which other keys there are."""
     grad_clip: float | None = Field(default=None, gt=0)
@@ -69,9 +86,11 @@ class TrainConfig(StrictModel):
     activations (see adam_eps)."""
     micro_batches: int = Field(default=1, gt=0)
     """Parts that a batch is run in, their gradients added up."""
-    dead_latents: Literal["auxk", "ghost", "resample", "none"] = "auxk"
+    dead_latents: Literal["auxk", "ghost", "resample", "none"] | None = None
     """What revives latents that stopped firing: OpenAI's AuxK loss, Anthropic's ghost gradients
-    (engine fused alone), resampling once every dead_after_tokens, or nothing."""
+    (engine fused alone), resampling once every dead_after_tokens, or nothing; left out, the
+    architecture's: auxk for those of the TopK family, none for others, whose dead latents have no
+    positive pre-activations that AuxK could use."""
     aux_coef: float = Field(default=1 / 32, ge=0)
     """Weight of the AuxK or ghost loss."""
     k_aux: Latents | None = None
@@ -132,6 +151,16 @@ class TrainConfig(StrictModel):
                 "train.k_aux=0 revives no latents; set train.dead_latents=none, or leave k_aux out"
             )
         return data
+
+    @model_validator(mode="after")
+    def _schedule_has_its_keys(self) -> Self:
+        usual = type(self).model_fields["decay_fraction"].default
+        if self.schedule != "warmup_stable_decay" and self.decay_fraction != usual:
+            raise ValueError(
+                f"train.decay_fraction={self.decay_fraction} says nothing of train.schedule="
+                f"{self.schedule!r}; drop one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _source_has_its_keys(self) -> Self:

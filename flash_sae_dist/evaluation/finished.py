@@ -16,7 +16,8 @@ from ..config.base import ConfigError, UserError
 from ..files import check_readable
 from ..identity import Difference, difference
 from ..models import load_sae
-from ..models.base import CONFIG_FILE, SparseCoder, read_spec
+from ..models.base import SparseCoder
+from ..models.saved import CONFIG_FILE, read_spec
 from ..training import made_of
 from ..training.job import Config
 from ..training.records import DamagedRecordError, job_folders, read_job, read_store_config
@@ -40,6 +41,12 @@ class FinishedSAE(NamedTuple):
     name: str
     folder: Path
     hookpoint: str
+    target: str | None = None  # of a transcoder
+
+    @property
+    def hookpoints(self) -> list[str]:
+        """All whose rows it takes or gives."""
+        return [self.hookpoint, *([] if self.target is None else [self.target])]
 
     def check_fits(self, store: ActivationStore) -> None:
         """Raises ConfigError where the store's rows are other than those it was trained on: of
@@ -62,15 +69,16 @@ class FinishedSAE(NamedTuple):
             )
         check_readable(self.folder / "sae" / CONFIG_FILE)
         try:
-            d_in = read_spec(self.folder / "sae")["d_in"]
+            spec = read_spec(self.folder / "sae")
+            d_in, d_out = spec["d_in"], spec.get("d_out")
         except (OSError, KeyError, TypeError, ValueError) as e:
             raise ConfigError(f"{self.folder}/sae is damaged ({e}); train it anew") from e
-        width = store.width(self.hookpoint)
-        if d_in != width:
-            raise ConfigError(
-                f"{self.folder}: the SAE is of width {d_in}, but {self.hookpoint} in {store.path} "
-                f"of {width}; name the store it was trained on"
-            )
+        for name, own in ((self.hookpoint, d_in), (self.target, d_out)):
+            if name is not None and own != (width := store.width(name)):
+                raise ConfigError(
+                    f"{self.folder}: the SAE is of width {own}, but {name} in {store.path} "
+                    f"of {width}; name the store it was trained on"
+                )
 
     def made_of(self) -> dict[str, Any] | None:
         """What it was made of; None for an SAE that is older than such records."""
@@ -164,7 +172,7 @@ def finished_saes(output: Path) -> list[FinishedSAE]:
                 f"{folder} holds an SAE but no job.yaml, which tells its hookpoint; "
                 "train it anew or move it out of output"
             )
-        found.append(FinishedSAE(str(folder.relative_to(output)), folder, _hookpoint(folder)))
+        found.append(FinishedSAE(str(folder.relative_to(output)), folder, *_hookpoints(folder)))
     if not found:
         raise ConfigError(
             f"output={str(output)!r} holds no finished SAE; run `train` or `grid` first"
@@ -172,7 +180,7 @@ def finished_saes(output: Path) -> list[FinishedSAE]:
     return found
 
 
-def _hookpoint(folder: Path) -> str:
+def _hookpoints(folder: Path) -> tuple[str, str | None]:
     """What job.yaml says. Raises DamagedRecordError where it does not."""
     config = read_job(folder)
     if config is None or config.train is None or config.train.hookpoint is None:
@@ -180,4 +188,4 @@ def _hookpoint(folder: Path) -> str:
             f"{folder / 'job.yaml'} is damaged (it has no train.hookpoint); restore it or train "
             "that SAE anew"
         )
-    return config.train.hookpoint
+    return config.train.hookpoint, config.train.target

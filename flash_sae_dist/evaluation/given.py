@@ -24,9 +24,19 @@ class GivenSAE(NamedTuple):
     path: Path
 
     @property
+    def target(self) -> str | None:
+        """The hookpoint that a transcoder gives."""
+        return self.contents.about.output_hookpoint if self.contents.transcodes else None
+
+    @property
+    def hookpoints(self) -> list[str]:
+        """All whose rows it takes or gives."""
+        return [self.hookpoint, *([] if self.target is None else [self.target])]
+
+    @property
     def d_in(self) -> int:
         """Its width."""
-        return int(self.contents.weights["W_dec"].shape[1])
+        return int(self.contents.weights["W_enc"].shape[1])
 
     def made_of(self) -> dict[str, Any]:
         """What its files are: their checksums."""
@@ -65,6 +75,15 @@ def given_saes(cfg: EvaluateConfig, output: Path, widths: dict[str, int] | None)
             known = f"one of {', '.join(widths)}" if widths else "a module's name"
             raise ConfigError(f"evaluate.saes: {path} {told}; set evaluate.hookpoint to {known}")
         sae = GivenSAE(name, output / name, hookpoint, contents, place)
+        if contents.transcodes and (
+            sae.target is None or (widths is not None and sae.target not in widths)
+        ):
+            told = "tells no" if sae.target is None else f"tells {sae.target!r} as"
+            known = f", one of {', '.join(widths)}" if widths else ""
+            raise ConfigError(
+                f"evaluate.saes: {path} is a transcoder whose file {told} hookpoint that it gives"
+                f"{known}; convert it with --output-hookpoint"
+            )
         if widths is not None and sae.d_in != widths[hookpoint]:
             raise ConfigError(
                 f"evaluate.saes: {path} is of width {sae.d_in}, but {hookpoint} of "

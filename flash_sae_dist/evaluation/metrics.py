@@ -31,23 +31,28 @@ class ReconstructionMetrics(NamedTuple):
 
 
 @torch.no_grad()
-def measure(sae: SparseCoder, batches: Iterable[Tensor]) -> ReconstructionMetrics:
-    """Runs batches [N, d_in] through an SAE and measures it. Raises ValueError where there are no
-    batches.
+def measure(
+    sae: SparseCoder, batches: Iterable[Tensor] | Iterable[tuple[Tensor, ...]]
+) -> ReconstructionMetrics:
+    """Runs batches [N, d_in] through an SAE and measures it; a transcoder's are (input, target)
+    rows. Raises ValueError where there are no batches.
     """
-    device, d_in = sae.W_dec.device, sae.d_in
+    device = sae.W_dec.device
     fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
-    total = torch.zeros(d_in, dtype=torch.float64, device=device)
+    total = torch.zeros(sae.d_out, dtype=torch.float64, device=device)
     sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
     tokens = 0
     for batch in batches:
-        x = batch.to(device, sae.W_dec.dtype)
+        x, *target = batch if isinstance(batch, tuple) else (batch,)
+        x = x.to(device, sae.W_dec.dtype)
         out = sae(x)
         tokens += x.shape[0]
-        wide, recon = x.double(), out.recon.double()
+        recon = out.recon.double()
+        wide = (target[0].to(device) if target else x).double()
         total += wide.sum(dim=0)
         sums += _sums(wide, recon)
-        fired.index_add_(0, out.top_idx.flatten().long(), (out.top_acts > 0).flatten().long())
+        codes = out.codes
+        fired.index_add_(0, codes.latents.flatten().long(), (codes.values > 0).flatten().long())
     if tokens == 0:
         raise ValueError("there are no activations to measure on; raise evaluate.num_tokens")
     squares, error, cosine, ratio, nonzero, recon_squares, product = sums

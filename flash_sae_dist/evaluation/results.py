@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config.base import UserError
 from ..files import read_json, write_json, write_text
-from ..models.base import CONFIG_FILE, read_spec
+from ..models.saved import CONFIG_FILE, read_spec
 from ..training.job import Config
 from ..training.metrics import read_metrics
 from ..training.records import job_folders, read_job, read_status

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..activations.aligned import AlignedLoaders
 from ..activations.language_model import LanguageModel, tapped
 from ..activations.loader import ActivationLoader
 from ..activations.origin import loaded_parts, text_digest
@@ -37,9 +38,9 @@ class EvaluationRows(Protocol):
 
     @contextmanager
     def batches(
-        self, hookpoint: str, num_tokens: int, batch_tokens: int, device: torch.device
-    ) -> Iterator[Iterator[Tensor]]:
-        """Batches of num_tokens rows in all."""
+        self, hookpoints: list[str], num_tokens: int, batch_tokens: int, device: torch.device
+    ) -> Iterator[Iterator[tuple[Tensor, ...]]]:
+        """Batches of num_tokens rows in all, the same tokens of each hookpoint."""
         ...
 
     def made_of(self, hookpoint: str) -> dict[str, Any]:
@@ -64,29 +65,27 @@ class StoreRows:
 
     @contextmanager
     def batches(
-        self, hookpoint: str, num_tokens: int, batch_tokens: int, device: torch.device
-    ) -> Iterator[Iterator[Tensor]]:
+        self, hookpoints: list[str], num_tokens: int, batch_tokens: int, device: torch.device
+    ) -> Iterator[Iterator[tuple[Tensor, ...]]]:
         """See EvaluationRows."""
         num_steps = -(-num_tokens // batch_tokens)
-        loader = ActivationLoader(
-            self.store,
-            hookpoint,
-            batch_tokens=-(-num_tokens // num_steps),
-            seed=_SEED,
-            num_steps=num_steps,
-            device=device,
-            holdout=self.measured.holdout,
-            only_held_out=self.measured.holdout > 0,
+        options: dict[str, Any] = {"seed": _SEED, "num_steps": num_steps, "device": device}
+        options |= {"holdout": self.measured.holdout, "only_held_out": self.measured.holdout > 0}
+        size = -(-num_tokens // num_steps)
+        loaders = AlignedLoaders(
+            lambda name: ActivationLoader(self.store, name, batch_tokens=size, **options),
+            hookpoints,
         )
 
-        def cut() -> Iterator[Tensor]:
+        def cut() -> Iterator[tuple[Tensor, ...]]:
             left = num_tokens
-            for batch in loader:
+            for batch in loaders:
                 # The loader's passes are of one size; the last may reach beyond what was asked for.
-                yield batch[:left]
-                left -= len(batch[:left])
+                parts = tuple(part[:left] for part in batch)
+                yield parts
+                left -= len(parts[0])
 
-        with loader:
+        with loaders:
             yield cut()
 
     def made_of(self, hookpoint: str) -> dict[str, Any]:
@@ -133,11 +132,11 @@ class ModelRows:
 
     @contextmanager
     def batches(
-        self, hookpoint: str, num_tokens: int, batch_tokens: int, device: torch.device
-    ) -> Iterator[Iterator[Tensor]]:
+        self, hookpoints: list[str], num_tokens: int, batch_tokens: int, device: torch.device
+    ) -> Iterator[Iterator[tuple[Tensor, ...]]]:
         """See EvaluationRows."""
-        rows = self._rows[hookpoint][:num_tokens]
-        yield (part.to(device) for part in torch.split(rows, batch_tokens))
+        rows = [torch.split(self._rows[name][:num_tokens], batch_tokens) for name in hookpoints]
+        yield (tuple(part.to(device) for part in parts) for parts in zip(*rows, strict=True))
 
     def made_of(self, hookpoint: str) -> dict[str, Any]:
         """See EvaluationRows."""

@@ -109,7 +109,8 @@ def _measure_all(
     hookpoints = list(dict.fromkeys(found.hookpoint for found in mine))
     lm, text = None, None
     if with_losses or store is None:
-        lm, text = _language_model(config, store, device, hookpoints)
+        tapped = hookpoints if store is not None else [n for sae in mine for n in sae.hookpoints]
+        lm, text = _language_model(config, store, device, list(dict.fromkeys(tapped)))
     rows = _rows(config, store, lm, text, mine)
     work = sum(r.count(cfg.num_tokens) for r in rows)
     if with_losses and text is not None:
@@ -118,7 +119,7 @@ def _measure_all(
     with progress_bar("evaluate", work, "tokens", accelerator.is_main_process) as bar:
         meters = _meters(config, lm, text, hookpoints, bar.advance) if with_losses else {}
         for sae, read in zip(mine, rows, strict=True):
-            meter = meters.get(sae.hookpoint)
+            meter = None if sae.target is not None else meters.get(sae.hookpoint)
             records.append(_evaluate(sae, cfg, read, meter, device, bar.advance))
     return records
 
@@ -147,7 +148,7 @@ def _rows(
     table = text
     if (wanted := config.evaluate.num_tokens) > int(text.keep.sum()):
         table = token_table(making_of(config, lm.tokenizer, causal=lm.causal), num_rows=wanted)
-    hookpoints = list(dict.fromkeys(found.hookpoint for found in saes))
+    hookpoints = list(dict.fromkeys(name for found in saes for name in found.hookpoints))
     shared = ModelRows(lm, config.model, table, hookpoints, config.cache.batch_sequences)
     return [shared] * len(saes)
 
@@ -238,14 +239,16 @@ def _evaluate(
     sae = found.load(device)
     num_tokens = rows.count(cfg.num_tokens)
 
-    def counted(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    def counted(batches: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
         for batch in batches:
-            yield batch.to(device, non_blocking=True)
-            advance(len(batch))
+            yield tuple(part.to(device, non_blocking=True) for part in batch)
+            advance(len(batch[0]))
 
-    with rows.batches(found.hookpoint, num_tokens, cfg.batch_tokens, device) as batches:
+    with rows.batches(found.hookpoints, num_tokens, cfg.batch_tokens, device) as batches:
         metrics = measure(sae, counted(batches))
     loss = meter.measure(sae) if meter is not None else None
+    if found.target is not None:
+        logger.info("%s is a transcoder: the loss recovered is left out", found.name)
     record = evaluation_record(
         found.name, found.hookpoint, getattr(sae.config, "k", None), sae.d_sae, metrics, loss
     )

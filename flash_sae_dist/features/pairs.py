@@ -37,8 +37,10 @@ class ActivePairs(NamedTuple):
 
 def active_pairs(codes: Codes, first_row: int) -> ActivePairs:
     """What is active in the codes of the rows from first_row on."""
-    token, slot = torch.nonzero(codes.values > 0, as_tuple=True)
-    values, latents = codes.values[token, slot], codes.indices[token, slot]
+    is_active = codes.values > 0
+    values, latents = codes.values[is_active], codes.latents[is_active]
+    # A rectangle's tokens are its rows.
+    token = is_active.nonzero()[:, 0] if codes.tokens is None else codes.tokens[is_active].long()
     return ActivePairs(token + first_row, latents.long(), values.float()).ordered()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config.base import ConfigError, match_names, nearest_name
 from ..config.run import GridConfig
-from ..training.job import Config, with_values
+from ..training.job import Config, own_choices, with_values
 from ..training.records import Job
 
 
@@ -56,15 +56,18 @@ def _combinations(grid: GridConfig, hookpoints: list[str]) -> list[tuple[str, di
     for pattern, override in grid.overrides.items():
         for name in _chosen("grid.overrides", [pattern], hookpoints, where):
             axes[name] |= override
+    for at, point in enumerate(grid.points):
+        if point in grid.points[:at]:
+            raise ConfigError(f"grid.points: {point} stands there twice; drop one")
     found = [
-        (name, dict(zip(of, choice, strict=True)) | point)
+        (name, values)
         for name, of in axes.items()
-        for choice in itertools.product(*of.values())
-        for point in grid.points or ({},)
+        for values in own_choices(
+            dict(zip(of, choice, strict=True)) | point
+            for choice in itertools.product(*of.values())
+            for point in grid.points or ({},)
+        )
     ]
-    for at, one in enumerate(found):
-        if one in found[:at]:
-            raise ConfigError(f"grid.points: {one[1]} stands there twice; drop one")
     for rule in grid.exclude:
         named = rule.get("hookpoint", ("*",))
         of = set(_chosen("grid.exclude: hookpoint", named, hookpoints, where))

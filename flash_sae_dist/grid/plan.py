@@ -17,20 +17,21 @@ from ..activations.stream import ModelRows, Rows
 from ..config.base import ConfigError, nearest_name
 from ..config.train import TrainConfig
 from ..files import check_space, check_writable
-from ..models.base import CONFIG_FILE, check_weights, read_spec
+from ..models.saved import CONFIG_FILE, check_weights, read_spec
 from ..parallel import agree
 from ..parallel.mesh import Mesh
 from ..planner.devices import GIB, Launch, launch_here, memory_of
-from ..planner.memory import Memory, Work, work_of
+from ..planner.memory import BUFFER, Memory, Work, work_of
 from ..planner.search import DOUBT, check_memory, fits, meshes, need, splits
 from ..planner.storage import disk_bytes
 from ..planner.timing import Cost, bundle_seconds, cost_of
+from ..training.defaults import with_defaults
 from ..training.engine import check_engine, check_installed
 from ..training.initial import read_initial
 from ..training.job import Config
 from ..training.made_of import check_same_job
 from ..training.member import is_finished
-from ..training.records import Job, hookpoint_of
+from ..training.records import Job, hookpoint_of, hookpoints_of
 from .expansion import expand
 
 logger = logging.getLogger(__name__)
@@ -162,9 +163,14 @@ def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:
         assert job.config.sae is not None
         assert job.config.train is not None
         d_in = widths[hookpoint_of(job)]
-        check_engine(job.config.train, d_in, mesh)
-        if (given := job.config.train.init_from) is not None and not is_finished(job):
-            read_initial(given, job.config.sae, d_in)
+        if (target := job.config.train.target) is not None and target not in widths:
+            raise ConfigError(
+                f"train.target={target!r} is no hookpoint here{nearest_name(target, list(widths))}"
+            )
+        train = with_defaults(job.config.train, job.config.sae, d_in)
+        check_engine(train, d_in, mesh, job.config.sae)
+        if train.init_from is not None and not is_finished(job):
+            read_initial(train.init_from, job.config.sae, d_in)
         d_sae = job.config.sae.width(d_in)
         if d_sae % mesh.num_shards:
             up = -(-d_sae // mesh.num_shards) * mesh.num_shards
@@ -246,11 +252,12 @@ def place(
 
 def _check_both(job: Job, takes: Memory, buffer: int, launch: Launch) -> None:
     """Raises ConfigError where an SAE and a stream's rows do not fit beside one another."""
-    if takes.peak + buffer > DOUBT * launch.memory:
+    others = takes.peak - takes.model.get(BUFFER, 0)
+    if others + buffer > DOUBT * launch.memory:
         raise ConfigError(
             f"{job.name}: train.buffer_tokens={_train(job).buffer_tokens} takes "
             f"{buffer / GIB:,.1f} GiB of a process's memory beside the SAE's "
-            f"{takes.peak / GIB:,.1f}, but {launch.memory / GIB:,.1f} GiB are free; lower "
+            f"{others / GIB:,.1f}, but {launch.memory / GIB:,.1f} GiB are free; lower "
             "train.buffer_tokens, train.batch_tokens or sae.d_sae, or use more shards"
         )
 
@@ -259,7 +266,7 @@ def _stream_of(job: Job) -> tuple[object, ...]:
     """What jobs have to share to read the same batches."""
     t = _train(job)
     # One forward pass gives the rows of every hookpoint.
-    hookpoint = t.hookpoint if t.source == "store" else None
+    hookpoint = (t.hookpoint, t.target) if t.source == "store" else None
     read = (hookpoint, t.batch_tokens, t.num_tokens, t.seed, t.holdout, t.preload, t.buffer_tokens)
     return (*read, t.log_every, t.checkpoint_every, t.checkpoint_minutes)
 
@@ -283,10 +290,10 @@ def make_bundles(
 
     def taken(together: list[Job]) -> int:
         first, *others = (costs[job.name].memory for job in together)
-        hooks = {hookpoint_of(job): job for job in together}.values()
+        hooks = {tuple(hookpoints_of(job)): job for job in together}.values()
         rows = 0
         if buffer is not None:
-            rows = sum(buffer(job) for job in hooks)
+            rows = sum(buffer(job) for job in hooks) - first.model.get(BUFFER, 0)
             # A batch has the rows of every hookpoint.
             rows += (len(hooks) - 1) * sum(costs[together[0].name].memory.feed.values())
         return first.peak + sum(other.own for other in others) + rows

@@ -20,8 +20,13 @@ class Contents(NamedTuple):
 
     architecture: str  # as in ARCHITECTURES, or what it would be there
     weights: dict[str, Tensor]  # W_enc and W_dec [d_sae, d_in], b_enc [d_sae], b_dec [d_in], ...
-    keys: dict[str, Any]  # of the config's section sae, but its widths
+    keys: dict[str, Any]  # of the config's section sae, but its widths; a transcoder's d_out
     about: About = About()
+
+    @property
+    def transcodes(self) -> bool:
+        """Whether it is a transcoder."""
+        return "d_out" in self.keys
 
 
 def contents_of(sae: SparseCoder, about: About | None = None) -> Contents:
@@ -42,24 +47,27 @@ def build(path: Path, contents: Contents) -> SparseCoder:
             f"{path} holds an SAE of architecture {name!r}, which this version does not have; it "
             f"has: {', '.join(sorted(ARCHITECTURES))}"
         )
-    d_sae, d_in = check_weights(path, weights)
+    d_sae, d_in = check_weights(path, weights, transcodes=contents.transcodes)
     kind = ARCHITECTURES[name]
     keys = {"architecture": name, "d_sae": d_sae, **contents.keys}
+    place = {"d_out": keys.pop("d_out")} if contents.transcodes else {}
     config = parse(kind.Config, keys, str(path))
     dtype = weights["W_dec"].dtype
-    sae = kind.from_config(config, d_in, dtype=dtype, seed=None)
+    sae = kind.from_config(config, d_in, **place, dtype=dtype, seed=None)
     try:
         sae.load_state_dict({n: t.to(dtype) for n, t in weights.items()})
     except RuntimeError as e:
         reason = " ".join(str(e).split())
         raise ValueError(f"{path}: tensors do not fit together: {reason}") from e
     sae.about = contents.about
-    return sae
+    return sae.eval()
 
 
-def check_weights(path: Path, weights: dict[str, Tensor]) -> tuple[int, int]:
+def check_weights(
+    path: Path, weights: dict[str, Tensor], *, transcodes: bool = False
+) -> tuple[int, int]:
     """(d_sae, d_in) of weights under our names. Raises ValueError where they are no numbers, not
-    finite, or of other shapes than W_dec's.
+    finite, or of other shapes than W_dec's, and of a transcoder than W_enc's.
     """
     for name, tensor in weights.items():
         if not tensor.is_floating_point():
@@ -75,14 +83,16 @@ def check_weights(path: Path, weights: dict[str, Tensor]) -> tuple[int, int]:
     shape = tuple(weights["W_dec"].shape)
     if len(shape) != 2 or not math.prod(shape):
         raise ValueError(f"{path}: W_dec is {list(shape)}, not [d_sae, d_in]; export it anew")
-    d_sae, d_in = shape
-    wanted = {"W_enc": shape, "b_enc": (d_sae,), "b_dec": (d_in,), "threshold": (d_sae,)}
+    d_sae, d_out = shape
+    d_in = weights["W_enc"].shape[-1] if transcodes else d_out
+    own = dict.fromkeys(("b_enc", "threshold", "r_mag", "b_mag"), (d_sae,))
+    wanted = {"W_enc": (d_sae, d_in), "b_dec": (d_out,), "W_skip": (d_out, d_in), **own}
     for name, want in wanted.items():
         found = tuple(weights[name].shape) if name in weights else want
         if found != want:
             raise ValueError(
                 f"{path}: tensors do not fit together: {name} is {list(found)}, but W_dec "
-                f"[{d_sae}, {d_in}] (d_sae, d_in) wants {list(want)}; export it anew"
+                f"[{d_sae}, {d_out}] (d_sae, d_in) wants {list(want)}; export it anew"
             )
     return d_sae, d_in
 
@@ -126,15 +136,16 @@ def not_centred(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
     return b_enc.double() - W_enc.double() @ b_dec.double()
 
 
-def with_unit_rows(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_unit_rows(weights: dict[str, Tensor], *also: str) -> dict[str, Tensor]:
     """Pre-activations that are multiplied by the decoder rows' norms, which then divide the
-    activations, are those of an encoder that has the norms in its rows. Rows of norm 1 stay as they
-    are.
+    activations, are those of an encoder that has the norms in its rows, and in what else is of
+    their units. Rows of norm 1 stay as they are.
     """
     if unit_rows(weights["W_dec"]):
         return weights
     norms = torch.linalg.vector_norm(weights["W_dec"].double(), dim=1)
-    by = {"W_enc": norms[:, None], "b_enc": norms, "W_dec": 1 / norms.clamp_min(1e-300)[:, None]}
+    by = {"W_enc": norms[:, None], "W_dec": 1 / norms.clamp_min(1e-300)[:, None]}
+    by |= dict.fromkeys(("b_enc", *also), norms)
     return {n: (t * by[n]).to(t.dtype) if n in by else t for n, t in weights.items()}
 
 

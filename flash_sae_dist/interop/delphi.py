@@ -30,6 +30,20 @@ class LatentCache(NamedTuple):
     tokens: Tensor  # [S, T] int64
 
 
+def _active(sae: SparseCoder, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Locations [n, 3] and activations [n] of sequences x [B, T, d_in], numbered from first."""
+    codes = sae.encode(x)
+    kept = codes.values > _LEAST
+    latents = codes.latents[kept].long()
+    if codes.tokens is None:
+        sequences, positions = kept.nonzero()[:, :2].unbind(1)
+    else:
+        at, length = codes.tokens[kept].long(), x.shape[1]
+        sequences, positions = at // length, at % length
+    places = torch.stack([sequences + first, positions, latents], dim=1)
+    return places.cpu(), codes.values[kept].half().cpu()
+
+
 @torch.no_grad()
 def write_cache(
     folder: str | Path,
@@ -47,12 +61,9 @@ def write_cache(
     """
     found, values, first = [], [], 0
     for batch in activations:
-        acts, latents = sae.encode(batch.to(sae.W_dec))
-        kept = acts > _LEAST
-        at = kept.nonzero()[:, :2].cpu()
-        at[:, 0] += first
-        found.append(torch.cat([at, latents[kept].long().cpu()[:, None]], dim=1))
-        values.append(acts[kept].half().cpu())
+        places, acts = _active(sae, batch.to(sae.W_dec), first)
+        found.append(places)
+        values.append(acts)
         first += len(batch)
     if first != len(tokens):
         raise ValueError(f"activations are of {first} sequences, tokens of {len(tokens)}")

@@ -31,6 +31,7 @@ class Format(NamedTuple):
     is_file: Callable[[Path], bool] = lambda path: False
     file: Callable[[About], str] | None = None  # the name of one that is no folder
     layer_norm: bool = False  # whether it says that tokens are standardised
+    transcoders: frozenset[str] = frozenset()  # architectures of transcoders that it holds
 
     def check_holds(self, architecture: str, keys: Mapping[str, Any], what: str) -> None:
         """Raises ValueError where the format has no place for an SAE of those keys."""
@@ -38,6 +39,11 @@ class Format(NamedTuple):
             raise ValueError(
                 f"{what} standardises its tokens (sae.input_norm={keys['input_norm']!r}), which "
                 f"{self.title} has no word for; name another format"
+            )
+        if "d_out" in keys and architecture not in self.transcoders:
+            raise ValueError(
+                f"{what} is a transcoder of architecture {architecture!r}, which {self.title} "
+                "cannot hold as written here; name another format"
             )
         if architecture not in self.converters:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..models import ARCHITECTURES, load_sae
-from ..models.base import CONFIG_FILE, WEIGHTS_FILE
+from ..models.saved import CONFIG_FILE, WEIGHTS_FILE
 from .contents import Contents, build, contents_of
 from .format import Format
 
@@ -33,4 +33,5 @@ FORMAT = Format(
     write,
     lambda names: {CONFIG_FILE, WEIGHTS_FILE} <= names,
     layer_norm=True,
+    transcoders=frozenset(ARCHITECTURES),
 )

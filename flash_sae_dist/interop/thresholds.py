@@ -46,9 +46,9 @@ def thresholds_of(
     active on: halfway between the least that is kept and the largest that is not.
     """
     x = sae.normalise(x)[0]
-    values, indices = sae.encode_rows(x)
+    codes = sae.encode_rows(x)
     fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=x.device)
-    fired.index_add_(0, indices.flatten().long(), (values > 0).flatten().long())
+    fired.index_add_(0, codes.latents.flatten().long(), (codes.values > 0).flatten().long())
     out = torch.full((sae.d_sae,), torch.inf, dtype=sae.W_dec.dtype, device=x.device)
     block = max(1, _BLOCK_BYTES // (4 * max(1, len(x))))
     for at in range(0, sae.d_sae, block):

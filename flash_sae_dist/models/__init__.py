@@ -6,11 +6,26 @@ from pathlib import Path
 
 import torch
 
-from .base import SparseCoder, check_sae_folder, read_spec
+from .base import SparseCoder
+from .batch_topk import BatchTopK
+from .gated import Gated
+from .jumprelu import JumpReLU
+from .matryoshka import Matryoshka
+from .multi_topk import MultiTopK
+from .relu import ReLU
+from .saved import check_sae_folder, read_spec
 from .topk import TopKSAE
 
 # The names that `sae.architecture` takes, in configs and beside saved weights.
-ARCHITECTURES: dict[str, type[SparseCoder]] = {"topk": TopKSAE}
+ARCHITECTURES: dict[str, type[SparseCoder]] = {
+    "topk": TopKSAE,
+    "batch_topk": BatchTopK,
+    "matryoshka": Matryoshka,
+    "jumprelu": JumpReLU,
+    "gated": Gated,
+    "relu": ReLU,
+    "multi_topk": MultiTopK,
+}
 
 
 def load_sae(folder: str | Path, *, device: torch.device | str = "cpu") -> SparseCoder:

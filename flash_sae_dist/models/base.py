@@ -1,14 +1,12 @@
 """What all architectures share: parameters with roles, a batch's codes, decoder, save and load.
 
-Legend: N tokens, D d_in, F d_sae, K slots a token.
+Legend: N tokens, D d_in, F d_sae, K slots a token, C slots of a flat list.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -18,39 +16,46 @@ from torch import Tensor, nn
 
 from ..config.file import parse
 from ..config.sae import SAEConfig
-from ..files import check_readable, checksum, read_json, write_json
+from ..files import check_readable, write_json
 from ..kernels import ops
+from ..kernels.reference import Codes as Codes
+from ..kernels.reference import Pairs as Pairs
+from ..kernels.reference import Slots as Slots
 from ..parallel import agree
 from ..parallel.collectives import feed_shards, sum_over_shards
 from ..parallel.mesh import Mesh
 from .about import About
 from .initial import unit_rows_
-from .interventions import Interventions
-from .saved import save_weights
+from .interventions import Interventions, flat, shaped
+from .losses import geometric_median
+from .saved import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_sae_folder,
+    check_weights,
+    read_spec,
+    save_weights,
+)
+from .sparsity import Batch
 
-logger = logging.getLogger(__name__)
-WEIGHTS_FILE = "sae.safetensors"
-CONFIG_FILE = "config.json"
 _NORM_EPS = 1e-5
 # rows: a row a latent, split over the shards; whole: the same on every shard.
 Role = Literal["rows", "whole"]
 
 
-class Codes(NamedTuple):
-    """The active latents of each token, as a rectangle of K slots."""
+class TrainDefaults(NamedTuple):
+    """What is usual with an architecture for keys of the section train that are left out."""
 
-    values: Tensor  # [N, K] float32/64 >= 0; 0 where a slot is unused or another shard's
-    indices: Tensor  # [N, K] int32, rows of this shard
+    lr: float | None = None  # None is 2e-4 / sqrt(d_sae / 2**14)
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    dead_latents: Literal["auxk", "ghost", "resample", "none"] = "auxk"
 
 
 class SAEOutput(NamedTuple):
     """What one forward pass of an SAE gives."""
 
-    recon: Tensor  # [..., d_in]
-    top_acts: (
-        Tensor  # [..., k] >= 0, descending over all latents; 0 where another shard holds the latent
-    )
-    top_idx: Tensor  # [..., k] int32, rows of this shard
+    recon: Tensor  # [..., d_out]
+    codes: Codes  # Slots [..., K], or Pairs of all tokens: values >= 0, latents of this shard
 
 
 class SparseCoder(Interventions):
@@ -59,14 +64,19 @@ class SparseCoder(Interventions):
     x is [..., d_in]: tokens, or sequences of them. With config.input_norm layer_norm each token is
     standardised before it is encoded, which `forward` undoes behind the decoder.
 
-    W_enc and W_dec are [d_sae_local, d_in], b_enc is [d_sae_local], b_dec is [d_in]. On a mesh
-    with several shards a rank holds rows `mesh.shard * d_sae_local` onwards, and every method is
-    collective over the shard group. Under autocast the products take autocast's dtype; sums and
-    the selection stay float32.
+    W_enc and W_dec are [d_sae_local, d_in], b_enc is [d_sae_local], b_dec is [d_in]. With a d_out
+    it is a transcoder, whose target rows are [..., d_out]: W_dec is [d_sae_local, d_out] and of any
+    norm, b_dec [d_out], nothing is subtracted from the input, and with config.skip W_skip [d_out,
+    d_in] adds `x @ W_skip.T`. On a mesh with several shards a rank holds rows `mesh.shard *
+    d_sae_local` onwards, and every method is collective over the shard group. Under autocast the
+    products take autocast's dtype; sums and the selection stay float32.
 
-    An architecture says how latents are selected: `encode_rows` for autograd, `select` for the
-    fused engine (the same selection without gradients, from weights in the compute dtype), and
-    `slope` where an activation is not its pre-activation.
+    An architecture says which latents are active, and how much: `encode_rows`. To be trained it
+    says which pairs have an activation or a gradient, `candidates` for autograd and `select` for
+    the fused engine (the same pairs without gradients, from weights in the compute dtype); what
+    they come to, `activate`; and what else there is to lose than the error, `penalty` and `levels`.
+    Pairs are `Slots`, K for each token, or `Pairs`, a flat list of which a token has any number; on
+    a shard a value is 0 where another holds the latent.
     """
 
     Config: ClassVar[type[SAEConfig]]
@@ -76,15 +86,24 @@ class SparseCoder(Interventions):
         "b_enc": "rows",
         "W_dec": "rows",
         "b_dec": "whole",
+        "W_skip": "whole",
     }
     # Parameters that go with s where x -> s x, the matrices staying as they are.
     in_data_units: ClassVar[frozenset[str]] = frozenset({"b_enc", "b_dec"})
+    defaults: ClassVar[TrainDefaults] = TrainDefaults()
+    # What train.dead_latents may be.
+    revivals: ClassVar[frozenset[str]] = frozenset({"auxk", "ghost", "resample", "none"})
+    # Whether activations are a function of candidates' values, or there is a penalty.
+    is_pairwise: ClassVar[bool] = False
+    # Why its fused step cannot be captured in a CUDA graph.
+    reads_host: ClassVar[str | None] = None
 
     def __init__(
         self,
         config: SAEConfig,
         d_in: int,
         *,
+        d_out: int | None = None,
         mesh: Mesh | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -92,10 +111,17 @@ class SparseCoder(Interventions):
     ) -> None:
         """seed draws the initial weights; None leaves memory as it is, for weights that are loaded.
 
-        Raises ValueError where config's d_sae is not divisible by the shards.
+        Raises ValueError where config's d_sae is not divisible by the shards, or a transcoder is to
+        standardise its tokens.
         """
         super().__init__()
+        if d_out is not None and config.input_norm != "none":
+            raise ValueError(
+                f"sae.input_norm={config.input_norm!r} is for SAEs: what a transcoder gives is not "
+                "its input, and could not be put back; leave it out"
+            )
         self.config, self.d_in, self.d_sae = config, d_in, config.width(d_in)
+        self.transcodes, self.d_out = d_out is not None, d_in if d_out is None else d_out
         self.mesh = mesh if mesh is not None else Mesh.single()
         if self.d_sae % self.mesh.num_shards:
             raise ValueError(
@@ -103,11 +129,14 @@ class SparseCoder(Interventions):
                 f"use d_sae={-(-self.d_sae // self.mesh.num_shards) * self.mesh.num_shards}"
             )
         self.d_sae_local = self.d_sae // self.mesh.num_shards
-        shape = (self.d_sae_local, d_in)
-        self.W_enc = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.b_enc = nn.Parameter(torch.zeros(self.d_sae_local, dtype=dtype, device=device))
-        self.W_dec = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
+        place: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.W_enc = nn.Parameter(torch.empty((self.d_sae_local, d_in), **place))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae_local, **place))
+        self.W_dec = nn.Parameter(torch.empty((self.d_sae_local, self.d_out), **place))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out, **place))
+        self.W_skip: nn.Parameter | None = None
+        if config.skip and self.transcodes:
+            self.W_skip = nn.Parameter(torch.zeros((self.d_out, d_in), **place))
         if seed is not None:
             self.reset_parameters(seed)
 
@@ -121,30 +150,57 @@ class SparseCoder(Interventions):
         """Index over all shards of this rank's first latent."""
         return self.mesh.shard * self.d_sae_local
 
-    @property
-    def encoder_k(self) -> int | None:
-        """k of the top-k kernel that `select` calls, whose design is tuned; None without one."""
+    @classmethod
+    def autograd_reason(cls, config: SAEConfig) -> str | None:
+        """Why the fused engine cannot train it, to be logged; None where it can."""
+        del config
         return None
+
+    @property
+    def level_weights(self) -> tuple[float, ...]:
+        """Weights of the FVUs of nested reconstructions: the j-th is of the pairs up to level j."""
+        return (1.0,)
+
+    @property
+    def main_level(self) -> int:
+        """The level whose reconstruction is that of `forward`."""
+        return len(self.level_weights) - 1
+
+    @property
+    def sparsity_warmup(self) -> float:
+        """Part of the steps over which the penalty's coefficient rises linearly from 0."""
+        return 0.0
+
+    @property
+    def needs_l0(self) -> bool:
+        """Whether `penalty` asks for the whole batch's L0."""
+        return False
 
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> None:
-        """Unit-norm random decoder rows, the encoder equal to them, zero biases.
+        """Unit-norm random encoder rows, the decoder equal to them (a transcoder's zero, as
+        sparsify's), zero biases.
 
         An element is a function of (seed, its latent over all shards, its column) alone: see
         initial.py.
         """
-        unit_rows_(self.W_dec, seed, self.first_latent)
-        self.W_enc.copy_(self.W_dec)
+        unit_rows_(self.W_enc, seed, self.first_latent)
+        if self.transcodes:
+            self.W_dec.zero_()
+        else:
+            self.W_dec.copy_(self.W_enc)
+        if self.W_skip is not None:
+            self.W_skip.zero_()
         self.b_enc.zero_()
         self.b_dec.zero_()
 
     def encode(self, x: Tensor) -> Codes:
-        """The active latents of tokens x [..., d_in], differentiable: values and indices [..., K].
-        Collective over the shards. Raises ValueError on a width that does not fit.
+        """The active latents of tokens x [..., d_in], differentiable: Slots [..., K], or Pairs of
+        all tokens one after another. Collective over the shards. Raises ValueError on a width that
+        does not fit.
         """
         self.check_input(x)
-        codes = self.encode_rows(self.normalise(x.reshape(-1, self.d_in))[0])
-        return Codes(*(t.view(*x.shape[:-1], t.shape[-1]) for t in codes))
+        return shaped(self.encode_rows(self.normalise(x.reshape(-1, self.d_in))[0]), x.shape[:-1])
 
     def encode_rows(self, x: Tensor) -> Codes:
         """`encode` of tokens x [N, d_in] that are standardised where they are to be."""
@@ -170,10 +226,96 @@ class SparseCoder(Interventions):
         """
         raise NotImplementedError
 
-    def slope(self, codes: Codes) -> Tensor | None:
-        """Derivative [N, K] of each activation by its pre-activation; None stands for 1."""
+    def candidates(self, x: Tensor) -> Codes:
+        """The pairs of tokens x [N, d_in] that have an activation or a gradient, with values that
+        `activate` takes; differentiable. Collective over the shards.
+        """
+        return self.encode_rows(x)
+
+    def activate(self, found: Codes) -> Codes:
+        """Activations of candidates, differentiable in their values and in this SAE's parameters
+        pair by pair: no product of matrices.
+        """
+        return found
+
+    def penalty(self, x: Tensor, found: Codes, codes: Codes, batch: Batch) -> Tensor:
+        """What candidates `found` and their activations `codes` of target rows x [N, d_out] cost
+        beside the error: these tokens' share of the batch's, over all shards. Collective over the
+        shards.
+        """
+        del found, codes, batch
+        return x.new_zeros(())
+
+    @property
+    def penalises_dead(self) -> bool:
+        """Whether `dead_penalty` is called where latents are listed as dead."""
+        return False
+
+    def dead_penalty(self, x: Tensor, rows: Tensor, left_out: Tensor, batch: Batch) -> Tensor:
+        """What listed dead latents, rows [M] of this shard but those left out [M] bool, cost on
+        tokens x: these tokens' share. Collective over the shards.
+        """
+        raise NotImplementedError
+
+    def levels(self, codes: Codes) -> Tensor | None:
+        """The least level, as codes.values, of the nested reconstructions that has a pair; None is
+        0 for all. Collective over the shards.
+        """
         del codes
         return None
+
+    def main_codes(self, codes: Codes) -> Codes:
+        """Without the pairs beyond the main level, which do not count as active."""
+        if self.main_level == len(self.level_weights) - 1:
+            return codes
+        levels = self.levels(codes)
+        assert levels is not None
+        return codes._replace(values=codes.values * (levels <= self.main_level))
+
+    @torch.no_grad()
+    def begin_(self, x: Tensor, y: Tensor, unit: float) -> None:
+        """What the first batch x [N, d_in] and its target rows y, of all replicas, decide: b_dec
+        starts at the geometric median (Gao et al. 2024), a transcoder's at the mean, its encoder
+        subtracts the mean input (sparsify's).
+        """
+        if not self.transcodes:
+            self.b_dec.copy_(geometric_median(x, unit=unit))
+            return
+        self.b_dec.copy_(y.mean(dim=0))
+        self.b_enc.copy_(-self.W_enc @ x.mean(dim=0))
+
+    def set_unit(self, unit: float) -> None:
+        """Tells the root mean square of the elements of the data that is trained on."""
+
+    @torch.no_grad()
+    def project_(self) -> tuple[str, ...]:
+        """Puts parameters back where they have to be, after a step; returns their names. Rows of
+        W_dec are put back to unit norm by the engine.
+        """
+        return ()
+
+    @torch.no_grad()
+    def observe_(self, active: list[Codes]) -> None:
+        """Takes in the activations of a step's micro-batches. Collective over the members; no host
+        sync.
+        """
+
+    @torch.no_grad()
+    def restart_(self, mask: Tensor) -> None:
+        """Puts parameters of resampled latents [d_sae_local] bool, other than the matrices, back to
+        their start.
+        """
+        self.b_enc[mask] = 0
+
+    def for_moved_input(self, weights: dict[str, Tensor], moved: Tensor) -> dict[str, Tensor]:
+        """Weights of a transcoder that give for inputs x what these give for x - mean, where moved
+        [d_sae_local] is W_enc @ mean.
+        """
+        return weights | {"b_enc": weights["b_enc"] - moved}
+
+    def over_shards(self, share: Tensor) -> Tensor:
+        """A sum over the shards' shares, whose gradient is each share's."""
+        return sum_over_shards(share, self.mesh)
 
     def compute(self, weight: Tensor) -> Tensor:
         """A weight in the dtype of products: autocast's where it is on."""
@@ -191,7 +333,9 @@ class SparseCoder(Interventions):
 
     def pre_activations(self, x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
         """`(x - b_dec) @ W_enc[rows].T + bias` [N, M] for a few rows [M] of this shard."""
-        centred = feed_shards(x, self.mesh) - feed_shards(self.b_dec, self.mesh)
+        centred = feed_shards(x, self.mesh)
+        if (centre := self.centre) is not None:
+            centred = centred - feed_shards(centre, self.mesh)
         W = self.compute(self.W_enc[rows])
         return (centred.to(W.dtype) @ W.T).to(bias.dtype) + bias
 
@@ -200,17 +344,59 @@ class SparseCoder(Interventions):
         W = self.compute(self.W_dec[rows])
         return sum_over_shards((acts.to(W.dtype) @ W).to(self.b_dec.dtype), self.mesh)
 
-    def combine(self, values: Tensor, indices: Tensor) -> Tensor:
-        """`sum_j values[n, j] * W_dec[indices[n, j]]` [N, d_in], summed over shards: no b_dec."""
-        partial = ops.sparse_decode(values, indices, self.compute(self.W_dec))
+    def combine(self, codes: Codes, W_dec: Tensor | None = None) -> Tensor:
+        """`sum of value * W_dec[latent]` over each token's pairs [N, d_in], and over shards: no
+        b_dec. W_dec may be another than this SAE's.
+        """
+        W_dec = self.compute(self.W_dec if W_dec is None else W_dec)
+        partial = ops.sparse_decode(codes.values, codes.latents, W_dec, codes.tokens, codes.offsets)
         return sum_over_shards(partial.to(self.b_dec.dtype), self.mesh)
 
-    def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """`combine(values, indices) + b_dec`: the reconstruction [..., d_in] of codes [..., K], of
-        standardised tokens where the encoder standardises."""
-        K = values.shape[-1]
-        rows = self.combine(values.reshape(-1, K), indices.reshape(-1, K)) + self.b_dec
-        return rows.view(*values.shape[:-1], self.d_in)
+    def decode(self, codes: Codes, x: Tensor | None = None) -> Tensor:
+        """`combine(codes) + b_dec`: the reconstruction [..., d_out] of Slots [..., K], or [N,
+        d_out] of Pairs, in the units of tokens as the encoder reads them. x is the input, which
+        W_skip takes.
+        """
+        shape = codes.values.shape[:-1] if isinstance(codes, Slots) else (-1,)
+        rows = self.combine(flat(codes))
+        return (rows + self.base(None if x is None else x.reshape(-1, self.d_in))).view(
+            *shape, self.d_out
+        )
+
+    def base(self, x: Tensor | None) -> Tensor:
+        """What the reconstruction of inputs x is without latents: b_dec, of a transcoder with a
+        skip connection `b_dec + x @ W_skip.T`.
+        """
+        if self.W_skip is None:
+            return self.b_dec
+        if x is None:
+            raise ValueError(
+                "a transcoder with a skip connection needs its input: decode(codes, x)"
+            )
+        W = self.compute(self.W_skip)
+        return self.b_dec + (x.to(W.dtype) @ W.T).to(self.b_dec.dtype)
+
+    @property
+    def centre(self) -> Tensor | None:
+        """What the encoder subtracts from its input: b_dec, of a transcoder nothing."""
+        return None if self.transcodes else self.b_dec
+
+    def fed_centre(self) -> Tensor | None:
+        """`centre` for the products of this shard."""
+        return None if self.centre is None else feed_shards(self.centre, self.mesh)
+
+    def nested(self, codes: Codes, x: Tensor) -> list[Tensor]:
+        """The reconstructions [N, d_out] of all levels."""
+        levels = self.levels(codes)
+        if levels is None:
+            return [self.decode(codes, x)]
+        found: list[Tensor] = []
+        below = self.base(x)
+        for level in range(len(self.level_weights)):
+            own = codes._replace(values=codes.values * (levels == level))
+            below = below + self.combine(own)
+            found.append(below)
+        return found
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encodes and decodes x [..., d_in]; both parts are differentiable, the selection is not.
@@ -219,40 +405,10 @@ class SparseCoder(Interventions):
         self.check_input(x)
         rows, undo = self.normalise(x.reshape(-1, self.d_in))
         codes = self.encode_rows(rows)
-        clean = self.decode(*codes)
-        recon = self.intervened(rows, codes.values, codes.indices, clean)
+        recon = self.intervened(rows, codes, self.decode(codes, rows))
         if undo is not None:
             recon = recon * undo[0] + undo[1]
-        return SAEOutput(*(t.view(*x.shape[:-1], t.shape[-1]) for t in (recon, *codes)))
-
-    @property
-    def cfg(self) -> SimpleNamespace:
-        """What a script asks of an SAE: architecture, d_in, d_sae, k, dtype, device, hookpoint."""
-        dtype = str(self.W_dec.dtype).removeprefix("torch.")
-        place = {"dtype": dtype, "device": str(self.W_dec.device)}
-        return SimpleNamespace(**self.about._asdict(), **place, **self.spec())
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        subfolder: str = "",
-        *,
-        revision: str | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Self:
-        """The SAE of a folder or file of any known format (see interop), or of one in a repository
-        of the Hugging Face hub, `from_pretrained("org/name", "layers.3")`. Raises ValueError where
-        it holds none, or one of another class.
-        """
-        # Not at the top: most who use an SAE read no other library's.
-        from ..interop import load
-        from ..interop.hub import local_copy
-
-        sae = load(local_copy(name, subfolder, revision), device=device)
-        if not isinstance(sae, cls):
-            raise ValueError(f"{name} holds a {type(sae).__name__}, not a {cls.__name__}")
-        return sae
+        return SAEOutput(recon.view(*x.shape[:-1], self.d_out), shaped(codes, x.shape[:-1]))
 
     def spec(self) -> dict[str, Any]:
         """What `save` writes beside the weights: the architecture, widths and its own keys."""
@@ -260,6 +416,10 @@ class SparseCoder(Interventions):
         if own["input_norm"] == "none":
             del own["input_norm"]
         head = {"architecture": own.pop("architecture"), "d_in": self.d_in, "d_sae": self.d_sae}
+        if self.transcodes:
+            head["d_out"] = self.d_out
+        else:
+            del own["skip"]
         return head | own
 
     def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -292,16 +452,18 @@ class SparseCoder(Interventions):
             spec = read_spec(path)
             check_weights(path, spec.pop("weights_crc32c", None))
             weights = load_file(path / WEIGHTS_FILE)
-            d_in, about = spec.pop("d_in"), About(**spec.pop("about", {}))
+            d_in, d_out = spec.pop("d_in"), spec.pop("d_out", None)
+            about = About(**spec.pop("about", {}))
             config = parse(cls.Config, spec, str(path / CONFIG_FILE))
-            sae = cls.from_config(config, d_in, dtype=weights["W_enc"].dtype, seed=None)
+            place = {} if d_out is None else {"d_out": d_out}
+            sae = cls.from_config(config, d_in, **place, dtype=weights["W_enc"].dtype, seed=None)
             sae.load_state_dict(weights)
         except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
             raise ValueError(
                 f"{path} holds no whole {cls.__name__} ({e}); train or export it anew"
             ) from e
         sae.about = about
-        return sae.to(device)
+        return sae.to(device).eval()
 
     @staticmethod
     def is_whole(folder: str | Path) -> bool:
@@ -319,34 +481,3 @@ class SparseCoder(Interventions):
                 return True
         except (OSError, ValueError, SafetensorError):
             return False
-
-
-def check_sae_folder(path: Path) -> None:
-    """Raises ValueError, with what to name instead, where a folder is none of an SAE;
-    UnreadableError where its files cannot be read now."""
-    if check_readable(path / CONFIG_FILE):
-        check_readable(path / WEIGHTS_FILE)
-        return
-    if path.is_file():
-        raise ValueError(f"{path} is a file; name the folder that holds it, {path.parent}")
-    if (path / "sae" / CONFIG_FILE).is_file():
-        raise ValueError(f"{path} holds an SAE in its folder sae; name {path / 'sae'}")
-    what = f"has no {CONFIG_FILE}" if path.is_dir() else "does not exist"
-    raise ValueError(
-        f"{path} {what}: it holds no whole SAE; name a folder such as OUTPUT/HOOKPOINT/sae"
-    )
-
-
-def read_spec(folder: Path) -> dict[str, Any]:
-    """The config.json of a saved SAE. Raises OSError, or ValueError where it is damaged."""
-    return read_json(folder / CONFIG_FILE)
-
-
-def check_weights(folder: Path, expected: str | None) -> None:
-    """Compares a saved SAE's weights with the crc32c of its config.json; SAEs of 0.1.0 have none.
-    Raises ValueError where they differ.
-    """
-    if expected is None:
-        logger.info("%s has no checksum, its weights are not compared", folder)
-    elif checksum(folder / WEIGHTS_FILE) != expected:
-        raise ValueError(f"{WEIGHTS_FILE} does not hold what was written: its crc32c changed")

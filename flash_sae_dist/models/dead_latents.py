@@ -42,8 +42,8 @@ class DeadLatents:
     @torch.no_grad()
     def update_(
         self,
-        top_acts: Tensor,  # [N, k]
-        top_idx: Tensor,  # [N, k] int32
+        top_acts: Tensor,  # [N, k], or [C] of a flat list
+        top_idx: Tensor,  # as top_acts, int32
         batch_tokens: int,
     ) -> None:
         """Counts a batch of batch_tokens (all replicas'): latents with a positive activation
@@ -106,8 +106,11 @@ class DeadLatents:
 
     def bias(self, b_enc: Tensor) -> Tensor:
         """[M]: the listed latents' b_enc, -inf for those that have fired since and for padding."""
-        left_out = self._padding | ~self.mask()[self.rows]
-        return b_enc[self.rows].masked_fill(left_out, -torch.inf)
+        return b_enc[self.rows].masked_fill(self.left_out(), -torch.inf)
+
+    def left_out(self) -> Tensor:
+        """[M] bool: the listed latents that have fired since, and padding."""
+        return self._padding | ~self.mask()[self.rows]
 
 
 def padded(count: int) -> int:

@@ -29,19 +29,22 @@ def total_variance(
     return variance * (variance > rounding * num_tokens * mean.square().sum())
 
 
+def inverted(variance: Tensor) -> Tensor:
+    """`1 / variance`, and 0 for a batch of equal tokens, which has none to explain."""
+    tiny = torch.finfo(variance.dtype).tiny
+    return torch.where(variance > tiny, 1 / variance.clamp_min(tiny), 0)
+
+
 def fvu_loss(
     x: Tensor,  # [N, d_in]
     recon: Tensor,  # [N, d_in]
-    variance: Tensor,  # scalar, total_variance of the whole batch
+    inverse: Tensor,  # scalar, `inverted` total_variance of the whole batch
 ) -> Tensor:  # scalar
-    """These tokens' share of the fraction of variance unexplained: `sum (x - recon)^2 / variance`;
-    0, and no gradient, for a batch of equal tokens, which has no variance to explain.
+    """These tokens' share of the fraction of variance unexplained: `sum (x - recon)^2 / variance`.
 
     The shares of all replicas and micro-batches add up to the FVU of the whole batch, so their
     gradients add up too.
     """
-    tiny = torch.finfo(variance.dtype).tiny
-    inverse = torch.where(variance > tiny, 1 / variance.clamp_min(tiny), 0)
     return (x - recon).square().sum() * inverse
 
 

@@ -15,15 +15,14 @@ from ..kernels.dispatch import implementation
 from ..parallel.collectives import feed_shards
 from ..parallel.mesh import Mesh
 from ..parallel.selection import global_topk_mask
-from .base import Codes, SparseCoder
+from .base import Slots, SparseCoder
 
 
 class TopKConfig(SAEConfig):
     """Shape of a TopK sparse autoencoder."""
 
     architecture: Literal["topk"] = "topk"
-    """topk: the k largest pre-activations of a token are active. It decides which other keys there
-    are."""
+    """topk: the k largest pre-activations of a token are active."""
     k: Latents
     """Active latents a token."""
 
@@ -61,6 +60,8 @@ class TopKSAE(SparseCoder):
         k: int,
         *,
         input_norm: InputNorm = "none",
+        skip: bool = False,
+        d_out: int | None = None,
         mesh: Mesh | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -68,41 +69,45 @@ class TopKSAE(SparseCoder):
     ) -> None:
         if not 1 <= k <= d_sae:
             raise ValueError(f"k={k} is outside 1..d_sae={d_sae}; lower k or widen the dictionary")
-        config = TopKConfig(d_sae=d_sae, k=k, input_norm=input_norm)
-        super().__init__(config, d_in, mesh=mesh, dtype=dtype, device=device, seed=seed)
+        config = self.Config.model_validate(
+            {"d_sae": d_sae, "k": k, "input_norm": input_norm, "skip": skip}
+        )
+        place: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "device": device, "seed": seed}
+        super().__init__(config, d_in, d_out=d_out, **place)
         self.k = k
 
     @classmethod
     def from_config(cls, config: SAEConfig, d_in: int, **place: Any) -> Self:
         """An SAE of what a config's section `sae` says; place is mesh, dtype, device and seed."""
         assert isinstance(config, TopKConfig)
-        return cls(d_in, config.width(d_in), config.k, input_norm=config.input_norm, **place)
+        own: dict[str, Any] = {"input_norm": config.input_norm, "skip": config.skip}
+        return cls(d_in, config.width(d_in), config.k, **own, **place)
 
     @property
-    def encoder_k(self) -> int:
-        """See SparseCoder. A shard narrower than k offers all it has: no more of its latents can be
-        selected.
+    def _local_k(self) -> int:
+        """k of the top-k kernel. A shard narrower than k offers all it has: no more of its latents
+        can be selected.
         """
         return min(self.k, self.d_sae_local)
 
-    def encode_rows(self, x: Tensor) -> Codes:
-        """See SparseCoder: values [N, k] and local indices [N, k] int32. On several shards a value
+    def encode_rows(self, x: Tensor) -> Slots:
+        """See SparseCoder: values [N, k] and local latents [N, k] int32. On several shards a value
         is 0 wherever the selection left this rank's candidate out.
         """
         top = ops.topk_encode(
             feed_shards(x, self.mesh),
             self.compute(self.W_enc),
             self.b_enc,
-            self.encoder_k,
-            b_dec=feed_shards(self.b_dec, self.mesh),
+            self._local_k,
+            b_dec=self.fed_centre(),
         )
         return self._over_shards(*top)
 
-    def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Codes:
+    def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Slots:
         """The same for the fused engine; see SparseCoder."""
-        top = implementation("topk_encode", W_enc)(xc, W_enc, b_enc, self.encoder_k)
+        top = implementation("topk_encode", W_enc)(xc, W_enc, b_enc, self._local_k)
         return self._over_shards(*top)
 
-    def _over_shards(self, values: Tensor, indices: Tensor) -> Codes:
-        keep = global_topk_mask(values, indices, self.k, self.first_latent, self.mesh)
-        return Codes(values if keep is None else values * keep, indices)
+    def _over_shards(self, values: Tensor, latents: Tensor) -> Slots:
+        keep = global_topk_mask(values, latents, self.k, self.first_latent, self.mesh)
+        return Slots(values if keep is None else values * keep, latents)

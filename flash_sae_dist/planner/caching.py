@@ -27,19 +27,19 @@ from ..config.run import RunConfig
 from ..parallel import agree
 from ..training.host_memory import free_bytes
 from .devices import GIB, Launch, launch_here, memory_of
+from .timing import FORWARD
 
 logger = logging.getLogger(__name__)
-# A forward pass reaches this of the matmul rate, and cache this of a bare forward pass: 266,000 and
-# 246,000 tokens/s of a Llama of 1.2 billion parameters on an H200 (docs/performance.md).
-_FORWARD, _CACHED = 0.51, 0.89
+# Of a bare forward pass's rate: 246,000 of 266,000 tokens/s (docs/performance.md).
+_CACHED = 0.89
 _START_S = 20.0
 # Below it cache.memory_gib makes shards too small to read well.
 _LEAST_GIB = 0.5
 # GB/s that a process writes: what was seen, not its limit.
 _WRITE_GB_S = 2.0
-# What a pass holds of each token beside the weights, in rows of the residual stream: a guess, for
-# which nothing is refused.
-_PASS, _PASS_ROWS = "a forward pass", 24
+# What a pass holds of each token beside the weights, in rows of the residual stream, of a Llama
+# whose blocks widen it four times: an estimate, for which `cache` refuses nothing.
+_PASS, _PASS_ROWS = "a forward pass", 16
 
 
 class Rows(NamedTuple):
@@ -58,6 +58,16 @@ class Rows(NamedTuple):
             total += (geometry.num_shards - 1) * geometry.file_bytes(0, each)
             total += geometry.file_bytes(geometry.num_shards - 1, each)
         return total
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Of the hookpoints."""
+        return self.shape.widths
+
+    @property
+    def dtype(self) -> str:
+        """Of the rows."""
+        return self.shape.dtype
 
     @property
     def itemsize(self) -> int:
@@ -177,10 +187,9 @@ def cache_plan(config: RunConfig, launch: Launch, width: int | None = None) -> C
     device, host = _buffers(config.cache, rows, launch.on_gpu)
     seconds = None
     if model is not None:
-        device["model"] = _weight_bytes(config, model, launch.on_gpu)
-        tokens = config.cache.batch_sequences * config.cache.context_length
-        device[_PASS] = tokens * max(widths.values()) * _PASS_ROWS * 2
-        rate = _FORWARD * _CACHED * 1e12 * launch.gpu.matmul_tflops / max(1, model.flops)
+        device["model"] = weight_bytes(config, model, launch.on_gpu)
+        device[_PASS] = pass_bytes(config.cache, widths)
+        rate = FORWARD * _CACHED * 1e12 * launch.gpu.matmul_tflops / max(1, model.flops)
         written = _WRITE_GB_S * launch.local
         if launch.store_gb_s is not None:
             written = min(written, launch.store_gb_s)
@@ -226,7 +235,13 @@ def _buffers(cfg: CacheConfig, rows: Rows, on_gpu: bool) -> tuple[dict[str, int]
     return device, {"shards on their way to the disk": on_host * shard_bytes}
 
 
-def _weight_bytes(config: RunConfig, model: ModelShape, on_gpu: bool) -> int:
+def pass_bytes(cfg: CacheConfig, widths: dict[str, int]) -> int:
+    """What a forward pass holds beside the weights."""
+    tokens = cfg.batch_sequences * cfg.context_length
+    return tokens * max(widths.values()) * _PASS_ROWS * 2
+
+
+def weight_bytes(config: RunConfig, model: ModelShape, on_gpu: bool) -> int:
     """Weights as they are loaded; quantised ones with a little of what is not."""
     assert config.model is not None
     kind = config.model.quantization or ("4bit" if model.is_quantized else None)

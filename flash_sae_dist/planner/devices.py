@@ -91,7 +91,9 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         # What PyTorch keeps for tensors to come is free, too.
         torch.cuda.empty_cache()
-        return int(torch.cuda.mem_get_info(device)[0])
+        free, whole = torch.cuda.mem_get_info(device)
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        return min(free, int(share * whole) - torch.cuda.memory_reserved(device))
     return free_bytes() // local_processes()
 
 

@@ -21,6 +21,7 @@ from ..activations.stored_rows import float_dtype
 from ..config.deepspeed import ZeroOptimization, zero_of
 from ..config.train import DeepSpeedTrainConfig, TrainConfig
 from ..models.dead_latents import padded
+from ..training.defaults import with_defaults
 from ..training.engine import choose_engine
 from ..training.engines.dead_step import MAX_BLOCK_BYTES
 from ..training.job import Config
@@ -35,8 +36,22 @@ _ENCODER_BYTES = 63 << 20
 _REFERENCE_ELEMENTS, _REFERENCE_COPIES = 1 << 25, 3
 # What the loader stages on a GPU: parts of 16 MiB, a block more, indices.
 _STAGED_BYTES = 18 << 20
+# cuBLAS's workspaces, 32 MiB a stream on Hopper: what four runs of `train` took beyond all else was
+# 56 to 118 MiB (tests/dist/test_planner_gpu.py).
+_LIBRARY_BYTES = 64 << 20
 # A latent's share that is dead, for figures that need one.
 DEAD_SHARE = 0.1
+# What a stream's rows are called among what its model takes.
+BUFFER = "train.buffer_tokens"
+
+
+class Streamed(NamedTuple):
+    """What a model that runs beside the steps (train.source=stream) takes of a process."""
+
+    weights: int  # bytes
+    a_pass: int  # bytes of a forward pass beside them
+    buffer: int  # bytes of the rows of the SAE's hookpoint that are mixed
+    flops: float  # of a token that is trained on, up to the last hookpoint
 
 
 class Work(NamedTuple):
@@ -53,6 +68,7 @@ class Work(NamedTuple):
     on_gpu: bool
     stored_bytes: int  # of the same element in the store
     zero: ZeroOptimization | None = None  # of the deepspeed engine
+    stream: Streamed | None = None  # where a model is planned, too
 
     @property
     def offloads(self) -> bool:
@@ -108,6 +124,7 @@ def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -
     assert sae is not None
     assert train is not None
     d_sae = sae.width(d_in)
+    train = with_defaults(train, sae, d_in)
     device = torch.device("cuda" if on_gpu else "cpu")
     return Work(
         name,
@@ -115,7 +132,7 @@ def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -
         d_sae,
         min(getattr(sae, "k", _SLOTS), d_sae),
         train,
-        choose_engine(train, d_in).engine,
+        choose_engine(train, d_in, sae).engine,
         resolve_precision(train.precision, device),
         float_dtype(dtype).itemsize,
         on_gpu,
@@ -130,6 +147,7 @@ class Memory(NamedTuple):
     kept: dict[str, int]  # from the first step to the last
     step: dict[str, int]  # while a step is made
     feed: dict[str, int]  # batches ahead and rows in memory, which the jobs of a bundle share
+    model: dict[str, int]  # of a stream: its model and its rows, which they share as well
 
     @property
     def own(self) -> int:
@@ -139,7 +157,7 @@ class Memory(NamedTuple):
     @property
     def peak(self) -> int:
         """Of a rank that trains this SAE alone."""
-        return self.own + sum(self.feed.values())
+        return self.own + sum(self.feed.values()) + sum(self.model.values())
 
 
 def kept_bytes(work: Work, num_shards: int) -> dict[str, int]:
@@ -247,8 +265,9 @@ def _autograd_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
     more = F * D * wide * (2 if work.train.micro_batches > 1 else 1)
     dense = max(copies, more)
     if work.zero is not None:
-        # With stage 2 the gradient that ZeRO has not split yet; what it flattens for Adam.
-        split = F * D * wide * (work.zero.stage - 1)
+        # With stage 2 the gradient that ZeRO has not split yet, or with offload both, which it
+        # copies to the host (measured); what it flattens for Adam.
+        split = F * D * wide * (work.zero.stage - 1) * (2 if work.offloads else 1)
         dense = max(copies + split, 0 if work.offloads else 2 * F * D * wide // R)
     if M:
         # Pre-activations and masks are saved; the gradient of picked rows is as large as all.
@@ -261,8 +280,16 @@ def feed_bytes(work: Work, num_replicas: int, preloaded: int = 0) -> dict[str, i
     batch = work.train.batch_tokens // num_replicas * work.d_in * work.row_bytes
     if not work.on_gpu:
         return {"batches ahead": batch}
-    feed = {"batches ahead": num_buffers(batch) * batch + _STAGED_BYTES}
+    staged = 0 if work.train.source == "stream" else _STAGED_BYTES
+    feed = {"batches ahead": num_buffers(batch) * batch + staged, "libraries": _LIBRARY_BYTES}
     return feed | {"rows": preloaded} if preloaded else feed
+
+
+def _model_bytes(stream: Streamed | None) -> dict[str, int]:
+    if stream is None:
+        return {}
+    told = {"model": stream.weights, "a forward pass": stream.a_pass, BUFFER: stream.buffer}
+    return {what: size for what, size in told.items() if size}
 
 
 def memory_of_rank(
@@ -276,4 +303,5 @@ def memory_of_rank(
         kept,
         step_bytes(work, num_shards, num_replicas, dead),
         feed_bytes(work, num_replicas, preloaded),
+        _model_bytes(work.stream),
     )

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..activations.preload import kept_by_auto
 from ..config.base import ConfigError
@@ -29,8 +29,11 @@ from .devices import Launch
 from .memory import DEAD_SHARE, Memory, Work, memory_of_rank
 from .search import Choice, check_memory, choices, fits, meshes
 from .storage import checkpoint_bytes, disk_bytes, host_bytes, num_checkpoints, sae_bytes
+from .streaming import StreamPlan, stream_plan
 from .timing import StepTime, step_time
 from .wire import Sent, batch_sent, step_sent
+
+T = TypeVar("T")
 
 
 class JobFigures(NamedTuple):
@@ -69,8 +72,8 @@ class Overview(NamedTuple):
     """All that is predicted of a config."""
 
     launch: Launch
-    rows: Rows
-    cache: CachePlan | None  # None where the store is there
+    rows: Rows | StreamPlan
+    cache: CachePlan | None  # None where the store is there, or needless
     train: TrainPlan | None  # None where the config trains nothing, or what it trains cannot be
     refused: list[str]  # what a verb would refuse
     free_host: int
@@ -82,22 +85,8 @@ def overview(config: Config, launch: Launch, width: int | None = None) -> Overvi
     ConfigError for what cannot be planned at all; what does not fit is told in `refused`.
     """
     refused: list[str] = []
-    if config.train is not None and config.train.source == "stream":
-        raise ConfigError(
-            "train.source='stream' cannot be planned; plan the same run from a store: drop "
-            "train.source and train.buffer_tokens, give cache.store and cache.num_tokens. Its "
-            "steps take the same; the model and the rows of train.buffer_tokens come beside them"
-        )
-    rows = rows_there(config.store_path())
-    cache = None
-    is_made_here = config.cache is not None and config.store in (None, config.cache.store)
-    if rows is None or (is_made_here and not rows.is_there):
-        if not is_made_here:
-            raise ConfigError(
-                f"store={config.store_path()!r} is no activation store; check the path"
-            )
-        cache = _cache_plan(config, launch, width)
-        rows = cache.rows
+    rows, cache = _rows(config, launch, width)
+    if cache is not None:
         free_host = free_bytes() if launch.is_here else None
         _tell(partial(check_cache, cache, config, launch, free_host), refused)
     train = None
@@ -113,9 +102,25 @@ def overview(config: Config, launch: Launch, width: int | None = None) -> Overvi
     return found
 
 
-def _cache_plan(config: Config, launch: Launch, width: int | None) -> CachePlan:
+def _rows(
+    config: Config, launch: Launch, width: int | None
+) -> tuple[Rows | StreamPlan, CachePlan | None]:
+    """What the SAEs are trained on, and what making it takes where that is yet to be done."""
+    if config.train is not None and config.train.source == "stream":
+        return _with_width(partial(stream_plan, config, launch, width), width), None
+    rows = rows_there(config.store_path())
+    is_made_here = config.cache is not None and config.store in (None, config.cache.store)
+    if rows is not None and (rows.is_there or not is_made_here):
+        return rows, None
+    if not is_made_here:
+        raise ConfigError(f"store={config.store_path()!r} is no activation store; check the path")
+    cache = _with_width(partial(cache_plan, config, launch, width), width)
+    return cache.rows, cache
+
+
+def _with_width(make: Callable[[], T], width: int | None) -> T:
     try:
-        return cache_plan(config, launch, width)
+        return make()
     except ConfigError as e:
         if width is not None:
             raise
@@ -139,17 +144,24 @@ def _tell(check: Callable[[], None], refused: list[str]) -> None:
         refused.append(str(e))
 
 
-def _train_plan(config: Config, rows: Rows, launch: Launch, refused: list[str]) -> TrainPlan:
+def _train_plan(
+    config: Config, rows: Rows | StreamPlan, launch: Launch, refused: list[str]
+) -> TrainPlan:
     grid = config.grid is not None
-    jobs = jobs_of(config, list(rows.shape.widths), grid=grid)
-    works = works_of(jobs, rows.shape.widths, rows.shape.dtype, launch)
+    jobs = jobs_of(config, list(rows.widths), grid=grid)
+    works = works_of(jobs, rows.widths, rows.dtype, launch)
+    buffer: Callable[[Job], int] | None = None
+    if isinstance(rows, StreamPlan):
+        assert config.cache is not None
+        works = {name: rows.beside(work, config.cache) for name, work in works.items()}
+        buffer = partial(_buffer_of, works)
     P, R, why = _mesh(config, jobs, works, launch, grid=grid)
     num_groups = launch.processes // (P * R)
-    check_fit(jobs, rows.shape.widths, Mesh(0, num_groups, 0, R, 0, P, None, None, None))
+    check_fit(jobs, rows.widths, Mesh(0, num_groups, 0, R, 0, P, None, None, None))
     too_large = (work for work in works.values() if not fits(work, P, R, launch.memory))
     if (work := next(too_large, None)) is not None:
         _tell(partial(check_memory, work, P, R, launch), refused)
-    groups = place(jobs, works, launch, P, R)
+    groups = place(jobs, works, launch, P, R, buffer)
     figures = _figures(list(works.values()), rows, launch, P, R)
     largest = max(figures, key=lambda f: f.memory.peak).work
     fullest = max((b for group in groups for b in group), key=lambda b: len(b.jobs))
@@ -185,7 +197,14 @@ def _mesh(
     return shards, replicas, "asked for"
 
 
-def _figures(works: list[Work], rows: Rows, launch: Launch, P: int, R: int) -> list[JobFigures]:
+def _buffer_of(works: dict[str, Work], job: Job) -> int:
+    stream = works[job.name].stream
+    return 0 if stream is None else stream.buffer
+
+
+def _figures(
+    works: list[Work], rows: Rows | StreamPlan, launch: Launch, P: int, R: int
+) -> list[JobFigures]:
     """By shape, in the order of the jobs: those that take the same are told once."""
     shapes: dict[object, list[Work]] = {}
     for work in works:
@@ -204,7 +223,7 @@ def _figures(works: list[Work], rows: Rows, launch: Launch, P: int, R: int) -> l
                 memory_of_rank(work, P, R, dead=DEAD_SHARE, preloaded=kept),
                 memory_of_rank(work, P, R, preloaded=kept).peak,
                 [*step_sent(work, P, R, dead), *batch_sent(work, P, R)],
-                work.train.batch_tokens // (P * R) * work.d_in * work.stored_bytes,
+                rows_to_device(work, P * R),
                 checkpoint_bytes(work) // P,
                 step_time(work, launch, P, R),
             )
@@ -212,8 +231,17 @@ def _figures(works: list[Work], rows: Rows, launch: Launch, P: int, R: int) -> l
     return found
 
 
-def rows_kept(work: Work, rows: Rows, launch: Launch) -> dict[str, int]:
+def rows_to_device(work: Work, num_members: int) -> int:
+    """Bytes of a batch that each process copies to its device: a stream's are there."""
+    if work.stream is not None:
+        return 0
+    return work.train.batch_tokens // num_members * work.d_in * work.stored_bytes
+
+
+def rows_kept(work: Work, rows: Rows | StreamPlan, launch: Launch) -> dict[str, int]:
     """Bytes of rows that train.preload keeps, by where."""
+    if isinstance(rows, StreamPlan):
+        return {}
     asked, geometry = work.train.preload, rows.shape.geometry
     size = geometry.rows * work.d_in * rows.itemsize
     if asked == "auto":
@@ -238,9 +266,9 @@ def _disk(jobs: list[Job], works: dict[str, Work]) -> dict[str, int]:
     }
 
 
-def _free_disk(config: Config, rows: Rows) -> dict[str, int]:
+def _free_disk(config: Config, rows: Rows | StreamPlan) -> dict[str, int]:
     places = {"output": config.output}
-    if not rows.is_there and rows.is_local and config.cache is not None:
+    if isinstance(rows, Rows) and not rows.is_there and rows.is_local and config.cache is not None:
         places["cache.store"] = config.cache.path()
     found = {}
     for key, where in places.items():
@@ -253,10 +281,10 @@ def _free_disk(config: Config, rows: Rows) -> dict[str, int]:
 
 def _check_disk(config: Config, found: Overview) -> None:
     """What the disks of this machine cannot take, as the verbs say it."""
-    if found.cache is not None and found.rows.is_local:
+    if found.cache is not None and found.cache.rows.is_local:
         assert config.cache is not None
-        place, what = config.cache.path(), "the store"
-        _tell(partial(check_space, "cache.store", place, found.rows.bytes, what), found.refused)
+        place, what, size = config.cache.path(), "the store", found.cache.rows.bytes
+        _tell(partial(check_space, "cache.store", place, size, what), found.refused)
     if found.train is not None:
         needed = sum(size for what, size in found.train.disk.items() if what != "exports")
         what = "what is written for checkpoints (train.keep_checkpoints) and SAEs"

@@ -8,10 +8,13 @@ from typing import Any
 
 from ..config.run import RunConfig
 from ..grid.plan import Bundle
+from .caching import ModelShape, Rows
 from .devices import GIB
-from .memory import DEAD_SHARE
+from .memory import DEAD_SHARE, Work
 from .overview import JobFigures, Overview, TrainPlan, rounds
 from .search import Choice
+from .streaming import StreamPlan
+from .timing import StepTime
 
 _SHAPES, _GROUPS, _OTHERS = 6, 8, 8  # shown; the rest are counted
 _WIDTH, _COLUMN = 100, 19
@@ -53,17 +56,30 @@ def _head(found: Overview, name: str) -> list[str]:
     return lines + ([launch.why] if launch.why else [])
 
 
+def _model_line(model: ModelShape) -> str:
+    flops = f"{model.flops / 1e9:,.2f} GFLOP a token to the last hookpoint"
+    return f"  model            {model.parameters / 1e9:,.2f}e9 parameters, {flops}"
+
+
 def _cache_lines(found: Overview, config: RunConfig) -> list[str]:
-    shape = found.rows.shape
-    hookpoints = _count(len(shape.widths), "hookpoint")
+    hookpoints = _count(len(found.rows.widths), "hookpoint")
+    if isinstance(found.rows, StreamPlan):
+        plan = found.rows
+        lines = ["", f"stream: the model runs beside the steps, {hookpoints}, {plan.dtype}"]
+        lines += [_model_line(plan.model)] if plan.model is not None else []
+        return lines + ([f"  left out         {plan.left_out}"] if plan.left_out else [])
+    return _store_lines(found, found.rows, hookpoints, config)
+
+
+def _store_lines(found: Overview, there: Rows, hookpoints: str, config: RunConfig) -> list[str]:
+    shape = there.shape
     rows = f"{shape.geometry.rows:,} rows x {hookpoints}, {shape.dtype}"
-    store = f"  store            {rows}, {_size(found.rows.bytes)}{_free(found, 'cache.store')}"
+    store = f"  store            {rows}, {_size(there.bytes)}{_free(found, 'cache.store')}"
     if found.cache is None:
         return ["", "cache: the store is there", store]
     plan, lines = found.cache, ["", "cache", store]
     if plan.model is not None:
-        flops = f"{plan.model.flops / 1e9:,.2f} GFLOP a token to the last hookpoint"
-        lines.append(f"  model            {plan.model.parameters / 1e9:,.2f}e9 parameters, {flops}")
+        lines.append(_model_line(plan.model))
     if plan.device:
         lines.append(f"  GPU memory       {_parts(plan.device)}")
     lines.append(f"  host memory      {_parts(plan.host)} a process")
@@ -112,6 +128,7 @@ def _shape_lines(figures: JobFigures, memory: int) -> list[str]:
         f"    kept a rank    {_parts(m.kept)}",
         f"    a step         {_parts(m.step)}",
         f"    batches        {_parts(m.feed)}",
+        *([f"    beside it      {_parts(m.model)}"] if m.model else []),
         f"    peak           {_size(m.peak)} of {_size(memory)}; {_size(figures.fresh_peak)} "
         "while no latent is dead",
     ]
@@ -122,14 +139,21 @@ def _shape_lines(figures: JobFigures, memory: int) -> list[str]:
             whole = f"{_size(sum(s.bytes for s in of))} in {sum(s.calls for s in of)} collectives"
             lines.append(f"    over {group:9} {whole}{parts and ': '}{parts}")
     rows, back = _size(figures.to_device), _size(figures.to_host)
-    lines.append(f"    over the bus   {rows} a step to the device, {back} a checkpoint to the host")
+    to_device = f"{rows} a step to the device, " if figures.to_device else ""
+    lines.append(f"    over the bus   {to_device}{back} a checkpoint to the host")
+    return [*lines, _time_line(work, t)]
+
+
+def _time_line(work: Work, t: StepTime) -> str:
     dead = f", {DEAD_SHARE:.0%} dead" if work.revives else ""
     rate = 1e3 * work.train.batch_tokens / t.ms
-    lines.append(
-        f"    time a step    {t.ms:,.2f} ms (GPU {t.compute:,.2f}, wire {t.wire:,.2f}, beside them "
-        f"the store {t.loader:,.2f}{dead}): {rate:,.0f} tokens/s, bound by {t.bound}"
+    rows = f"beside them the store {t.loader:,.2f}"
+    if work.stream is not None:
+        rows = f"forward passes {t.model:,.2f}"
+    return (
+        f"    time a step    {t.ms:,.2f} ms (GPU {t.compute:,.2f}, wire {t.wire:,.2f}, {rows}{dead}"
+        f"): {rate:,.0f} tokens/s, bound by {t.bound}"
     )
-    return lines
 
 
 def _shape_line(figures: JobFigures) -> str:
@@ -218,13 +242,7 @@ def data(found: Overview) -> dict[str, Any]:
             "memory": launch.memory,
             "is_here": launch.is_here,
         },
-        "store": {
-            "is_there": found.rows.is_there,
-            "bytes": found.rows.bytes,
-            "rows": found.rows.shape.geometry.rows,
-            "widths": found.rows.shape.widths,
-            "dtype": found.rows.shape.dtype,
-        },
+        **_rows_data(found.rows),
         "free": {"host": found.free_host, "disk": found.free_disk},
         "cache": cache
         and {
@@ -236,6 +254,14 @@ def data(found: Overview) -> dict[str, Any]:
         },
         "train": train and _train_data(train),
     }
+
+
+def _rows_data(rows: Rows | StreamPlan) -> dict[str, Any]:
+    if isinstance(rows, StreamPlan):
+        told = {**rows._asdict(), "model": rows.model and rows.model._asdict()}
+        return {"store": None, "stream": told}
+    store = {"is_there": rows.is_there, "bytes": rows.bytes, "rows": rows.shape.geometry.rows}
+    return {"store": store | {"widths": rows.widths, "dtype": rows.dtype}, "stream": None}
 
 
 def _train_data(plan: TrainPlan) -> dict[str, Any]:

@@ -22,9 +22,9 @@ _GATHERS, _LAUNCH_MS = 3.5, 0.05
 _FLOAT32 = 15
 # Passes over parameters and dense gradients of the engines with autograd, beside the fused one's.
 _AUTOGRAD_PASSES = 4.5
-# Bytes of a parameter that go over the bus and through Adam on the host, and GB/s of that: not
-# measured.
-_OFFLOAD_BYTES, _OFFLOAD_GB_S = 36, 30.0
+# Bytes of a parameter that go over the bus and through Adam on the host, and GB/s of that: 0.62 s a
+# step of 1.07e9 parameters beside an H200 with 16 cores (docs/performance.md).
+_OFFLOAD_BYTES, _OFFLOAD_GB_S = 36, 66.0
 # A clipped step gathers twice more and reads the weights once more.
 _CLIP_GATHERS = 2
 # Bytes that the global top-k moves for a candidate: gathered, ordered, as keys, several passes.
@@ -35,6 +35,9 @@ _DEAD = 1.15
 _LINK, _HOP_MS = 0.6, 0.03
 # GB/s of one process's loader and of all of a host, from its page cache (bench load).
 LOADER_GB_S, HOST_GB_S = 10.0, 12.8
+# A forward pass reaches this of the matmul rate: 266,000 tokens/s of a Llama of 1.2 billion
+# parameters on an H200 (docs/performance.md).
+FORWARD = 0.51
 # Seconds until a job's first step, and GB/s at which an SAE is written at its end.
 _START_S, _WRITE_GB_S = 10.0, 2.0
 
@@ -45,17 +48,20 @@ class StepTime(NamedTuple):
     compute: float
     wire: float
     loader: float  # beside the two
+    model: float = 0.0  # of a stream: forward passes, on the same GPU
 
     @property
     def ms(self) -> float:
         """What a step takes."""
-        return max(self.compute + self.wire, self.loader)
+        return max(self.compute + self.wire + self.model, self.loader)
 
     @property
     def bound(self) -> str:
         """What decides it."""
-        if self.loader > self.compute + self.wire:
+        if self.loader > self.compute + self.wire + self.model:
             return "the store"
+        if self.model > self.compute + self.wire:
+            return "the model"
         return "the wire" if self.wire > self.compute else "the GPU"
 
 
@@ -115,9 +121,19 @@ def sent_ms(sent: Sequence[Sent], launch: Launch, num_shards: int, num_replicas:
 
 def loader_ms(work: Work, launch: Launch, num_members: int) -> float:
     """A process's rows of a batch from the store, beside those of the others of its host."""
+    if work.train.source == "stream":
+        return 0.0
     host = HOST_GB_S if launch.store_gb_s is None else launch.store_gb_s
     rate = min(LOADER_GB_S, host / launch.local)
     return work.train.batch_tokens // num_members * work.d_in * work.stored_bytes / (rate * 1e6)
+
+
+def model_ms(work: Work, launch: Launch, num_members: int) -> float:
+    """Forward passes of a process's tokens of a batch, those that are held out among them."""
+    if work.stream is None:
+        return 0.0
+    tokens = work.train.batch_tokens / num_members / (1 - work.train.holdout)
+    return tokens * work.stream.flops / (FORWARD * 1e9 * launch.gpu.matmul_tflops)
 
 
 def step_time(
@@ -135,6 +151,7 @@ def step_time(
         compute_ms(work, launch, P, R, dead),
         sent_ms(step_sent(work, P, R, listed), launch, P, R),
         loader_ms(work, launch, P * R) + sent_ms(batch_sent(work, P, R), launch, P, R),
+        model_ms(work, launch, P * R),
     )
 
 
@@ -158,7 +175,8 @@ def cost_of(work: Work, launch: Launch, num_shards: int, num_replicas: int) -> C
 
 
 def bundle_seconds(costs: Sequence[Cost]) -> float:
-    """Seconds of jobs that are trained together on each batch, whose rows are read once."""
-    ms = max(sum(c.time.compute + c.time.wire for c in costs), costs[0].time.loader)
+    """Seconds of jobs that are trained together on each batch, whose rows are read or made once."""
+    steps = sum(c.time.compute + c.time.wire for c in costs)
+    ms = max(steps + costs[0].time.model, costs[0].time.loader)
     written = sum(c.written for c in costs)
     return _START_S + ms * costs[0].steps / 1e3 + written / (_WRITE_GB_S * 1e9)

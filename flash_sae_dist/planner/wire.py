@@ -57,7 +57,7 @@ def _fused(work: Work, P: int, R: int, M: int, selects: bool) -> list[Sent]:
         Sent("norm of the gradient", "all_reduce", "shards", int(clips), 2 * wide * clips),
         Sent("pairs", "all_gather", "replicas", 1, n * K * 3 * wide),
         Sent("rows of x and of the residual", "all_gather", "replicas", 2, 2 * n * D * narrow),
-        Sent("variance, metrics", "all_reduce", "replicas", 2, (D + 1 + 3) * wide),
+        Sent("variance, metrics", "all_reduce", "replicas", 2, (D + 1 + 4) * wide),
     ]
     return found + _dead(work, n, M, selects) if M else found
 
@@ -102,7 +102,7 @@ def _autograd(work: Work, P: int, R: int, M: int, selects: bool) -> list[Sent]:
         Sent("norm of the gradient", "all_reduce", "shards", int(clips), wide * clips),
         *_gradients_sent(work, R, (2 * F * D + F + D) * wide),
         Sent("latents that fired", "all_reduce", "replicas", 1, 4 * F),
-        Sent("variance, metrics", "all_reduce", "replicas", 3, (D + 1 + 3) * wide),
+        Sent("variance, metrics", "all_reduce", "replicas", 3, (D + 1 + 4) * wide),
     ]
     if not M:
         return found

@@ -10,14 +10,15 @@ import torch
 
 from ..config.base import ConfigError
 from ..config.deepspeed import read_deepspeed
+from ..config.sae import SAEConfig
 from ..config.train import DeepSpeedTrainConfig, FusedTrainConfig, TrainConfig
+from ..models import ARCHITECTURES
 from ..models.base import SparseCoder
 from ..models.dead_latents import DeadLatents
 from ..parallel.mesh import Mesh
 from .engines.autograd import AutogradEngine
 from .engines.base import Engine
 from .engines.fused import FusedEngine
-from .optim import default_lr
 from .sparse_adam import SparseAdam
 
 logger = logging.getLogger(__name__)
@@ -33,15 +34,18 @@ class EngineChoice(NamedTuple):
     reason: str | None = None
 
 
-def choose_engine(cfg: TrainConfig, d_in: int) -> EngineChoice:
-    """auto is the fused engine unless something really needs autograd.
+def choose_engine(cfg: TrainConfig, d_in: int, sae: SAEConfig | None = None) -> EngineChoice:
+    """auto is the fused engine unless something really needs autograd: the width, or what the
+    section sae asks for.
 
     Raises ConfigError where a key that only the fused engine has meets something that needs
     autograd.
     """
     if not isinstance(cfg, FusedTrainConfig):
         return EngineChoice("deepspeed" if isinstance(cfg, DeepSpeedTrainConfig) else "autograd")
-    reason = None
+    reason = None if sae is None else ARCHITECTURES[sae.architecture].autograd_reason(sae)
+    if cfg.target is not None:
+        reason = "a transcoder's encoder and decoder have other rows"
     if d_in > _MAX_WIDTH:
         reason = f"its kernels take widths up to {_MAX_WIDTH}, not {d_in}"
     if reason is None:
@@ -63,11 +67,11 @@ def check_installed(cfg: TrainConfig) -> None:
         )
 
 
-def check_engine(cfg: TrainConfig, d_in: int, mesh: Mesh) -> None:
+def check_engine(cfg: TrainConfig, d_in: int, mesh: Mesh, sae: SAEConfig | None = None) -> None:
     """Raises ConfigError as `choose_engine`, and where DeepSpeed is told or given what it cannot
     do.
     """
-    choose_engine(cfg, d_in)
+    choose_engine(cfg, d_in, sae)
     if not isinstance(cfg, DeepSpeedTrainConfig):
         return
     read_deepspeed(cfg, mesh.num_replicas)
@@ -93,13 +97,16 @@ def _fused_only(cfg: FusedTrainConfig) -> str | None:
 def make_engine(
     sae: SparseCoder, dead: DeadLatents, cfg: TrainConfig, compute_dtype: torch.dtype
 ) -> Engine:
-    """The engine that a config asks for; one log line where auto is not the fused one. Raises
-    ConfigError as `check_engine`.
+    """The engine that a config asks for, whose keys that an architecture decides are filled in; one
+    log line where auto is not the fused one. Raises ConfigError as `check_engine`.
     """
-    check_engine(cfg, sae.d_in, sae.mesh)
-    lr = cfg.lr if cfg.lr is not None else default_lr(sae.d_sae)
+    check_engine(cfg, sae.d_in, sae.mesh, sae.config)
+    assert cfg.lr is not None
+    assert cfg.adam_betas is not None
+    assert cfg.dead_latents is not None
+    lr = cfg.lr
     k_aux = min(cfg.k_aux or max(1, sae.d_in // 2), sae.d_sae)
-    engine, reason = choose_engine(cfg, sae.d_in)
+    engine, reason = choose_engine(cfg, sae.d_in, sae.config)
     if reason is not None and sae.mesh.is_lead:
         logger.info("train.engine=auto is autograd, which is slower than fused: %s", reason)
     if isinstance(cfg, DeepSpeedTrainConfig):

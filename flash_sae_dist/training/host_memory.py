@@ -7,8 +7,8 @@ import mmap
 import os
 import socket
 import threading
+import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -27,7 +27,9 @@ from .side_stream import SideStream
 logger = logging.getLogger(__name__)
 # No two tensors share a page: each is page-locked by itself.
 _PAGE, _HUGE_PAGE = 1 << 12, 1 << 21
-_THREADS = 4
+# Memory that is page-locked, and copied, at a time: while it is locked a device waits for what it
+# is to be given, and no copy may cross from one piece to the next.
+_PIECE = 1 << 26
 # Left to others: the loader's buffers, the page cache of what is read.
 _SHARE = 0.8
 # One at a time, so that each sees what those before it took.
@@ -79,8 +81,9 @@ class HostMemory:
     """Room on the host for tensors of a device, page-locked where that is a GPU: a copy then runs
     at the bus's speed.
 
-    It is made by a thread, since locking takes a second per 10 GB or more. Where the host has not
-    enough of it there is none, and one log line says so.
+    It is made by a thread, since locking takes a second per 10 GB or more; between two pieces it
+    sleeps for as long as one took, until the memory is asked for. Where the host has not enough of
+    it there is none, and one log line says so.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class HostMemory:
         self._specs = {key: Spec.of(tensor) for key, tensor in like.items()}
         self._views: dict[str, Tensor] | None = None
         self._locked: list[int] = []
+        self._is_wanted = threading.Event()
         self._share, self._taken = share, 0
         self._maker = threading.Thread(target=self._make, args=(name,), daemon=True)
         self._maker.start()
@@ -100,6 +104,7 @@ class HostMemory:
         the current stream was given is done; what it is given from here on waits for the copy.
         None where there is no memory. Waits until the memory is made, and for no device.
         """
+        self._is_wanted.set()
         self._maker.join()
         if self._views is None:
             return None
@@ -107,13 +112,20 @@ class HostMemory:
         timer = PhaseTimer(self.device, enabled=self.device.type == "cuda")
         with self._side.beside():
             for key, tensor in tensors.items():
-                self._views[key].copy_(tensor.detach(), non_blocking=True)
+                elements = _PIECE // tensor.element_size()
+                targets, sources = (
+                    torch.split(t.detach().reshape(-1), elements)
+                    for t in (self._views[key], tensor)
+                )
+                for target, source in zip(targets, sources, strict=True):
+                    target.copy_(source, non_blocking=True)
         self._side.meet()
         timer.mark("copied")
         return Copied(self._views, timer)
 
     def close(self) -> None:
         """Gives the memory back; no copy may be under way."""
+        self._is_wanted.set()
         self._maker.join()
         for address in self._locked:
             page_lock.unlock(address)
@@ -153,17 +165,19 @@ class HostMemory:
 
     def _lock(self, name: str, places: list[tuple[int, int]]) -> None:
         """Page-locks memory, which ordinary memory may stand in for: copies then take longer."""
-
-        def lock(place: tuple[int, int]) -> None:
-            torch.cuda.set_device(self.device)
-            if code := page_lock.lock(*place):
-                raise RuntimeError(f"cudaHostRegister: error {code}")
-            self._locked.append(place[0])
-
-        places = [place for place in places if place[1]]
+        torch.cuda.set_device(self.device)
+        pieces = [
+            (address + at, min(_PIECE, size - at))
+            for address, size in places
+            for at in range(0, size, _PIECE)
+        ]
         try:
-            with ThreadPoolExecutor(_THREADS) as pool:
-                list(pool.map(lock, places))
+            for piece in pieces:
+                began = time.perf_counter()
+                if code := page_lock.lock(*piece):
+                    raise RuntimeError(f"cudaHostRegister: error {code}")
+                self._locked.append(piece[0])
+                self._is_wanted.wait(time.perf_counter() - began)
         except RuntimeError as e:
             told = " ".join(str(e).split())[:120]
             logger.warning(

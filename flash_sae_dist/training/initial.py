@@ -24,9 +24,13 @@ def read_initial(path: str, config: SAEConfig, d_in: int) -> interop.Contents:
     key = f"train.init_from={path!r}"
     try:
         contents = interop.read(interop.hub.local_copy_of(path), k=getattr(config, "k", None))
-        d_sae, width = interop.contents.check_weights(Path(path), contents.weights)
+        d_sae, width = interop.contents.check_weights(
+            Path(path), contents.weights, transcodes=contents.transcodes
+        )
     except ValueError as e:
         raise ConfigError(f"train.init_from: {e}") from e
+    if contents.transcodes:
+        raise ConfigError(f"{key} is a transcoder, from which no training begins; name an SAE")
     norm = contents.keys.get("input_norm", "none")
     for name, told, is_ in (
         ("sae.architecture", config.architecture, contents.architecture),
@@ -62,7 +66,7 @@ def begin_from_(sae: SparseCoder, path: str) -> None:
             "encoder, which ranks latents by them",
             path,
         )
-    weights = interop.contents.with_unit_rows(weights)
+    weights = interop.contents.with_unit_rows(weights, "threshold", "b_mag")
     first, count = sae.first_latent, sae.d_sae_local
     for name, own in sae.state_dict().items():
         if name in weights:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self, Union
 
@@ -43,24 +43,46 @@ class Config(RunConfig):
     train: Annotated[SerializeAsAny[TrainConfig] | None, ENGINE_CHOICE] = None
     grid: GridConfig | None = None
     _from_grid: tuple[str, ...] = PrivateAttr(default=())
+    # Keys of sae that other architectures of the grid have.
+    _of_others: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
     @classmethod
     def _needed_keys_of_the_grid(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """A key that a section needs may stand in grid.values alone; its first value is the
         section's, which only `grid` accepts."""
+        data, first, of_others = _first_of_the_grid(data)
         filled, taken = _filled_from_grid(data)
         config = handler(filled)
-        config._from_grid = taken
+        config._from_grid, config._of_others = (*first, *taken), of_others
         return config
 
     @model_validator(mode="after")
     def _one_norm(self) -> Self:
-        norms = self.sae and self.train and (self.sae.input_norm, self.train.normalize)
-        if norms and "none" not in norms:
+        sae, train = self.sae, self.train
+        if sae is None or train is None or sae.input_norm == "none":
+            return self
+        norm = f"sae.input_norm={sae.input_norm!r}"
+        if train.normalize != "none" or train.subtract_mean:
+            key = "train.subtract_mean=True"
+            if train.normalize != "none":
+                key = f"train.normalize={train.normalize!r}"
             raise ValueError(
-                f"train.normalize={norms[1]!r} changes nothing with sae.input_norm={norms[0]!r}, "
-                "which standardises each row; drop one"
+                f"{key} changes nothing with {norm}, which standardises each row; drop one"
+            )
+        if train.target is not None:
+            raise ValueError(
+                f"{norm} is for SAEs: what a transcoder gives is not its input, and could not be "
+                "put back; drop it, or train.target"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _begins_as_sae(self) -> Self:
+        if self.train is not None and None not in (self.train.init_from, self.train.target):
+            raise ValueError(
+                f"train.init_from={self.train.init_from!r} begins SAEs alone, not a transcoder to "
+                f"train.target={self.train.target!r}; drop one"
             )
         return self
 
@@ -76,6 +98,38 @@ class Config(RunConfig):
     @classmethod
     def _grid_values_fit(cls, grid: GridConfig | None) -> GridConfig | None:
         return grid and grid.typed(_grid_kinds(cls))
+
+
+def _grid_architectures(values: Any) -> tuple[str, ...]:
+    """The known architectures that grid.values lists."""
+    names = values.get("sae.architecture") if isinstance(values, dict) else None
+    if not isinstance(names, list | tuple):
+        return ()
+    return tuple(name for name in names if isinstance(name, str) and name in ARCHITECTURES)
+
+
+def _keys_of(architecture: str) -> set[str]:
+    return set(ARCHITECTURES[architecture].Config.model_fields)
+
+
+def _first_of_the_grid(data: Any) -> tuple[Any, tuple[str, ...], dict[str, Any]]:
+    """Plain data whose section sae is one of an architecture, where a grid has several: its own, or
+    the first of the grid's; what was taken from there; the keys that only the others have.
+    """
+    values = isinstance(data, dict) and isinstance(data.get("grid"), dict) and data["grid"]
+    names = _grid_architectures((values or {}).get("values"))
+    sae = data.get("sae") if names else None
+    if not names or not isinstance(sae, dict | None):
+        return data, (), {}
+    sae = dict(sae or {})
+    first = () if "architecture" in sae else ("sae.architecture",)
+    own = sae.setdefault("architecture", names[0])
+    if not isinstance(own, str) or own not in ARCHITECTURES:
+        return data, (), {}
+    others = set().union(*(_keys_of(name) for name in names)) - _keys_of(own)
+    of_others = {key: value for key, value in sae.items() if key in others}
+    sae = {key: value for key, value in sae.items() if key not in others}
+    return {**data, "sae": sae}, first, of_others
 
 
 def _filled_from_grid(data: Any) -> tuple[Any, tuple[str, ...]]:
@@ -137,9 +191,29 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:
-    """A copy of a config with dotted keys replaced, checked anew. Raises ConfigError."""
+    """A copy of a config with dotted keys replaced, checked anew. With another architecture the
+    keys go that this has not. Raises ConfigError.
+    """
     data = config.model_dump(mode="json", exclude_unset=True)
+    other = values.get("sae.architecture")
+    if other in ARCHITECTURES:
+        of_all = config._of_others | (data.get("sae") or {})
+        data["sae"] = {key: of_all[key] for key in of_all if key in _keys_of(other)}
     for key, value in values.items():
         section, _, name = key.partition(".")
         data[section] = {**(data.get(section) or {}), name: value}
     return parse_config(data, "grid")
+
+
+def own_choices(choices: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Combinations of values, each once. Those that name an architecture have its own keys alone of
+    the section sae.
+    """
+    found: list[dict[str, Any]] = []
+    for values in choices:
+        if (name := values.get("sae.architecture")) in ARCHITECTURES:
+            own = {f"sae.{key}" for key in _keys_of(name)}
+            values = {k: v for k, v in values.items() if not k.startswith("sae.") or k in own}
+        if values not in found:
+            found.append(values)
+    return found

@@ -27,10 +27,11 @@ from ..identity import (
     versions,
 )
 from . import checkpoint
+from .defaults import with_defaults
 from .engine import choose_engine
 from .initial import digest_of
 from .job import Config
-from .optim import default_lr, lr_at
+from .optim import lr_at
 from .records import DamagedRecordError, Job, read_job, read_store_config
 from .step import resolve_precision
 
@@ -48,14 +49,14 @@ def step_values(config: Config, d_in: int, device: torch.device) -> dict[str, An
     assert sae is not None
     assert train is not None
     d_sae = sae.width(d_in)
+    train = with_defaults(train, sae, d_in)
     flat = {f"sae.{key}": value for key, value in sae.model_dump(mode="json").items()}
     del flat["sae.expansion_factor"]
     flat |= {f"train.{key}": value for key, value in train.model_dump(mode="json").items()}
     flat |= {
         "sae.d_sae": d_sae,
-        "train.lr": train.lr if train.lr is not None else default_lr(d_sae),
         "train.k_aux": min(train.k_aux or max(1, d_in // 2), d_sae),
-        "train.engine": choose_engine(train, d_in).engine,
+        "train.engine": choose_engine(train, d_in, sae).engine,
         "train.precision": str(resolve_precision(train.precision, device)).removeprefix("torch."),
     }
     if train.init_from is not None:
@@ -76,6 +77,9 @@ def _defaults() -> dict[str, Any]:
                     found[f"{section}.{name}"] = plain(field.default)
     for resolved in ("sae.d_sae", "train.lr", "train.k_aux"):
         found.pop(resolved, None)
+    # Those that an architecture decides were keys before it did.
+    for resolved in ("train.adam_betas", "train.dead_latents"):
+        found.pop(resolved, None)
     return found | _BEFORE
 
 
@@ -85,10 +89,12 @@ def made_of(config: Config, rows: Rows, device: torch.device) -> dict[str, Any]:
     hookpoint = str(config.train.hookpoint)
     train, found = config.train, rows.made_of(hookpoint)
     step = step_values(config, rows.width(hookpoint), device)
+    target = rows.made_of(train.target) if train.target is not None else None
     return {
         "step": step,
         "store": {"parts": found["parts"], "rows": found["rows"], "names": rows.config},
         "digest": digest([step, found["parts"] or found["rows"]]),
+        **({} if target is None else {"target_rows": target["rows"]}),
         "num_tokens": train.num_tokens,
         "total_steps": -(-train.num_tokens // train.batch_tokens),
         "versions": versions(),
@@ -217,9 +223,10 @@ def tell_longer(job: Job, was: dict[str, Any], step: int, peak: float) -> None:
     rates = [lr_at(step, steps, peak, cfg) for steps in (before, total)]
     logger.info(
         "%s: train.num_tokens was %d, is %d: step %d of now %d goes on at a learning rate of %.3g, "
-        "not %.3g, which falls to 0 over the last %d steps",
+        "not %.3g%s",
         job.name, was["num_tokens"], cfg.num_tokens, step, total, rates[1], rates[0],
-        round(total * cfg.decay_fraction),
+        f", which falls to 0 over the last {round(total * cfg.decay_fraction)} steps"
+        if cfg.schedule == "warmup_stable_decay" else "",
     )  # fmt: skip
 
 

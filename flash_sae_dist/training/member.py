@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .. import ending
+from ..activations.store import ActivationStore
 from ..activations.stream import Rows
 from ..models.base import SparseCoder
 from ..parallel import agree
@@ -21,6 +23,13 @@ from .records import Job, State, Status, write_job, write_status
 from .step import SAETraining
 
 logger = logging.getLogger(__name__)
+
+
+def _mean_of(rows: Rows, hookpoint: str) -> Tensor | None:
+    """The mean row of a hookpoint [d_in]; None of a stream, which knows none yet."""
+    if not isinstance(rows, ActivationStore):
+        return None
+    return torch.from_numpy(rows.mean(hookpoint))
 
 
 class Member:
@@ -40,8 +49,17 @@ class Member:
         self.published = step or 0
         d_in, rms = rows.width(hookpoint), rows.root_mean_square(hookpoint)
         self.training = SAETraining(
-            job.config.sae, self.cfg, d_in, mesh, device, rms=rms, drawn=step is None
+            job.config.sae,
+            self.cfg,
+            d_in,
+            mesh,
+            device,
+            d_out=None if self.cfg.target is None else rows.width(self.cfg.target),
+            rms=rms,
+            mean=_mean_of(rows, hookpoint) if self.cfg.subtract_mean else None,
+            drawn=step is None,
         )
+        self._set_target_units(rows)
         logged = 0 if step is None else self._resume(step)
         ending.keeps(self.kept())
         curve = job.folder / "metrics.jsonl"
@@ -54,6 +72,13 @@ class Member:
             job.name, self.checkpoints, None if self.done else self.training.state(), mesh, device,
             self.cfg.keep_checkpoints, share, self._is_published,
         )  # fmt: skip
+
+    def _set_target_units(self, rows: Rows) -> None:
+        if (target := self.cfg.target) is None:
+            return
+        mean = _mean_of(rows, target) if self.cfg.subtract_mean else None
+        if (rms := rows.root_mean_square(target)) is not None:
+            self.training.set_target_rms(rms, mean)
 
     def _resume(self, step: int) -> int:
         """Goes on from the checkpoint of a step; returns the last step that it has a metrics line
@@ -93,9 +118,11 @@ class Member:
             step = t.step_index if step is None else step
             write_status(self.job, Status(state, step, t.total_steps, self.error))
 
-    def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
-        """One step on the replica's batch."""
-        return self.training.step(x, timer)
+    def step(self, rows: Mapping[str, Tensor], timer: PhaseTimer) -> StepMetrics:
+        """One step on the replica's batch, which has the rows of each hookpoint."""
+        assert self.cfg.hookpoint is not None
+        y = None if self.cfg.target is None else rows[self.cfg.target]
+        return self.training.step(rows[self.cfg.hookpoint], timer, y)
 
     def fail(self, reason: str, step: int) -> None:
         """Ends this job, which failed at a step, and lets the others go on."""

@@ -23,6 +23,7 @@ class StepMetrics(NamedTuple):
     fvu: Tensor  # scalar, over all replicas
     aux: Tensor  # scalar, AuxK or ghost loss over all replicas; 0 while none is listed as dead
     l0: Tensor  # scalar, mean active latents a token
+    penalty: Tensor  # scalar, what sparsity costs beside FVU; 0 for the TopK family
 
 
 class PhaseTimer:

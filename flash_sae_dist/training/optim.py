@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,14 @@ def default_lr(d_sae: int) -> float:
 
 
 def lr_at(step: int, total_steps: int, peak: float, cfg: TrainConfig) -> float:
-    """Learning rate of a step, counted from 0: linear warm-up, flat, linear to zero over the last
-    part.
-    """
+    """Learning rate of a step, counted from 0: linear warm-up, then as train.schedule says."""
     warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+    if cfg.schedule == "constant":
+        return peak * warm
+    if cfg.schedule in ("linear", "cosine"):
+        after = max(0, step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)
+        left = 1 - after if cfg.schedule == "linear" else (1 + math.cos(math.pi * after)) / 2
+        return peak * warm * max(0.0, left)
     decay_steps = round(total_steps * cfg.decay_fraction)
     cool = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
     return peak * warm * cool
@@ -52,17 +58,16 @@ def clip_grads_(sae: SparseCoder, largest: float, unit: float = 1.0) -> None:
     """Scales the gradients in place so that their norm over all shards is at most `largest`, as
     torch.nn.utils.clip_grad_norm_ does on one; those of the biases count times unit.
     """
-    rows = [(n, p.grad) for n, p in sae.named_parameters() if n != "b_dec" and p.grad is not None]
-    grads = [grad for _, grad in rows]
-    squares = torch.stack(
-        [(g * unit if n in sae.in_data_units else g).square().sum() for n, g in rows]
-    ).sum()
-    collectives.all_reduce_(squares, sae.mesh.shard_group, sae.mesh.num_shards)
-    assert sae.b_dec.grad is not None
-    # b_dec's gradient is the same on every shard and counts once.
-    norm = (squares + (sae.b_dec.grad * unit).square().sum()).sqrt()
-    factor = (largest / (norm + 1e-6)).clamp_max(1.0)
-    for grad in (*grads, sae.b_dec.grad):
+    grads = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
+    squares = {
+        n: (g * unit if n in sae.in_data_units else g).square().sum() for n, g in grads.items()
+    }
+    total = torch.stack([s for n, s in squares.items() if sae.roles[n] == "rows"]).sum()
+    collectives.all_reduce_(total, sae.mesh.shard_group, sae.mesh.num_shards)
+    # b_dec's gradient, and W_skip's, is the same on every shard and counts once.
+    total = total + torch.stack([s for n, s in squares.items() if sae.roles[n] == "whole"]).sum()
+    factor = (largest / (total.sqrt() + 1e-6)).clamp_max(1.0)
+    for grad in grads.values():
         grad.mul_(factor)
 
 

@@ -12,7 +12,7 @@ import yaml
 from ..config.base import UserError
 from ..ending import sentence_of
 from ..files import check_seal, read_json, write_json, write_text, yaml_text
-from ..models.base import CONFIG_FILE
+from ..models.saved import CONFIG_FILE
 from .job import Config, parse_config
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,13 @@ def hookpoint_of(job: Job) -> str:
     assert job.config.train is not None
     assert job.config.train.hookpoint is not None
     return job.config.train.hookpoint
+
+
+def hookpoints_of(job: Job) -> list[str]:
+    """All hookpoints whose rows a job trains on: a transcoder's target is one, too."""
+    assert job.config.train is not None
+    target = job.config.train.target
+    return [hookpoint_of(job), *([target] if target is not None else [])]
 
 
 class Status(NamedTuple):

@@ -42,7 +42,9 @@ def resample_(
     # Replicas hold different batches: all take the first replica's, so that they stay equal.
     x = collectives.all_gather(x, mesh.replica_group, mesh.num_replicas)[0]
     # Per unit: the draw does not depend on the data's scale.
-    errors = ((x - sae(x).recon) / unit).square().sum(dim=1).double().cpu()
+    errors = ((x - sae(x).recon) / unit).square().sum(dim=1).double()
+    # Where a batch is selected from together, equal tokens of replicas fare differently.
+    errors = collectives.all_gather(errors, mesh.replica_group, mesh.num_replicas)[0].cpu()
     if not bool(errors.isfinite().all()):
         # Training is past help and says so at the next logged step.
         return 0
@@ -55,7 +57,7 @@ def resample_(
     directions = torch.nn.functional.normalize(x[mine] - sae.b_dec, dim=1)
     sae.W_dec[mask] = directions
     sae.W_enc[mask] = directions * (_ENCODER_SCALE * _mean_living_norm(sae, mask))
-    sae.b_enc[mask] = 0
+    sae.restart_(mask)
     engine.forget_(mask)
     engine.refresh_()
     dead.tokens_since_fired.masked_fill_(mask, 0)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.dispatch import implementation
-from ..kernels.reference import AdamOptions, DenseRows, Gradients, LatentRows, PairOrder, Pairs
+from ..kernels.reference import (
+    AdamOptions,
+    DenseRows,
+    Gradients,
+    LatentRows,
+    PairGradients,
+    PairOrder,
+)
 from ..models.base import SparseCoder
 from ..parallel.collectives import all_reduce_
 from .side_stream import SideStream
@@ -19,10 +26,29 @@ from .side_stream import SideStream
 class LatentGradients(NamedTuple):
     """A batch's gradients in the form that `SparseAdam.step` takes."""
 
-    pairs: Pairs
+    pairs: PairGradients
     order: PairOrder
     b_dec: Tensor  # [D], the decoder's part; made beside the current stream
     dense: DenseRows | None = None  # of listed dead latents
+    decoder: PairGradients | None = None  # the pairs with other rows for W_dec's gradient
+    own: tuple[Tensor, ...] = ()  # of an architecture's own parameters, over all replicas
+
+
+class _Own(NamedTuple):
+    """A parameter that an architecture has beside the usual four."""
+
+    param: Tensor
+    in_data_units: bool
+    is_rows: bool  # each shard its part
+
+
+def _own_of(sae: SparseCoder) -> list[_Own]:
+    usual = ("W_enc", "b_enc", "W_dec", "b_dec")
+    return [
+        _Own(param, name in sae.in_data_units, sae.roles[name] == "rows")
+        for name, param in sae.named_parameters()
+        if name not in usual
+    ]
 
 
 class SparseAdam(torch.optim.Optimizer):
@@ -38,6 +64,9 @@ class SparseAdam(torch.optim.Optimizer):
     first steps are up to sqrt(10) times dense Adam's. bfloat16 moments are rounded stochastically
     by a hash of (seed, step, latent over all shards, column): the same run gives the same bits, on
     any number of shards.
+
+    Parameters that an architecture has beside these four are stepped one by one from dense
+    gradients.
 
     b_enc and b_dec are in the data's units and so is their step: lr * unit, their epsilon eps /
     unit, and clipping counts their gradients times unit. With the data's root mean square as unit
@@ -67,21 +96,20 @@ class SparseAdam(torch.optim.Optimizer):
         unit_norm: bool = True,
     ) -> None:
         if moment_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"moment_dtype must be torch.float32 or torch.bfloat16, not {moment_dtype}"
-            )
+            raise ValueError(f"moment_dtype={moment_dtype} is neither float32 nor bfloat16")
         self.lazy, self.seed, self.ema_decay, self.grad_clip = lazy, seed, ema_decay, grad_clip
         self.gradients: LatentGradients | None = None
-        self.unit, self.unit_norm = unit, unit_norm
+        self._lr_value, self.unit, self.unit_norm = lr, unit, unit_norm
         self.side = SideStream(sae.W_dec.device)
         self._mesh, self._first_latent = sae.mesh, sae.first_latent
-        self._params = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+        self._own = _own_of(sae)
+        matrices = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+        self._params = (*matrices, *(own.param for own in self._own))
         super().__init__(self._params, {"lr": lr, "betas": betas, "eps": eps})
         master, device = sae.W_dec.dtype, sae.W_dec.device
         self.moment_dtype = moment_dtype if master == torch.float32 else master
         self._betas = torch.tensor(betas, dtype=torch.float64, device=device)
         self._lr = torch.full((), lr, dtype=master, device=device)
-        self._lr_value = lr
         self._constants = (tuple(betas), eps)
         self._scalars = torch.ones(3, dtype=master, device=device)
         self._step = torch.zeros((), dtype=torch.float32, device=device)
@@ -93,7 +121,8 @@ class SparseAdam(torch.optim.Optimizer):
 
     def _make_state(self) -> None:
         for param in self._params:
-            dtype = self.moment_dtype if param.ndim == 2 else param.dtype
+            rounded = param is self._params[0] or param is self._params[2]
+            dtype = self.moment_dtype if rounded else param.dtype
             self.state[param] = {
                 "step": self._step,
                 "exp_avg": torch.zeros_like(param, dtype=dtype, requires_grad=False),
@@ -169,18 +198,23 @@ class SparseAdam(torch.optim.Optimizer):
             raise RuntimeError("SparseAdam steps through FusedEngine, which gives it its gradients")
         given, self.gradients = self.gradients, None
         W_dec, rows, options = self._params[2], self._latent_rows(), self.options()
-        sums = implementation("heavy_sums", W_dec)(given.order, given.pairs, W_dec.shape[0])
-        grads = Gradients(given.pairs, given.order, given.dense, sums)
+        heavy_sums = implementation("heavy_sums", W_dec)
+        sums = heavy_sums(given.order, given.pairs, W_dec.shape[0])
+        grads = decoder = Gradients(given.pairs, given.order, given.dense, sums)
+        if given.decoder is not None:
+            sums = heavy_sums(given.order, given.decoder, W_dec.shape[0])
+            decoder = Gradients(given.decoder, given.order, given.dense, sums)
         grad_b_dec: Tensor | None = None
         if self.grad_clip is not None:
-            grad_b_dec = self._clip(rows, grads, options, given.b_dec)
+            grad_b_dec = self._clip(rows, (grads, decoder), options, given)
         constants = (self._scalars, self._step, options, self._first_latent)
         weighted = implementation("adam_encoder_", W_dec)(rows, grads, *constants)
         with self.side.beside():
             if grad_b_dec is None:
                 grad_b_dec = given.b_dec - self._over_shards(weighted)
             self._update_b_dec(grad_b_dec, options)
-        implementation("adam_decoder_", W_dec)(rows, grads, *constants)
+        implementation("adam_decoder_", W_dec)(rows, decoder, *constants)
+        self._update_own(given.own, options)
         self.side.meet()
         if self.ema_decay is not None:
             emas = [self.state[p]["ema"] for p in self._params]
@@ -193,26 +227,47 @@ class SparseAdam(torch.optim.Optimizer):
         return total
 
     def _clip(
-        self, rows: LatentRows, grads: Gradients, options: AdamOptions, b_dec: Tensor
+        self,
+        rows: LatentRows,
+        grads: tuple[Gradients, Gradients],  # for the encoder and the decoder
+        options: AdamOptions,
+        given: LatentGradients,
     ) -> Tensor:
         """Puts the factor that clipping scales all gradients by into the scalars; returns b_dec's
         whole gradient [D], not scaled.
         """
         assert self.grad_clip is not None
+        b_dec = given.b_dec
         squares = self._scalars.new_empty(2)
         with self.side.beside():
             # Beside the encoder's: neither pass alone fills the memory's bandwidth.
-            found = implementation("decoder_squares", rows.W_dec)(rows, grads, options)
+            found = implementation("decoder_squares", rows.W_dec)(rows, grads[1], options)
             torch.sum(found, 0, out=squares[1])
-        parts, weighted = implementation("encoder_squares", rows.W_enc)(rows, grads, options)
+        parts, weighted = implementation("encoder_squares", rows.W_enc)(rows, grads[0], options)
         torch.sum(parts, 0, out=squares[0])
         over_encoder = self._over_shards(weighted)
         self.side.meet()  # b_dec's part is made there, too
+        whole = squares.new_zeros(())
+        for own, found in zip(self._own, given.own, strict=True):
+            square = (found * self._unit_of(own)).square().sum()
+            (squares[0] if own.is_rows else whole).add_(square)
         all_reduce_(squares, self._mesh.shard_group, self._mesh.num_shards)
+        squares[0] += whole
         grad: Tensor = implementation("clip_", b_dec)(
             b_dec, over_encoder, squares, self.grad_clip, self._scalars, self.unit
         )
         return grad
+
+    def _unit_of(self, own: _Own) -> float:
+        return self.unit if own.in_data_units else 1.0
+
+    def _update_own(self, grads: tuple[Tensor, ...], options: AdamOptions) -> None:
+        for own, grad in zip(self._own, grads, strict=True):
+            moments = (self.state[own.param][name] for name in ("exp_avg", "exp_avg_sq"))
+            implementation("adam_vector_", own.param)(
+                own.param.detach(), *moments, grad.contiguous(), self._scalars,
+                options._replace(unit=self._unit_of(own)),
+            )  # fmt: skip
 
     def _update_b_dec(self, grad: Tensor, options: AdamOptions) -> None:
         b_dec = self._params[3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,19 +13,20 @@ from torch import Tensor
 
 from ..config.sae import SAEConfig
 from ..config.train import Precision, TrainConfig
-from ..kernels import encode_choice
 from ..models import ARCHITECTURES
+from ..models.batch_topk import BatchTopK
 from ..models.dead_latents import DeadLatents
-from ..models.losses import geometric_median
 from ..parallel import collectives
 from ..parallel.mesh import Mesh
+from .calibration import calibrate_
 from .checkpoint import TrainingState
+from .defaults import with_defaults
 from .engine import make_engine
 from .initial import begin_from_
 from .metrics import PhaseTimer, StepMetrics
+from .normalization import Normalization
 from .optim import lr_at
 from .resample import resample_
-from .tuning import Choice, tune_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +52,23 @@ class SAETraining:
         mesh: Mesh,
         device: torch.device,
         *,
+        d_out: int | None = None,
         rms: float | None = None,
+        mean: Tensor | None = None,
         drawn: bool = True,
     ) -> None:
-        """rms is the root mean square of the data's elements; left out, that of the first batch.
-        Without initial weights drawn it waits for `load_state`.
+        """rms is the root mean square of the data's elements, mean [d_in] what may be subtracted;
+        left out, those of the first batch. d_out is the width of a transcoder's target. Without
+        initial weights drawn it waits for `load_state`.
         """
-        self.cfg, self.mesh, self.device = cfg, mesh, device
+        self.cfg = cfg = with_defaults(cfg, sae_cfg, d_in)
+        self.mesh, self.device = mesh, device
         self.compute_dtype = resolve_precision(cfg.precision, device)
         self.master_dtype = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         self.sae = ARCHITECTURES[sae_cfg.architecture].from_config(
             sae_cfg,
             d_in,
+            d_out=d_out,
             mesh=mesh,
             dtype=self.master_dtype,
             device=device,
@@ -75,11 +82,12 @@ class SAETraining:
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self.total_steps = -(-cfg.num_tokens // cfg.batch_tokens)
         self.step_index = 0
-        self._rms: float | None = None
+        self.normalization = Normalization(cfg, mesh)
+        self.target = None if d_out is None else Normalization(cfg, mesh)
+        if self.sae.config.input_norm != "none":
+            rms = 1.0  # of the rows that the engine gets
         if rms is not None:
-            self.set_rms(rms)
-        self._tuned = False
-        self._choice: Choice | None = None
+            self.set_rms(rms, mean)
 
     @property
     def lr(self) -> float:
@@ -87,17 +95,25 @@ class SAETraining:
         return lr_at(self.step_index, self.total_steps, self.peak_lr, self.cfg)
 
     @property
+    def ramp(self) -> float:
+        """Part of the sparsity's coefficient in the coming step: a linear rise from 0."""
+        steps = self.sae.sparsity_warmup * self.total_steps
+        return min(1.0, self.step_index / steps) if steps else 1.0
+
+    @property
     def last_lr(self) -> float:
         """Learning rate of the step that was made last."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether every parameter is finite on every member (a host sync, for checkpoints).
         Collective.
         """
-        finite = (
-            torch.stack([p.isfinite().all() for p in self.sae.parameters()]).all().to(torch.int32)
-        )
+        # Of the largest magnitude, which bears what is not finite: `isfinite` of a whole matrix
+        # takes six bytes an element beside it.
+        largest = [torch.linalg.vector_norm(p, math.inf) for p in self.sae.parameters()]
+        finite = torch.stack(largest).isfinite().all().to(torch.int32)
         collectives.all_reduce_(
             finite, self.mesh.member_group, self.mesh.members, dist.ReduceOp.MIN
         )
@@ -105,105 +121,97 @@ class SAETraining:
 
     def has_rms(self) -> bool:
         """Whether the data's root mean square is known."""
-        return self._rms is not None
+        return self.normalization.rms is not None
 
-    def set_rms(self, rms: float) -> None:
-        """Makes the data's root mean square the unit of the biases' steps, or of the rows. Rows
-        that are all zero, or not finite, have none: 1.
+    def set_rms(self, rms: float, mean: Tensor | None = None) -> None:
+        """Tells the data's root mean square, by which parameters in its units take their steps, and
+        its mean [d_in] where that is subtracted. Rows that are all zero, or not finite, have none:
+        1.
         """
         if self.sae.config.input_norm != "none":
-            rms = 1.0  # of the rows that the engine gets
-        self._rms = rms if 0 < rms < math.inf else 1.0
-        self.engine.set_unit(1.0 if self._divides else self._rms)
+            rms = 1.0
+        self.normalization.rms = rms if 0 < rms < math.inf else 1.0
+        if self.normalization.centres and mean is not None:
+            self.normalization.mean = mean.to(self.device, torch.float64)
+        self._set_units()
 
-    @property
-    def _divides(self) -> bool:
-        return self.cfg.normalize == "unit_mean_square"
+    def set_target_rms(self, rms: float, mean: Tensor | None = None) -> None:
+        """`set_rms` of a transcoder's target rows."""
+        assert self.target is not None
+        self.target.rms = rms if 0 < rms < math.inf else 1.0
+        if self.target.centres and mean is not None:
+            self.target.mean = mean.to(self.device, torch.float64)
+
+    def _set_units(self) -> None:
+        self.engine.set_unit(self._unit)
+        self.sae.set_unit(self._unit)
 
     @property
     def _unit(self) -> float:
         """Root mean square of the rows that the engine gets."""
-        return 1.0 if self._divides or self._rms is None else self._rms
-
-    def _measure_rms(self, x: Tensor) -> float:
-        """Root mean square of the first batch. A host sync; collective over the replicas."""
-        square = x.double().square().mean()
-        collectives.all_reduce_(square, self.mesh.replica_group, self.mesh.num_replicas)
-        rms = math.sqrt(float(square / self.mesh.num_replicas))
-        if self.mesh.is_lead:
-            logger.info(
-                "the root mean square of the activations, which scales the biases' learning rate, "
-                "is taken from the first batch: %.4g",
-                rms,
-            )
-        return rms
+        return self.normalization.unit(self.sae.d_in)
 
     @torch.no_grad()
-    def init_b_dec(self, x: Tensor) -> None:
-        """Puts b_dec at the geometric median of the first batch x [N/R, d_in]. Collective over the
-        replicas.
+    def init_b_dec(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Begins what the first batch x [N/R, d_in] (of a transcoder with y [N/R, d_out]) decides,
+        such as b_dec at its geometric median. Collective over the replicas.
         """
-        rows = collectives.all_gather(
-            x.to(self.master_dtype), self.mesh.replica_group, self.mesh.num_replicas
+        rows, target = (
+            collectives.all_gather(
+                part.to(self.master_dtype), self.mesh.replica_group, self.mesh.num_replicas
+            ).flatten(0, 1)
+            for part in (x, x if y is None else y)
         )
-        self.sae.b_dec.copy_(geometric_median(rows.flatten(0, 1), unit=self._unit))
+        self.sae.begin_(rows, target, self._unit)
         if "ema" in self.engine.moments:
-            self.optimizer.state[self.sae.b_dec]["ema"].copy_(self.sae.b_dec)
+            for param in self.sae.parameters():
+                self.optimizer.state[param]["ema"].copy_(param)
         self.engine.refresh_()
 
     @torch.no_grad()
-    def _into_unit(self, factor: float) -> None:
-        """Turns given weights of rows as they are stored into those of rows times factor."""
-        for name, param in self.sae.named_parameters():
-            if name in self.sae.in_data_units:
-                param.mul_(factor)
-                if "ema" in self.engine.moments:
-                    self.optimizer.state[param]["ema"].copy_(param)
+    def _into_units(self) -> None:
+        """Turns given weights, which are for rows as they are stored, into those of rows as the
+        engine gets them.
+        """
+        found = self.normalization.unfolded(self.sae.state_dict(), self.sae)
+        for name, own in self.sae.state_dict().items():
+            own.copy_(found[name])
+        if "ema" in self.engine.moments:
+            for param in self.sae.parameters():
+                self.optimizer.state[param]["ema"].copy_(param)
         self.engine.refresh_()
 
-    def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
-        """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
-        no host sync but in the first (the encoder's choice, the capture of a graph), every 100
-        steps for the list of dead latents, and where latents are resampled.
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Rows as the engine gets them."""
+        return self.normalization(self.sae.normalise(x)[0], self.master_dtype)
+
+    def step(self, x: Tensor, timer: PhaseTimer, y: Tensor | None = None) -> StepMetrics:
+        """One optimizer step on this replica's batch x [N/R, d_in], of a transcoder with its target
+        rows y [N/R, d_out]. Collective over the members; no host sync but in the first (the capture
+        of a graph), every 100 steps for the list of dead latents, and where latents are resampled.
         """
-        x = self.sae.normalise(x)[0]
-        if self._rms is None:
-            self.set_rms(self._measure_rms(x))
-        assert self._rms is not None
-        if self._divides:
-            x = x.to(self.master_dtype) / self._rms
+        if self.normalization.missing:
+            self.normalization.measure(x)
+            self._set_units()
+        x = self._prepared(x)
+        if self.target is not None:
+            assert y is not None
+            if self.target.missing:
+                self.target.measure(y)
+            y = self.target(y, self.master_dtype)
         if self.step_index == 0 and self.cfg.init_from is None:
-            self.init_b_dec(x)
-        elif self.step_index == 0 and self._divides:
-            self._into_unit(1 / self._rms)
-        if not self._tuned:
-            self._tune(x)
-        if self._choice is not None:
-            # Another SAE of this process may go on with another design for the same shape.
-            encode_choice.use(*self._choice)
+            self.init_b_dec(x, y)
+        elif self.step_index == 0:
+            self._into_units()
         if self.cfg.dead_latents == "resample":
             self._resample(x)
-        elif self.cfg.dead_latents != "none":
+        elif self.cfg.dead_latents != "none" or self.sae.penalises_dead:
             self.dead.refresh(self.step_index, self.step_index * self.cfg.batch_tokens)
         self.engine.set_lr(self.lr)
-        metrics = self.engine.step(x, timer)
+        self.engine.set_ramp(self.ramp)
+        metrics = self.engine.step(x, timer, y)
         self.step_index += 1
         return metrics
-
-    def _tune(self, x: Tensor) -> None:
-        """Chooses the encoder's design, at this process's first step of this SAE: a run goes on
-        with that which it began with, where its shape is still the same.
-        """
-        self._tuned = True
-        if (k := self.sae.encoder_k) is None:
-            return
-        x, W_enc = x.chunk(self.cfg.micro_batches)[0], self.engine.encoder_weights
-        shape = encode_choice.Shape.of(x.to(self.compute_dtype), W_enc, k)
-        if self._choice is not None and self._choice[0] == shape:
-            return
-        self._choice = tune_encoder(
-            x, W_enc, self.sae.b_enc.detach(), k, self.compute_dtype, self.mesh
-        )
 
     def _resample(self, x: Tensor) -> None:
         """Resamples when the tokens seen pass a multiple of dead_after_tokens."""
@@ -214,15 +222,47 @@ class SAETraining:
         seed = self.cfg.seed + self.step_index
         resample_(self.engine, self.dead, x, seed, self._unit)
 
+    @torch.no_grad()
+    def calibrate(self, batches: Callable[[], Iterable[Tensor]] | None) -> None:
+        """Sets thresholds a latent from rows that training left out, for the weights that are kept;
+        without rows they stay at the moving average. Collective over the members.
+        """
+        sae = self.sae
+        if not isinstance(sae, BatchTopK):
+            return
+        kept = self.engine.weights()
+        trained = {
+            n: p.detach().clone() for n, p in sae.named_parameters() if "ema" in self.engine.moments
+        }
+        try:
+            for name in trained:
+                sae.get_parameter(name).copy_(kept[name])
+            done = batches is not None and calibrate_(
+                sae, lambda: (self._prepared(x) for x in batches())
+            )
+        finally:
+            for name, param in trained.items():
+                sae.get_parameter(name).copy_(param)
+        if not done and self.mesh.is_lead:
+            logger.warning(
+                "no rows are held out: every latent has the threshold %.4g of the moving average; "
+                "with train.holdout each has its own",
+                float(sae.mean_threshold),
+            )
+
     def final_weights(self) -> dict[str, Tensor]:
         """The weights to keep, this shard's rows, for rows as they are stored: the parameters, or
         their running average.
         """
-        weights = self.engine.weights()
-        if self._divides and self._rms is not None:
-            for name in self.sae.in_data_units & weights.keys():
-                weights[name] = weights[name] * self._rms
-        return weights
+        weights = self.engine.weights() | dict(self.sae.named_buffers())
+        if self.target is not None:
+            return self.normalization.transcoded(weights, self.sae, self.target)
+        return self.normalization.folded(weights, self.sae)
+
+    def _normalizations(self) -> list[tuple[Normalization, str]]:
+        """Each with what its names begin with in a checkpoint."""
+        target = [] if self.target is None else [(self.target, "target_")]
+        return [(self.normalization, ""), *target]
 
     def state(self) -> TrainingState:
         """All that a resumed run needs, by reference: parameters, Adam's moments, counters,
@@ -233,25 +273,30 @@ class SAETraining:
         for key, value in self.engine.state().items():
             role = self.sae.roles[key.rpartition(".")[2]]
             (rows if role == "rows" else whole)[key] = value
+        for name, buffer in self.sae.named_buffers():
+            (rows if self.sae.roles[name] == "rows" else whole)[name] = buffer
         rows["tokens_since_fired"] = self.dead.tokens_since_fired
         rows["listed_dead"] = self.dead.listed()
         info: dict[str, Any] = {
             "step": self.step_index,
             "d_sae": self.sae.d_sae,
         }
-        if self._rms is not None:
-            info["rms"] = self._rms
-        if self._choice is not None:
-            shape, design = self._choice
-            info["encoder"] = {"shape": list(shape), "design": design}
+        for normalization, prefix in self._normalizations():
+            tensors, values = normalization.state(prefix)
+            whole |= tensors
+            info |= values
         return TrainingState(rows, whole, info)
 
     @torch.no_grad()
     def load_state(self, state: TrainingState) -> None:
         """Puts back what `state` gave, on any number of shards."""
         # A run goes on in the unit that it began with; older checkpoints name none, it was 1.
-        self.set_rms(float(state.info.get("rms", 1.0)))
+        for normalization, prefix in self._normalizations():
+            normalization.load_state(state.whole, state.info, prefix)
+        self._set_units()
         self.engine.load_state(state.rows | state.whole, state.info["step"])
+        for name, buffer in self.sae.named_buffers():
+            buffer.copy_((state.rows | state.whole)[name])
         self.dead.tokens_since_fired.copy_(state.rows["tokens_since_fired"])
         listed = state.rows.get("listed_dead")
         if listed is None:
@@ -260,5 +305,3 @@ class SAETraining:
             listed = self.dead.mask() & bool(state.info.get("any_dead"))
         self.dead.list_(listed.to(self.device))
         self.step_index = state.info["step"]
-        if (encoder := state.info.get("encoder")) is not None:
-            self._choice = encode_choice.Shape(*encoder["shape"]), encoder["design"]

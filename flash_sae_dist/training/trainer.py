@@ -13,19 +13,22 @@ import torch
 from torch import Tensor
 
 from .. import ending
+from ..activations.aligned import AlignedLoaders
 from ..activations.feed import BatchFeed
 from ..activations.loader import ActivationLoader
+from ..activations.store import ActivationStore
 from ..activations.stream import ModelRows, Rows
 from ..activations.stream_buffer import StreamedBatches
 from ..config.base import UserError
 from ..parallel.mesh import Mesh
 from ..progress import progress_bar
+from .calibration import held_out_batches
 from .checkpoint_writer import GRACE_S, GRACE_TOGETHER_S
 from .host_memory import HostShare
 from .member import Member
 from .metrics import HostCopy, LoggedStep, LogMetrics, Pace, PhaseTimer, StepMetrics
 from .pauses import Pauses
-from .records import Job, hookpoint_of, record_failure
+from .records import Job, hookpoint_of, hookpoints_of, record_failure
 
 logger = logging.getLogger(__name__)
 _Made = tuple[Member, StepMetrics, PhaseTimer]  # a step of one job
@@ -73,7 +76,7 @@ class Trainer:
         cfg = jobs[0].config.train
         assert cfg is not None
         self.cfg, self.rows = cfg, rows
-        self.hookpoints = list(dict.fromkeys(hookpoint_of(job) for job in jobs))
+        self.hookpoints = list(dict.fromkeys(name for job in jobs for name in hookpoints_of(job)))
         self.mesh, self.device, self.log_metrics = mesh, device, log_metrics
         self.has_bar = bar and mesh.is_lead
         # Other ranks may wait inside a collective that an error has left.
@@ -95,6 +98,9 @@ class Trainer:
             for member in self.members:
                 if member.error is None:
                     with self._fails_alone(member.job, member):
+                        hookpoint = hookpoint_of(member.job)
+                        held = (self.rows, hookpoint, self.cfg, self.mesh, self.device)
+                        member.training.calibrate(held_out_batches(*held))
                         member.save_final()
         for member in self.members:
             member.writer.close()
@@ -138,13 +144,17 @@ class Trainer:
                 self._read_logged()
         self._spent.mark("steps")
 
-    def _source(self, start: int, num_steps: int) -> ActivationLoader | StreamedBatches:
+    def _source(self, start: int, num_steps: int) -> AlignedLoaders | StreamedBatches:
         """What gives this rank's rows of the batches."""
         if isinstance(self.rows, ModelRows):
             return self.rows.batches(self.hookpoints, self.cfg, start, self.mesh, self.device)
+        return AlignedLoaders(lambda name: self._loader(name, start, num_steps), self.hookpoints)
+
+    def _loader(self, hookpoint: str, start: int, num_steps: int) -> ActivationLoader:
+        assert isinstance(self.rows, ActivationStore)
         return ActivationLoader(
             self.rows,
-            self.hookpoints[0],
+            hookpoint,
             batch_tokens=self.cfg.batch_tokens,
             seed=self.cfg.seed,
             start_step=start,
@@ -157,7 +167,7 @@ class Trainer:
         )
 
     def _begun(
-        self, feed: BatchFeed, source: ActivationLoader | StreamedBatches
+        self, feed: BatchFeed, source: AlignedLoaders | StreamedBatches
     ) -> Iterator[dict[str, Tensor]]:
         """The batches by hookpoint. With the first of a stream come the statistics that a store
         would have told.
@@ -173,6 +183,10 @@ class Trainer:
                 rms = source.root_mean_square(hookpoint_of(member.job))
                 if rms is not None and not member.training.has_rms():
                     member.training.set_rms(rms)
+                target = member.cfg.target
+                rms = None if target is None else source.root_mean_square(target)
+                if rms is not None:
+                    member.training.set_target_rms(rms)
 
     @contextmanager
     def _fails_alone(self, job: Job, member: Member | None = None) -> Iterator[None]:
@@ -216,8 +230,7 @@ class Trainer:
                     continue
                 timer = PhaseTimer(self.device, enabled=logged)
                 with self._fails_alone(member.job, member):
-                    x = rows[hookpoint_of(member.job)]
-                    results.append((member, member.step(x, timer), timer))
+                    results.append((member, member.step(rows, timer), timer))
             if logged:
                 self._log(step + 1, results, data, pace)
                 pace = Pace(self.device)

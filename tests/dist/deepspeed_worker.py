@@ -4,19 +4,24 @@ holds behind each step.
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flash_sae_dist.config.base import UserError
+from flash_sae_dist.config.base import ConfigError, UserError
 from flash_sae_dist.config.train import ENGINES
 from flash_sae_dist.launch.bench_wire import measure_sent
 from flash_sae_dist.models.topk import TopKConfig
 from flash_sae_dist.parallel.collectives import all_gather
 from flash_sae_dist.parallel.mesh import Mesh, make_mesh
+from flash_sae_dist.planner.devices import GIB, launch_here, memory_of
 from flash_sae_dist.planner.memory import memory_of_rank, work_of
+from flash_sae_dist.planner.search import check_memory
+from flash_sae_dist.planner.timing import step_time
 from flash_sae_dist.planner.wire import step_sent
 from flash_sae_dist.training import checkpoint
 from flash_sae_dist.training.checkpoint_writer import CheckpointWriter
@@ -191,22 +196,49 @@ def broken(kind: str, mesh: Mesh) -> str:
 
 
 def large() -> dict[str, Any]:
-    """1e9 parameters on a GPU, Adam on the host: losses, bytes on the GPU between two steps."""
-    d_in, d_sae = 4096, 122_880
-    cfg = ENGINES["deepspeed"](
-        engine="deepspeed",
-        deepspeed_config=str(ROOT / "configs" / "deepspeed" / "zero2_offload.json"),
-        num_tokens=10 * 1024,
-        batch_tokens=1024,
-        warmup_steps=0,
-        lr=1e-4,
-    )
-    mesh = Mesh.single()
-    training = SAETraining(TopKConfig(k=32, d_sae=d_sae), cfg, d_in, mesh, DEVICE, rms=1.0)
-    x = torch.randn(1024, d_in, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    losses = [float(training.step(x, PhaseTimer(DEVICE, enabled=False)).fvu) for _ in range(5)]
+    """1e9 parameters on a GPU of which this process may take 24 GiB, Adam on the host: what the
+    planner says of it without and with offload; losses, bytes on the GPU between two steps and at
+    most.
+    """
+    torch.set_num_threads(os.cpu_count() or 1)
+    d_in, d_sae, n = 4096, 131_072, 8192
+    whole = torch.cuda.get_device_properties(DEVICE).total_memory
+    torch.cuda.set_per_process_memory_fraction(24 * GIB / whole, DEVICE)
+    launch, refused, works = launch_here(DEVICE, 1, memory_of(DEVICE)), {}, {}
+    for name in ("zero2", "zero2_offload"):
+        config = parse_config(
+            {
+                "output": "x",
+                "sae": {"k": 32, "d_sae": d_sae},
+                "train": {
+                    **{"engine": "deepspeed", "batch_tokens": n, "num_tokens": 10 * n},
+                    **{"deepspeed_config": str(ROOT / "configs" / "deepspeed" / f"{name}.json")},
+                    **{"warmup_steps": 0, "lr": 1e-4},
+                },
+            }
+        )
+        works[name], refused[name] = work_of("x", config, d_in, "float32", on_gpu=True), ""
+        try:
+            check_memory(works[name], 1, 1, launch)
+        except ConfigError as e:
+            refused[name] = str(e)
+    assert config.sae is not None
+    assert config.train is not None
+    mesh, before = Mesh.single(), torch.cuda.memory_allocated()
+    training = SAETraining(config.sae, config.train, d_in, mesh, DEVICE, rms=1.0)
+    x = torch.randn(n, d_in, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    losses, seconds = [], 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        losses.append(float(training.step(x, PhaseTimer(DEVICE, enabled=False)).fvu))
+        seconds = time.perf_counter() - began
     state = training.state()
     return {
+        "refused": refused,
+        "peak": torch.cuda.max_memory_allocated() - before,
+        "planned": memory_of_rank(works["zero2_offload"], 1, 1).own,
+        "ms": 1e3 * seconds,
+        "planned ms": step_time(works["zero2_offload"], launch, 1, 1, dead=0).ms,
         "losses": losses,
         "parameters": sum(p.numel() for p in training.sae.parameters()),
         "bytes": torch.cuda.memory_allocated(),

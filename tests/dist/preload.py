@@ -11,7 +11,7 @@ for module in (
     "accelerate.commands.launch",
     "flash_sae_dist.activations.harvest",
     "flash_sae_dist.grid.runner",
-    "flash_sae_dist.kernels.encode_topk",
+    "flash_sae_dist.kernels.encode",
     "tests.dist.ranks",
     "tests.tiny_model",
     "torch.distributed.run",

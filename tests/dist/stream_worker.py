@@ -64,7 +64,7 @@ def run(config_file: str) -> dict[str, Any]:
             trainer.run()
             return trainer.members[0]
 
-        found["rms"] = train(whole).training._rms
+        found["rms"] = train(whole).training.normalization.rms
         step = Member.step
 
         def cut_off(self: Member, *args: Any) -> Any:

@@ -84,7 +84,7 @@ def test_formula() -> None:
     b_dec = 4 * 4096 + 4
     shards = 8192 * 64 * 8 + 8192 * 4096 * 4 + b_dec
     assert formula_bytes(wide, _Place(1, 2), 0, False) == shards
-    pairs = 8192 / 2 * (64 * 12 + 4 * 4096) + b_dec + 12
+    pairs = 8192 / 2 * (64 * 12 + 4 * 4096) + b_dec + 16
     assert formula_bytes(wide, _Place(2, 1), 0, False) == pairs
     dead = formula_bytes(wide, _Place(2, 1), 0.1, False) - pairs
     padded = 13312  # of 13107 dead latents

@@ -55,7 +55,7 @@ def test_losses_are_the_fused_engines(runs: Runs, case: str, want: str) -> None:
     steps = int(case.rpartition("-")[2])
     for rank in runs:
         got, fused = rank[case], rank[want]
-        assert got["losses"].shape == (steps, 3)
+        assert got["losses"].shape == (steps, 4)
         assert_close(got["losses"], fused["losses"][:steps])
         assert steps < 50 or got["listed"] == fused["listed"] > 2
 
@@ -120,10 +120,17 @@ def test_one_process(tmp_path: Path) -> None:
 def test_weights_that_fit_train_where_moments_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Offload at 1e9 parameters: between two steps the GPU holds less than weights and moments."""
+    """Offload at 1e9 parameters in 24 GiB, which are refused without: between two steps the GPU
+    holds less than weights and moments.
+    """
     monkeypatch.setenv("TRAIN_WORKER_DEVICE", "cuda")
     (found,) = run_ranks(WORKER, 1, tmp_path, "none", "1", "large", timeout=600)
+    print({key: value for key, value in found.items() if key != "losses"})
     assert found["parameters"] > 1e9
+    assert "but the" in found["refused"]["zero2"]
+    assert "24.0 GiB free" in found["refused"]["zero2"]
+    assert not found["refused"]["zero2_offload"]
+    assert found["planned"] == pytest.approx(found["peak"], rel=0.1)
     assert found["losses"][-1] < found["losses"][0]
     assert found["off"] < 1e-6
     assert found["devices"] == ["cpu", "cpu"]

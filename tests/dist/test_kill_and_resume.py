@@ -111,6 +111,26 @@ def test_killed_train_job_goes_on_bit_for_bit(root: Path, uninterrupted: Path, s
         assert torch.equal(value, weights(job_folder)[name]), name
 
 
+def test_killed_architectures_go_on_bit_for_bit(root: Path) -> None:
+    """Thresholds that are trained, and those of a moving average, calibrated at the end."""
+    keys = "{d_sae: 64, k: 4, initial_threshold: 0.3, bandwidth: 0.5, threshold_start: 20}"
+    args = [f"sae={keys}", "train.num_tokens=7680", "grid.hookpoints=[model.layers.0]"]
+    args += ["grid.values={sae.architecture: [batch_topk, jumprelu]}", "train.holdout=0.1"]
+    args += ["train.keep_checkpoints=99"]
+    whole, killed = root / "architectures", root / "killed-architectures"
+    finish(start("grid", root / "one.yaml", 2, f"output={whole}", *args))
+    jobs = sorted(p.parent.relative_to(whole) for p in whole.glob("*/*/sae"))
+    assert [job.name for job in jobs] == ["architecture=batch_topk", "architecture=jumprelu"]
+    job = start("grid", root / "one.yaml", 2, f"output={killed}", *args)
+    kill_after(job, killed / jobs[1] / "checkpoints", "step-*[0-9]", 2, random.Random(5))
+    assert not (killed / jobs[1] / "sae").exists(), "it was killed before the end"
+    finish(start("grid", root / "one.yaml", 2, f"output={killed}", *args))
+    for name in jobs:
+        assert curve(killed / name) == curve(whole / name)
+        for key, value in weights(whole / name).items():
+            assert torch.equal(value, weights(killed / name)[key]), key
+
+
 def test_another_number_of_shards_goes_on(root: Path, uninterrupted: Path) -> None:
     out = root / "elastic"
     folder = out / "model.layers.0"

@@ -40,7 +40,7 @@ def global_selection(training: SAETraining, x: torch.Tensor, mesh: Mesh) -> torc
     """[N, d_sae] bool: which latents of all shards are active."""
     top = training.sae.encode(x)
     local = torch.zeros(x.shape[0], training.sae.d_sae_local, dtype=torch.int32, device=x.device)
-    local.scatter_reduce_(1, top.indices.long(), (top.values > 0).int(), reduce="amax")
+    local.scatter_reduce_(1, top.latents.long(), (top.values > 0).int(), reduce="amax")
     parts = collectives.all_gather(local, mesh.shard_group, mesh.num_shards)
     return parts.permute(1, 0, 2).flatten(1).bool()
 

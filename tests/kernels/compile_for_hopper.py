@@ -1,6 +1,7 @@
-"""Compiles the kernels for compute capability 9.0 on any machine: a GPU is needed to run them, not
-to compile them. Prints a line a kernel: name, bytes of spilled registers' stack, shared memory,
-registers a thread, bytes of instructions.
+"""Compiles the kernels for compute capability 9.0, and the encoder's portable ones for other GPUs,
+on any machine: a GPU is needed to run them, not to compile them. Prints a line a kernel: name,
+bytes of spilled registers' stack, shared memory, registers a thread, bytes of instructions; of
+other GPUs the name alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import re
 import struct
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from flash_sae_dist.kernels import (
     dead_products,
     dense_grad,
-    encode_first,
+    encode,
+    encode_filter,
     encode_hopper,
-    encode_pick,
     encode_plan,
     encode_rows,
     encode_select,
-    encode_tiles,
-    encode_topk,
     pair_order,
     sparse_adam,
     sparse_decode,
@@ -37,14 +37,24 @@ from flash_sae_dist.kernels import (
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-class Hopper:
+OTHERS = (
+    GPUTarget("cuda", 80, 32), GPUTarget("cuda", 89, 32), GPUTarget("cuda", 100, 32),
+    GPUTarget("hip", "gfx942", 64),
+)  # fmt: skip
+
+
+class Driver:
     """What a compiler asks of a driver."""
 
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # A kernel asks a device for its kind once.
+        return hash(self.target.arch)
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -71,91 +81,82 @@ def code_bytes(cubin: bytes) -> int:
     return sum(length for *_, flags, _, _, length in sections if flags & 4)
 
 
-def main() -> None:
-    driver.set_active(Hopper())
+def portable_encoder(say: Callable[[str, Any], None], num_stages: int) -> None:
+    """The encoder's kernels for GPUs of any kind."""
     bf16 = torch.empty(256, 768, dtype=torch.bfloat16)
     f32, i32 = torch.empty(64), torch.empty(64, dtype=torch.int32)
     i64 = torch.empty(64, dtype=torch.int64)
-    h = encode_hopper
-    for dtype in (torch.bfloat16, torch.float16):
-        x = bf16.to(dtype)
-        args = (h.descriptor(x, 64, 64), h.descriptor(x, 256, 64))
-        runs = h.descriptor(x.view(32, 8, 768), 32, 8, 64)
-        biases = (h.rows_descriptor(torch.empty(32, 8), 32, 8), h.descriptor(torch.empty(256), 256))
-        whole = dtype == torch.bfloat16  # the other type differs in an instruction's name
-        for parts, others, first, cells, tail in (
-            (16, False, 1, 1, 0), (4, False, 2, 2, 0), (16, False, 1, 2, 0), (18, False, 4, 1, 0),
-            (9, True, 1, 4, 0), (22, False, 1, 2, 16),
-        )[: None if whole else 1]:  # fmt: skip
-            kernel = encode_first.filter_kernel.warmup(
-                args[0], runs, args[1], *biases, h.descriptor(x, tail or 64, 64), i32, i32, i32,
-                i32, i64, f32, f32, i32, 1536, 256, 9, 256, 768, 1, 1, 2, 20, parts, others,
-                parts + others, first, cells, 64, 24, parts < 16, tail, h.BLOCK_M, h.BLOCK_N,
-                h.BLOCK_K, h.STAGES, h.LEAD, num_warps=4,
-                launch_cooperative_grid=True, grid=(132,),
-            )  # fmt: skip
-            report(f"filter-hopper-{parts}-{others}-{first}-{cells}-{tail}-{dtype}", kernel)
-        for tail in (0, 16, 32) if whole else (0,):
-            kernel = encode_tiles._tiles_kernel.warmup(
-                args[0], args[1], h.descriptor(torch.empty(256), 256),
-                h.descriptor(x, tail or 64, 64), f32, f32, i32, 256, 256, 768, 64, h.BLOCK_M,
-                h.BLOCK_N, h.BLOCK_K, h.STAGES, h.LEAD, encode_plan.GROUP, tail, num_warps=4,
-                grid=(132,),
-            )  # fmt: skip
-            report(f"tiles-{tail}-hopper-{dtype}", kernel)
-    for lists, held, size, k, warps, groups in (
-        (16, 1152, 64, 32, 1, 0), (44, 704, 128, 100, 1, 0), (44, 704, 128, 100, 2, 0),
-        (128, 4480, 512, 500, 1, 0), (128, 4480, 512, 500, 2, 0), (88, 960, 256, 256, 2, 2048),
-    ):  # fmt: skip
-        kernel = encode_pick.pick_kernel.warmup(
-            bf16, bf16, f32, i32, i64, 1536, i32, i32, i32, f32, i32, f32, i32, 24576, 768, k,
-            95, 4096, lists, 80, 8, held, size, 1024, size, 32, 64, 4 * lists, 512, 128, warps == 1,
-            groups, groups, warps, num_warps=warps, maxnreg=128 // warps, grid=(1,),
+    m, n, d = encode_plan.BLOCK_M, encode_filter.BLOCK_N, encode_filter.BLOCK_K
+    x = TensorDescriptor.from_tensor(bf16, [m, d])
+    runs = TensorDescriptor.from_tensor(bf16.view(n // 8, -1, 768), [n // 8, 8, d])
+    rest = TensorDescriptor.from_tensor(bf16, [n, d])
+    for write in (True, False):
+        kernel = encode_filter.filter_kernel.warmup(
+            x, runs, rest, f32, i32, i32, i32, i32, 2920, 4096, 24576, 768, 192, 7, 4, 192, 4,
+            write, 50, m, n, d, "tf32", encode_plan.CELL, num_warps=8, num_stages=num_stages, grid=(132,),
         )  # fmt: skip
-        report(f"pick-{lists}-{held}-{size}-{warps}-{groups}", kernel)
-    for groups, size, k, warps in (
-        (512, 32, 20, 1), (512, 256, 256, 1), (512, 256, 256, 2), (2048, 128, 64, 2),
-        (2048, 512, 500, 2),
-    ):  # fmt: skip
-        room = encode_plan.groups_room(k, warps)
-        kernel = encode_pick.pick_groups_kernel.warmup(
-            f32, i32, 32 * groups, i64, f32, i32, 32 * groups, k, groups, groups, room, size, 1024,
-            size, warps, num_warps=warps, grid=(1,),
+        say("write" if write else "filter", kernel)
+    for N, D, F, k in ((4096, 768, 24576, 32), (1024, 4096, 65536, 64), (4096, 2304, 16384, 256)):
+        plan = encode_plan.make_plan(N, D, F, k)
+        assert plan is not None
+        kernel = encode_select.limit_kernel.warmup(
+            i32, i32, i32, i64, i32, plan.pitch, plan.whole, 7, plan.rank, plan.slack, plan.sample,
+            encode_plan.next_power_of_2(plan.sample), plan.sample_keys,
+            encode_plan.next_power_of_2(plan.rank + plan.slack), plan.block_n, encode_plan.CELL,
+            num_warps=encode.limit_warps(plan), grid=(1,),
         )  # fmt: skip
-        report(f"pick-groups-{groups}-{size}-{warps}", kernel)
-    desc = TensorDescriptor.from_tensor(bf16, [128, 64])
-    kernel = encode_topk._filter_kernel.warmup(
-        desc, desc, f32, i32, i32, i32, i64, 1536, 256, 256, 768, 4, 256, 128, 128, 64, "tf32",
-        num_warps=8, num_stages=4, grid=(132,),
+        say(f"limit-{plan.sample}", kernel)
+        kernel = encode_select.select_kernel.warmup(
+            i32, i32, i64, i32, i32, i32, i32, f32, i32, plan.pitch, F, k,
+            **encode.select_sizes(plan, k), num_warps=encode.select_warps(plan), grid=(1,),
+        )  # fmt: skip
+        say(f"select-{F}-{k}", kernel)
+    kernel = encode_select.mend_kernel.warmup(
+        bf16, bf16, f32, i32, i32, f32, i32, 1600, 4096, 24576, 768, 32, 32, 32, 32, 64,
+        num_warps=8, grid=(1,),
     )  # fmt: skip
-    report("filter", kernel)
-    kernel = encode_topk._sample_kernel.warmup(
-        desc, desc, f32, f32, 256, 768, 0, 1024, 2048, 24, 128, 128, 64, "tf32", num_warps=4,
-        num_stages=4, grid=(1, 1),
-    )  # fmt: skip
-    report("sample", kernel)
-    kernel = encode_topk._threshold_kernel.warmup(
-        f32, i32, i32, 1024, 2048, 13, 24, 1024, num_warps=1, grid=(1,)
-    )
-    report("threshold", kernel)
-    kernel = encode_select.select_kernel.warmup(
-        bf16, bf16, f32, i32, i64, 1536, 16, f32, i32, 24576, 768, 32, 96, 16, 512, 32, 32, 64,
-        num_warps=1, grid=(1,),
-    )  # fmt: skip
-    report("select", kernel)
-    for F, k, find in (
-        (16384, 20, False),
-        (65536, 64, False),
-        (16384, 20, True),
-        (1 << 20, 64, True),
-    ):
-        sizes = encode_plan.group_sizes(F, k, None if find else encode_plan.GROUP)
+    say("mend", kernel)
+    for F, k in ((16384, 20), (1 << 20, 64)):
+        sizes = encode_rows.group_sizes(F, k)
         assert sizes is not None
         kernel = encode_rows._groups_kernel.warmup(
-            f32, f32, i32, i32, i64, f32, i32, F, F // sizes.size, F, k, find, sizes.step,
+            f32, f32, i32, i32, i64, f32, i32, F, F // sizes.size, F, k, sizes.step,
             sizes.groups_pow2, sizes.size, sizes.k_pow2, num_warps=sizes.num_warps, grid=(1,),
         )  # fmt: skip
-        report(f"groups-{F}-{find}", kernel)
+        say(f"groups-{F}", kernel)
+
+
+def hopper_encoder() -> None:
+    """Both forms of the filter that is for Hopper alone."""
+    i32, bias = torch.empty(64, dtype=torch.int32), torch.empty(520)
+    h, n = encode_hopper, encode_plan.BLOCK_N
+    for dtype in (torch.bfloat16, torch.float16):
+        W = torch.empty(520, 768, dtype=dtype)
+        weights = (
+            h.descriptor(W[:512].view(n // 8, 16, 768), n // 8, 8, h.BLOCK_K),
+            h.descriptor(W, n, h.BLOCK_K),
+            h.descriptor(bias[:512].view(n // 8, 16), n // 8, 8, swizzle=False),
+            h.descriptor(bias, n),
+        )
+        for write in (True, False):
+            kernel = h.hopper_kernel.warmup(
+                h.descriptor(W, 64, h.BLOCK_K), *weights, i32, i32, i32, i32, 1600, 256, 768, 2, 1,
+                1, 3, 4, write, 50, encode_plan.BLOCK_M, n, h.BLOCK_K, h.STAGES, h.LEAD,
+                num_warps=4, grid=(132,),
+            )  # fmt: skip
+            report(f"hopper-{'write' if write else 'filter'}-{dtype}", kernel)
+
+
+def main() -> None:
+    for target in OTHERS:
+        driver.set_active(Driver(target))
+        portable_encoder(lambda name, _, at=target.arch: print(f"{at}-{name}"), 2)
+    driver.set_active(Driver(GPUTarget("cuda", 90, 32)))
+    bf16 = torch.empty(256, 768, dtype=torch.bfloat16)
+    f32, i32 = torch.empty(64), torch.empty(64, dtype=torch.int32)
+    i64 = torch.empty(64, dtype=torch.int64)
+    hopper_encoder()
+    portable_encoder(report, 4)
     kernel = pair_order._count_kernel.warmup(
         i32, f32, i32, i32, 65536, 65536, HAS_COEF=True, BLOCK=256, grid=(1,)
     )
@@ -170,38 +171,51 @@ def main() -> None:
         i32, i32, i32, i32, i32, 65536, 65536, BLOCK=128, WIDTH=128, grid=(1,)
     )
     report("rank", kernel)
-    for name, dots in (("decode-backward", True), ("scatter-rows", False)):
+    for name, dots, tokens in (
+        ("decode-backward", True, None), ("scatter-rows", False, None),
+        ("scatter-rows-flat", False, i32),
+    ):  # fmt: skip
         kernel = dense_grad.latents_kernel.warmup(
-            i64, i32, f32, bf16, bf16, f32, f32, bf16, 65536, 4096, 65536, 64, dots, 64,
+            i64, i32, f32, bf16, tokens, bf16, f32, f32, bf16, 65536, 4096, 65536, 64, dots, 64,
             **dense_grad.latents_blocks(65536, 4096)[1], num_warps=1, grid=(1,),
         )  # fmt: skip
         report(name, kernel)
     constants = (0.1, 0.999, 0.001, 6e-10, 0, 0)
     step = torch.zeros(())
     for D in (768, 4096):
-        for what, scaled, dense, norm in (
-            ("", False, False, False), ("-dense-scaled", True, True, False),
-            ("-dense-norm", False, True, True),
+        for what, scaled, dense, norm, tokens in (
+            ("", False, False, False, None), ("-dense-scaled", True, True, False, None),
+            ("-dense-norm", False, True, True, None), ("-flat", False, False, False, i32),
         ):  # fmt: skip
             flags = {"LAZY": False, "SCALED": scaled, "DENSE": dense, "NORM": norm}
             flags |= {"COPIES": True, "HEAVY": 64}
             kernel = sparse_adam._encoder_kernel.warmup(
-                i32, i32, f32, bf16, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32, f32,
-                f32, f32, f32, step, 24576, D, 131072, 32, *constants, 1.0, 1e-9, **flags,
+                i32, i32, f32, bf16, tokens, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32,
+                f32, f32, f32, f32, step, 24576, D, 131072, 32, *constants, 1.0, 1e-9, **flags,
                 **sparse_adam._encoder_blocks(24576, D), grid=(1, 1),
             )  # fmt: skip
             report(f"adam-encoder-{D}{what}", kernel)
             kernel = sparse_adam._decoder_kernel.warmup(
-                i32, i32, f32, bf16, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32, step,
-                D, 32, *constants, UNIT_NORM=True, **flags, **sparse_adam._decoder_blocks(D),
+                i32, i32, f32, bf16, tokens, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32,
+                step, D, 32, *constants, UNIT_NORM=True, **flags, **sparse_adam._decoder_blocks(D),
                 grid=(1,),
             )  # fmt: skip
             report(f"adam-decoder-{D}{what}", kernel)
-        kernel = sparse_decode._decode_coefs_kernel.warmup(
-            f32, i32, bf16, f32, f32, bf16, f32, f32, D, 64,
-            **sparse_decode._decode_coefs_blocks(D, 64), grid=(1, 1),
-        )  # fmt: skip
-        report(f"decode-coefs-{D}", kernel)
+        for what, flat in (("", (None, None)), ("-flat", (i32, i32))):
+            kernel = sparse_decode._decode_kernel.warmup(
+                f32, i32, bf16, bf16, flat[1], f32, f32, f32, f32, D, 64,
+                **sparse_decode._decode_coefs_blocks(D, 64), grid=(1, 1),
+            )  # fmt: skip
+            report(f"decode-coefs-{D}{what}", kernel)
+            kernel = sparse_decode._coefs_kernel.warmup(
+                f32, f32, f32, f32, f32, *flat, 1024, 65536, 64, 32, BLOCK=512, grid=(1,)
+            )
+            report(f"coefs-{D}{what}", kernel)
+            kernel = sparse_decode._dots_kernel.warmup(
+                bf16, i32, bf16, f32, f32, f32, f32, *flat, 1024, D, 64, COEFS=True,
+                **sparse_decode._dots_blocks(D, 64), grid=(1, 1),
+            )  # fmt: skip
+            report(f"dots-{D}{what}", kernel)
     for M, k in ((832, 384), (13120, 2048), (43712, 2048)):
         block = min(dead_products._MAX_BLOCK, dead_products.next_power_of_2(M))
         for search in (True, False):

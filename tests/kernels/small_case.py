@@ -11,8 +11,10 @@ from flash_sae_dist.kernels import (
     dead_products,
     decode_backward,
     dense_grad,
+    encode,
+    encode_filter,
     encode_plan,
-    encode_topk,
+    encode_rows,
     pair_order,
     sparse_adam,
     sparse_decode,
@@ -23,7 +25,7 @@ from flash_sae_dist.kernels.reference import (
     Gradients,
     LatentRows,
     Limits,
-    Pairs,
+    PairGradients,
 )
 
 N, D, F, K = 130, 72, 4104, 8
@@ -51,7 +53,7 @@ def dead(M: int, k: int) -> None:
         dead_products.mask_dead_grad_(rows @ W.T, acts, ghost)
 
 
-def adam(F: int, D: int, K: int, M: int) -> None:
+def adam(F: int, D: int, K: int, M: int, *, flat: bool = False) -> None:
     """Both passes and the norm's, with heavy blocks, listed latents and bfloat16 moments."""
     W, copies = (torch.randn(2, F, D, device="cuda", dtype=t) for t in (None, torch.bfloat16))
     b, step = torch.randn(F, device="cuda"), torch.tensor(1.0, device="cuda")
@@ -64,7 +66,8 @@ def adam(F: int, D: int, K: int, M: int) -> None:
     slots = torch.full((F,), -1, device="cuda", dtype=torch.int32)
     slots[torch.randperm(F, device="cuda")[:M]] = torch.arange(M, device="cuda").int()
     dense = DenseRows(slots, *torch.randn(2, M, D, device="cuda"), torch.randn(M, device="cuda"))
-    pairs = Pairs(idx.flatten(), *coef, *rows, K)
+    tokens = torch.arange(N * K, device="cuda", dtype=torch.int32) // K if flat else None
+    pairs = PairGradients(idx.flatten(), *coef, *rows, K, tokens)
     for dtype in (torch.float32, torch.bfloat16):
         moments = [(torch.zeros_like(W[0], dtype=dtype), b * 0, W[1].to(dtype) * 0) for _ in "mv"]
         latents = LatentRows(W[0], b, W[1], *moments, (copies[0], copies[1]))
@@ -78,31 +81,38 @@ def adam(F: int, D: int, K: int, M: int) -> None:
                 sparse_adam.adam_decoder_(latents, grads, scalars, step, options, 7)
 
 
+def flat_lists(x: torch.Tensor, W: torch.Tensor) -> None:
+    """A list with unused slots, tokens without pairs, one with many."""
+    counts = torch.tensor([0, 37, 0, 901, *[3] * (N - 6), 0, 5], device="cuda")
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+    tokens = torch.arange(N, device="cuda").repeat_interleave(counts)
+    latents, values = torch.randint(0, F, tokens.shape, device="cuda"), torch.rand(tokens.shape)
+    tokens, latents = (torch.nn.functional.pad(t, (0, 77)).int() for t in (tokens, latents))
+    values = torch.nn.functional.pad(values.cuda(), (0, 77))
+    scale, b_dec = torch.tensor(0.1, device="cuda"), torch.zeros(D, device="cuda")
+    flat = (tokens, offsets)
+    sparse_decode.sparse_decode(values, latents, W, *flat)
+    sparse_decode.gathered_dots(x, latents, W, *flat)
+    sparse_decode.pair_coefs(values, latents, W, x, scale, *flat)
+    sparse_decode.decode_coefs(values, latents, W, b_dec, x.float(), scale, *flat)
+    dense_grad.scatter_rows(values, latents, x, F, tokens=tokens)
+
+
 def main() -> None:
     x, W = (torch.randn(n, D, device="cuda").bfloat16() for n in (N, F))
     b, b_dec = torch.randn(F, device="cuda"), torch.zeros(D, device="cuda")
-    plan = encode_plan.make_plan(N, D, F, K)
-    assert plan is not None
+    values, indices = encode_rows.topk_encode(x, W, b, K)
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    values, indices = encode_topk.fused_topk(x, W, b, K, plan)
-    for design in encode_topk.designs(x, W, b, K).values():
-        design()
-    if hopper:
-        from flash_sae_dist.kernels import encode_first, encode_tiles
-        from flash_sae_dist.kernels.encode_first_plan import make_first_plan
-
-        # With the last tokens beside whole blocks.
-        more = x.repeat(3, 1)
-        encode_tiles.topk_encode(more[:269], W, b, K, 16)
-        encode_tiles.topk_encode(more[:288], W, b, K, 32)
-        # Two warps a row.
-        first = make_first_plan(N, D, F, 64)
-        assert first is not None
-        encode_first.topk_encode(x, W, b, 64, first._replace(warps=2))
-        blocks = make_first_plan(256, D, F, 64)
-        assert blocks is not None
-        encode_first.topk_encode(more[:269], W, b, 64, blocks._replace(tail=16, held=832))
-        encode_tiles.topk_encode(more, W, b, 64)
+    for design, block_n in (("plain", encode_filter.BLOCK_N), ("hopper", encode_plan.BLOCK_N)):
+        plan = encode_plan.make_plan(N, D, F, K, block_n=block_n)
+        assert plan is not None
+        if design == "plain" or hopper:
+            encode.run(design, plan, x, W, b, K)
+            # Limits too high, and lists too short.
+            encode.run(design, plan._replace(rank=1), x, W, b, K)
+            encode.run(design, plan._replace(capacity=5), x, W, b, K)
+            # Equal activations.
+            encode.run(design, plan, x, torch.zeros_like(W), torch.ones_like(b), K)
     scale = torch.tensor(0.1, device="cuda")
     sparse_decode.decode_coefs(values, indices, W, b_dec, x.float(), scale)
     dense_grad.scatter_rows(values, indices, x, F)
@@ -113,6 +123,8 @@ def main() -> None:
     dead(2 * dead_products._MAX_BLOCK + 72, 2000)
     adam(517, D, K, 37)
     adam(130, 300, K, 130)
+    adam(130, 300, K, 130, flat=True)
+    flat_lists(x, W)
     torch.cuda.synchronize()
     print("done")
 

@@ -38,7 +38,7 @@ def test_a_decoder_hands_its_order_to_the_encoder(monkeypatch: pytest.MonkeyPatc
 
     def gradient() -> torch.Tensor:
         top = ops.topk_encode(x, W, b, 3)
-        recon = ops.sparse_decode(top.values, top.indices, W)
+        recon = ops.sparse_decode(top.values, top.latents, W)
         del top
         (grad,) = torch.autograd.grad((recon - x).square().sum(), W)
         return grad
@@ -46,7 +46,7 @@ def test_a_decoder_hands_its_order_to_the_encoder(monkeypatch: pytest.MonkeyPatc
     want = gradient()
     made: list[torch.Tensor] = []
 
-    def beside(top_idx: torch.Tensor, W_dec: torch.Tensor) -> tuple[Any, None]:
+    def beside(top_idx: torch.Tensor, W_dec: torch.Tensor, _: None) -> tuple[Any, None]:
         made.append(top_idx)
         return reference.order_pairs(top_idx, W_dec.shape[0]), None
 
@@ -73,7 +73,7 @@ def test_a_compiler_makes_one_order_for_both_gradients(monkeypatch: pytest.Monke
 
     def loss(x: torch.Tensor, *W: torch.Tensor) -> torch.Tensor:
         top = ops.topk_encode(x, W[0], b, 3)
-        return (ops.sparse_decode(top.values, top.indices, W[1]) - x).square().sum()
+        return (ops.sparse_decode(top.values, top.latents, W[1]) - x).square().sum()
 
     want = torch.autograd.grad(loss(x, *W), W)
     monkeypatch.setattr(ops, "compute", counted)
@@ -103,12 +103,12 @@ def test_one_order_serves_both_gradients(monkeypatch: pytest.MonkeyPatch) -> Non
     for _ in range(3):
         top = ops.topk_encode(x, W[0], b, k)
         names.clear()
-        loss = (ops.sparse_decode(top.values, top.indices, W[1]) - x).square().sum()
+        loss = (ops.sparse_decode(top.values, top.latents, W[1]) - x).square().sum()
         got = torch.autograd.grad(loss, [*W, b])
         assert names.count("order_pairs") == 1
     pre = x @ W[0].T + b
-    values = pre.gather(1, top.indices.long()).relu()
-    dense = torch.zeros_like(pre).scatter(1, top.indices.long(), values)
+    values = pre.gather(1, top.latents.long()).relu()
+    dense = torch.zeros_like(pre).scatter(1, top.latents.long(), values)
     want = torch.autograd.grad((dense @ W[1] - x).square().sum(), [*W, b])
     for g, w in zip(got, want, strict=True):
         assert (g - w).norm() <= 1e-3 * w.norm()
@@ -125,7 +125,7 @@ def test_compiled_gradients_equal_eager_ones() -> None:
     def loss(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         W_enc, W_dec, b = weights
         top = ops.topk_encode(x, W_enc, b, 16)
-        return (ops.sparse_decode(top.values, top.indices, W_dec.t()) - x).float().square().sum()
+        return (ops.sparse_decode(top.values, top.latents, W_dec.t()) - x).float().square().sum()
 
     weights = (W_enc, W_dec, b)
     want = torch.autograd.grad(loss(x, *weights), weights)
@@ -141,11 +141,11 @@ def test_lists_can_be_saved_and_checkpointed(tmp_path: Path) -> None:
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         top = ops.topk_encode(x, W, b, 3)
-        return ops.sparse_decode(top.values, top.indices, W).square().sum()
+        return ops.sparse_decode(top.values, top.latents, W).square().sum()
 
     (want,) = torch.autograd.grad(loss(x), x)
     (got,) = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), x)
     assert torch.equal(got, want)
-    indices = ops.topk_encode(x, W, b, 3).indices
+    indices = ops.topk_encode(x, W, b, 3).latents
     torch.save(indices, tmp_path / "i.pt")
     assert torch.equal(torch.load(tmp_path / "i.pt", weights_only=True), indices)

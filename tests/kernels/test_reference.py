@@ -51,7 +51,7 @@ def test_rows_with_few_positives_end_in_the_lowest_zeros() -> None:
     W = torch.tensor([[-1.0, 0.0], [-2.0, 0.0], [3.0, 0.0], [-1.0, 0.0]])
     top = ops.topk_encode(x, W, torch.zeros(4), 3)
     assert top.values.tolist() == [[3.0, 0.0, 0.0]]
-    assert top.indices.tolist() == [[2, 0, 1]]
+    assert top.latents.tolist() == [[2, 0, 1]]
 
 
 def test_encode_decode_equal_dense_arithmetic() -> None:
@@ -105,10 +105,10 @@ def test_opcheck(name: str, transposed: bool) -> None:
     calls = {
         "topk_encode": (ops._topk_encode, (x, W, b, None, 3)),
         "sparse_decode": (ops._sparse_decode, (acts, idx, W)),
-        "scatter_rows": (ops.scatter_rows, (acts, idx, x, 8)),
-        "gathered_dots": (ops.gathered_dots, (x, idx, W)),
-        "order_pairs": (ops._order_pairs, (idx, 8)),
-        "decode_backward": (ops._decode_both, (acts, idx, W, x, None, None, None)),
+        "scatter_rows": (ops._scatter_rows, (acts, idx, x, 8, torch.float32, [], None)),
+        "gathered_dots": (ops._gathered_dots, (x, idx, W)),
+        "order_pairs": (ops._order_pairs, (idx, 8, None)),
+        "decode_backward": (ops._decode_both, (acts, idx, W, x, [])),
     }
     torch.library.opcheck(*calls[name])
 
@@ -142,9 +142,9 @@ def test_strided_and_expanded_inputs_give_the_same() -> None:
     x, W, b = torch.randn(5, 8).T, torch.randn(5, 12).T, torch.randn(1).expand(12)
     top = ops.topk_encode(x, W, b, 4)
     want = ops.topk_encode(x.contiguous(), W.contiguous(), b.contiguous(), 4)
-    assert torch.equal(top.indices, want.indices)
+    assert torch.equal(top.latents, want.latents)
     assert torch.equal(top.values, want.values)
-    decoded = ops.sparse_decode(top.values.T.contiguous().T, top.indices, W)
+    decoded = ops.sparse_decode(top.values.T.contiguous().T, top.latents, W)
     torch.testing.assert_close(decoded, ops.sparse_decode(*want, W.contiguous()))
 
 
@@ -171,8 +171,8 @@ def test_another_device_is_named() -> None:
 def test_meta_tensors_give_shapes() -> None:
     x, W = torch.empty(3, 8, device="meta"), torch.empty(20, 8, device="meta")
     top = ops.topk_encode(x, W, torch.empty(20, device="meta"), 4)
-    assert top.indices.shape == (3, 4)
-    assert ops.sparse_decode(top.values, top.indices, W).shape == (3, 8)
+    assert top.latents.shape == (3, 4)
+    assert ops.sparse_decode(top.values, top.latents, W).shape == (3, 8)
 
 
 def test_ties_beside_nan_go_to_the_lowest_columns() -> None:

@@ -18,8 +18,8 @@ from flash_sae_dist.kernels.reference import (
     Gradients,
     HeavySums,
     LatentRows,
+    PairGradients,
     PairOrder,
-    Pairs,
 )
 
 pytest.importorskip("triton")
@@ -79,8 +79,8 @@ def make_grads(case: Case, seed: int) -> Gradients:
         idx.view(N, K)[:, 0] = F - 1
     dec, enc = (torch.randn(N * K, generator=gen) * (idx % 3 > 0) for _ in range(2))
     rows = (torch.randn(N, D, generator=gen) for _ in range(2))
-    pairs = Pairs(*(t.to(DEVICE) for t in (idx, dec, enc, *rows)), K)
-    order = reference.order_pairs(pairs.indices, F, pairs.dec_coef)
+    pairs = PairGradients(*(t.to(DEVICE) for t in (idx, dec, enc, *rows)), K)
+    order = reference.order_pairs(pairs.latents, F, pairs.dec_coef)
     if M == 0:
         return Gradients(pairs, order)
     slots = torch.full((F,), -1, dtype=torch.int32)
@@ -153,8 +153,8 @@ def dense_of(grads: Gradients, F: int) -> tuple[Tensor, Tensor, Tensor]:
     pairs, D = grads.pairs, grads.pairs.dec_rows.shape[1]
     enc, dec = (torch.zeros(F, D, dtype=torch.float64, device=DEVICE) for _ in range(2))
     bias = torch.zeros(F, dtype=torch.float64, device=DEVICE)
-    token = torch.arange(len(pairs.indices), device=DEVICE) // pairs.k
-    at = pairs.indices.long()
+    token = torch.arange(len(pairs.latents), device=DEVICE) // pairs.k
+    at = pairs.latents.long()
     enc.index_add_(0, at, pairs.enc_coef.double()[:, None] * pairs.enc_rows.double()[token])
     dec.index_add_(0, at, pairs.dec_coef.double()[:, None] * pairs.dec_rows.double()[token])
     bias.index_add_(0, at, pairs.enc_coef.double())
@@ -278,8 +278,8 @@ def test_no_pairs_and_no_listed_latents(ops: ModuleType, lazy: bool) -> None:
     F, D, N, K = 6, 20, 3, 2
     zeros = torch.zeros(N * K, device=DEVICE)
     rows_of = torch.randn(N, D, device=DEVICE)
-    pairs = Pairs(zeros.int(), zeros, zeros, rows_of, rows_of, K)
-    order = reference.order_pairs(pairs.indices, F, pairs.dec_coef)
+    pairs = PairGradients(zeros.int(), zeros, zeros, rows_of, rows_of, K)
+    order = reference.order_pairs(pairs.latents, F, pairs.dec_coef)
     none = torch.zeros(0, D, device=DEVICE)
     slots = torch.full((F,), -1, dtype=torch.int32, device=DEVICE)
     grads = Gradients(pairs, order, DenseRows(slots, none, none, none[:, 0]))
@@ -337,13 +337,13 @@ def test_gradient_squares_of_several_blocks_of_columns() -> None:
 def half_of(grads: Gradients, first: int, last: int) -> Gradients:
     """The gradients of some latents, as the shard that holds them forms them."""
     pairs, F = grads.pairs, last - first
-    own = (pairs.indices >= first) & (pairs.indices < last)
+    own = (pairs.latents >= first) & (pairs.latents < last)
     pairs = pairs._replace(
-        indices=(pairs.indices - first).where(own, 0),
+        latents=(pairs.latents - first).where(own, 0),
         dec_coef=pairs.dec_coef * own,
         enc_coef=pairs.enc_coef * own,
     )
-    order: PairOrder = reference.order_pairs(pairs.indices, F, pairs.dec_coef)
+    order: PairOrder = reference.order_pairs(pairs.latents, F, pairs.dec_coef)
     dense = grads.dense
     if dense is not None:
         dense = dense._replace(slots=dense.slots[first:last].contiguous())
@@ -353,9 +353,9 @@ def half_of(grads: Gradients, first: int, last: int) -> Gradients:
 def whole_numbers(grads: Gradients) -> Gradients:
     """Gradients of pairs whose sums are exact, in whatever order they are added."""
     pairs, F = grads.pairs, len(grads.order.offsets) - 1
-    pairs = Pairs(*(t.round() for t in pairs[:-1]), pairs.k)
+    pairs = PairGradients(*(t.round() for t in pairs[:5]), pairs.k)
     pairs = pairs._replace(enc_coef=pairs.enc_coef * (pairs.dec_coef != 0))
-    order = reference.order_pairs(pairs.indices, F, pairs.dec_coef)
+    order = reference.order_pairs(pairs.latents, F, pairs.dec_coef)
     return grads._replace(pairs=pairs, order=order)
 
 

@@ -5,7 +5,7 @@ arithmetic as the fused engine's.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from ...models.losses import (
     auxk_loss,
     fvu_loss,
     inverse_variance,
+    inverted,
     residual_sums,
     total_variance,
 )
+from ...models.sparsity import Batch
 from ...parallel.collectives import all_reduce_
 from ...parallel.selection import global_limits
 from ..metrics import PhaseTimer, StepMetrics
@@ -31,6 +33,13 @@ from ..optim import (
     sum_grads_over_replicas_,
 )
 from .base import Engine
+
+
+class Shared(NamedTuple):
+    """What the micro-batches of a step share."""
+
+    batch: Batch
+    inverse_residual: Tensor | None  # scalar, AuxK's normaliser; None where nothing is revived
 
 
 class AutogradEngine(Engine):
@@ -53,11 +62,12 @@ class AutogradEngine(Engine):
         self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
             [{"params": params} for params in groups],
             lr=lr,
-            betas=cfg.adam_betas,
+            betas=cfg.adam_betas or (0.9, 0.999),
             eps=cfg.adam_eps,
             fused=True,
         )
         self.unit = 1.0
+        self.ramp = torch.ones_like(sae.b_dec[0], requires_grad=False)
 
     def set_unit(self, unit: float) -> None:
         """See Engine."""
@@ -70,26 +80,28 @@ class AutogradEngine(Engine):
         weights, biases = self.optimizer.param_groups
         weights["lr"], biases["lr"] = lr, lr * self.unit
 
-    def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
+    def step(self, x: Tensor, timer: PhaseTimer, y: Tensor | None = None) -> StepMetrics:
         """See Engine."""
         sae, mesh = self.sae, self.sae.mesh
         x = x.to(sae.b_dec.dtype)
-        variance = total_variance(x, mesh)
-        inverse = self._inverse_residual(x) if self._revives() else None
+        y = x if y is None else y.to(sae.b_dec.dtype)
+        shared = self._shared(x, y)
         self._begin()
-        shown = torch.zeros(3, dtype=x.dtype, device=x.device)
+        shown = torch.zeros(len(StepMetrics._fields), dtype=x.dtype, device=x.device)
         active: list[Codes] = []
-        parts = x.chunk(self.cfg.micro_batches)
+        parts = self._parts(x, y)
         for number, part in enumerate(parts, 1):
-            loss, terms, codes = self._forward(part, variance, inverse, x.shape[0])
+            loss, terms, codes = self._forward(*part, shared)
             timer.mark("forward")
             self._backward(loss, is_last=number == len(parts))
             timer.mark("backward")
             shown += terms
             active.append(codes)
         self._update()
-        values, indices = (torch.cat(parts) for parts in zip(*active, strict=True))
-        self.dead.update_(values, indices, x.shape[0] * mesh.num_replicas)
+        self.sae.observe_(active)
+        values = torch.cat([codes.values for codes in active])
+        latents = torch.cat([codes.latents for codes in active])
+        self.dead.update_(values, latents, x.shape[0] * mesh.num_replicas)
         all_reduce_(shown, mesh.replica_group, mesh.num_replicas)
         all_reduce_(shown[2], mesh.shard_group, mesh.num_shards)
         timer.mark("optimizer")
@@ -103,39 +115,68 @@ class AutogradEngine(Engine):
     def _revives(self) -> bool:
         return self.cfg.dead_latents == "auxk" and self.dead.any_listed
 
+    def _parts(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+        count = self.cfg.micro_batches
+        return list(zip(x.chunk(count), y.chunk(count), strict=True))
+
+    def _shared(self, x: Tensor, y: Tensor) -> Shared:
+        sae, tokens = self.sae, x.shape[0] * self.sae.mesh.num_replicas
+        inverse = inverted(total_variance(y, sae.mesh))
+        l0 = self._l0(x) / tokens if sae.needs_l0 else None
+        batch = Batch(inverse, tokens, self.unit, self.ramp, l0)
+        return Shared(batch, self._inverse_residual(x, y) if self._revives() else None)
+
     @torch.no_grad()
-    def _inverse_residual(self, x: Tensor) -> Tensor:
+    def _l0(self, x: Tensor) -> Tensor:
+        """Active latents of the whole batch, which take a pass of their own. Collective."""
+        mesh, total = self.sae.mesh, torch.zeros((), dtype=x.dtype, device=x.device)
+        for part in x.chunk(self.cfg.micro_batches):
+            with self._autocast():
+                total += (self.sae.activate(self.sae.candidates(part)).values > 0).sum()
+        all_reduce_(total, mesh.member_group, mesh.members)
+        return total
+
+    @torch.no_grad()
+    def _inverse_residual(self, x: Tensor, y: Tensor) -> Tensor:
         """AuxK's normaliser over the whole batch, whose residual takes a forward pass of its own:
         the micro-batches' gradients then add up to the batch's.
         """
-        sums, squares = torch.zeros_like(x[0]), torch.zeros((), dtype=x.dtype, device=x.device)
-        for part in x.chunk(self.cfg.micro_batches):
+        sums, squares = torch.zeros_like(y[0]), torch.zeros((), dtype=x.dtype, device=x.device)
+        for part, target in self._parts(x, y):
             with self._autocast():
-                residual = part - self.sae.decode(*self.sae.encode_rows(part))
+                codes = self.sae.activate(self.sae.candidates(part))
+                residual = target - self.sae.decode(self.sae.main_codes(codes), part)
             found = residual_sums(residual, self.sae.mesh)
             sums, squares = sums + found[0], squares + found[1]
         return inverse_variance(sums, squares, x.shape[0] * self.sae.mesh.num_replicas)
 
-    def _forward(
-        self, x: Tensor, variance: Tensor, inverse: Tensor | None, batch: int
-    ) -> tuple[Tensor, Tensor, Codes]:
-        """Loss of a micro-batch, its terms [fvu, aux, l0] as shares of the batch's, its codes."""
+    def _forward(self, x: Tensor, y: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Codes]:
+        """Loss of a micro-batch x with target rows y, its StepMetrics as shares of the batch's, and
+        its codes.
+        """
         with self._autocast():
-            return self._losses(x, variance, inverse, batch)
+            return self._losses(x, y, shared)
 
-    def _losses(
-        self, x: Tensor, variance: Tensor, inverse: Tensor | None, batch: int
-    ) -> tuple[Tensor, Tensor, Codes]:
-        sae, mesh = self.sae, self.sae.mesh
-        codes = sae.encode_rows(x)
-        recon = sae.decode(*codes)
-        fvu = fvu_loss(x, recon, variance)
+    def _losses(self, x: Tensor, y: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Codes]:
+        sae, batch = self.sae, shared.batch
+        found = sae.candidates(x)
+        codes = sae.activate(found)
+        recons = sae.nested(codes, x)
+        fvus = torch.stack([fvu_loss(y, recon, batch.inverse) for recon in recons])
+        loss = (fvus * fvus.new_tensor(sae.level_weights)).sum()
+        penalty = sae.penalty(y, found, codes, batch)
+        if sae.penalises_dead and self.dead.any_listed:
+            lost = sae.dead_penalty(x, self.dead.rows, self.dead.left_out(), batch)
+            penalty = penalty + lost
         aux = torch.zeros((), dtype=x.dtype, device=x.device)
-        if inverse is not None:
-            aux = auxk_loss((x - recon).detach(), self._aux_recon(x), inverse)
-        l0 = (codes.values > 0).sum().to(x.dtype) / (batch * mesh.num_replicas)
-        terms = torch.stack([fvu.detach(), aux.detach(), l0])
-        return fvu + self.cfg.aux_coef * aux, terms, Codes(*(t.detach() for t in codes))
+        if shared.inverse_residual is not None:
+            residual = (y - recons[sae.main_level]).detach()
+            aux = auxk_loss(residual, self._aux_recon(x), shared.inverse_residual)
+        codes = sae.main_codes(codes)
+        l0 = (codes.values > 0).sum().to(x.dtype) / batch.tokens
+        shown = torch.stack([fvus[sae.main_level], aux, l0, penalty]).detach()
+        active = codes._replace(values=codes.values.detach())
+        return loss + penalty + self.cfg.aux_coef * aux, shown, active
 
     def _aux_recon(self, x: Tensor) -> Tensor:
         """What each token's k_aux best listed latents make of the residual [N, d_in], no b_dec."""
@@ -163,8 +204,11 @@ class AutogradEngine(Engine):
     def _update(self) -> None:
         """The optimizer's step, from the gradients of all micro-batches."""
         sum_grads_over_replicas_(self.sae)
-        project_decoder_grad_(self.sae)
+        if not self.sae.transcodes:
+            project_decoder_grad_(self.sae)
         if self.cfg.grad_clip is not None:
             clip_grads_(self.sae, self.cfg.grad_clip, self.unit)
         self.optimizer.step()
-        renormalise_decoder_(self.sae)
+        if not self.sae.transcodes:
+            renormalise_decoder_(self.sae)
+        self.sae.project_()

@@ -17,11 +17,14 @@ class Engine(ABC):
     moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     sae: SparseCoder
     optimizer: torch.optim.Optimizer
+    ramp: Tensor
+    """Scalar on the device: the part of the sparsity's coefficient that its schedule gives."""
 
     @abstractmethod
-    def step(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
-        """One optimizer step on this replica's batch x [N/R, d_in]. Collective over the members;
-        no host sync but where a graph is captured.
+    def step(self, x: Tensor, timer: PhaseTimer, y: Tensor | None = None) -> StepMetrics:
+        """One optimizer step on this replica's batch x [N/R, d_in], of a transcoder with its target
+        rows y [N/R, d_out]. Collective over the members; no host sync but where a graph is
+        captured.
         """
 
     @property
@@ -42,6 +45,10 @@ class Engine(ABC):
         """Learning rate of the coming steps, for data of root mean square 1."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+    def set_ramp(self, part: float) -> None:
+        """Part of the sparsity's coefficient in the coming steps."""
+        self.ramp.fill_(part)
 
     def refresh_(self) -> None:
         """Takes in parameters that others have changed."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.dispatch import implementation
-from ...kernels.reference import DenseRows, Pairs, accumulate_dtype
+from ...kernels.reference import DenseRows, PairGradients, accumulate_dtype
 from ...models.base import SparseCoder
 from ...models.dead_latents import DeadLatents
 from ...models.losses import inverse_variance, residual_sums
@@ -95,7 +95,7 @@ class DeadStep:
 
     def __call__(
         self,
-        local: Pairs,  # this replica's, whose rows are read
+        local: PairGradients,  # this replica's, whose rows are read
         listed: Listed,
         inverse: Tensor,  # scalar, 1 / variance of the whole batch
         side: SideStream,

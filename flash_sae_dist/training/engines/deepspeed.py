@@ -30,7 +30,7 @@ from ...models.dead_latents import DeadLatents
 from ...parallel.collectives import all_reduce_
 from ...parallel.mesh import Mesh, real_groups
 from ..optim import project_rows_, renormalise_decoder_
-from .autograd import AutogradEngine
+from .autograd import AutogradEngine, Shared
 
 # Of a decoder's gradient that are projected at once.
 _ROWS = 1 << 13
@@ -56,9 +56,11 @@ class DeepSpeedEngine(AutogradEngine):
         for name, param in sae.named_parameters():
             # Else the norm that clips is that of one shard.
             param.model_parallel = sae.roles[name] == "rows"  # type: ignore[attr-defined]
-        _hook(sae.W_dec, lambda grad: _project_(grad, sae.W_dec))
-        for name in sae.in_data_units:
-            _hook(sae.get_parameter(name), lambda grad: grad * self.unit)
+        if not sae.transcodes:
+            _hook(sae.W_dec, lambda grad: _project_(grad, sae.W_dec))
+        for name, param in sae.named_parameters():
+            if name in sae.in_data_units:
+                _hook(param, lambda grad: grad * self.unit)
         self.zero, *_ = deepspeed.initialize(
             model=_Losses(sae, super()._forward),
             optimizer=self.optimizer,
@@ -87,10 +89,8 @@ class DeepSpeedEngine(AutogradEngine):
     def _begin(self) -> None:
         """ZeRO drops gradients itself; those of its flat tensors it uses again."""
 
-    def _forward(
-        self, x: Tensor, variance: Tensor, inverse: Tensor | None, batch: int
-    ) -> tuple[Tensor, Tensor, Codes]:
-        out: tuple[Tensor, Tensor, Codes] = self.zero(x, variance, inverse, batch)
+    def _forward(self, x: Tensor, y: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Codes]:
+        out: tuple[Tensor, Tensor, Codes] = self.zero(x, y, shared)
         return out
 
     def _backward(self, loss: Tensor, *, is_last: bool) -> None:
@@ -103,8 +103,11 @@ class DeepSpeedEngine(AutogradEngine):
         if not self.zero.was_step_applied():
             # The norm is all shards': all of them end.
             raise UserError("the gradient is not finite; lower train.lr, check the store")
-        renormalise_decoder_(self.sae)
-        _Part.of(self.sae.W_dec).set(self.sae.W_dec)
+        if not self.sae.transcodes:
+            renormalise_decoder_(self.sae)
+        for name in ("W_dec", *self.sae.project_()):
+            param = self.sae.get_parameter(name)
+            _Part.of(param).set(param)
 
     @torch.no_grad()
     def refresh_(self) -> None:

@@ -1,7 +1,7 @@
 """The fused engine: a whole training step without autograd and without a dense gradient.
 
-Legend: N tokens of this replica, R replicas, D d_in, F d_sae of this shard, K slots a token, M
-listed dead latents.
+Legend: N tokens of this replica, R replicas, D d_in, F d_sae of this shard, K slots a token (or C
+of a flat list in all), M listed dead latents.
 
 Each replica encodes and decodes its tokens, in micro-batches; a batch's (token, latent) pairs, and
 what each adds to its latent's gradients, are gathered over the replicas; then every rank steps its
@@ -20,29 +20,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.dispatch import has_triton, implementation, on_device, use_kernels
-from ...kernels.reference import DenseRows, PairOrder, Pairs
+from ...kernels.reference import DenseRows, PairGradients, PairOrder
 from ...models.base import Codes, SparseCoder
 from ...models.dead_latents import DeadLatents
 from ...models.losses import inverse_variance
+from ...models.sparsity import Batch
 from ...parallel.collectives import all_gather, all_reduce_
 from ..metrics import PhaseTimer, StepMetrics
 from ..sparse_adam import LatentGradients, SparseAdam
 from .base import Engine
 from .dead_step import AuxLoss, DeadStep, Listed
+from .pair_forward import (
+    Forward,
+    gather,
+    has_gradient,
+    is_general,
+    join,
+    pair_forward,
+    same_length,
+)
 
 logger = logging.getLogger(__name__)
 # Calls of one kind made eagerly before its graph is captured: kernels compile, libraries warm up.
 _EAGER_CALLS = 2
-
-
-class _Forward(NamedTuple):
-    """A micro-batch's pairs and metrics."""
-
-    codes: Codes  # [n, K], which the side stream reads
-    dec_coef: Tensor  # [n, K]
-    enc_coef: Tensor  # [n, K]
-    residual: Tensor  # [n, D] recon - x, in the compute dtype
-    squares: Tensor  # [any], of the residual
 
 
 class _Captured(NamedTuple):
@@ -60,6 +60,10 @@ class _Batch(NamedTuple):
     scale: Tensor  # scalar, 2 * inverse
     tokens: int  # N * R
     kept: tuple[Tensor, ...]  # read by the side stream: not freed before the streams meet
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class FusedEngine(Engine):
@@ -87,13 +91,9 @@ class FusedEngine(Engine):
         self.sae, self.optimizer, self.dead = sae, optimizer, dead
         self.kind, self.micro_batches, self.loss = dead_latents, micro_batches, loss
         k_aux = min(k_aux or max(1, sae.d_in // 2), sae.d_sae)
+        ghost = dead_latents == "ghost"
         self.dead_step = DeadStep(
-            sae,
-            dead,
-            ghost=dead_latents == "ghost",
-            coef=aux_coef,
-            k_aux=k_aux,
-            by_loss=aux_by_loss,
+            sae, dead, ghost=ghost, coef=aux_coef, k_aux=k_aux, by_loss=aux_by_loss
         )
         obstacle = self._obstacle()
         if graph and obstacle:
@@ -104,6 +104,8 @@ class FusedEngine(Engine):
             )
         self.graph = obstacle is None and graph is not False
         self.side = optimizer.side
+        self.ramp = torch.ones_like(sae.b_dec[0], requires_grad=False)
+        self.is_general = is_general(sae)
         self._calls: dict[tuple[object, ...], int] = {}
         self._warm: set[tuple[object, ...]] = set()
         self._captured: dict[tuple[object, ...], _Captured] = {}
@@ -122,6 +124,8 @@ class FusedEngine(Engine):
             )
         if not use_kernels(W_dec):
             return f"the reference, which serves {W_dec.dtype}, reads the host"
+        if (reason := self.sae.reads_host) is not None:
+            return reason
         if mesh.members > 1 and (backend := dist.get_backend(mesh.member_group)) != "nccl":
             return f"collectives of {backend} cannot be captured, only NCCL's"
         return None
@@ -161,10 +165,13 @@ class FusedEngine(Engine):
         self.refresh_()
 
     @torch.no_grad()
-    def step(self, x: Tensor, timer: PhaseTimer | None = None) -> StepMetrics:
+    def step(
+        self, x: Tensor, timer: PhaseTimer | None = None, y: Tensor | None = None
+    ) -> StepMetrics:
         """See Engine. The timer's phases are encode, decode and optimizer, or fused_step where a
         graph is replayed, which is one piece to the host.
         """
+        assert y is None, "transcoders are trained by autograd"
         timer = timer or PhaseTimer(x.device, enabled=False)
         # The kernels read any type; the reference computes in that of its input.
         x = x if x.is_cuda else x.to(self.sae.b_dec.dtype)
@@ -219,14 +226,14 @@ class FusedEngine(Engine):
         self._captured[key] = _Captured(graph, static, metrics)
         return True
 
-    def _step(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [3]
+    def _step(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4]
         try:
             return self._work(x, revives, timer)
         finally:
             # Even where memory ran out midway: what crosses streams is freed after this.
             self.side.meet()
 
-    def _work(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [3]
+    def _work(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4]
         batch, ready = self._begin(x)
         listed: Listed | None = None
         if revives:
@@ -234,7 +241,7 @@ class FusedEngine(Engine):
                 listed = self.dead_step.begin(self.optimizer.compute_weights)
                 ready = self.side.mark()
         parts, order, ordered = self._forward(x, batch, ready, timer)
-        local = self._join(parts, batch.xc)
+        local, more = self._join(parts, batch.xc), join(parts)
         dense: DenseRows | None = None
         aux: AuxLoss | None = None
         if listed is not None:
@@ -242,41 +249,83 @@ class FusedEngine(Engine):
             # The side stream's memory: what it is given next waits for the products that read it.
             del listed
             timer.mark("dead")
+        if self.sae.reads_host is not None:
+            local, more = same_length(local, more, self.sae.mesh)
         pairs = self._gather(local, batch.xc_all)
-        if order is None:
-            order = self._order(pairs.indices, pairs.dec_coef)
-            self._count_fired(pairs.indices, pairs.dec_coef, batch.tokens)
+        if more is not None:
+            more = gather(more, self.sae.mesh)
+            order = self._order(pairs.latents, has_gradient(pairs))
+            self._count_active(parts, batch.tokens)
+        elif order is None:
+            order = self._order(pairs.latents, pairs.dec_coef)
+            self._count_fired(pairs.latents, pairs.dec_coef, batch.tokens)
         with self.side.beside():
-            b_dec = pairs.dec_rows.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
+            rows = pairs.dec_rows if more is None else more.first_rows
+            b_dec = rows.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
             metrics = self._metrics(parts, aux, batch)
         self.side.wait(ordered)
-        self.optimizer.gradients = LatentGradients(pairs, order, b_dec, dense)
+        assert order is not None
+        decoder, own = (None, ()) if more is None else (more.decoder(pairs), more.grads)
+        self.optimizer.gradients = LatentGradients(pairs, order, b_dec, dense, decoder, own)
         self.optimizer.step()
+        self.sae.project_()
+        self.sae.observe_([part.codes for part in parts])
         self.side.meet()
         timer.mark("optimizer")
         return metrics
 
     def _forward(
         self, x: Tensor, batch: _Batch, ready: torch.cuda.Event | None, timer: PhaseTimer
-    ) -> tuple[list[_Forward], PairOrder | None, torch.cuda.Event | None]:
+    ) -> tuple[list[Forward], PairOrder | None, torch.cuda.Event | None]:
         """Encodes and decodes the micro-batches. The order of pairs is made beside the decoder
         where these are all pairs of the step: one micro-batch, one replica.
         """
         sae, parts, order, ordered, at = self.sae, [], None, None, 0
+        if self.is_general:
+            self.side.wait(ready)
+            return self._forward_general(x, batch, timer), None, None
         for part in x.chunk(self.micro_batches):
             xc = batch.xc[at : at + len(part)]
             codes = sae.select(xc, self.encoder_weights, sae.b_enc.detach())
             timer.mark("encode")
             if self.micro_batches == 1 and sae.mesh.num_replicas == 1:
                 with self.side.beside():
-                    order = self._order(codes.indices, codes.values)
+                    order = self._order(codes.latents, codes.values)
                     ordered = self.side.mark()
-                    self._count_fired(codes.indices, codes.values, batch.tokens)
+                    self._count_fired(codes.latents, codes.values, batch.tokens)
             self.side.wait(ready)
             parts.append(self._decode(part, codes, batch))
             timer.mark("decode")
             at += len(part)
         return parts, order, ordered
+
+    def _forward_general(self, x: Tensor, batch: _Batch, timer: PhaseTimer) -> list[Forward]:
+        """The same where pairs are more than selected pre-activations."""
+        sae, mesh, parts = self.sae, self.sae.mesh, x.chunk(self.micro_batches)
+        shared = Batch(batch.inverse, batch.tokens, self.optimizer.unit, self.ramp)
+        found = [
+            sae.select(xc, self.encoder_weights, sae.b_enc.detach())
+            for xc in torch.split(batch.xc, [len(part) for part in parts])
+        ]
+        timer.mark("encode")
+        if sae.needs_l0:
+            l0 = torch.stack([(sae.activate(codes).values > 0).sum() for codes in found]).sum()
+            l0 = l0.to(batch.scale.dtype)
+            all_reduce_(l0, mesh.member_group, mesh.members)
+            shared = shared._replace(l0=l0 / batch.tokens)
+        W_dec = self.optimizer.compute_weights[1]
+        made = [
+            pair_forward(sae, W_dec, part, codes, shared)
+            for part, codes in zip(parts, found, strict=True)
+        ]
+        timer.mark("decode")
+        return made
+
+    def _count_active(self, parts: list[Forward], tokens: int) -> None:
+        """Counts which latents fire, of all replicas."""
+        active = [part.more.active for part in parts if part.more is not None]
+        values = torch.cat([codes.values for codes in active])
+        self.dead.update_(values, torch.cat([codes.latents for codes in active]), tokens)
 
     def _begin(self, x: Tensor) -> tuple[_Batch, torch.cuda.Event | None]:
         """Centres the batch; its variance and Adam's scalars are made on the side stream."""
@@ -298,56 +347,60 @@ class FusedEngine(Engine):
             self.optimizer.advance_()
         return _Batch(xc, xc_all, inverse, scale, tokens, (sums, squares)), self.side.mark()
 
-    def _order(self, indices: Tensor, coef: Tensor) -> PairOrder:
+    def _order(self, latents: Tensor, coef: Tensor) -> PairOrder:
         order: PairOrder = implementation("order_pairs", self.sae.W_dec)(
-            indices, self.sae.d_sae_local, coef
+            latents, self.sae.d_sae_local, coef
         )
         return order
 
-    def _count_fired(self, indices: Tensor, acts: Tensor, tokens: int) -> None:
+    def _count_fired(self, latents: Tensor, acts: Tensor, tokens: int) -> None:
         implementation("count_fired_", self.sae.W_dec)(
-            self.dead.tokens_since_fired, acts, indices, tokens
+            self.dead.tokens_since_fired, acts, latents, tokens
         )
 
-    def _decode(self, x: Tensor, codes: Codes, batch: _Batch) -> _Forward:
+    def _decode(self, x: Tensor, codes: Codes, batch: _Batch) -> Forward:
         """`recon - x`, and what each pair adds to its latent's rows of W_dec and W_enc."""
         sae, W_dec = self.sae, self.optimizer.compute_weights[1]
-        values, indices = codes
         b_dec = sae.b_dec.detach()
+        flat = (codes.tokens, codes.offsets)
         if sae.mesh.num_shards == 1:
             residual, squares, dec, enc = implementation("decode_coefs", W_dec)(
-                values, indices, W_dec, b_dec, x, batch.scale
+                codes.values, codes.latents, W_dec, b_dec, x, batch.scale, *flat
             )
         else:
-            partial = implementation("sparse_decode", W_dec)(values, indices, W_dec)
-            partial = partial.to(b_dec.dtype)
+            partial = implementation("sparse_decode", W_dec)(
+                codes.values, codes.latents, W_dec, *flat
+            ).to(b_dec.dtype)
             all_reduce_(partial, sae.mesh.shard_group, sae.mesh.num_shards)
             exact = partial + b_dec - x.to(b_dec.dtype)
             residual, squares = exact.to(W_dec.dtype), exact.square().sum().view(1)
             dec, enc = implementation("pair_coefs", W_dec)(
-                values, indices, W_dec, residual, batch.scale
+                codes.values, codes.latents, W_dec, residual, batch.scale, *flat
             )
-        if (slope := sae.slope(codes)) is not None:
-            enc = enc * slope
-        return _Forward(codes, dec, enc, residual, squares)
+        return Forward(codes, dec, enc, residual, squares)
 
-    def _join(self, parts: list[_Forward], xc: Tensor) -> Pairs:
+    def _join(self, parts: list[Forward], xc: Tensor) -> PairGradients:
         """The pairs of all micro-batches, tokens in the order of the batch."""
-        indices, dec, enc, residual = (
-            torch.cat(fields) if len(fields) > 1 else fields[0]
-            for fields in (
-                [part.codes.indices for part in parts],
-                [part.dec_coef for part in parts],
-                [part.enc_coef for part in parts],
-                [part.residual for part in parts],
-            )
+        tokens, first = [], 0
+        for part in parts:
+            if part.codes.tokens is not None:
+                tokens.append(part.codes.tokens + first if first else part.codes.tokens)
+            first += len(part.residual)
+        latents = _cat([part.codes.latents for part in parts])
+        return PairGradients(
+            latents.flatten(),
+            _cat([part.dec_coef for part in parts]).flatten(),
+            _cat([part.enc_coef for part in parts]).flatten(),
+            _cat([part.residual for part in parts]),
+            xc,
+            latents.shape[-1],
+            _cat(tokens) if tokens else None,
         )
-        k = indices.shape[1]
-        return Pairs(indices.flatten(), dec.flatten(), enc.flatten(), residual, xc, k)
 
-    def _gather(self, local: Pairs, xc_all: Tensor) -> Pairs:
+    def _gather(self, local: PairGradients, xc_all: Tensor) -> PairGradients:
         """The pairs of all replicas, tokens in the order of the whole batch: a rank contributes
-        N * (12 K + 4 D) bytes where rows are bfloat16. Collective over the replicas.
+        N * (12 K + 4 D) bytes where rows are bfloat16, or 16 C + 4 N D of a flat list, whose
+        unused slots travel too. Collective over the replicas.
         """
         mesh = self.sae.mesh
         if mesh.num_replicas == 1:
@@ -356,20 +409,27 @@ class FusedEngine(Engine):
         # float64 pairs travel with their indices as int64.
         bits = torch.int64 if local.dec_coef.dtype == torch.float64 else torch.int32
         coefs = (local.dec_coef.view(bits), local.enc_coef.view(bits))
-        packed = torch.stack([local.indices.to(bits), *coefs])
+        tokens = local.tokens
+        flat = [] if tokens is None else [tokens + mesh.replica * len(local.dec_rows)]
+        packed = torch.stack([*(t.to(bits) for t in (local.latents, *flat)), *coefs])
         gathered = all_gather(packed, group, size).transpose(0, 1).flatten(1).contiguous()
-        dec, enc = (row.view(local.dec_coef.dtype) for row in gathered[1:])
+        latents, *flat = (row.to(torch.int32) for row in gathered[:-2])
+        dec, enc = (row.view(local.dec_coef.dtype) for row in gathered[-2:])
         residual = all_gather(local.dec_rows, group, size).flatten(0, 1)
-        return Pairs(gathered[0].to(torch.int32), dec, enc, residual, xc_all, local.k)
+        return PairGradients(latents, dec, enc, residual, xc_all, local.k, *flat)
 
-    def _metrics(self, parts: list[_Forward], aux: AuxLoss | None, batch: _Batch) -> Tensor:  # [3]
+    def _metrics(self, parts: list[Forward], aux: AuxLoss | None, batch: _Batch) -> Tensor:  # [4]
         """FVU, the dead latents' loss and L0 of the whole batch. Collective over the members."""
         mesh = self.sae.mesh
         squares = torch.stack([part.squares.sum() for part in parts]).sum()
-        active = torch.stack([(part.codes.values > 0).sum() for part in parts]).sum()
+        codes = [part.codes if part.more is None else part.more.active for part in parts]
+        active = torch.stack([(found.values > 0).sum() for found in codes]).sum()
         active = active.to(squares.dtype)
         all_reduce_(active, mesh.shard_group, mesh.num_shards)
         loss = torch.zeros_like(squares) if aux is None else aux.total()
-        metrics = torch.stack([squares * batch.inverse, loss, active / batch.tokens])
+        penalties = [part.more.penalty for part in parts if part.more is not None]
+        penalty = torch.stack(penalties).sum() if penalties else torch.zeros_like(squares)
+        fields = [squares * batch.inverse, loss, active / batch.tokens, penalty]
+        metrics = torch.stack([field.to(squares.dtype) for field in fields])
         all_reduce_(metrics, mesh.replica_group, mesh.num_replicas)
         return metrics

@@ -1,0 +1,216 @@
+"""A micro-batch's pairs in the fused engine where activations are more than selected
+pre-activations: functions of each pair alone, with a penalty, or nested reconstructions.
+
+Legend: n tokens, D d_in, C pairs (K slots a token of a rectangle), G levels.
+
+What an architecture says of a pair is differentiated by autograd over lists of C numbers; products
+of matrices are the kernels'.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...kernels.dispatch import implementation
+from ...kernels.reference import PairGradients
+from ...models.base import Codes, SparseCoder
+from ...models.sparsity import Batch
+from ...parallel.collectives import all_gather, all_reduce_
+from ...parallel.mesh import Mesh
+
+# The parameters that the optimizer's passes over latents have.
+MATRICES = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+class Forward(NamedTuple):
+    """A micro-batch's pairs and metrics."""
+
+    codes: Codes  # which the side stream reads
+    dec_coef: Tensor  # [n, K] or [C], as codes.values
+    enc_coef: Tensor
+    residual: Tensor  # [n, D] recon - x, in the compute dtype
+    squares: Tensor  # [any], of the residual
+    more: More | None = None
+
+
+class More(NamedTuple):
+    """What nested or pairwise architectures add."""
+
+    active: Codes  # those that count as active
+    rows: Tensor  # [G, n, D], what a level's pairs are multiplied by for W_dec's gradient
+    levels: Tensor | None  # as codes.values
+    penalty: Tensor  # scalar
+    grads: tuple[Tensor, ...]  # of `own_parameters`
+
+
+class General(NamedTuple):
+    """What nested or pairwise architectures add to a batch's gradients."""
+
+    tokens: Tensor  # [P] int32, each pair's row of `rows`
+    rows: Tensor  # [R, G, N, D]
+    grads: tuple[Tensor, ...]  # of `own_parameters`
+
+    @property
+    def first_rows(self) -> Tensor:
+        """[R * N, D]: what the gradients of all reconstructions come to."""
+        return self.rows[:, 0].flatten(0, 1)
+
+    def decoder(self, pairs: PairGradients) -> PairGradients:
+        """The pairs with their rows for W_dec's gradient."""
+        return pairs._replace(dec_rows=self.rows.flatten(0, 2), tokens=self.tokens)
+
+
+def own_parameters(sae: SparseCoder) -> dict[str, torch.nn.Parameter]:
+    """The parameters that an architecture has beside the usual four."""
+    return {name: p for name, p in sae.named_parameters() if name not in MATRICES}
+
+
+def is_general(sae: SparseCoder) -> bool:
+    """Whether `pair_forward` is needed."""
+    return sae.is_pairwise or len(sae.level_weights) > 1
+
+
+def _residuals(
+    sae: SparseCoder, W_dec: Tensor, x: Tensor, codes: Codes, levels: Tensor | None
+) -> Tensor:  # [G, n, D] in the master dtype
+    """`recon - x` of each level."""
+    decode = implementation("sparse_decode", W_dec)
+    parts = []
+    for level in range(len(sae.level_weights)):
+        values = codes.values if levels is None else codes.values * (levels == level)
+        part = decode(values, codes.latents, W_dec, codes.tokens, codes.offsets)
+        parts.append(part.to(sae.b_dec.dtype))
+    partial = torch.stack(parts)
+    all_reduce_(partial, sae.mesh.shard_group, sae.mesh.num_shards)
+    return partial.cumsum(dim=0) + (sae.b_dec.detach() - x.to(sae.b_dec.dtype))
+
+
+def _dots(rows: Tensor, W_dec: Tensor, codes: Codes, levels: Tensor | None) -> Tensor:
+    """Each pair's gradient by its activation, not scaled: rows of its level times its W_dec row."""
+    dots_of = implementation("gathered_dots", W_dec)
+    dots: Tensor | None = None
+    for level, own in enumerate(rows):
+        found = dots_of(own, codes.latents, W_dec, codes.tokens, codes.offsets)
+        if levels is not None:
+            found = found * (levels == level)
+        dots = found if dots is None else dots + found
+    assert dots is not None
+    return dots
+
+
+def _unused(codes: Codes) -> Tensor:
+    """Slots without a pair; of a rectangle those of value 0."""
+    if codes.offsets is None:
+        return codes.values == 0
+    slots = torch.arange(len(codes.latents), device=codes.latents.device)
+    return slots >= codes.offsets[-1]
+
+
+def pair_forward(
+    sae: SparseCoder,
+    W_dec: Tensor,  # [F, D] in the compute dtype
+    x: Tensor,  # [n, D]
+    found: Codes,  # candidates
+    batch: Batch,
+) -> Forward:
+    """Residuals and what each pair adds to gradients. Collective over the shards."""
+    leaf, own = found.values.detach().requires_grad_(), list(own_parameters(sae).values())
+    given = found._replace(values=leaf)
+    with torch.enable_grad():
+        codes = sae.activate(given)
+        penalty = sae.penalty(x.to(sae.b_dec.dtype), given, codes, batch)
+    active = codes._replace(values=codes.values.detach())
+    levels = sae.levels(active)
+    residuals = _residuals(sae, W_dec, x, active, levels)
+    # Not by a tensor of the weights, which would come from the host.
+    weighted = torch.stack([w * r for w, r in zip(sae.level_weights, residuals, strict=True)])
+    # A pair of level j is in the reconstructions of j and all above.
+    rows = weighted.flip(0).cumsum(0).flip(0).to(W_dec.dtype)
+    scale = 2 * batch.inverse
+    dots = _dots(rows, W_dec, active, levels) * scale
+    if not sae.is_pairwise:
+        dots = dots.masked_fill(active.values == 0, 0)
+    outputs, grads_of = [codes.values], [dots.to(codes.values.dtype)]
+    if penalty.requires_grad:
+        outputs, grads_of = [*outputs, penalty], [*grads_of, torch.ones_like(penalty)]
+    grads = torch.autograd.grad(outputs, [leaf, *own], grads_of, allow_unused=True)
+    enc = torch.zeros_like(leaf) if grads[0] is None else grads[0]
+    made = [torch.zeros_like(p) if g is None else g for p, g in zip(own, grads[1:], strict=True)]
+    main = residuals[sae.main_level]
+    return Forward(
+        active,
+        active.values.to(scale.dtype) * scale,
+        enc.to(scale.dtype).masked_fill(_unused(found), 0),
+        main.to(W_dec.dtype),
+        main.square().sum().view(1),
+        More(sae.main_codes(active), rows, levels, penalty.detach(), tuple(made)),
+    )
+
+
+def join(parts: list[Forward]) -> General | None:
+    """That of all micro-batches; None where there is none."""
+    more = [part.more for part in parts if part.more is not None]
+    if not more:
+        return None
+    rows = torch.cat([m.rows for m in more], dim=1)
+    tokens, first = [], 0
+    for part, own in zip(parts, more, strict=True):
+        of, latents = part.codes.tokens, part.codes.latents
+        if of is None:
+            of = torch.arange(len(latents), device=latents.device)[:, None].expand_as(latents)
+        if own.levels is not None:
+            of = of + own.levels * rows.shape[1]
+        tokens.append((of + first).flatten().int())
+        first += own.rows.shape[1]
+    grads = tuple(torch.stack(g).sum(dim=0) for g in zip(*(m.grads for m in more), strict=True))
+    return General(torch.cat(tokens), rows[None], grads)
+
+
+def same_length(
+    pairs: PairGradients, general: General | None, mesh: Mesh
+) -> tuple[PairGradients, General | None]:
+    """Lists that are as long on all replicas, unused slots behind. A host sync; collective over the
+    replicas.
+    """
+    if mesh.num_replicas == 1:
+        return pairs, general
+    length = torch.tensor(len(pairs.latents), device=pairs.latents.device)
+    all_reduce_(length, mesh.replica_group, mesh.num_replicas, dist.ReduceOp.MAX)
+    more = int(length) - len(pairs.latents)
+
+    def longer(t: Tensor) -> Tensor:
+        return torch.nn.functional.pad(t, (0, more))
+
+    assert pairs.tokens is not None
+    pairs = pairs._replace(
+        latents=longer(pairs.latents),
+        dec_coef=longer(pairs.dec_coef),
+        enc_coef=longer(pairs.enc_coef),
+        tokens=longer(pairs.tokens),
+    )
+    if general is not None:
+        general = general._replace(tokens=longer(general.tokens))
+    return pairs, general
+
+
+def gather(general: General, mesh: Mesh) -> General:
+    """That of all replicas. Collective over them."""
+    if mesh.num_replicas == 1:
+        return general
+    group, size = mesh.replica_group, mesh.num_replicas
+    each = general.rows.shape[1] * general.rows.shape[2]
+    tokens = all_gather(general.tokens + mesh.replica * each, group, size).flatten()
+    rows = all_gather(general.rows[0], group, size)
+    for grad in general.grads:
+        all_reduce_(grad, group, size)
+    return General(tokens, rows, general.grads)
+
+
+def has_gradient(pairs: PairGradients) -> Tensor:
+    """As their coefficients, 0 for the pairs that add nothing."""
+    used = (pairs.dec_coef != 0) | (pairs.enc_coef != 0)
+    return used.to(pairs.dec_coef.dtype)

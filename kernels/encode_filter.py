@@ -1,0 +1,181 @@
+"""The encoder's matmul for GPUs of any kind: writes tiles of pre-activations, or filters them.
+
+Legend: N tokens of this launch, D d_in, F d_sae (of this shard).  The same lists as
+encode_hopper.py makes; encode_plan.py has the picture.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .encode_plan import BLOCK_M, CELL, Plan, spread
+from .shapes import num_programs, num_stages
+
+BLOCK_N, BLOCK_K = 128, 64
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    return tile.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _append(
+    tile, entries, length, limit, equal_runs, latent, apart, RUN: tl.constexpr,
+    LISTS: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """Appends the pairs of a tile of which one exceeds its row's limit, to one of four lists of a
+    row each; returns the lists' new lengths. See encode_epilogue.append_tile."""
+    if tile.shape[1] > 8:
+        left, right = _halves(tile)
+        HALF: tl.constexpr = tile.shape[1] // 16
+        length = _append(
+            left, entries, length, limit, equal_runs, latent, apart, RUN, LISTS, CAPACITY
+        )
+        length = _append(
+            right, entries, length, limit, equal_runs, latent, apart, RUN + HALF, LISTS, CAPACITY
+        )
+    else:
+        first, second = tile.reshape(tile.shape[0], 4, 2).split()
+        first = first.to(tl.int32, bitcast=True)
+        second = second.to(tl.int32, bitcast=True)
+        # Where the limit is 0, what ReLU makes 0 equals it.
+        equal = tl.where(limit == 0, -2147483648, limit - 1)
+        hit = tl.maximum(first, second) > tl.where(equal_runs > RUN, equal, limit)
+        there = hit & (length < CAPACITY)
+        entry = entries + length * (3 * LISTS)
+        tl.store(entry, first, mask=there)
+        tl.store(entry + 1, second, mask=there)
+        tl.store(entry + 2, latent + RUN * apart, mask=there)
+        length += hit.to(tl.int32)
+    return length
+
+
+@triton.jit
+def _multiply(
+    x_desc, w_desc, rest_desc, bias_ptr, m0, tile, whole, F, D, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile [BLOCK_M, BLOCK_N], bias included: 8 neighbours of each of the latents' parts, or, of
+    the tile behind the `whole`, the last latents."""
+    cols = tl.arange(0, BLOCK_N)
+    scattered = tile < whole
+    latent = tl.where(
+        scattered, cols // 8 * (whole * 8) + tile * 8 + cols % 8, whole * BLOCK_N + cols
+    )
+    bias = tl.load(bias_ptr + latent, mask=latent < F, other=float("-inf"))
+    # + 0: a pre-activation of -0 would have a negative number's bits.
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias[None, :]
+    if scattered:
+        for d0 in range(0, D, BLOCK_K):
+            a = x_desc.load([m0, d0])
+            b = w_desc.load([0, tile * 8, d0]).reshape(BLOCK_N, BLOCK_K)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    else:
+        for d0 in range(0, D, BLOCK_K):
+            a = x_desc.load([m0, d0])
+            b = rest_desc.load([whole * BLOCK_N, d0])
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def filter_kernel(
+    x_desc, w_desc, rest_desc, bias_ptr, tau_ptr, last_ptr, out_ptr, count_ptr, pitch, N, F, D,
+    whole, spread, begin, end, PARTS: tl.constexpr, WRITE: tl.constexpr, CAPACITY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    CELL: tl.constexpr,
+):  # fmt: skip
+    """Tiles of the positions from `begin` to `end`: their pre-activations and the largest of their
+    cells (WRITE), or lists of those that pass their rows' limits. A program keeps to a block of
+    rows and every PARTS-th position."""
+    LISTS: tl.constexpr = 4 * PARTS
+    num_m = tl.cdiv(N, BLOCK_M)
+    quad = tl.arange(0, 4)[None, :]
+    cols = tl.arange(0, BLOCK_N)
+    for unit in range(tl.program_id(0), num_m * PARTS, tl.num_programs(0)):
+        part = unit // num_m
+        m0 = unit % num_m * BLOCK_M
+        rows = m0 + tl.arange(0, BLOCK_M)
+        row = rows.to(tl.int64)[:, None]
+        there = row < N
+        limit = tl.load(tau_ptr + row, mask=there & (not WRITE), other=0x7FFFFFFF)
+        last = tl.load(last_ptr + row, mask=there & (not WRITE), other=-1)
+        entries = out_ptr + row * pitch + 3 * (part * 4 + quad)
+        length = tl.zeros((BLOCK_M, 4), tl.int32)
+        for position in range(begin + part, end, PARTS):
+            tile = tl.where(position < whole, position * spread % whole, whole)
+            acc = _multiply(
+                x_desc, w_desc, rest_desc, bias_ptr, m0, tile, whole, F, D, BLOCK_M, BLOCK_N,
+                BLOCK_K, PRECISION,
+            )  # fmt: skip
+            if WRITE:
+                out = out_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
+                at = row * pitch + (position - begin) * BLOCK_N + cols[None, :]
+                tl.store(out + at, acc, mask=there)
+                bits = acc.to(tl.int32, bitcast=True).reshape(BLOCK_M, BLOCK_N // CELL, CELL)
+                cell = (position - begin) * (BLOCK_N // CELL) + tl.arange(0, BLOCK_N // CELL)
+                at = row * pitch + (end - begin) * BLOCK_N + cell[None, :]
+                tl.store(out_ptr + at, tl.max(bits, 2), mask=there)
+            else:
+                first = tl.where(tile < whole, tile * 8, whole * BLOCK_N)
+                apart = tl.where(tile < whole, whole * 8, 8)
+                # Latents up to `last`: of this tile so many runs.
+                equal_runs = (tl.minimum(last, 0x3FFFFFFF) - first + apart) // apart
+                latent = first + 2 * quad + tl.zeros((BLOCK_M, 4), tl.int32)
+                length = _append(
+                    acc, entries, length, limit, equal_runs, latent, apart, 0, LISTS, CAPACITY
+                )
+        if not WRITE:
+            tl.store(count_ptr + row * LISTS + part * 4 + quad, length, mask=there)
+
+
+class PlainFilter:
+    """The matmul of one call, for its blocks of rows one after another."""
+
+    def __init__(
+        self,
+        W_enc: Tensor,  # [F, D]
+        b_enc: Tensor,  # [F] float32
+        plan: Plan,
+        block_k: int = BLOCK_K,
+        block_m: int = BLOCK_M,
+    ) -> None:
+        (F, D), n = W_enc.shape, plan.block_n
+        runs = W_enc[: plan.whole * n].view(n // 8, plan.whole * 8, D)
+        self.plan, self.F, self.bias, self.block = plan, F, b_enc, (block_m, n, block_k)
+        self.w = TensorDescriptor.from_tensor(runs, [n // 8, 8, block_k])
+        self.rest = TensorDescriptor.from_tensor(W_enc, [n, block_k])
+        # 16-bit inputs are exact in the tensor cores' fp32 sums whatever is named here.
+        self.precision = "ieee" if W_enc.element_size() == 4 else "tf32"
+        self.stages = num_stages(W_enc.device, (block_m + n) * block_k * W_enc.element_size())
+
+    def write(self, x: Tensor, scratch: Tensor) -> None:
+        """The sample's pre-activations, to the front of each row of scratch [N, pitch] int32, and
+        the bits of the largest of each CELL neighbours behind them."""
+        self._launch(x, scratch, scratch, scratch, scratch, 0, self.plan.sample, write=True)
+
+    def filter(self, x: Tensor, tau: Tensor, last: Tensor, scratch: Tensor, count: Tensor) -> None:
+        """What passes of the other tiles, to the lists in each row of scratch, and their lengths,
+        to count [N, lists] int32."""
+        end = self.plan.positions(self.F)
+        self._launch(x, tau, last, scratch, count, self.plan.sample, end, write=False)
+
+    def _launch(
+        self, x: Tensor, tau: Tensor, last: Tensor, scratch: Tensor, count: Tensor, begin: int,
+        end: int, *, write: bool,
+    ) -> None:  # fmt: skip
+        (N, D), plan, (m, n, k) = x.shape, self.plan, self.block
+        parts = self.plan.sample if write else self.plan.parts
+        filter_kernel[(num_programs(x.device),)](
+            TensorDescriptor.from_tensor(x, [m, k]), self.w, self.rest, self.bias, tau, last,
+            scratch, count, scratch.stride(0), N, self.F, D, plan.whole, spread(plan.whole), begin,
+            end, parts, write, plan.capacity, m, n, k, self.precision, CELL,
+            num_warps=8 if m > 64 else 4, num_stages=self.stages,
+        )  # fmt: skip

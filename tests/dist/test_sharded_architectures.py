@@ -1,0 +1,44 @@
+"""Every architecture on P shards x R replicas equals itself on one process, in float64: losses,
+weights and thresholds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.dist.architecture_worker import run
+from tests.dist.ranks import run_ranks
+
+STEPS = 20
+# Names, engines and replicas by the number of processes.
+CASES = {
+    2: [
+        *("batch_topk-fused-1", "matryoshka-fused-2", "multi_topk-fused-1", "relu-fused-2"),
+        *("jumprelu_target-autograd-2", "jumprelu_quadratic-fused-1", "jumprelu_tanh-fused-2"),
+        *("gated-autograd-1", "matryoshka-autograd-1"),
+    ],
+    4: [
+        *("batch_topk-fused-2", "matryoshka-fused-4", "multi_topk-fused-2"),
+        *("jumprelu_target-fused-2", "gated-autograd-2"),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharded_equals_one_process(world: int, tmp_path: Path) -> None:
+    single = {}
+    for case in CASES[world]:
+        name, engine, _ = case.split("-")
+        single[case] = run(str(STEPS), f"{name}-{engine}-1")[f"{name}-{engine}-1"]
+    for rank in run_ranks(
+        "tests.dist.architecture_worker", world, tmp_path, str(STEPS), *CASES[world]
+    ):
+        for case, want in single.items():
+            assert rank[case].keys() == want.keys()
+            for name, tensor in want.items():
+                same = torch.allclose(rank[case][name], tensor, rtol=1e-8, atol=1e-10)
+                assert same, f"{name} of {case}"

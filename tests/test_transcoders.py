@@ -1,0 +1,141 @@
+"""Transcoders: trained from one hookpoint to another, written for rows as they are stored, through
+the verbs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flash_sae_dist.activations.aligned import AlignedLoaders
+from flash_sae_dist.activations.loader import ActivationLoader
+from flash_sae_dist.activations.store import ActivationStore
+from flash_sae_dist.config.base import ConfigError
+from flash_sae_dist.config.train import AutogradTrainConfig
+from flash_sae_dist.launch.cli import build
+from flash_sae_dist.models import ARCHITECTURES, load_sae
+from flash_sae_dist.parallel.mesh import Mesh
+from flash_sae_dist.training.defaults import with_defaults
+from flash_sae_dist.training.metrics import PhaseTimer
+from flash_sae_dist.training.step import SAETraining
+from tests.tiny_model import config_data, write_config
+
+CPU = torch.device("cpu")
+D_IN, D_OUT, D_SAE, BATCH = 6, 9, 40, 64
+KEYS: dict[str, dict[str, Any]] = {
+    "topk": {"k": 4},
+    "batch_topk": {"k": 4},
+    "jumprelu": {"initial_threshold": 0.3, "bandwidth": 0.5},
+    "gated": {},
+}
+MAP = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs far from 0, and what a layer makes of them, in other units."""
+    g = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, D_IN, generator=g, dtype=torch.float64) * 4 + 2
+    return x, 30 * torch.tanh(x @ MAP.T / 8) + 5
+
+
+def training(name: str, skip: bool, **options: Any) -> SAETraining:
+    sae = ARCHITECTURES[name].Config(architecture=name, d_sae=D_SAE, skip=skip, **KEYS[name])
+    cfg = AutogradTrainConfig(
+        num_tokens=100 * BATCH, batch_tokens=BATCH, warmup_steps=3, lr=5e-3, engine="autograd",
+        precision="float64", target="mlp", **options,
+    )  # fmt: skip
+    return SAETraining(sae, cfg, D_IN, Mesh.single(), CPU, d_out=D_OUT)
+
+
+@pytest.mark.parametrize("name", list(KEYS))
+@pytest.mark.parametrize("options", [{}, {"subtract_mean": True, "normalize": "expected_norm"}])
+def test_it_learns_and_is_written_for_rows_as_they_are(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    skip = name != "batch_topk"
+    t = training(name, skip, grad_clip=1.0, **options)
+    timer = PhaseTimer(CPU, enabled=False)
+    fvus = []
+    for step in range(60):
+        x, y = rows(step)
+        fvus.append(float(t.step(x, timer, y).fvu))
+    assert fvus[-1] < 0.6 * fvus[0]
+    x, y = rows(99)
+    t.calibrate(lambda: [rows(98)[0]])
+    weights = t.final_weights()
+    t.sae.eval()
+    assert t.target is not None
+    inner = t.sae(t.normalization(x, torch.float64)).recon
+    want = inner * t.target.divisor(D_OUT) + (0 if t.target.mean is None else t.target.mean)
+    t.sae.save(tmp_path, {n: w.float() for n, w in weights.items()})
+    loaded = load_sae(tmp_path)
+    assert loaded.spec()["d_out"] == D_OUT
+    assert loaded.spec()["skip"] == skip
+    assert (loaded.W_skip is not None) == skip
+    torch.testing.assert_close(loaded(x.float()).recon.double(), want, rtol=1e-3, atol=1e-2)
+    again = training(name, skip, grad_clip=1.0, **options)
+    again.load_state(t.state())
+    t.sae.train()
+    assert float(again.step(x, timer, y).fvu) == float(t.step(x, timer, y).fvu)
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    sae = ARCHITECTURES["topk"].Config(d_sae=8, k=2, skip=True)
+    with pytest.raises(ConfigError, match="sae.skip=True is of transcoders alone"):
+        with_defaults(AutogradTrainConfig(num_tokens=9, engine="autograd"), sae, 8)
+    cfg = AutogradTrainConfig(
+        num_tokens=9, engine="autograd", target="mlp", dead_latents="resample"
+    )
+    with pytest.raises(ConfigError, match="train.dead_latents='resample' takes directions of the"):
+        with_defaults(cfg, sae, 8)
+
+
+def test_it_goes_through_the_verbs(tmp_path: Path) -> None:
+    """From an MLP's input to its output; rows of both are of the same tokens."""
+    data = config_data(tmp_path, hookpoints=["model.layers.1.mlp:input", "model.layers.1.mlp"])
+    data["sae"] |= {"skip": True}
+    data["train"] |= {"hookpoint": "model.layers.1.mlp:input", "target": "model.layers.1.mlp"}
+    data["train"] |= {"num_tokens": 64 * 20}
+    del data["grid"]
+    config = str(write_config(tmp_path / "c.yaml", data))
+    runner, app = CliRunner(), build()
+    for verb in ("cache", "train", "evaluate"):
+        result = runner.invoke(app, [verb, config])
+        assert result.exit_code == 0, result.output[-3000:]
+    (record,) = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert 0 < record["fvu"] < 1
+    assert "loss" not in record
+    result = runner.invoke(app, ["export", config])
+    assert result.exit_code == 2
+    assert "which is a transcoder" in result.output
+    result = runner.invoke(app, ["train", config, "train.target=model.layers.1.mpl", "output=x"])
+    assert result.exit_code == 2
+    assert "train.target='model.layers.1.mpl' is no hookpoint here; did you mean" in result.output
+    store = ActivationStore.open(data["cache"]["store"])
+    names = data["cache"]["hookpoints"]
+
+    def loader(name: str, seed: int = 3) -> ActivationLoader:
+        return ActivationLoader(store, name, batch_tokens=64, seed=seed, num_steps=4)
+
+    found: list[torch.Tensor] = []
+    with AlignedLoaders(loader, names) as both:
+        pairs = list(both)
+    for name in names:
+        with loader(name) as one:
+            found.append(torch.cat(list(one)))
+    for side in (0, 1):
+        assert torch.equal(torch.cat([pair[side] for pair in pairs]), found[side])
+    layer = load_llama_mlp(tmp_path)
+    torch.testing.assert_close(layer(pairs[2][0]), pairs[2][1], rtol=1e-3, atol=1e-4)
+
+
+def load_llama_mlp(root: Path) -> Any:
+    """The layer itself: what is read as its output is its output of what is read as its input."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(root / "model").model.layers[1].mlp.float()
