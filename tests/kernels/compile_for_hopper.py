@@ -93,7 +93,8 @@ def portable_encoder(say: Callable[[str, Any], None], num_stages: int) -> None:
     for write in (True, False):
         kernel = encode_filter.filter_kernel.warmup(
             x, runs, rest, f32, i32, i32, i32, i32, 2920, 4096, 24576, 768, 192, 7, 4, 192, 4,
-            write, 50, m, n, d, "tf32", encode_plan.CELL, num_warps=8, num_stages=num_stages, grid=(132,),
+            write, 50, m, n, d, "tf32", encode_plan.CELL, num_warps=8, num_stages=num_stages,
+            grid=(132,),
         )  # fmt: skip
         say("write" if write else "filter", kernel)
     for N, D, F, k in ((4096, 768, 24576, 32), (1024, 4096, 65536, 64), (4096, 2304, 16384, 256)):
