@@ -81,7 +81,8 @@ def filtered_topk(
         limit_kernel[(part.shape[0],)](
             scratch, tau, last, kept, num_kept, plan.pitch, plan.whole, spread(plan.whole),
             plan.rank, plan.slack, plan.sample_keys, plan.sample, next_power_of_2(plan.sample),
-            next_power_of_2(plan.rank + plan.slack), plan.block_n, CELL, num_warps=limit_warps(plan),
+            next_power_of_2(plan.rank + plan.slack), plan.block_n, CELL,
+            num_warps=limit_warps(plan),
         )  # fmt: skip
         matmul.filter(part, tau, last, scratch, count)
         size, out = part.shape[0], (values[start:], indices[start:])
