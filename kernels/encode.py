@@ -79,15 +79,16 @@ def filtered_topk(
         part = x[start : start + rows]
         matmul.write(part, scratch)
         limit_kernel[(part.shape[0],)](
-            scratch, tau, last, kept, num_kept, plan.pitch, plan.whole,
-            spread(plan.whole), plan.rank, plan.slack, plan.sample, next_power_of_2(plan.sample),
-            plan.sample_keys, next_power_of_2(plan.rank + plan.slack), plan.block_n, CELL,
+            scratch, tau, last, kept, num_kept, plan.pitch, plan.whole, spread(plan.whole),
+            plan.rank, plan.slack, plan.sample_keys, plan.sample, next_power_of_2(plan.sample),
+            next_power_of_2(plan.rank + plan.slack), plan.block_n, CELL,
             num_warps=limit_warps(plan),
         )  # fmt: skip
         matmul.filter(part, tau, last, scratch, count)
         size, out = part.shape[0], (values[start:], indices[start:])
         select_kernel[(size,)](
-            tau, last, kept, num_kept, count, scratch, short, *out, plan.pitch, F, k, **sizes,
+            tau, last, kept, num_kept, count, scratch, short, *out, plan.pitch, plan.sample_keys,
+            plan.capacity, F, k, **sizes,
             num_warps=select_warps(plan),
         )  # fmt: skip
         each = next_power_of_2(cdiv(size, num_programs(device)))
@@ -113,8 +114,6 @@ def select_sizes(plan: Plan, k: int) -> dict[str, int]:
     return {
         "LISTS": plan.lists,
         "LISTS_POW2": next_power_of_2(plan.lists),
-        "CAPACITY": plan.capacity,
-        "SAMPLE_KEYS": plan.sample_keys,
         "SLOTS": plan.slots,
         "SAMPLE_POW2": next_power_of_2(plan.sample_keys),
         "SORT": sort_size(k),

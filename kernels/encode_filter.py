@@ -27,8 +27,8 @@ def _halves(tile):
 
 @triton.jit
 def _append(
-    tile, entries, length, limit, equal_runs, latent, apart, RUN: tl.constexpr,
-    LISTS: tl.constexpr, CAPACITY: tl.constexpr,
+    tile, entries, length, capacity, limit, equal_runs, latent, apart, RUN: tl.constexpr,
+    LISTS: tl.constexpr,
 ):  # fmt: skip
     """Appends the pairs of a tile of which one exceeds its row's limit, to one of four lists of a
     row each; returns the lists' new lengths. See encode_epilogue.append_tile."""
@@ -36,10 +36,10 @@ def _append(
         left, right = _halves(tile)
         HALF: tl.constexpr = tile.shape[1] // 16
         length = _append(
-            left, entries, length, limit, equal_runs, latent, apart, RUN, LISTS, CAPACITY
+            left, entries, length, capacity, limit, equal_runs, latent, apart, RUN, LISTS
         )
         length = _append(
-            right, entries, length, limit, equal_runs, latent, apart, RUN + HALF, LISTS, CAPACITY
+            right, entries, length, capacity, limit, equal_runs, latent, apart, RUN + HALF, LISTS
         )
     else:
         first, second = tile.reshape(tile.shape[0], 4, 2).split()
@@ -48,7 +48,7 @@ def _append(
         # Where the limit is 0, what ReLU makes 0 equals it.
         equal = tl.where(limit == 0, -2147483648, limit - 1)
         hit = tl.maximum(first, second) > tl.where(equal_runs > RUN, equal, limit)
-        there = hit & (length < CAPACITY)
+        there = hit & (length < capacity)
         entry = entries + length * (3 * LISTS)
         tl.store(entry, first, mask=there)
         tl.store(entry + 1, second, mask=there)
@@ -85,10 +85,10 @@ def _multiply(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "spread", "begin", "end"])
 def filter_kernel(
-    x_desc, w_desc, rest_desc, bias_ptr, tau_ptr, last_ptr, out_ptr, count_ptr, pitch, N, F, D,
-    whole, spread, begin, end, PARTS: tl.constexpr, WRITE: tl.constexpr, CAPACITY: tl.constexpr,
+    x_desc, w_desc, rest_desc, bias_ptr, tau_ptr, last_ptr, out_ptr, count_ptr, pitch, capacity, N,
+    F, D, whole, spread, begin, end, PARTS: tl.constexpr, WRITE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     CELL: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +130,7 @@ def filter_kernel(
                 equal_runs = (tl.minimum(last, 0x3FFFFFFF) - first + apart) // apart
                 latent = first + 2 * quad + tl.zeros((BLOCK_M, 4), tl.int32)
                 length = _append(
-                    acc, entries, length, limit, equal_runs, latent, apart, 0, LISTS, CAPACITY
+                    acc, entries, length, capacity, limit, equal_runs, latent, apart, 0, LISTS
                 )
         if not WRITE:
             tl.store(count_ptr + row * LISTS + part * 4 + quad, length, mask=there)
@@ -175,7 +175,7 @@ class PlainFilter:
         parts = self.plan.sample if write else self.plan.parts
         filter_kernel[(num_programs(x.device),)](
             TensorDescriptor.from_tensor(x, [m, k]), self.w, self.rest, self.bias, tau, last,
-            scratch, count, scratch.stride(0), N, self.F, D, plan.whole, spread(plan.whole), begin,
-            end, parts, write, plan.capacity, m, n, k, self.precision, CELL,
+            scratch, count, scratch.stride(0), plan.capacity, N, self.F, D, plan.whole,
+            spread(plan.whole), begin, end, parts, write, m, n, k, self.precision, CELL,
             num_warps=8 if m > 64 else 4, num_stages=self.stages,
         )  # fmt: skip

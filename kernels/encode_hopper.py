@@ -130,10 +130,10 @@ def _multiply(
 
 @gluon.jit
 def _consume(
-    a_bufs, b_bufs, bias_bufs, full, empty, lead, tau_ptr, last_ptr, out_ptr,
-    count_ptr, pitch, N, D, whole, spread, begin, end, GROUP: gl.constexpr, PARTS: gl.constexpr,
-    WRITE: gl.constexpr, CAPACITY: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
+    a_bufs, b_bufs, bias_bufs, full, empty, lead, tau_ptr, last_ptr, out_ptr, count_ptr, pitch,
+    capacity, N, D, whole, spread, begin, end, GROUP: gl.constexpr, PARTS: gl.constexpr,
+    WRITE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's half of each of a program's tiles."""
     HALF: gl.constexpr = BLOCK_M // 2
@@ -164,7 +164,7 @@ def _consume(
             no_ties = gl.where(there, limit - 1, limit)
             zeros = gl.zeros([HALF, 4], gl.int32, layout=PAIR_LAYOUT)
             start = out_ptr + row * pitch + 3 * (part * 4 + quad) + zeros
-            brim = (start + 3 * LISTS * (CAPACITY - ROOM)).to(gl.int64)
+            brim = (start + 3 * LISTS * (capacity - ROOM)).to(gl.int64)
             entry = start
             bound = gl.where(ties, limit, no_ties) + zeros
         for position in range(begin + part, end, PARTS):
@@ -197,16 +197,16 @@ def _consume(
                     )
         if not WRITE:
             length = (entry.to(gl.int64) - start.to(gl.int64)).to(gl.int32) // (12 * LISTS)
-            length = gl.where(bound == 0x7FFFFFFF, CAPACITY + 1, length)
+            length = gl.where(bound == 0x7FFFFFFF, capacity + 1, length)
             gl.store(count_ptr + row * LISTS + part * 4 + quad, length, mask=there & (quad >= 0))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["capacity", "spread", "begin", "end"])
 def hopper_kernel(
-    x_desc, w_desc, rest_desc, bias_desc, rest_bias_desc, tau_ptr, last_ptr, out_ptr,
-    count_ptr, pitch, N, D, whole, spread, begin, end, PARTS: gl.constexpr, WRITE: gl.constexpr,
-    CAPACITY: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, LEAD: gl.constexpr,
+    x_desc, w_desc, rest_desc, bias_desc, rest_bias_desc, tau_ptr, last_ptr, out_ptr, count_ptr,
+    pitch, capacity, N, D, whole, spread, begin, end, PARTS: gl.constexpr, WRITE: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    LEAD: gl.constexpr,
 ):  # fmt: skip
     """Tiles of the positions from `begin` to `end`: their pre-activations (WRITE), or lists of
     those that pass their rows' limits."""
@@ -226,12 +226,12 @@ def hopper_kernel(
         [
             (_consume, (
                 a_bufs, b_bufs, bias_bufs, full, empty, lead, tau_ptr, last_ptr, out_ptr,
-                count_ptr, pitch, N, D, whole, spread, begin, end, 0, PARTS, WRITE, CAPACITY,
+                count_ptr, pitch, capacity, N, D, whole, spread, begin, end, 0, PARTS, WRITE,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
             )),
             (_consume, (
                 a_bufs, b_bufs, bias_bufs, full, empty, lead, tau_ptr, last_ptr, out_ptr,
-                count_ptr, pitch, N, D, whole, spread, begin, end, 1, PARTS, WRITE, CAPACITY,
+                count_ptr, pitch, capacity, N, D, whole, spread, begin, end, 1, PARTS, WRITE,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
             )),
             (_produce, (
@@ -295,6 +295,6 @@ class HopperFilter:
         programs = min(num_programs(x.device), cdiv(N, BLOCK_M) * parts)
         hopper_kernel[(programs,)](
             descriptor(x, BLOCK_M // 2, BLOCK_K), *self.weights, tau, last, scratch, count,
-            scratch.stride(0), N, self.D, plan.whole, spread(plan.whole), begin, end, parts, write,
-            plan.capacity, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD, num_warps=4,
+            scratch.stride(0), plan.capacity, N, self.D, plan.whole, spread(plan.whole), begin, end,
+            parts, write, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD, num_warps=4,
         )  # fmt: skip

@@ -79,7 +79,7 @@ class Plan(NamedTuple):
         entries of three words, and the keys that are made of these, beside the sample's."""
         sample = self.sample * (self.block_n + self.block_n // CELL)
         lists = 3 * self.capacity * self.lists
-        return cdiv(max(sample, lists, 4 * self.keys) + 2 * self.sample_keys, 4) * 4
+        return cdiv(max(sample, lists, 4 * self.keys) + 2 * self.sample_keys, 16) * 16
 
     def positions(self, F: int) -> int:
         """Tiles of F latents."""

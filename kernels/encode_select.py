@@ -157,21 +157,21 @@ def stream_row(
     return keep_largest(row_keys, count, k, k, KEYS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spread", "rank", "slack", "most"])
 def limit_kernel(
     sample_ptr,  # [N, pitch] int32: bits of the sample, then of its cells' largest
     tau_ptr,  # [N] int32
     last_ptr,  # [N] int32
-    keys_ptr,  # [N, KEYS] int64
+    keys_ptr,  # [N, most] int64
     num_keys_ptr,  # [N] int32
     pitch,
     whole,
     spread,
     rank,
     slack,
+    most,
     SAMPLE: tl.constexpr,
     SAMPLE_POW2: tl.constexpr,
-    KEYS: tl.constexpr,
     KEPT_POW2: tl.constexpr,
     TILE: tl.constexpr,
     CELL: tl.constexpr,
@@ -183,7 +183,7 @@ def limit_kernel(
     CELLS: tl.constexpr = TILE // CELL
     row = tl.program_id(0).to(tl.int64)
     sample_row = sample_ptr + row * pitch
-    row_keys = keys_ptr + row * KEYS
+    row_keys = keys_ptr + row * most
     turn = tl.arange(0, SAMPLE_POW2)[:, None]
     cell = tl.arange(0, CELLS)[None, :]
     there = turn < SAMPLE
@@ -213,11 +213,11 @@ def limit_kernel(
     tl.store(last_ptr + row, last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sample_keys", "capacity", "k"])
 def select_kernel(
     tau_ptr,  # [N] int32
     last_ptr,  # [N] int32
-    sample_ptr,  # [N, SAMPLE_KEYS] int64
+    sample_ptr,  # [N, sample_keys] int64
     num_sample_ptr,  # [N] int32
     count_ptr,  # [N, LISTS] int32
     lists_ptr,  # [N, pitch] int32
@@ -225,12 +225,12 @@ def select_kernel(
     values_ptr,  # [N, K]
     indices_ptr,  # [N, K]
     pitch,
+    sample_keys,
+    capacity,
     F,
     k,
     LISTS: tl.constexpr,
     LISTS_POW2: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    SAMPLE_KEYS: tl.constexpr,
     SAMPLE_POW2: tl.constexpr,
     SLOTS: tl.constexpr,
     SORT: tl.constexpr,
@@ -244,7 +244,7 @@ def select_kernel(
     counts = tl.load(count_ptr + row * LISTS + which, mask=which < LISTS, other=0)
     longest = tl.max(counts)
     tau, last = tl.load(tau_ptr + row), tl.load(last_ptr + row)
-    short = longest > CAPACITY
+    short = longest > capacity
     # The keys take the entries' place, or that behind the lists where equal values pass: then most
     # pairs are two, and their keys are longer than they.
     base = tl.where(last != 0x7FFFFFFF, (3 * LISTS * longest + 3) // 4 * 4, 0)
@@ -265,7 +265,7 @@ def select_kernel(
         column = tl.sum(each, 0)
         total = tl.sum(column, 0)
         # Where the keys do not fit, the row is left to be computed anew.
-        room = tl.where(base == 0, 3 * LISTS * (start + SLOTS), pitch - base - 2 * SAMPLE_KEYS)
+        room = tl.where(base == 0, 3 * LISTS * (start + SLOTS), pitch - base - 2 * sample_keys)
         short = short | (2 * (found + total) > room)
         # Column after column, within which a thread counts alone.
         to = found + (tl.cumsum(column, 0) - column)[None, :] + tl.cumsum(each, 0) - each
@@ -277,7 +277,7 @@ def select_kernel(
         tl.debug_barrier()
     num_sample = tl.load(num_sample_ptr + row)
     j = tl.arange(0, SAMPLE_POW2)
-    sample = tl.load(sample_ptr + row * SAMPLE_KEYS + j, mask=j < num_sample, other=-1)
+    sample = tl.load(sample_ptr + row * sample_keys + j, mask=j < num_sample, other=-1)
     tl.store(row_keys + found + j, sample, mask=(j < num_sample) & (not short))
     tl.debug_barrier()
     found = keep_largest(row_keys, tl.where(short, 0, found + num_sample), k, SORT, KEYS)

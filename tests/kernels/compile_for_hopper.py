@@ -92,22 +92,24 @@ def portable_encoder(say: Callable[[str, Any], None], num_stages: int) -> None:
     rest = TensorDescriptor.from_tensor(bf16, [n, d])
     for write in (True, False):
         kernel = encode_filter.filter_kernel.warmup(
-            x, runs, rest, f32, i32, i32, i32, i32, 2920, 4096, 24576, 768, 192, 7, 4, 192, 4,
-            write, 50, m, n, d, "tf32", encode_plan.CELL, num_warps=8, num_stages=num_stages, grid=(132,),
+            x, runs, rest, f32, i32, i32, i32, i32, 2928, 50, 4096, 24576, 768, 192, 7, 4, 192,
+            4, write, m, n, d, "tf32", encode_plan.CELL, num_warps=8, num_stages=num_stages,
+            grid=(132,),
         )  # fmt: skip
         say("write" if write else "filter", kernel)
     for N, D, F, k in ((4096, 768, 24576, 32), (1024, 4096, 65536, 64), (4096, 2304, 16384, 256)):
         plan = encode_plan.make_plan(N, D, F, k)
         assert plan is not None
         kernel = encode_select.limit_kernel.warmup(
-            i32, i32, i32, i64, i32, plan.pitch, plan.whole, 7, plan.rank, plan.slack, plan.sample,
-            encode_plan.next_power_of_2(plan.sample), plan.sample_keys,
+            i32, i32, i32, i64, i32, plan.pitch, plan.whole, 7, plan.rank, plan.slack,
+            plan.sample_keys, plan.sample, encode_plan.next_power_of_2(plan.sample),
             encode_plan.next_power_of_2(plan.rank + plan.slack), plan.block_n, encode_plan.CELL,
             num_warps=encode.limit_warps(plan), grid=(1,),
         )  # fmt: skip
         say(f"limit-{plan.sample}", kernel)
         kernel = encode_select.select_kernel.warmup(
-            i32, i32, i64, i32, i32, i32, i32, f32, i32, plan.pitch, F, k,
+            i32, i32, i64, i32, i32, i32, i32, f32, i32, plan.pitch, plan.sample_keys,
+            plan.capacity, F, k,
             **encode.select_sizes(plan, k), num_warps=encode.select_warps(plan), grid=(1,),
         )  # fmt: skip
         say(f"select-{F}-{k}", kernel)
@@ -140,8 +142,8 @@ def hopper_encoder() -> None:
         )
         for write in (True, False):
             kernel = h.hopper_kernel.warmup(
-                h.descriptor(W, 64, h.BLOCK_K), *weights, i32, i32, i32, i32, 1600, 256, 768, 2, 1,
-                1, 3, 4, write, 50, encode_plan.BLOCK_M, n, h.BLOCK_K, h.STAGES, h.LEAD,
+                h.descriptor(W, 64, h.BLOCK_K), *weights, i32, i32, i32, i32, 1600, 50, 256, 768, 2,
+                1, 1, 3, 4, write, encode_plan.BLOCK_M, n, h.BLOCK_K, h.STAGES, h.LEAD,
                 num_warps=4, grid=(132,),
             )  # fmt: skip
             report(f"hopper-{'write' if write else 'filter'}-{dtype}", kernel)
