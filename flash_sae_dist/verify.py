@@ -191,6 +191,7 @@ def _report(path: str, advance: Advance) -> Iterator[str]:
     folder = Path(path)
     try:
         check_checksums(folder)
-        json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        if (folder / "evaluation.json").is_file():
+            json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     except ValueError as e:
         yield f"{folder}: {e}; run `flash-sae evaluate` again"

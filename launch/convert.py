@@ -29,6 +29,7 @@ K = Annotated[
 Hookpoint = Annotated[
     str | None, typer.Option(help="Module of the model, where the files do not tell it.")
 ]
+Output = Annotated[str | None, typer.Option(help="Of a transcoder the module that it gives.")]
 Model = Annotated[str | None, typer.Option(help="Name of the model, likewise.")]
 Rows = Annotated[
     str | None,
@@ -43,6 +44,7 @@ def run(
     subfolder: Subfolder = "",
     k: K = None,
     hookpoint: Hookpoint = None,
+    output_hookpoint: Output = None,
     model: Model = None,
     rows: Rows = None,
     debug: DebugOption = False,
@@ -69,7 +71,9 @@ def run(
             contents = interop.read(local_copy(source, subfolder), k=k)
             about = contents.about
             about = about._replace(
-                hookpoint=hookpoint or about.hookpoint, model_name=model or about.model_name
+                hookpoint=hookpoint or about.hookpoint,
+                model_name=model or about.model_name,
+                output_hookpoint=output_hookpoint or about.output_hookpoint,
             )
             contents = contents._replace(about=about)
             if rows is not None:
@@ -77,7 +81,7 @@ def run(
             path = interop.save(contents, target, format)
         except ValueError as e:
             raise ConfigError(str(e)) from e
-        d_sae, d_in = contents.weights["W_dec"].shape
+        d_sae, d_in = contents.weights["W_enc"].shape
         typer.echo(f"{contents.architecture}, {d_sae:,} latents of width {d_in:,} -> {path}")
 
     end_well(work, debug)

@@ -130,7 +130,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def quick(patch: pytest.MonkeyPatch) -> None:
     """Pictures are not read back."""
     patch.setattr(report, "plot_density", lambda *args: None)
-    patch.setattr(report, "plot_frontiers", lambda *args: [])
+    patch.setattr(report, "plot_all", lambda *args: [])
 
 
 def restore(whole: Path, root: Path) -> None:

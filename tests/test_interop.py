@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from flash_sae_dist import interop
-from flash_sae_dist.interop import About, hook_names
+from flash_sae_dist.interop import FORMATS, About, hook_names
+from flash_sae_dist.models import ARCHITECTURES
 from flash_sae_dist.models.topk import TopKSAE
 
 HOOKPOINT = "model.layers.3"
@@ -54,6 +55,34 @@ def test_sae_lens_reconstructs_the_same(sae: TopKSAE, x: torch.Tensor, tmp_path:
     # ActivationsStore.from_sae refuses an SAE without these two.
     assert theirs.cfg.metadata.prepend_bos is True
     assert theirs.cfg.metadata.context_size == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d_out", [None, 7])
+@pytest.mark.parametrize("name", sorted(FORMATS["sae_lens"].converters))
+def test_sae_lens_takes_every_architecture(name: str, d_out: int | None, tmp_path: Path) -> None:
+    library = pytest.importorskip("sae_lens")
+    if d_out is not None and name not in FORMATS["sae_lens"].transcoders:
+        pytest.skip("SAELens has no such transcoder")
+    for skip in (False, *([True] if d_out else [])):
+        kind = ARCHITECTURES[name]
+        keys = {"architecture": name, "d_sae": 40, "k": 5, "skip": skip}
+        fields = kind.Config.model_fields
+        config = kind.Config.model_validate({n: v for n, v in keys.items() if n in fields})
+        ours = kind.from_config(config, 12, **({"d_out": d_out} if d_out else {})).eval()
+        with torch.no_grad():
+            for tensor in ours.state_dict().values():
+                tensor.add_(0.3 * torch.rand_like(tensor))
+        about = About(HOOKPOINT, MODEL, 64, output_hookpoint=HOOKPOINT if d_out else None)
+        interop.save(ours, tmp_path, "sae_lens", about)
+        theirs, x = library.SAE.load_from_disk(str(tmp_path), device="cpu"), torch.randn(50, 12)
+        torch.testing.assert_close(theirs.encode(x), ours.encode_dense(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs(x), ours(x).recon, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(interop.load(tmp_path)(x).recon, ours(x).recon)
+        # What it writes itself is read back, too.
+        theirs.save_model(str(tmp_path / "theirs"))
+        back = interop.load(tmp_path / "theirs")
+        torch.testing.assert_close(back(x).recon, ours(x).recon, rtol=1e-5, atol=1e-5)
 
 
 _SPARSIFY = """

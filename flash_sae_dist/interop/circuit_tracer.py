@@ -15,13 +15,30 @@ from torch import Tensor
 
 from ..models.about import About
 from . import files
-from .contents import Contents, centred, check_weights, not_centred
-from .format import Format, Written, converter
+from .contents import (
+    Contents,
+    centred,
+    check_output,
+    check_weights,
+    named,
+    not_centred,
+    transcoder_keys,
+)
+from .format import Converters, Format, Written, converter
 from .hook_names import hook_name, layer_of
 
 CONFIG_FILE = "config.yaml"
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 _THRESHOLD = "activation_function.threshold"
+
+
+def _relu_to(sae: Contents) -> Written:
+    weights = named(sae, *_NAMES)
+    if not sae.transcodes:
+        # All of one type: it is loaded as it lies there.
+        folded = not_centred(*(weights[n] for n in ("W_enc", "b_enc", "b_dec")))
+        weights["b_enc"] = folded.to(weights["W_enc"].dtype)
+    return weights, {}
 
 
 def _thresholds_to(sae: Contents) -> Written:
@@ -30,27 +47,30 @@ def _thresholds_to(sae: Contents) -> Written:
             "circuit-tracer wants a threshold of each latent in place of k; name a store to "
             "measure them on, as --rows acts.zarr"
         )
-    weights = {name: sae.weights[name] for name in _NAMES}
-    # All of one type: it is loaded as it lies there.
-    folded = not_centred(*(weights[n] for n in ("W_enc", "b_enc", "b_dec")))
-    weights["b_enc"] = folded.to(weights["W_enc"].dtype)
-    return weights | {_THRESHOLD: sae.weights["threshold"].to(weights["W_enc"].dtype)}, {}
+    weights, config = _relu_to(sae)
+    return weights | {_THRESHOLD: sae.weights["threshold"].to(weights["W_enc"].dtype)}, config
 
 
-def _jumprelu_from(
+def _relu_from(
     path: Path, found: dict[str, Any], config: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    del config
-    weights = files.tensors(path, found, (*_NAMES, _THRESHOLD))
-    weights["threshold"] = weights.pop(_THRESHOLD)
-    check_weights(path, weights)
+    transcodes = bool(config.get("_transcodes"))
+    optional = (*(("W_skip",) if transcodes else ()), _THRESHOLD)
+    weights = files.tensors(path, found, _NAMES, optional)
+    if _THRESHOLD in weights:
+        weights["threshold"] = weights.pop(_THRESHOLD)
+    check_weights(path, weights, transcodes=transcodes)
+    if transcodes:
+        return weights, transcoder_keys(weights)
     weights["b_enc"] = centred(*(weights[n] for n in ("W_enc", "b_enc", "b_dec")))
     return weights, {}
 
 
-CONVERTERS = {
-    "topk": (_thresholds_to, _jumprelu_from),
-    "jumprelu": (_thresholds_to, _jumprelu_from),
+CONVERTERS: Converters = {
+    # Written by thresholds, which what comes back has.
+    **dict.fromkeys(("topk", "multi_topk", "batch_topk", "matryoshka"), (_thresholds_to, None)),
+    "jumprelu": (_thresholds_to, _relu_from),
+    "relu": (_relu_to, _relu_from),
 }
 
 
@@ -58,6 +78,7 @@ def write(sae: Contents, folder: Path) -> None:
     """Writes an SAE as a layer of a set, beside those that are there. Raises ValueError where the
     set is of other hooks.
     """
+    check_output(sae)
     weights, _ = CONVERTERS[sae.architecture][0](sae)
     layer, pattern = layer_of(sae.about.hookpoint), re.compile(r"^blocks\.\d+\.")
     if layer is None:
@@ -92,14 +113,6 @@ def write(sae: Contents, folder: Path) -> None:
     files.seal(folder, [CONFIG_FILE, *(path.name for path in paths)])
 
 
-def _architecture(found: dict[str, Any], config: dict[str, Any]) -> str:
-    """Our name of what a layer's tensors and the set's config describe."""
-    act = "jumprelu" if _THRESHOLD in found else str(config.get("activation", "relu"))
-    sae = config.get("feature_input_hook") == config.get("feature_output_hook")
-    skip = "skip_" if "W_skip" in found else ""
-    return act if sae and not skip else f"{act}_{skip}transcoder"
-
-
 def read(path: Path, k: int | None = None) -> Contents:
     """Reads a layer's file, or the folder of one alone. Raises ValueError for an architecture that
     is not read, or damage.
@@ -117,10 +130,10 @@ def read(path: Path, k: int | None = None) -> Contents:
         file = folder / layers[0]
     config = files.read_config(folder / CONFIG_FILE)
     found: dict[str, Any] = dict(files.read_safetensors(file))
-    name = _architecture(found, config)
-    # TopK is written only: what comes back is gated by thresholds.
-    read_as = {"jumprelu": CONVERTERS["jumprelu"]}
-    weights, keys = converter(file, read_as, name, name)(file, found, config)
+    name = "jumprelu" if _THRESHOLD in found else str(config.get("activation", "relu"))
+    hooks = [config.get(f"feature_{side}_hook") for side in ("input", "output")]
+    config["_transcodes"] = hooks[0] != hooks[1] or "W_skip" in found
+    weights, keys = converter(file, CONVERTERS, name, name)(file, found, config)
     model = config.get("model_name")
     return Contents(name, weights, keys, About(None, model if isinstance(model, str) else None))
 
@@ -133,4 +146,5 @@ FORMAT = Format(
     write,
     lambda names: CONFIG_FILE in names and any(n.startswith("layer_") for n in names),
     lambda path: path.name.startswith("layer_") and (path.parent / CONFIG_FILE).is_file(),
+    transcoders=frozenset(CONVERTERS),
 )

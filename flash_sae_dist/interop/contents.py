@@ -37,6 +37,26 @@ def contents_of(sae: SparseCoder, about: About | None = None) -> Contents:
     return Contents(spec["architecture"], weights, keys, about or sae.about)
 
 
+def transcoder_keys(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The keys of a transcoder of those weights."""
+    return {"d_out": len(weights["b_dec"]), "skip": "W_skip" in weights}
+
+
+def check_output(sae: Contents) -> None:
+    """Raises ValueError for a transcoder of which it is not known what it gives."""
+    if sae.transcodes and sae.about.output_hookpoint is None:
+        raise ValueError(
+            "the transcoder's output is not known, which this format tells it from an SAE by; give "
+            "a module, as --output-hookpoint model.layers.3.mlp"
+        )
+
+
+def named(sae: Contents, *names: str) -> dict[str, Tensor]:
+    """Tensors by name, and a skip connection where there is one."""
+    skip = [n for n in ("W_skip",) if n in sae.weights]
+    return {name: sae.weights[name] for name in (*names, *skip)}
+
+
 def build(path: Path, contents: Contents) -> SparseCoder:
     """The SAE of what a file holds. Raises ValueError where this version has no such architecture,
     or the tensors do not make one.
@@ -97,15 +117,18 @@ def check_weights(
     return d_sae, d_in
 
 
-def check_told(path: Path, weights: dict[str, Tensor], **told: object) -> None:
-    """Raises ValueError where W_dec is not of the d_sae and d_in that a config tells; None is not
-    told.
+def check_told(
+    path: Path, weights: dict[str, Tensor], *, transcodes: bool = False, **told: object
+) -> None:
+    """Raises ValueError where W_dec (of a transcoder W_enc) is not of the d_sae and d_in that a
+    config tells; None is not told.
     """
-    d_sae, d_in = check_weights(path, weights)
+    d_sae, d_in = check_weights(path, weights, transcodes=transcodes)
     for (name, said), found in zip(sorted(told.items(), reverse=True), (d_sae, d_in), strict=True):
         if said is not None and said != found:
+            matrix = "W_enc" if transcodes else "W_dec"
             raise ValueError(
-                f"{path}: W_dec is [{d_sae}, {d_in}], but its config says {name}={said!r}; the "
+                f"{path}: {matrix} is [{d_sae}, {d_in}], but its config says {name}={said!r}; the "
                 "files are not of one SAE, export it anew"
             )
 

@@ -1,10 +1,13 @@
 """dictionary_learning: `ae.pt`, a state_dict, and `config.json` of its trainer.
 
-Its TopK and BatchTopK SAEs have the same tensors; `dict_class` in config.json tells them apart.
+Its TopK and BatchTopK SAEs have the same tensors; `dict_class` in config.json tells them apart. A
+BatchTopK SAE has one threshold for all latents, which its loader takes at inference.
 """
 
 from __future__ import annotations
 
+import logging
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.about import About
+from ..models.matryoshka import prefix_widths
 from . import files
 from .contents import (
     Contents,
@@ -22,16 +26,28 @@ from .contents import (
     turned,
     whole_number,
 )
-from .format import Format, Written, converter
+from .format import Converters, Format, Written, converter
 from .hook_names import layer_of
 
+logger = logging.getLogger(__name__)
 WEIGHTS_FILE, CONFIG_FILE = "ae.pt", "config.json"
 _TOPK = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
 _JUMPRELU = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+_RELU = {**_TOPK, "bias": "b_dec"}
+_RELU_APRIL = {**_TOPK, "decoder.bias": "b_dec"}
+_GATED = {
+    "encoder.weight": "W_enc",
+    "gate_bias": "b_enc",
+    "r_mag": "r_mag",
+    "mag_bias": "b_mag",
+    "decoder.weight": "W_dec",
+    "decoder_bias": "b_dec",
+}
+_MATRYOSHKA = "MatryoshkaBatchTopKSAE"
 _CLASSES = {
     "AutoEncoderTopK": "topk",
     "BatchTopKSAE": "batch_topk",
-    "MatryoshkaBatchTopKSAE": "matryoshka",
+    _MATRYOSHKA: "matryoshka",
     "JumpReluAutoEncoder": "jumprelu",
     "AutoEncoder": "relu",
     "AutoEncoderNew": "relu",
@@ -46,8 +62,8 @@ def _topk_to(sae: Contents) -> Written:
     weights["k"] = torch.tensor(sae.keys["k"], dtype=torch.int32)
     # Of its threshold: -1 is none, TopK's own encoding.
     weights["threshold"] = torch.tensor(-1.0)
-    trainer = {"trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", **sae.keys}
-    return weights, trainer
+    trainer = {"trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK"}
+    return weights, trainer | {"k": sae.keys["k"]}
 
 
 def _topk_from(
@@ -70,6 +86,82 @@ def _topk_from(
     return weights, {"k": whole_number(path, "k", told)}
 
 
+def _batch_threshold(sae: Contents) -> Tensor | None:
+    """The one threshold of all latents; None where each has its own."""
+    threshold = sae.weights["threshold"]
+    same = bool((threshold == threshold[0]).all())
+    return threshold[0].float() if same and bool(threshold[0].isfinite()) else None
+
+
+def _batch_topk_to(sae: Contents) -> Written:
+    """Its class has one threshold: latents with their own make a JumpReLU SAE, the same at use."""
+    if (threshold := _batch_threshold(sae)) is None:
+        return _jumprelu_to(sae)
+    weights, _ = _topk_to(sae)
+    trainer = {"trainer_class": "BatchTopKTrainer", "dict_class": "BatchTopKSAE"}
+    return weights | {"threshold": threshold}, trainer | {"k": sae.keys["k"]}
+
+
+def _batch_topk_from(
+    path: Path, found: dict[str, Any], trainer: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    weights, keys = _topk_from(path, found, trainer)
+    return weights | _thresholds(path, found, weights), keys
+
+
+def _thresholds(path: Path, found: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our buffers of a file's one threshold."""
+    own = found.get("threshold")
+    if not isinstance(own, Tensor) or own.numel() != 1 or not own.is_floating_point():
+        raise ValueError(f"{path} has no threshold that is one number; it is no SAE at inference")
+    own = own.reshape(()).to(weights["W_dec"].dtype)
+    if own < 0:
+        logger.warning(
+            "%s was saved before its threshold was first set: every latent with a positive "
+            "pre-activation is active",
+            path,
+        )
+    check_weights(path, weights)
+    threshold = own.expand(len(weights["b_enc"])).clone()
+    # Training that goes on from it averages from there.
+    steps = torch.zeros_like(own)
+    return {"threshold": threshold, "mean_threshold": own.clone(), "threshold_steps": steps}
+
+
+def _matryoshka_to(sae: Contents) -> Written:
+    if (threshold := _batch_threshold(sae)) is None:
+        return _jumprelu_to(sae)
+    weights = {name: sae.weights[name] for name in _JUMPRELU}
+    d_sae = len(weights["b_enc"])
+    widths = [w for w in sae.keys.get("prefix_widths") or prefix_widths(d_sae) if w < d_sae]
+    borders = [0, *widths, d_sae]
+    sizes = [stop - start for start, stop in zip(borders, borders[1:], strict=False)]
+    weights |= {
+        "W_enc": weights["W_enc"].T,
+        "k": torch.tensor(sae.keys["k"], dtype=torch.int32),
+        "threshold": threshold,
+        "group_sizes": torch.tensor(sizes),
+    }
+    trainer = {"trainer_class": "MatryoshkaBatchTopKTrainer", "dict_class": _MATRYOSHKA}
+    return weights, trainer | {"k": sae.keys["k"], "group_sizes": sizes}
+
+
+def _matryoshka_from(
+    path: Path, found: dict[str, Any], trainer: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = files.tensors(path, found, (*_JUMPRELU, "k", "group_sizes"))
+    sizes, d_sae = tensors["group_sizes"].flatten().tolist(), len(tensors["b_enc"])
+    if sum(sizes) != d_sae or any(type(size) is not int or size < 1 for size in sizes):
+        raise ValueError(
+            f"{path}: group_sizes={sizes} do not add up to the {d_sae} latents; download it anew"
+        )
+    weights = {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    weights["W_enc"] = turned(weights["W_enc"])
+    widths = list(accumulate(sizes))[:-1] or [d_sae]
+    keys = {"k": whole_number(path, "k", int(tensors["k"])), "prefix_widths": widths}
+    return weights | _thresholds(path, found, weights), keys
+
+
 def _jumprelu_to(sae: Contents) -> Written:
     weights = {name: sae.weights[name] for name in _JUMPRELU}
     # Its encoder reads x itself.
@@ -89,9 +181,55 @@ def _jumprelu_from(
     return weights, {}
 
 
-CONVERTERS = {
+def _renamed_to(sae: Contents, names: dict[str, str]) -> dict[str, Tensor]:
+    weights = {theirs: sae.weights[ours] for theirs, ours in names.items()}
+    return weights | {"decoder.weight": weights["decoder.weight"].T}
+
+
+def _renamed_from(path: Path, found: dict[str, Any], names: dict[str, str]) -> dict[str, Tensor]:
+    tensors = files.tensors(path, found, names)
+    weights = {ours: tensors[theirs] for theirs, ours in names.items()}
+    weights["W_dec"] = turned(weights["W_dec"])
+    check_weights(path, weights)
+    return weights
+
+
+def _relu_to(sae: Contents) -> Written:
+    trainer = {"trainer_class": "StandardTrainer", "dict_class": "AutoEncoder"}
+    return _renamed_to(sae, _RELU), trainer
+
+
+def _relu_from(
+    path: Path, found: dict[str, Any], trainer: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if trainer.get("dict_class") != "AutoEncoderNew":
+        return _renamed_from(path, found, _RELU), {}
+    weights = _renamed_from(path, found, _RELU_APRIL)
+    # Its encoder reads x itself.
+    weights["b_enc"] = centred(*(weights[n] for n in ("W_enc", "b_enc", "b_dec")))
+    return weights, {}
+
+
+def _gated_to(sae: Contents) -> Written:
+    trainer = {"trainer_class": "GatedSAETrainer", "dict_class": "GatedAutoEncoder"}
+    return _renamed_to(sae, _GATED), trainer
+
+
+def _gated_from(
+    path: Path, found: dict[str, Any], trainer: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    del trainer
+    return _renamed_from(path, found, _GATED), {}
+
+
+CONVERTERS: Converters = {
     "topk": (_topk_to, _topk_from),
+    "multi_topk": (_topk_to, None),
+    "batch_topk": (_batch_topk_to, _batch_topk_from),
+    "matryoshka": (_matryoshka_to, _matryoshka_from),
     "jumprelu": (_jumprelu_to, _jumprelu_from),
+    "relu": (_relu_to, _relu_from),
+    "gated": (_gated_to, _gated_from),
 }
 
 
@@ -140,14 +278,20 @@ def read(path: Path, k: int | None = None) -> Contents:
     theirs = trainer.get("dict_class")
     name = _CLASSES.get(str(theirs))
     weights, keys = converter(file, CONVERTERS, name, theirs)(file, found, trainer)
-    told = {"d_sae": trainer.get("dict_size"), "d_in": trainer.get("activation_dim")}
-    check_told(file, weights, **told)
+    d_sae, d_in = trainer.get("dict_size"), trainer.get("activation_dim")
+    check_told(file, weights, d_sae=d_sae, d_in=d_in)
     model, hookpoint = trainer.get("lm_name"), trainer.get("submodule_name")
     about = About(
         hookpoint if isinstance(hookpoint, str) else None,
         model if isinstance(model, str) and model != "unknown" else None,
     )
     return Contents(str(name), weights, keys, about)
+
+
+def _is_file(path: Path) -> bool:
+    # Qwen-Scope's have W_enc, too, and no threshold; OpenAI's encoder.weight, and a pre_bias.
+    names = files.pt_names(path, "encoder.weight") or files.pt_names(path, "threshold")
+    return path.suffix == ".pt" and bool(names) and "pre_bias" not in names
 
 
 FORMAT = Format(
@@ -157,5 +301,5 @@ FORMAT = Format(
     read,
     write,
     lambda names: WEIGHTS_FILE in names,
-    lambda path: path.suffix == ".pt" and "encoder.weight" in files.pt_names(path, "b_dec"),
+    _is_file,
 )

@@ -16,7 +16,8 @@ Written = tuple[dict[str, Tensor], dict[str, Any]]
 To = Callable[[Contents], Written]
 # Our weights and keys of the section sae, from the file's own; the path is for errors.
 From = Callable[[Path, dict[str, Any], dict[str, Any]], tuple[dict[str, Tensor], dict[str, Any]]]
-Converters = Mapping[str, tuple[To, From]]
+# None is not read: a file of it is one of another architecture, as batch_topk's is of jumprelu.
+Converters = Mapping[str, tuple[To, From | None]]
 
 
 class Format(NamedTuple):
@@ -55,9 +56,11 @@ class Format(NamedTuple):
 def converter(path: Path, formats: Converters, ours: str | None, theirs: object) -> From:
     """How to read an architecture. Raises ValueError naming the file's own word for one that is
     not read."""
-    if ours is None or ours not in formats:
+    found = formats[ours][1] if ours is not None and ours in formats else None
+    if found is None:
+        read = ", ".join(sorted(name for name, (_, of) in formats.items() if of is not None))
         raise ValueError(
             f"{path} holds an SAE of architecture {theirs!r}, which is not read here; this format "
-            f"is read for {', '.join(sorted(formats))}"
+            f"is read for {read}"
         )
-    return formats[ours][1]
+    return found

@@ -12,16 +12,29 @@ from torch import Tensor
 
 from ..models.about import About
 from . import files
-from .contents import Contents, centred, check_weights, not_centred, turned
-from .format import Format, Written, converter
+from .contents import (
+    Contents,
+    centred,
+    check_output,
+    check_weights,
+    named,
+    not_centred,
+    transcoder_keys,
+    turned,
+)
+from .format import Converters, Format, Written, converter
 
 FIRST, SECOND, CONFIG_FILE = "params.npz", "params.safetensors", "config.json"
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+_SKIP = "affine_skip_connection"  # [d_in, d_out]
 
 
 def _jumprelu_to(sae: Contents) -> Written:
-    weights = {name: sae.weights[name] for name in _NAMES}
-    weights["b_enc"] = not_centred(*(weights[n] for n in ("W_enc", "b_enc", "b_dec")))
+    weights = named(sae, *_NAMES)
+    if not sae.transcodes:
+        weights["b_enc"] = not_centred(*(weights[n] for n in ("W_enc", "b_enc", "b_dec")))
+    if "W_skip" in weights:
+        weights[_SKIP] = weights.pop("W_skip").T
     weights["W_enc"] = weights["W_enc"].T
     return weights, {}
 
@@ -29,15 +42,23 @@ def _jumprelu_to(sae: Contents) -> Written:
 def _jumprelu_from(
     path: Path, found: dict[str, Any], config: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    del config
-    weights = files.tensors(path, found, _NAMES)
+    transcodes = bool(config.get("_transcodes"))
+    weights = files.tensors(path, found, _NAMES, (_SKIP,) if transcodes else ())
     weights["W_enc"] = turned(weights["W_enc"])
-    check_weights(path, weights)
+    if _SKIP in weights:
+        weights["W_skip"] = turned(weights.pop(_SKIP))
+    check_weights(path, weights, transcodes=transcodes)
+    if transcodes:
+        return weights, transcoder_keys(weights)
     weights["b_enc"] = centred(*(weights[n] for n in ("W_enc", "b_enc", "b_dec")))
     return weights, {}
 
 
-CONVERTERS = {"jumprelu": (_jumprelu_to, _jumprelu_from)}
+# What selects over a batch is written by its thresholds.
+CONVERTERS: Converters = {
+    "jumprelu": (_jumprelu_to, _jumprelu_from),
+    **dict.fromkeys(("batch_topk", "matryoshka"), (_jumprelu_to, None)),
+}
 
 
 def _write_first(sae: Contents, folder: Path) -> None:
@@ -49,15 +70,16 @@ def _write_first(sae: Contents, folder: Path) -> None:
 
 
 def _write_second(sae: Contents, folder: Path) -> None:
-    """Writes an SAE in the form of Gemma Scope 2."""
+    """Writes an SAE or a transcoder in the form of Gemma Scope 2."""
+    check_output(sae)
     weights, _ = CONVERTERS[sae.architecture][0](sae)
     config = {
         "architecture": "jump_relu",
         "model_name": sae.about.model_name,
         "hf_hook_point_in": sae.about.hookpoint,
-        "hf_hook_point_out": sae.about.hookpoint,
+        "hf_hook_point_out": sae.about.output_hookpoint if sae.transcodes else sae.about.hookpoint,
         "width": len(weights["b_enc"]),
-        "affine_connection": False,
+        "affine_connection": "W_skip" in sae.weights,
     }
     files.begin(folder)
     files.write_safetensors(folder / SECOND, {n[0].lower() + n[1:]: t for n, t in weights.items()})
@@ -81,8 +103,8 @@ def _read_first(path: Path, k: int | None = None) -> Contents:
 
 
 def _read_second(path: Path, k: int | None = None) -> Contents:
-    """Reads a params.safetensors with its config.json, or their folder. Raises ValueError for a
-    transcoder, or damage.
+    """Reads a params.safetensors with its config.json, or their folder. Raises ValueError for an
+    architecture that is not read, or damage.
     """
     del k
     folder = path if path.is_dir() else path.parent
@@ -93,16 +115,20 @@ def _read_second(path: Path, k: int | None = None) -> Contents:
         config = files.read_config(folder / CONFIG_FILE)
     hooks = [config.get(f"hf_hook_point_{side}") for side in ("in", "out")]
     theirs = str(config.get("architecture", "jump_relu"))
-    if "affine_skip_connection" in found or config.get("affine_connection"):
-        theirs = f"{theirs} with an affine skip connection"
-    elif hooks[0] != hooks[1]:
-        theirs = f"{theirs} transcoder"
+    config["_transcodes"] = _SKIP in found or hooks[0] != hooks[1]
+    if config.get("affine_connection") and _SKIP not in found:
+        raise ValueError(
+            f"{folder / SECOND} has no {_SKIP}, which its config tells of; download it anew"
+        )
     ours = {"jump_relu": "jumprelu"}.get(theirs)
     read = converter(folder, CONVERTERS, ours, theirs)
     names = {"w_enc": "W_enc", "w_dec": "W_dec"}
     weights, keys = read(folder / SECOND, {names.get(n, n): t for n, t in found.items()}, config)
-    model, hook = (v if isinstance(v, str) else None for v in (config.get("model_name"), hooks[0]))
-    return Contents(str(ours), weights, keys, About(hook, model))
+    model, *hooks = (v if isinstance(v, str) else None for v in (config.get("model_name"), *hooks))
+    about = About(hooks[0], model)
+    if "d_out" in keys:
+        about = about._replace(output_hookpoint=hooks[1])
+    return Contents(str(ours), weights, keys, about)
 
 
 FORMAT = Format(
@@ -122,4 +148,5 @@ SECOND_FORMAT = Format(
     _write_second,
     lambda names: SECOND in names,
     lambda path: path.name == SECOND,
+    transcoders=frozenset(CONVERTERS),
 )

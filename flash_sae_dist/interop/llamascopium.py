@@ -23,7 +23,7 @@ from .contents import (
     whole_number,
     with_unit_rows,
 )
-from .format import Format, Written, converter
+from .format import Converters, Format, Written, converter
 
 WEIGHTS_FILE, CONFIG_FILE = "sae_weights.safetensors", "config.json"
 _NAMES = {"W_E": "W_enc", "b_E": "b_enc", "W_D": "W_dec", "b_D": "b_dec"}
@@ -43,8 +43,18 @@ def _topk_to(sae: Contents) -> Written:
 
 def _jumprelu_to(sae: Contents) -> Written:
     # It stores the logarithm; float64 keeps what comes back the same to float32's last bit.
-    threshold = sae.weights["threshold"].double().log()
+    threshold = sae.weights["threshold"].double().clamp_min(0).log()
     return {**_to(sae), _LOG_THRESHOLD: threshold}, {"act_fn": "jumprelu"}
+
+
+def _relu_to(sae: Contents) -> Written:
+    return _to(sae), {"act_fn": "relu"}
+
+
+def _relu_from(
+    path: Path, found: dict[str, Any], config: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return _from(path, files.tensors(path / WEIGHTS_FILE, found, _NAMES), config), {}
 
 
 def _from(path: Path, found: dict[str, Any], config: dict[str, Any]) -> dict[str, Tensor]:
@@ -94,9 +104,14 @@ def _jumprelu_from(
     return _from(path, tensors, config), {}
 
 
-CONVERTERS = {
+CONVERTERS: Converters = {
     "topk": (_topk_to, _topk_from),
+    "multi_topk": (_topk_to, None),
+    # What selects over a batch, by its thresholds.
+    "batch_topk": (_jumprelu_to, None),
+    "matryoshka": (_jumprelu_to, None),
     "jumprelu": (_jumprelu_to, _jumprelu_from),
+    "relu": (_relu_to, _relu_from),
 }
 
 

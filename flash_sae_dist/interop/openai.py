@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import files
 from .contents import Contents, turned, whole_number
-from .format import Format, Written, converter
+from .format import Converters, Format, Written, converter
 from .hook_names import layer_of
 
 _NAMES = {
@@ -52,7 +52,7 @@ def _topk_from(
     return weights, {"k": k, "input_norm": "layer_norm"}
 
 
-CONVERTERS = {"topk": (_topk_to, _topk_from)}
+CONVERTERS: Converters = {"topk": (_topk_to, _topk_from), "multi_topk": (_topk_to, None)}
 
 
 def write(sae: Contents, path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..models.about import About
 from . import files
 from .contents import Contents, centred, check_weights, not_centred, turned, whole_number
-from .format import Format, Written
+from .format import Converters, Format, Written
 from .hook_names import layer_of
 
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -38,7 +38,7 @@ def _topk_from(
     return weights, {"k": whole_number(path, "k", config["k"])}
 
 
-CONVERTERS = {"topk": (_topk_to, _topk_from)}
+CONVERTERS: Converters = {"topk": (_topk_to, _topk_from), "multi_topk": (_topk_to, None)}
 
 
 def write(sae: Contents, path: Path) -> None:

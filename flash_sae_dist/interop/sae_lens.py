@@ -14,12 +14,14 @@ from .contents import (
     centred,
     check_told,
     check_weights,
+    named,
+    transcoder_keys,
     turned,
     unit_rows,
     whole_number,
     with_unit_rows,
 )
-from .format import Format, Written, converter
+from .format import Converters, Format, Written, converter
 from .hook_names import hook_in, model_kwargs
 
 WEIGHTS_FILE, CONFIG_FILE = "sae_weights.safetensors", "cfg.json"
@@ -28,14 +30,16 @@ _VERSION = "6.54.12"
 _WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
-def _turned(sae: Contents) -> dict[str, Tensor]:
-    return {**sae.weights, "W_enc": sae.weights["W_enc"].T}
+def _to(sae: Contents, *names: str) -> dict[str, Tensor]:
+    weights = named(sae, *_WEIGHTS, *names)
+    return {**weights, "W_enc": weights["W_enc"].T}
 
 
 def _topk_to(sae: Contents) -> Written:
     # True where it makes no difference: SAEDashboard and SAELens's folding want it so.
     rescales = unit_rows(sae.weights["W_dec"])
-    return _turned(sae), {"k": sae.keys["k"], "rescale_acts_by_decoder_norm": rescales}
+    own = {"architecture": "topk", "k": sae.keys["k"], "rescale_acts_by_decoder_norm": rescales}
+    return _to(sae), own
 
 
 def _topk_from(
@@ -49,14 +53,68 @@ def _topk_from(
 
 
 def _jumprelu_to(sae: Contents) -> Written:
-    return _turned(sae), {}
+    return _to(sae, "threshold"), {"architecture": f"jumprelu{_transcoder(sae)}"}
 
 
 def _jumprelu_from(
     path: Path, found: dict[str, Any], config: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    needed = (*_WEIGHTS, "threshold")
-    return _our_weights(path, files.tensors(path / WEIGHTS_FILE, found, needed), config), {}
+    return _plain(path, found, config, (*_WEIGHTS, "threshold"))
+
+
+def _relu_to(sae: Contents) -> Written:
+    return _to(sae), {"architecture": _transcoder(sae).removeprefix("_") or "standard"}
+
+
+def _relu_from(
+    path: Path, found: dict[str, Any], config: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return _plain(path, found, config, _WEIGHTS)
+
+
+def _gated_to(sae: Contents) -> Written:
+    weights = _to(sae, "r_mag", "b_mag")
+    weights["b_gate"] = weights.pop("b_enc")
+    return weights, {"architecture": "gated"}
+
+
+def _gated_from(
+    path: Path, found: dict[str, Any], config: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    file = path / WEIGHTS_FILE
+    weights = files.tensors(file, found, ("W_enc", "b_gate", "W_dec", "b_dec", "r_mag", "b_mag"))
+    weights["b_enc"] = weights.pop("b_gate")
+    if not config.get("apply_b_dec_to_input", True):
+        raise ValueError(
+            f"{path}: a gated SAE with apply_b_dec_to_input=False is not read here; fold it first"
+        )
+    return _our_weights(path, weights, config), {}
+
+
+def _transcoder(sae: Contents) -> str:
+    """The end of a transcoder's architecture in its words."""
+    if not sae.transcodes:
+        return ""
+    return "_skip_transcoder" if "W_skip" in sae.weights else "_transcoder"
+
+
+def _plain(
+    path: Path, found: dict[str, Any], config: dict[str, Any], names: tuple[str, ...]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An SAE whose tensors have our names, or a transcoder."""
+    theirs = str(config.get("architecture"))
+    skip = ("W_skip",) if "skip_transcoder" in theirs else ()
+    weights = files.tensors(path / WEIGHTS_FILE, found, (*names, *skip))
+    if "transcoder" not in theirs:
+        return _our_weights(path, weights, config), {}
+    weights["W_enc"] = turned(weights["W_enc"])
+    check_told(path, weights, transcodes=True, d_sae=None, d_in=None)
+    if (told := config.get("d_out", len(weights["b_dec"]))) != len(weights["b_dec"]):
+        raise ValueError(
+            f"{path}: b_dec holds {len(weights['b_dec'])}, but its config says d_out={told!r}; the "
+            "files are not of one transcoder, export it anew"
+        )
+    return weights, transcoder_keys(weights)
 
 
 def _our_weights(path: Path, found: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
@@ -68,9 +126,23 @@ def _our_weights(path: Path, found: dict[str, Tensor], config: dict[str, Any]) -
     return weights
 
 
-CONVERTERS = {
+# SAELens itself writes what selects over a batch as jumprelu.
+CONVERTERS: Converters = {
     "topk": (_topk_to, _topk_from),
+    "multi_topk": (_topk_to, None),
+    "batch_topk": (_jumprelu_to, None),
+    "matryoshka": (_jumprelu_to, None),
     "jumprelu": (_jumprelu_to, _jumprelu_from),
+    "gated": (_gated_to, _gated_from),
+    "relu": (_relu_to, _relu_from),
+}
+TRANSCODERS = frozenset({"batch_topk", "matryoshka", "jumprelu", "relu"})
+_OURS = {
+    "standard": "relu",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
 }
 
 
@@ -79,7 +151,12 @@ def _metadata(about: About) -> tuple[str, dict[str, Any]]:
     hookpoint = about.hookpoint or "unknown"
     hook = hook_in(about.model_name, hookpoint)
     lens = hook != hookpoint
+    output: dict[str, Any] = {}
+    if about.output_hookpoint is not None:
+        name = hook_in(about.model_name, about.output_hookpoint) if lens else about.output_hookpoint
+        output = {"hook_name_out": name, "hf_hook_name_out": about.output_hookpoint}
     return hook, {
+        **output,
         "sae_lens_version": _VERSION,
         "sae_lens_training_version": None,
         "model_name": about.model_name,
@@ -102,15 +179,15 @@ def write(sae: Contents, folder: Path) -> None:
     """
     weights, own = CONVERTERS[sae.architecture][0](sae)
     hook, metadata = _metadata(sae.about)
-    d_sae, d_in = sae.weights["W_dec"].shape
+    d_sae, d_in = sae.weights["W_enc"].shape
     config = {
-        "architecture": sae.architecture,
         "d_in": d_in,
         "d_sae": d_sae,
         **own,
         "dtype": str(sae.weights["W_dec"].dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": not sae.transcodes,
+        **({"d_out": sae.keys["d_out"]} if sae.transcodes else {}),
         "normalize_activations": sae.keys.get("input_norm", "none"),
         "reshape_activations": "hook_z" if hook.endswith(".hook_z") else "none",
         "metadata": metadata,
@@ -153,7 +230,7 @@ def _about(metadata: dict[str, Any]) -> About:
         text("model_name"),
         context if type(context) is int else None,
         metadata.get("prepend_bos") is not False,
-        text("hf_hook_name_out"),
+        text("hf_hook_name_out") or (text("hook_name_out") if of_model else None),
     )
 
 
@@ -174,13 +251,13 @@ def read(folder: Path, k: int | None = None) -> Contents:
     }
     files.check_keys(file, config, allowed)
     found = files.read_safetensors(folder / WEIGHTS_FILE)
-    # The only name of theirs for one of ours that is another's.
     theirs = config.get("architecture")
-    ours = {"standard": "relu"}.get(str(theirs), str(theirs))
+    ours = _OURS.get(str(theirs), str(theirs))
     weights, keys = converter(folder, CONVERTERS, ours, theirs)(folder, found, config)
     if config.get("normalize_activations") == "layer_norm":
         keys["input_norm"] = "layer_norm"
-    check_told(folder, weights, d_sae=config.get("d_sae"), d_in=config.get("d_in"))
+    told = {"d_sae": config.get("d_sae"), "d_in": config.get("d_in")}
+    check_told(folder, weights, transcodes="d_out" in keys, **told)
     return Contents(ours, weights, keys, _about(config["metadata"]))
 
 
@@ -192,4 +269,5 @@ FORMAT = Format(
     write,
     lambda names: {CONFIG_FILE, WEIGHTS_FILE} <= names,
     layer_norm=True,
+    transcoders=TRANSCODERS,
 )
