@@ -26,7 +26,9 @@ from tests.tiny_model import save_llama
 ROOT = Path(__file__).parents[1]
 ENDED_AT = json.loads((ROOT / "tests/data/quick_starts.json").read_text())
 NAMES = {
-    "dictionary_learning": "AutoEncoderTopK, TopKTrainer, trainSAE",
+    "dictionary_learning": (
+        "AutoEncoderTopK, BatchTopKSAE, BatchTopKTrainer, TopKTrainer, trainSAE"
+    ),
     "sparsify": "SaeConfig, SparseCoder, TrainConfig, Trainer",
     "sae_lens": (
         "LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig, "
@@ -55,6 +57,7 @@ def swapped(library: str) -> str:
     ("library", "options"),
     [
         ("dictionary_learning", []),
+        ("dictionary_learning", ["batch_topk"]),
         ("sparsify", ["adam"]),
         ("sparsify", ["signum"]),
         ("sae_lens", []),
@@ -114,24 +117,29 @@ def test_the_autoencoder_is_one_memory_under_two_names() -> None:
     assert wide.sae.W_enc.dtype == torch.float64
 
 
-def test_trainers_save_as_they_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [dl.TopKTrainer, dl.BatchTopKTrainer])
+def test_trainers_save_as_they_go(tmp_path: Path, kind: Any) -> None:
     config = {
-        "trainer": dl.TopKTrainer, "steps": 30, "activation_dim": 12, "dict_size": 40, "k": 3,
+        "trainer": kind, "steps": 30, "activation_dim": 12, "dict_size": 40, "k": 3,
         "layer": 1, "lm_name": "m", "warmup_steps": 2, "threshold_start_step": 5, "device": "cpu",
     }  # fmt: skip
     (trainer,) = dl.trainSAE(
         rows(60), [config], 30, save_dir=str(tmp_path), save_steps=[10], backup_steps=20,
         normalize_activations=False, verbose=True, log_steps=10, device="cpu",
     )  # fmt: skip
-    assert config["trainer"] is dl.TopKTrainer, "a caller's config is left alone"
+    assert config["trainer"] is kind, "a caller's config is left alone"
     assert (tmp_path / "trainer_0/checkpoints/ae_10.pt").is_file()
     assert float(trainer.ae.threshold) > 0
     told = json.loads((tmp_path / "trainer_0/config.json").read_text())["trainer"]
-    assert (told["trainer_class"], told["k"]) == ("TopKTrainer", 3)
+    assert (told["trainer_class"], told["k"]) == (kind.__name__, 3)
     assert "lr" in trainer.optimizer.state_dict()["param_groups"][0]
     assert trainer.get_logging_parameters()["dead_features"] == 0
     back = interop.load(tmp_path / "trainer_0")
     assert torch.equal(back.W_dec, trainer.ae.sae.W_dec)
+    x = next(rows(1, seed=5))
+    torch.testing.assert_close(back(x).recon, trainer.ae(x), rtol=1e-5, atol=1e-5)
+    f = trainer.loss(x, step=30, logging=True).f
+    assert (f > 0).sum() <= 3 * len(x)
 
 
 def test_scaled_rows_are_undone(tmp_path: Path) -> None:
@@ -148,7 +156,7 @@ def test_scaled_rows_are_undone(tmp_path: Path) -> None:
 
 
 def test_what_is_not_covered_is_refused_by_name() -> None:
-    for name in ("BatchTopKTrainer", "MatryoshkaBatchTopKTrainer", "StandardTrainer"):
+    for name in ("JumpReluTrainer", "MatryoshkaBatchTopKTrainer", "StandardTrainer"):
         with pytest.raises(ImportError, match=f"{name} is not covered"):
             getattr(dl, name)
     with pytest.raises(AttributeError, match="no 'Nothing'"):

@@ -1,6 +1,7 @@
-"""dictionary_learning's `trainSAE`, `TopKTrainer` and `AutoEncoderTopK`:
+"""dictionary_learning's `trainSAE`, its TopK and BatchTopK trainers and dictionaries:
 
-    from flash_sae_dist.compat.dictionary_learning import trainSAE, TopKTrainer, AutoEncoderTopK
+    from flash_sae_dist.compat.dictionary_learning import (
+        AutoEncoderTopK, BatchTopKSAE, BatchTopKTrainer, TopKTrainer, trainSAE)
 
 The library need not be installed but for `ActivationBuffer`, which is its own. A step is the
 library's: mean squared length of the error, AuxK, gradients along decoder rows taken out, their
@@ -18,24 +19,28 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..models.base import SAEOutput
+from ..models.batch_topk import BatchTopKConfig
 from ..models.losses import geometric_median
 from ..progress import progress_bar
 from ..training.optim import default_lr
-from .recipe import FusedTraining, Recipe, Watched, missing, not_covered, refuse
+from .recipe import FusedTraining, Recipe, Watched, WatchedBatch, missing, not_covered, refuse
 
 LossLog = namedtuple("LossLog", ["x", "x_hat", "f", "losses"])
 _ABSENT = {
-    "BatchTopKTrainer": "this version has no architecture batch_topk",
-    "MatryoshkaBatchTopKTrainer": "this version has no architecture matryoshka",
-    "JumpReluTrainer": "this version has no architecture jumprelu",
-    "StandardTrainer": "this version has no architecture relu",
-    "GatedSAETrainer": "this version has no architecture gated",
+    name: f"train it by `flash-sae train` with sae.architecture={kind}"
+    for name, kind in (
+        ("MatryoshkaBatchTopKTrainer", "matryoshka"),
+        ("MatryoshkaBatchTopKSAE", "matryoshka"),
+        ("JumpReluTrainer", "jumprelu"),
+        ("StandardTrainer", "relu"),
+        ("GatedSAETrainer", "gated"),
+    )
 }
 
 
@@ -46,8 +51,8 @@ def __getattr__(name: str) -> Any:
     raise missing("dictionary_learning", _ABSENT, name)
 
 
-class AutoEncoderTopK(nn.Module):
-    """dictionary_learning's TopK autoencoder: its parameters are views of a `TopKSAE`'s."""
+class _AutoEncoder(nn.Module):
+    """A dictionary whose parameters are views of an SAE's of this library."""
 
     k: Tensor
     threshold: Tensor
@@ -60,7 +65,7 @@ class AutoEncoderTopK(nn.Module):
         # In the library's order, so that a seed gives its weights.
         self.decoder = nn.Linear(dict_size, activation_dim, bias=False)
         self.encoder = nn.Linear(activation_dim, dict_size)
-        sae = Watched(activation_dim, dict_size, k, seed=None)
+        sae = self._made(activation_dim, dict_size, k)
         with torch.no_grad():
             rows = self.decoder.weight.T
             sae.W_dec.copy_(rows / (rows.norm(dim=1, keepdim=True) + torch.finfo(rows.dtype).eps))
@@ -70,8 +75,12 @@ class AutoEncoderTopK(nn.Module):
         self._held = [sae]
         self._tie()
 
+    @staticmethod
+    def _made(activation_dim: int, dict_size: int, k: int) -> Watched | WatchedBatch:
+        raise NotImplementedError
+
     @property
-    def sae(self) -> Watched:
+    def sae(self) -> Any:
         """The SAE that is trained."""
         return self._held[0]
 
@@ -79,39 +88,17 @@ class AutoEncoderTopK(nn.Module):
         """Makes the decoder's weight [d_in, d_sae] a view of W_dec."""
         self.decoder.weight.data = self.sae.W_dec.data.T
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AutoEncoderTopK:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # The encoder's and b_dec are the SAE's own: moved by the module's walk.
         self.sae.W_dec.data = fn(self.sae.W_dec.data)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._tie()
         return self
 
-    def encode(
-        self, x: Tensor, return_topk: bool = False, use_threshold: bool = False
-    ) -> Tensor | tuple[Tensor, ...]:
-        """Dense activations; with return_topk also the k's values, indices, and all after ReLU."""
-        if not return_topk and not use_threshold:
-            return self.sae.encode_dense(x)
-        every = torch.relu(self.encoder(x - self.b_dec))
-        codes = self.sae.encode(x)
-        values, indices = codes.values, codes.latents
-        if use_threshold:
-            acts = every * (every > self.threshold)
-        else:
-            acts = torch.zeros_like(every).scatter(-1, indices.long(), values)
-        return (acts, values, indices, every) if return_topk else acts
-
     def decode(self, x: Tensor) -> Tensor:
         """The reconstruction of dense activations."""
         out: Tensor = self.decoder(x) + self.b_dec
         return out
-
-    def forward(self, x: Tensor, output_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The reconstruction, with output_features also the dense activations."""
-        out: SAEOutput = self.sae(x)
-        if not output_features:
-            return out.recon
-        return out.recon, self.sae.dense(out.codes)
 
     @torch.no_grad()
     def scale_biases(self, scale: float) -> None:
@@ -121,19 +108,73 @@ class AutoEncoderTopK(nn.Module):
         if self.threshold >= 0:
             self.threshold.mul_(scale)
 
-    @staticmethod
-    def from_pretrained(
-        path: str | Path, k: int | None = None, device: Any = None
-    ) -> AutoEncoderTopK:
+    @classmethod
+    def from_pretrained(cls, path: str | Path, k: int | None = None, device: Any = None) -> Self:
         """Reads an `ae.pt`."""
         state = torch.load(path, map_location="cpu", weights_only=True)
         stored = int(state["k"]) if "k" in state else k
         if k is not None and stored != k or stored is None:
             raise ValueError(f"k={k}, but {path} holds k={stored}")
         d_sae, d_in = state["encoder.weight"].shape
-        found = AutoEncoderTopK(d_in, d_sae, stored)
+        found = cls(d_in, d_sae, stored)
         found.load_state_dict(state)
         return found if device is None else found.to(device)
+
+
+class AutoEncoderTopK(_AutoEncoder):
+    """dictionary_learning's TopK autoencoder."""
+
+    @staticmethod
+    def _made(activation_dim: int, dict_size: int, k: int) -> Watched:
+        return Watched(activation_dim, dict_size, k, seed=None)
+
+    def encode(
+        self, x: Tensor, return_topk: bool = False, use_threshold: bool = False
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Dense activations; with return_topk also the k's values, indices, and all after ReLU."""
+        if not return_topk and not use_threshold:
+            dense: Tensor = self.sae.encode_dense(x)
+            return dense
+        every = torch.relu(self.encoder(x - self.b_dec))
+        codes = self.sae.encode(x)
+        values, indices = codes.values, codes.latents
+        if use_threshold:
+            acts = every * (every > self.threshold)
+        else:
+            acts = torch.zeros_like(every).scatter(-1, indices.long(), values)
+        return (acts, values, indices, every) if return_topk else acts
+
+    def forward(self, x: Tensor, output_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The reconstruction, with output_features also the dense activations."""
+        out: SAEOutput = self.sae(x)
+        if not output_features:
+            return out.recon
+        return out.recon, self.sae.dense(out.codes)
+
+
+class BatchTopKSAE(_AutoEncoder):
+    """dictionary_learning's BatchTopK autoencoder: at inference what exceeds `threshold`."""
+
+    @staticmethod
+    def _made(activation_dim: int, dict_size: int, k: int) -> WatchedBatch:
+        config = BatchTopKConfig(d_sae=dict_size, k=k)
+        return WatchedBatch(config, activation_dim, seed=None)
+
+    def encode(
+        self, x: Tensor, return_active: bool = False, use_threshold: bool = True
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Dense activations, above the threshold or the batch's k a row; with return_active also
+        which latents fired, and all activations after ReLU."""
+        every = torch.relu(self.encoder(x - self.b_dec))
+        # In training the SAE selects over the batch.
+        acts = every * (every > self.threshold) if use_threshold else self.sae.encode_dense(x)
+        return (acts, acts.sum(0) > 0, every) if return_active else acts
+
+    def forward(self, x: Tensor, output_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The reconstruction at inference, with output_features also the dense activations."""
+        acts = self.encode(x)
+        assert isinstance(acts, Tensor)
+        return (self.decode(acts), acts) if output_features else self.decode(acts)
 
 
 def _schedule(steps: int, warmup_steps: int, decay_start: int | None) -> Callable[[int], float]:
@@ -148,54 +189,47 @@ def _schedule(steps: int, warmup_steps: int, decay_start: int | None) -> Callabl
 
 
 _TOLD = frozenset(
-    ("steps", "activation_dim", "dict_size", "k", "layer", "lm_name", "auxk_alpha", "warmup_steps")
+    (
+        "steps",
+        "activation_dim",
+        "dict_size",
+        "k",
+        "lr",
+        "layer",
+        "lm_name",
+        "auxk_alpha",
+        "warmup_steps",
+    )
     + ("decay_start", "threshold_beta", "threshold_start_step", "seed", "wandb_name")
     + ("submodule_name",)
 )
 
 
-class TopKTrainer:
-    """dictionary_learning's TopKTrainer on the fused engine."""
+class _Trainer:
+    """What its trainers of both rules share."""
 
     logging_parameters = ("effective_l0", "dead_features", "pre_norm_auxk_loss")
+    trainer_class: str
+    dict_class: type[AutoEncoderTopK] | type[BatchTopKSAE]
 
-    def __init__(
-        self,
-        steps: int,
-        activation_dim: int,
-        dict_size: int,
-        k: int,
-        layer: int,
-        lm_name: str,
-        dict_class: type = AutoEncoderTopK,
-        lr: float | None = None,
-        auxk_alpha: float = 1 / 32,
-        warmup_steps: int = 1000,
-        decay_start: int | None = None,
-        threshold_beta: float = 0.999,
-        threshold_start_step: int = 1000,
-        k_anneal_steps: int | None = None,
-        seed: int | None = None,
-        device: str | None = None,
-        wandb_name: str = "AutoEncoderTopK",
-        submodule_name: str | None = None,
+    def _begin(
+        self, told: dict[str, Any], dict_class: type, wandb_name: str, device: str | None
     ) -> None:
-        told = {name: value for name, value in locals().items() if name in _TOLD}
-        refuse("dictionary_learning", locals(), {"k_anneal_steps": None})
-        if dict_class.__name__ != "AutoEncoderTopK":
+        if dict_class.__name__ != self.dict_class.__name__:
             not_covered(f"dict_class={dict_class.__name__}", "leave it out")
-        self.lr: float = default_lr(dict_size) if lr is None else lr
+        width, lr = told["dict_size"], told.pop("lr")
+        self.lr: float = default_lr(width) if lr is None else lr
         self._told: dict[str, Any] = told | {"lr": self.lr}
-        self.steps, self.layer, self.lm_name = steps, layer, lm_name
-        self.wandb_name, self.submodule_name = wandb_name, submodule_name
-        self.auxk_alpha, self.threshold_beta = auxk_alpha, threshold_beta
-        self.threshold_start_step = threshold_start_step
-        if seed is not None:
-            torch.manual_seed(seed)
+        self.steps, self.layer, self.lm_name = told["steps"], told["layer"], told["lm_name"]
+        self.wandb_name, self.submodule_name = wandb_name, told["submodule_name"]
+        self.auxk_alpha, self.threshold_beta = told["auxk_alpha"], told["threshold_beta"]
+        self.threshold_start_step = told["threshold_start_step"]
+        if told["seed"] is not None:
+            torch.manual_seed(told["seed"])
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.ae = AutoEncoderTopK(activation_dim, dict_size, k).to(self.device)
-        self.ae.sae.watch()
-        self._factor = _schedule(steps, warmup_steps, decay_start)
+        self.ae = self.dict_class(told["activation_dim"], width, told["k"]).to(self.device)
+        self.ae.sae.begin_counts()
+        self._factor = _schedule(told["steps"], told["warmup_steps"], told["decay_start"])
         self._training: FusedTraining | None = None
 
     @property
@@ -229,14 +263,17 @@ class TopKTrainer:
             least, threshold = self.ae.sae.least, self.ae.threshold
             moved = self.threshold_beta * threshold + (1 - self.threshold_beta) * least
             threshold.copy_(torch.where(threshold < 0, least, moved))
-        return metrics.fvu + self.auxk_alpha * metrics.aux
+        loss: Tensor = metrics.fvu + self.auxk_alpha * metrics.aux
+        return loss
 
     @torch.no_grad()
     def loss(self, x: Tensor, step: int | None = None, logging: bool = False) -> Any:
         """The loss of a batch without AuxK; with logging a LossLog of dense activations."""
         del step
         x = x.to(self.device, self.ae.b_dec.dtype)
-        x_hat, f = self.ae(x, output_features=True)
+        f = self.ae.encode(x, use_threshold=False)
+        assert isinstance(f, Tensor)
+        x_hat = self.ae.decode(f)
         l2 = (x - x_hat).square().sum(dim=-1).mean()
         if not logging:
             return l2
@@ -250,8 +287,68 @@ class TopKTrainer:
     @property
     def config(self) -> dict[str, Any]:
         """What is written beside the weights."""
-        names = {"trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK"}
+        names = {"trainer_class": self.trainer_class, "dict_class": self.dict_class.__name__}
         return names | self._told | {"device": str(self.device)}
+
+
+class TopKTrainer(_Trainer):
+    """dictionary_learning's TopKTrainer on the fused engine."""
+
+    trainer_class, dict_class = "TopKTrainer", AutoEncoderTopK
+
+    def __init__(
+        self,
+        steps: int,
+        activation_dim: int,
+        dict_size: int,
+        k: int,
+        layer: int,
+        lm_name: str,
+        dict_class: type = AutoEncoderTopK,
+        lr: float | None = None,
+        auxk_alpha: float = 1 / 32,
+        warmup_steps: int = 1000,
+        decay_start: int | None = None,
+        threshold_beta: float = 0.999,
+        threshold_start_step: int = 1000,
+        k_anneal_steps: int | None = None,
+        seed: int | None = None,
+        device: str | None = None,
+        wandb_name: str = "AutoEncoderTopK",
+        submodule_name: str | None = None,
+    ) -> None:
+        told = {name: value for name, value in locals().items() if name in _TOLD}
+        refuse("dictionary_learning", locals(), {"k_anneal_steps": None})
+        self._begin(told, dict_class, wandb_name, device)
+
+
+class BatchTopKTrainer(_Trainer):
+    """dictionary_learning's BatchTopKTrainer on the fused engine."""
+
+    trainer_class, dict_class = "BatchTopKTrainer", BatchTopKSAE
+
+    def __init__(
+        self,
+        steps: int,
+        activation_dim: int,
+        dict_size: int,
+        k: int,
+        layer: int,
+        lm_name: str,
+        dict_class: type = BatchTopKSAE,
+        lr: float | None = None,
+        auxk_alpha: float = 1 / 32,
+        warmup_steps: int = 1000,
+        decay_start: int | None = None,
+        threshold_beta: float = 0.999,
+        threshold_start_step: int = 1000,
+        seed: int | None = None,
+        device: str | None = None,
+        wandb_name: str = "BatchTopKSAE",
+        submodule_name: str | None = None,
+    ) -> None:
+        told = {name: value for name, value in locals().items() if name in _TOLD}
+        self._begin(told, dict_class, wandb_name, device)
 
 
 def trainSAE(
@@ -272,7 +369,7 @@ def trainSAE(
     device: str = "cuda",
     autocast_dtype: torch.dtype = torch.float32,
     backup_steps: int | None = None,
-) -> list[TopKTrainer]:
+) -> list[_Trainer]:
     """Trains SAEs from batches [B, D]; returns their trainers, whose `ae` are the SAEs."""
     covered = {"use_wandb": False, "activations_split_by_head": False, "transcoder": False}
     refuse("dictionary_learning", locals(), covered)
@@ -296,14 +393,14 @@ def trainSAE(
     return trainers
 
 
-def _finish(trainers: list[TopKTrainer], folders: list[Path], norm: float) -> None:
+def _finish(trainers: list[_Trainer], folders: list[Path], norm: float) -> None:
     for trainer in trainers:
         trainer.ae.scale_biases(norm)
     for folder, trainer in zip(folders, trainers, strict=False):
         _save(trainer, folder / "ae.pt")
 
 
-def _folders(save_dir: str | None, trainers: list[TopKTrainer], buffer: Any) -> list[Path]:
+def _folders(save_dir: str | None, trainers: list[_Trainer], buffer: Any) -> list[Path]:
     """A folder for each trainer with its config; none where nothing is saved."""
     if save_dir is None:
         return []
@@ -334,7 +431,7 @@ def _norm_factor(batches: Iterator[Tensor], steps: int = 100) -> float:
     return float(torch.stack(squares).mean().sqrt())
 
 
-def _log(trainers: list[TopKTrainer], step: int, act: Tensor) -> None:
+def _log(trainers: list[_Trainer], step: int, act: Tensor) -> None:
     for trainer in trainers:
         found = trainer.loss(act, step=step, logging=True)
         l0 = float((found.f != 0).float().sum(dim=-1).mean())
@@ -347,7 +444,7 @@ def _save_at(
     save_steps: list[int] | None,
     backup_steps: int | None,
     folders: list[Path],
-    trainers: list[TopKTrainer],
+    trainers: list[_Trainer],
     norm: float,
 ) -> None:
     for folder, trainer in zip(folders, trainers, strict=False):
@@ -363,6 +460,6 @@ def _save_at(
             torch.save(state, folder / "ae.pt")
 
 
-def _save(trainer: TopKTrainer, file: Path) -> None:
+def _save(trainer: _Trainer, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({k: v.cpu().contiguous() for k, v in trainer.ae.state_dict().items()}, file)

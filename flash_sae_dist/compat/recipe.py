@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ..models.base import Slots
+from ..models.base import Codes, Pairs, Slots, SparseCoder
+from ..models.batch_topk import BatchTopK
 from ..models.dead_latents import CHECK_EVERY_STEPS, DeadLatents
 from ..models.topk import TopKSAE
 from ..training.engines.fused import FusedEngine
@@ -36,7 +37,7 @@ class FusedTraining:
     """Steps an SAE by a recipe; `optimizer` is a torch.optim.Optimizer, for schedulers and
     state_dict."""
 
-    def __init__(self, sae: TopKSAE, recipe: Recipe, compute_dtype: torch.dtype) -> None:
+    def __init__(self, sae: SparseCoder, recipe: Recipe, compute_dtype: torch.dtype) -> None:
         device = sae.W_dec.device
         self.sae, self.recipe, self.steps, self.tokens = sae, recipe, 0, 0
         self.dead = DeadLatents(sae.d_sae, recipe.dead_after_tokens, sae.mesh, device)
@@ -69,19 +70,49 @@ class FusedTraining:
         return self.engine.step(x)
 
 
-class Watched(TopKSAE):
-    """A TopK SAE that keeps count of what fires while it is trained, on the device.
+class Counts:
+    """What fires while an SAE is trained, on the device."""
+
+    d_sae: int
+    W_dec: torch.nn.Parameter
+
+    def begin_counts(self) -> None:
+        """Begins to count."""
+        self.fired = torch.zeros(self.d_sae, device=self.W_dec.device)
+        # What thresholds are made of.
+        self.least = torch.zeros((), device=self.W_dec.device)
+
+    def count(self, codes: Codes, least: Tensor) -> None:
+        """Takes in a step's activations, and the least of them."""
+        active = (codes.values > 0).flatten().to(self.fired.dtype)
+        self.fired.index_add_(0, codes.latents.flatten().long(), active)
+        self.least.copy_(least.to(self.least.dtype))
+
+
+class WatchedBatch(Counts, BatchTopK):
+    """A BatchTopK SAE with counts; `least` is a batch's least activation, 0 where it has none."""
+
+    def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Pairs:
+        """See SparseCoder."""
+        found = super().select(xc, W_enc, b_enc)
+        least = found.values.masked_fill(found.values <= 0, torch.inf).amin()
+        self.count(found, least.masked_fill(least.isinf(), 0))
+        return found
+
+
+class Watched(Counts, TopKSAE):
+    """A TopK SAE with counts; `least` is the mean over tokens of their least activation.
 
     ranks_by_norm: latents are ranked by their pre-activations times the norms of their decoder
     rows, which then need not be 1.
     """
 
+    ranks_by_norm = False
+
     def watch(self, *, ranks_by_norm: bool = False) -> None:
         """Begins to count."""
         self.ranks_by_norm = ranks_by_norm
-        self.fired = torch.zeros(self.d_sae, device=self.W_dec.device)
-        # The mean over tokens of their least activation, which thresholds are made of.
-        self.least = torch.zeros((), device=self.W_dec.device)
+        self.begin_counts()
 
     def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Slots:
         """See SparseCoder."""
@@ -92,15 +123,13 @@ class Watched(TopKSAE):
             values = values / norms[indices.long()]
         else:
             values, indices = super().select(xc, W_enc, b_enc)
-        active = values > 0
-        self.fired.index_add_(0, indices.flatten().long(), active.flatten().to(self.fired.dtype))
-        least = values.masked_fill(~active, torch.inf).amin(dim=1).mean()
-        self.least.copy_(least.to(self.least.dtype))
-        return Slots(values, indices)
+        codes = Slots(values, indices)
+        self.count(codes, values.masked_fill(values <= 0, torch.inf).amin(dim=1).mean())
+        return codes
 
     def encode_rows(self, x: Tensor) -> Slots:
         """See SparseCoder."""
-        if not getattr(self, "ranks_by_norm", False):
+        if not self.ranks_by_norm:
             return super().encode_rows(x)
         norms = self.W_dec.norm(dim=1)
         rows = TopKSAE(self.d_in, self.d_sae, self.k, seed=None, device="meta")

@@ -33,7 +33,7 @@ from .recipe import FusedTraining, Recipe, Watched, missing, refuse
 
 HAS_LIBRARY = importlib.util.find_spec("sae_lens") is not None
 _ABSENT = {
-    name: f"this version has no architecture {kind}"
+    name: f"train it by `flash-sae train` with sae.architecture={kind}"
     for name, kind in (
         ("BatchTopKTrainingSAE", "batch_topk"),
         ("BatchTopKTrainingSAEConfig", "batch_topk"),

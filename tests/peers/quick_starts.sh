@@ -13,6 +13,8 @@ PYTHONPATH=. python -c "from pathlib import Path; from tests.tiny_model import s
 scripts=tests/peers/scripts
 {
   echo "dictionary_learning $(stubbed $scripts/dictionary_learning_quick_start.py "$work/model" "$work/dl" | tail -1)"
+  found=$(stubbed $scripts/dictionary_learning_quick_start.py "$work/model" "$work/dl-batch" batch_topk)
+  echo "dictionary_learning batch_topk $(tail -1 <<<"$found")"
   for optimizer in adam signum; do
     # Without triton, as here, it decodes by PyTorch.
     found=$("$PEERS/sparsify/bin/python" $scripts/sparsify_quick_start.py "$work/model" "$work/sp-$optimizer" "$optimizer")
@@ -30,6 +32,6 @@ before = json.loads(file.read_text())
 lines = [line.split(" FVU ") for line in Path(sys.argv[1]).read_text().splitlines()]
 now = {name: float(fvu) for name, fvu in lines}
 for name, fvu in now.items():
-    print(f"{name}: {fvu:.5f}, was {before[name]:.5f}")
+    print(f"{name}: {fvu:.5f}, was {before.get(name, 0):.5f}")
 file.write_text(json.dumps(now, indent=1) + "\n")
 PYTHON

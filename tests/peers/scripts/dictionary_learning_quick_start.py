@@ -3,11 +3,15 @@
 import sys
 
 import torch
+from dictionary_learning.trainers.batch_top_k import BatchTopKSAE, BatchTopKTrainer
 from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
 from dictionary_learning.training import trainSAE
 from transformers import AutoModelForCausalLM
 
-folder, out = sys.argv[1:3]
+folder, out, *rule = sys.argv[1:]
+trainer, dictionary = TopKTrainer, AutoEncoderTopK
+if rule == ["batch_topk"]:
+    trainer, dictionary = BatchTopKTrainer, BatchTopKSAE
 model = AutoModelForCausalLM.from_pretrained(folder)
 rows = []
 module = model.base_model.layers[1]
@@ -30,7 +34,7 @@ def buffer():
 
 
 trainer_cfg = {
-    "trainer": TopKTrainer,
+    "trainer": trainer,
     "activation_dim": 32,
     "dict_size": 256,
     "k": 8,
@@ -39,12 +43,14 @@ trainer_cfg = {
     "lr": 2e-3,
     "warmup_steps": 20,
     "decay_start": 160,
+    "threshold_start_step": 50,
+    "threshold_beta": 0.9,
     "steps": 200,
     "seed": 0,
     "device": "cpu",
 }
 trainSAE(data=buffer(), trainer_configs=[trainer_cfg], steps=200, save_dir=out, device="cpu")
-ae = AutoEncoderTopK.from_pretrained(out + "/trainer_0/ae.pt")
+ae = dictionary.from_pretrained(out + "/trainer_0/ae.pt")
 generator.manual_seed(99)
 x = activations(64)
 with torch.no_grad():
