@@ -236,6 +236,8 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     before = sys.modules.pop(name, None)
     yield importlib.import_module(name)
     sys.modules.pop(name, None)
+    # The package has it as an attribute, too.
+    vars(sys.modules["flash_sae_dist.compat"]).pop("sae_lens", None)
     if before is not None:
         sys.modules[name] = before
 
@@ -262,7 +264,7 @@ def test_sae_lens_trainer_without_sae_lens(bare: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(interop.load(tmp_path)(x).recon, sae(x), rtol=1e-4, atol=1e-5)
     with pytest.raises(ImportError, match="pip install sae-lens"):
         bare.LanguageModelSAETrainingRunner  # noqa: B018
-    for name in ("BatchTopKTrainingSAEConfig", "JumpReLUTrainingSAEConfig"):
+    for name in ("GatedTrainingSAEConfig", "JumpReLUTrainingSAEConfig"):
         with pytest.raises(ImportError, match="is not covered"):
             getattr(bare, name)
     sae.cfg.normalize_activations = "layer_norm"
@@ -284,6 +286,39 @@ def test_sae_lens_checkpoints_go_on(bare: Any, tmp_path: Path) -> None:
     trainer.load_trainer_state(folder)
     assert trainer.n_training_steps in (steps, steps - 1)
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(3e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["none", "expected_average_only_in"])
+def test_sae_lens_batch_topk_ends_where_the_library_does(tmp_path: Path, norm: str) -> None:
+    pytest.importorskip("sae_lens")
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    from flash_sae_dist.compat import sae_lens as lens
+
+    found = []
+    for trainer in (SAETrainer, lens.SAETrainer):
+        torch.manual_seed(0)
+        config = lens.BatchTopKTrainingSAEConfig(d_in=12, d_sae=40, k=3, normalize_activations=norm)
+        sae = lens.BatchTopKTrainingSAE(config)
+        total = {"total_training_samples": 64 * 150, "train_batch_size_samples": 64, "lr": 3e-3}
+        options = {"logger": lens.LoggingConfig(log_to_wandb=False), "lr_end": 3e-4}
+        cfg = lens.SAETrainerConfig(
+            **total, **options, lr_scheduler_name="constant", lr_warm_up_steps=5,
+            lr_decay_steps=20, n_restart_cycles=1, adam_beta1=0.9, adam_beta2=0.999,
+            device="cpu", autocast=False, dead_feature_window=1000, feature_sampling_window=500,
+            n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False,
+            n_batches_for_norm_estimate=5,
+        )  # fmt: skip
+        ended = trainer(cfg=cfg, sae=sae, data_provider=rows(400)).fit()
+        folder = tmp_path / trainer.__module__
+        ended.save_inference_model(str(folder))
+        x = torch.cat(list(rows(8, seed=9)))
+        back = interop.load(folder)
+        assert back.spec()["architecture"] == "jumprelu"
+        error = float((back(x).recon - x).square().sum() / (x - x.mean(0)).square().sum())
+        found.append((error, float(ended.topk_threshold), float((back.encode_dense(x) > 0).sum())))
+    assert found[1] == pytest.approx(found[0], rel=0.02)
 
 
 def test_a_recipe_is_dense_adam_on_the_summed_error() -> None:

@@ -228,7 +228,7 @@ class _Trainer:
             torch.manual_seed(told["seed"])
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.ae = self.dict_class(told["activation_dim"], width, told["k"]).to(self.device)
-        self.ae.sae.begin_counts()
+        self.ae.sae.watch()
         self._factor = _schedule(told["steps"], told["warmup_steps"], told["decay_start"])
         self._training: FusedTraining | None = None
 

@@ -71,13 +71,23 @@ class FusedTraining:
 
 
 class Counts:
-    """What fires while an SAE is trained, on the device."""
+    """What fires while an SAE is trained, on the device.
+
+    ranks_by_norm: latents are ranked by their pre-activations times the norms of their decoder
+    rows, which then need not be 1.
+    """
 
     d_sae: int
     W_dec: torch.nn.Parameter
+    ranks_by_norm = False
 
-    def begin_counts(self) -> None:
+    def norms(self) -> Tensor | None:
+        """Of decoder rows, where latents are ranked by them."""
+        return self.W_dec.detach().norm(dim=1) if self.ranks_by_norm else None
+
+    def watch(self, *, ranks_by_norm: bool = False) -> None:
         """Begins to count."""
+        self.ranks_by_norm = ranks_by_norm
         self.fired = torch.zeros(self.d_sae, device=self.W_dec.device)
         # What thresholds are made of.
         self.least = torch.zeros((), device=self.W_dec.device)
@@ -90,34 +100,29 @@ class Counts:
 
 
 class WatchedBatch(Counts, BatchTopK):
-    """A BatchTopK SAE with counts; `least` is a batch's least activation, 0 where it has none."""
+    """A BatchTopK SAE with counts; `least` is a batch's least activation, 0 where it has none,
+    times its decoder row's norm where latents are ranked by these.
+    """
 
     def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Pairs:
         """See SparseCoder."""
+        norms = self.norms()
+        if norms is not None:
+            W_enc, b_enc = W_enc * norms.to(W_enc.dtype)[:, None], b_enc * norms
         found = super().select(xc, W_enc, b_enc)
         least = found.values.masked_fill(found.values <= 0, torch.inf).amin()
         self.count(found, least.masked_fill(least.isinf(), 0))
+        if norms is not None:
+            found = found._replace(values=found.values / norms[found.latents.long()])
         return found
 
 
 class Watched(Counts, TopKSAE):
-    """A TopK SAE with counts; `least` is the mean over tokens of their least activation.
-
-    ranks_by_norm: latents are ranked by their pre-activations times the norms of their decoder
-    rows, which then need not be 1.
-    """
-
-    ranks_by_norm = False
-
-    def watch(self, *, ranks_by_norm: bool = False) -> None:
-        """Begins to count."""
-        self.ranks_by_norm = ranks_by_norm
-        self.begin_counts()
+    """A TopK SAE with counts; `least` is the mean over tokens of their least activation."""
 
     def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Slots:
         """See SparseCoder."""
-        if self.ranks_by_norm:
-            norms = self.W_dec.detach().norm(dim=1)
+        if (norms := self.norms()) is not None:
             scaled = (W_enc * norms.to(W_enc.dtype)[:, None], b_enc * norms)
             values, indices = super().select(xc, *scaled)
             values = values / norms[indices.long()]

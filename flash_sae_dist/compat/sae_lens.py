@@ -1,12 +1,13 @@
-"""SAELens's trainer and its TopK SAE for training:
+"""SAELens's trainer, and its TopK and BatchTopK SAEs for training:
 
     from flash_sae_dist.compat.sae_lens import (
         LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig, SAETrainer,
         SAETrainerConfig, TopKTrainingSAE, TopKTrainingSAEConfig)
 
 `SAETrainer` steps on the fused engine; its own classes are used where SAELens is installed, and
-classes of the same fields where it is not. Only what runs a language model needs it installed:
-`LanguageModelSAETrainingRunner`, its config, and whatever else SAELens exports.
+classes of the same fields where it is not. BatchTopKTrainingSAE needs it installed, and
+what runs a language model: `LanguageModelSAETrainingRunner`, its config, and whatever else SAELens
+exports.
 
 Decoder rows keep their norms, and pre-activations are ranked by them, as SAELens does by default.
 Not covered, and refused by name: other architectures, hook_z, apply_b_dec_to_input=False, and
@@ -28,15 +29,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import interop
+from ..models.batch_topk import BatchTopKConfig
 from ..progress import progress_bar
-from .recipe import FusedTraining, Recipe, Watched, missing, refuse
+from .recipe import FusedTraining, Recipe, Watched, WatchedBatch, missing, refuse
 
 HAS_LIBRARY = importlib.util.find_spec("sae_lens") is not None
 _ABSENT = {
     name: f"train it by `flash-sae train` with sae.architecture={kind}"
     for name, kind in (
-        ("BatchTopKTrainingSAE", "batch_topk"),
-        ("BatchTopKTrainingSAEConfig", "batch_topk"),
         ("MatryoshkaBatchTopKTrainingSAE", "matryoshka"),
         ("MatryoshkaBatchTopKTrainingSAEConfig", "matryoshka"),
         ("JumpReLUTrainingSAE", "jumprelu"),
@@ -248,7 +248,7 @@ class SAETrainer:
     ) -> None:
         given = {name: getattr(sae.cfg, name, None) for name in (*_COVERED, "architecture")}
         given["architecture"] = sae.cfg.architecture()
-        refuse("SAELens", given, {**_COVERED, "architecture": "topk"})
+        refuse("SAELens", given, {**_COVERED, "architecture": ("topk", "batchtopk")})
         self.cfg, self.sae, self.data_provider = cfg, sae, data_provider
         self.evaluator, self.save_checkpoint_fn = evaluator, save_checkpoint_fn
         self.activation_scaler: Any = Scaler()
@@ -269,12 +269,17 @@ class SAETrainer:
         factor = _schedule(cfg)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
-    def _tied(self) -> Watched:
+    def _tied(self) -> Watched | WatchedBatch:
         """An SAE of this library whose memory is the given one's parameters."""
         sae, cfg = self.sae, self.sae.cfg
-        inner = Watched(
-            cfg.d_in, cfg.d_sae, cfg.k, seed=None, dtype=sae.W_dec.dtype, device=sae.W_dec.device
-        )
+        place: dict[str, Any] = {"dtype": sae.W_dec.dtype, "device": sae.W_dec.device}
+        inner: Watched | WatchedBatch
+        if cfg.architecture() == "batchtopk":
+            refuse("SAELens", {"k": cfg.k}, {"k": round(cfg.k)})
+            config = BatchTopKConfig(d_sae=cfg.d_sae, k=round(cfg.k))
+            inner = WatchedBatch(config, cfg.d_in, seed=None, **place)
+        else:
+            inner = Watched(cfg.d_in, cfg.d_sae, cfg.k, seed=None, **place)
         inner.watch(ranks_by_norm=cfg.rescale_acts_by_decoder_norm)
         with torch.no_grad():
             inner.W_enc.copy_(sae.W_enc.T)
@@ -343,9 +348,17 @@ class SAETrainer:
         self.n_frac_active_samples += len(batch)
         metrics = self._training.step(self.activation_scaler(batch))
         self.lr_scheduler.step()
+        self._move_threshold()
         aux = self._training.engine.dead_step.coef * metrics.aux
         losses = {"mse_loss": metrics.fvu, "auxiliary_reconstruction_loss": aux}
         return StepOutput(metrics.fvu + aux, losses, metrics.l0)
+
+    @torch.no_grad()
+    def _move_threshold(self) -> None:
+        """The moving average of a batch's least activation, where the SAE has one."""
+        if (threshold := getattr(self.sae, "topk_threshold", None)) is not None:
+            least, lr = self._inner.least.to(threshold.dtype), self.sae.cfg.topk_threshold_lr
+            threshold.copy_(torch.where(least > 0, (1 - lr) * threshold + lr * least, threshold))
 
     def _log(self, output: StepOutput) -> None:
         logger, step = self.cfg.logger, self.n_training_steps
@@ -373,6 +386,9 @@ class SAETrainer:
             self.sae.W_enc.mul_(factor)
             self.sae.W_dec.div_(factor)
             self.sae.b_dec.div_(factor)
+            if hasattr(self.sae, "topk_threshold") and self.sae.cfg.rescale_acts_by_decoder_norm:
+                # In units of pre-activations times norms of decoder rows.
+                self.sae.topk_threshold.div_(factor)
         self.sae.cfg.normalize_activations = "none"
         self.activation_scaler.scaling_factor = None
 
