@@ -9,9 +9,8 @@ the same weights and batches. `ms`: wall time of a step in a synchronised loop, 
 median of blocks. `eager`: a step without a CUDA graph in which each collective is waited for;
 `wire`: what it spends in collectives, the wait for slower ranks included; `compute`: the rest.
 `sent`: bytes that a rank contributes to collectives in a step, counted around torch.distributed,
-beside the planner's figure. `losses`: largest relative difference from one
-process's over the first 20 steps. With `--weak` the latents grow with the shards: `x one` is 1 where
-nothing is lost.
+beside the planner's figure. `losses`: largest relative difference from one process's over the first
+20 steps. With `--weak` the latents grow with the shards: `x one` is 1 where nothing is lost.
 """
 
 from __future__ import annotations
@@ -134,7 +133,8 @@ def _mesh(place: _Place, device: torch.device) -> Mesh:
     """Made once: the communicators of a mesh serve all shapes."""
     if place.replicas * place.shards == 1:
         return Mesh.single()
-    return make_mesh(place.shards, place.replicas, device=device)
+    # Of several groups the first alone is measured.
+    return make_mesh(place.shards, place.replicas, device=device, several_groups=True)
 
 
 def _sync(device: torch.device) -> None:
@@ -212,7 +212,7 @@ def _measured(run: _Run, place: _Place) -> tuple[list[_Found], str]:
     found: _Found | None = None
     remark = ""
     training: SAETraining | None = None
-    inside = mesh.members > 1 or _rank() == 0
+    inside = mesh.group == 0 if mesh.members > 1 else _rank() == 0
     if inside:
         training, remark = _attempt(
             lambda: make_training(run.shape, mesh, run.device, dead=run.dead, **run.options)
