@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .models.base import SAEOutput
     from .models.topk import TopKSAE
+
+if sys.platform == "win32":
+    raise ImportError(
+        "flash_sae_dist runs on Linux and macOS, not on Windows itself; install it in WSL 2"
+    )
 
 __version__ = "0.1.0"
 __all__ = ["SAEOutput", "TopKSAE", "__version__"]

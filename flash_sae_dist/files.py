@@ -226,6 +226,16 @@ def write_checksums(folder: Path, names: list[str]) -> None:
     write_json(folder / CHECKSUMS, {"crc32c": {n: checksum(folder / n) for n in names}}, indent=1)
 
 
+def add_checksums(folder: Path, names: list[str]) -> None:
+    """Adds files that were written to a folder's `checksums.json`, or begins it."""
+    try:
+        before = read_json(folder / CHECKSUMS)["crc32c"]
+    except (FileNotFoundError, ValueError, KeyError):
+        before = {}
+    sums = {n: checksum(folder / n) for n in names}
+    write_json(folder / CHECKSUMS, {"crc32c": {**before, **sums}}, indent=1)
+
+
 def check_checksums(folder: Path) -> bool:
     """Whether a folder has a `checksums.json`. Raises ValueError where it is damaged, or a file
     that it names is gone or does not hold what was written.

@@ -34,7 +34,7 @@ STEP_KEYS = frozenset(
         *("adam_betas", "adam_eps", "adam_mode", "moment_dtype", "ema_decay", "engine"),
         *("precision", "dead_latents", "aux_coef", "k_aux", "dead_after_tokens", "normalize"),
         *("subtract_mean", "target", "schedule"),
-        *("holdout", "source", "buffer_tokens"),
+        *("holdout", "source", "buffer_tokens", "init_from"),
     )
 )
 # Keys that decide a store's rows by their own values.
@@ -67,6 +67,7 @@ FREE_KEYS = frozenset(
     + [f"features.{key}" for key in ("saes", "latents", "num_tokens", "batch_tokens", "nearest")]
     + [f"features.{key}" for key in ("top_examples", "quantile_examples", "context_tokens")]
     + ["features.output_tokens"]
+    + ["evaluate.saes", "evaluate.hookpoint", "evaluate.k"]
     + ["export.formats", "export.directory"]
     + [f"grid.{key}" for key in ("hookpoints", "values", "points", "exclude", "overrides")]
 )

@@ -7,19 +7,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from . import interop
 from .activations.damage import damages
 from .activations.records import GEOMETRY, Records
 from .activations.store import ActivationStore, Shape
 from .config.base import ConfigError, UserError
 from .files import CHECKSUMS, check_checksums, read_json
-from .interop import sae_lens, sparsify
 from .models import load_sae
-from .models.base import CONFIG_FILE, WEIGHTS_FILE
+from .models.saved import CONFIG_FILE, WEIGHTS_FILE
 from .training import checkpoint, made_of
 from .training.metrics import split_metrics
 from .training.records import Status, read_job, read_status, read_store_config
 
 Advance = Callable[[int], None]
+# Weights of exports whose folder has checksums; others are known by their cfg.json.
+_EXPORTED = {"sae_weights.safetensors", "ae.pt", "params.npz", "params.safetensors", "config.yaml"}
 _JOB_FILES = ("job.yaml", "store.json", "status.json", "metrics.jsonl")
 
 
@@ -69,7 +71,7 @@ def _kind(folder: Path) -> str | None:
         return "store"
     if folder.name.startswith("step-") and folder.suffix == "":
         return "checkpoint"
-    if "cfg.json" in names or (CHECKSUMS in names and sae_lens.WEIGHTS_FILE in names):
+    if "cfg.json" in names or (CHECKSUMS in names and names & _EXPORTED):
         return "export"
     if WEIGHTS_FILE in names:
         return "export" if CHECKSUMS in names else "sae"
@@ -140,9 +142,9 @@ def _made_of(folder: Path) -> Iterator[str]:
 
 def _export(path: str, advance: Advance) -> Iterator[str]:
     del advance
-    folder = Path(path)
-    lens = (folder / sae_lens.WEIGHTS_FILE).exists()
-    (sae_lens if lens else sparsify).load(folder)
+    # Of several layers there is no one SAE to read.
+    if not check_checksums(Path(path)) or not (Path(path) / "config.yaml").exists():
+        interop.read(path)
     yield from ()
 
 
@@ -189,6 +191,7 @@ def _report(path: str, advance: Advance) -> Iterator[str]:
     folder = Path(path)
     try:
         check_checksums(folder)
-        json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        if (folder / "evaluation.json").is_file():
+            json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     except ValueError as e:
         yield f"{folder}: {e}; run `flash-sae evaluate` again"

@@ -46,7 +46,8 @@ _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the kernels can be compiled."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -54,7 +55,7 @@ def use_kernels(x: Tensor) -> bool:
     """True where the Triton kernels serve a tensor: on a CUDA device, in bf16, fp16 or fp32, with
     triton installed.
     """
-    return x.is_cuda and x.dtype in _KERNEL_DTYPES and _has_triton()
+    return x.is_cuda and x.dtype in _KERNEL_DTYPES and has_triton()
 
 
 def on_device(like: Tensor) -> AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .. import __version__
 from ..config.base import OneOf, nearest_name, one_of, section_models
 from . import store
 from .entry import command
@@ -29,9 +30,9 @@ BENCHES = {
     "train": "bench_train",
     "stream": "bench_stream",
 }
-VERBS = ("plan", "cache", "train", "grid", "evaluate", "features", "export", "verify")
+VERBS = ("plan", "cache", "train", "grid", "evaluate", "features", "export", "convert", "verify")
 # Those that take a folder in place of a config.
-PATH_VERBS = ("verify",)
+PATH_VERBS = ("convert", "verify")
 # Those with options of their own.
 OWN_COMMANDS = ("plan", *PATH_VERBS)
 
@@ -44,6 +45,22 @@ app = typer.Typer(
     "measure them, hand them to other libraries. For several processes put "
     "`accelerate launch -m flash_sae_dist.launch.VERB` in place of `flash-sae VERB`.",
 )
+
+
+def _show_version(shown: bool) -> None:
+    if shown:
+        typer.echo(f"flash_sae_dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    del version
 
 
 class _Key(NamedTuple):

@@ -56,12 +56,26 @@ def command(run: Run) -> Callable[[str, list[str] | None, bool], None]:
             # Not at the top: `--help` need not wait for torch.
             from ..training.job import load_config
 
-            run(load_config(config, overrides or []))
+            run(load_config(*words_of(config, overrides or [])))
 
         end_well(work, debug)
 
     verb.__doc__ = help_text(run.__doc__)
     return verb
+
+
+def words_of(config: str, overrides: list[str]) -> tuple[str | None, list[str]]:
+    """The config's file, None where the command line has keys alone, and its keys, each `SAE=PATH`
+    among them a path of evaluate.saes.
+    """
+    file: str | None = config
+    if "=" in config and not os.path.isfile(config):
+        file, overrides = None, [config, *overrides]
+    saes = [word.removeprefix("SAE=") for word in overrides if word.startswith("SAE=")]
+    if not saes:
+        return file, overrides
+    rest = [word for word in overrides if not word.startswith("SAE=")]
+    return file, [*rest, f"evaluate.saes={json.dumps(saes)}"]
 
 
 def help_text(doc: str | None) -> str:

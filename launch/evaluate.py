@@ -21,6 +21,12 @@ def run(config: Config) -> None:
     among them.
 
     flash-sae evaluate configs/quickstart.yaml evaluate.num_tokens=65536
+
+    Any other library's SAE is measured on the same store or model, with SAE=PATH for each (see
+    docs/formats.md); a config's file may then be left out.
+
+    flash-sae evaluate SAE=trainer_0/ae.pt SAE=EleutherAI/sae-pythia-70m-32k/layers.3
+    store=acts.zarr output=runs/others evaluate.hookpoint=gpt_neox.layers.3
     """
     from rich.console import Console
 

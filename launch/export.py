@@ -9,10 +9,9 @@ from ..config.base import ConfigError, UserError
 from .entry import processes, verb_main
 
 if TYPE_CHECKING:
-    from ..training.job import Config
-
-if TYPE_CHECKING:
     from ..evaluation.finished import FinishedSAE
+    from ..models.about import About
+    from ..training.job import Config
 
 
 def run(config: Config) -> None:
@@ -20,15 +19,14 @@ def run(config: Config) -> None:
 
     SAELens loads `<directory>/sae_lens/<job>` with SAE.load_from_disk. sparsify loads the SAEs of
     all hookpoints with SparseCoder.load_many("<directory>/sparsify/<values>", local=True), where
-    <values> are a grid's, such as k=16, or `train` for the SAEs of `train`. Several processes
-    divide the SAEs among them.
+    <values> are a grid's, such as k=16, or `train` for the SAEs of `train`; circuit-tracer loads a
+    folder of the same name, whose thresholds are measured on the store. The others are
+    `<directory>/<format>/<job>`. Several processes divide the SAEs among them.
 
     flash-sae export configs/quickstart.yaml "export.formats=[sae_lens]"
     """
     from ..evaluation.finished import finished_saes
     from ..files import check_writable
-    from ..interop import sae_lens, sparsify
-    from ..models.topk import TopKSAE
     from ..parallel import agree
 
     root = Path(config.export.directory or Path(config.output) / "export")
@@ -37,38 +35,64 @@ def run(config: Config) -> None:
         agree.first_checks(lambda: check_writable("export.directory", root))
         rank, world = accelerator.process_index, accelerator.num_processes
         finished = finished_saes(Path(config.output))
-        agree.first_checks(lambda: _check_architectures(finished, config.export.formats))
+        agree.first_checks(lambda: _check_held(finished, config.export.formats))
         for found in finished[rank::world]:
-            sae = found.load()
-            assert isinstance(sae, TopKSAE)
-            if "sae_lens" in config.export.formats:
-                sae_lens.export(
-                    sae,
-                    root / "sae_lens" / found.name,
-                    hookpoint=found.hookpoint,
-                    model_name=config.model.name if config.model else None,
-                    context_length=config.cache.context_length if config.cache else None,
-                    prepend_bos=begins,
-                )
-            if "sparsify" in config.export.formats:
-                sparsify.export(sae, root / "sparsify" / _hookpoint_last(found))
-            print(f"{found.name} -> {root} ({', '.join(config.export.formats)})")
+            _write(config, found, root, begins)
+        if accelerator.is_main_process and "circuit_tracer" in config.export.formats:
+            _write_sets(config, finished, root)
         accelerator.wait_for_everyone()
 
 
-def _check_architectures(finished: list[FinishedSAE], formats: tuple[str, ...]) -> None:
-    """Raises ConfigError before anything is written for an SAE that a format cannot hold."""
+def _write(config: Config, found: FinishedSAE, root: Path, begins: bool) -> None:
+    """Writes one SAE in the formats that have a place for each."""
+    from .. import interop
+
+    sae, about = found.load(), _about(config, found, begins)
+    formats = [name for name in config.export.formats if name != "circuit_tracer"]
+    for name in formats:
+        place = _hookpoint_last(found) if name == "sparsify" else found.name
+        interop.save(sae, root / name / place, name, about)
+    if formats:
+        print(f"{found.name} -> {root} ({', '.join(formats)})")
+
+
+def _write_sets(config: Config, finished: list[FinishedSAE], root: Path) -> None:
+    """circuit-tracer's sets: a folder of layers for the SAEs of all hookpoints."""
+    from .. import interop
+    from ..activations.store import store_of
+
+    store = store_of(config)
     for found in finished:
-        if (name := found.architecture()) != "topk":
-            raise ConfigError(
-                f"export.formats={list(formats)} cannot hold {found.name}, whose architecture is "
-                f"{name!r}, only 'topk'; export another output folder"
-            )
-        if found.target is not None:
-            raise ConfigError(
-                f"export.formats={list(formats)} cannot hold {found.name}, which is a transcoder; "
-                "export another output folder"
-            )
+        sae = found.load()
+        rows = interop.thresholds.rows_of(store, found.hookpoint).to(sae.W_dec.dtype)
+        contents = interop.thresholds.with_thresholds(sae, rows)
+        place = root / "circuit_tracer" / _hookpoint_last(found).parent
+        interop.save(contents, place, "circuit_tracer", _about(config, found, True))
+        print(f"{found.name} -> {place}")
+
+
+def _about(config: Config, found: FinishedSAE, begins: bool) -> About:
+    from ..models.about import About
+
+    return About(
+        found.hookpoint,
+        config.model.name if config.model else None,
+        config.cache.context_length if config.cache else None,
+        begins,
+        found.target,
+    )
+
+
+def _check_held(finished: list[FinishedSAE], formats: tuple[str, ...]) -> None:
+    """Raises ConfigError before anything is written for an SAE that a format cannot hold."""
+    from ..interop import FORMATS
+
+    for found in finished:
+        for name in formats:
+            try:
+                FORMATS[name].check_holds(found.architecture(), found.spec(), found.name)
+            except ValueError as e:
+                raise ConfigError(f"export.formats={list(formats)}: {e}") from e
 
 
 def _begins_with_token(config: Config) -> bool:

@@ -36,7 +36,7 @@ class Batch(SparseCoder):
         assert isinstance(self.config, BatchConfig)
         return min(self.config.k * self.mesh.num_replicas, self.d_sae_local)
 
-    def encode(self, x: Tensor) -> Pairs:
+    def encode_rows(self, x: Tensor) -> Pairs:
         self.check_input(x)
         x, b_dec = (feed_shards(t, self.mesh) for t in (x, self.b_dec))
         W_enc = self.compute(self.W_enc)
@@ -77,7 +77,7 @@ class Jump(SparseCoder):
         limits = self.config.limit * (1 + latents % 3).to(self.b_enc.dtype)
         return limits, self.config.capacity * num_tokens
 
-    def encode(self, x: Tensor) -> Pairs:
+    def encode_rows(self, x: Tensor) -> Pairs:
         self.check_input(x)
         x, b_dec = (feed_shards(t, self.mesh) for t in (x, self.b_dec))
         W_enc, limits = self.compute(self.W_enc), self._limits(len(x))

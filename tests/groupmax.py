@@ -31,7 +31,7 @@ class GroupMax(SparseCoder):
     Config: ClassVar[type[SAEConfig]] = GroupMaxConfig
     is_pairwise = True
 
-    def encode(self, x: Tensor) -> Codes:
+    def encode_rows(self, x: Tensor) -> Codes:
         return self.activate(self.candidates(x))
 
     def candidates(self, x: Tensor) -> Codes:

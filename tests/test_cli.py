@@ -22,6 +22,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import flash_sae_dist
 from flash_sae_dist.config.data import CacheConfig
 from flash_sae_dist.config.sae import SAEConfig
 from flash_sae_dist.launch import bench
@@ -47,7 +48,7 @@ def test_help_names_every_verb(app: Any) -> None:
     for verb in VERBS:
         result = RUNNER.invoke(app, [verb, "--help"])
         assert result.exit_code == 0
-        assert ("PATH" if verb in PATH_VERBS else "CONFIG.yaml") in result.output
+        assert ({"verify": "PATH", "convert": "FROM"}.get(verb, "CONFIG.yaml")) in result.output
 
 
 def test_help_teaches(app: Any) -> None:
@@ -229,7 +230,7 @@ def test_keys_are_a_line_each_in_a_pipe(app: Any) -> None:
     assert default["train.lr"] == "null"
     assert default["sae.k"] == "needed"
     (formats,) = (words for words in lines if words[0] == "export.formats")
-    assert formats[1:] == ['["sae_lens",', '"sparsify"]', "Formats", "to", "write."]
+    assert formats[1:] == ['["sae_lens",', '"sparsify"]', "Formats", "to", "write:", *formats[6:]]
 
 
 def test_keys_are_whole_on_a_narrow_terminal(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,3 +340,9 @@ def test_bench_encode_takes_shapes_by_name_or_size(name: str) -> None:
     assert bench._shape("900,2304,16384,20") == (900, 2304, 16384, 20)
     with pytest.raises(typer.BadParameter, match=f"--shape {name} is no shape.*N,D,F,k"):
         bench._shape(name)
+
+
+def test_the_version_is_told(app: Any) -> None:
+    result = RUNNER.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output == f"flash_sae_dist {flash_sae_dist.__version__}\n"

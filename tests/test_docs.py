@@ -25,7 +25,9 @@ import yaml
 
 from flash_sae_dist import TopKSAE
 from flash_sae_dist.config.base import ConfigError
+from flash_sae_dist.config.file import apply_override
 from flash_sae_dist.launch.cli import BENCHES, _keys, build
+from flash_sae_dist.launch.entry import words_of
 from flash_sae_dist.training.job import Config, load_config, parse_config
 
 ROOT = Path(__file__).parents[1]
@@ -104,10 +106,17 @@ def check_options(command: Any, words: list[str]) -> None:
 def check_config(config: str, overrides: list[str], folder: Path) -> None:
     """A config with its overrides is one that every key fits; of a placeholder the keys alone."""
     if config in PLACEHOLDERS:
+        overrides = words_of(config, overrides)[1]
         assert {o.partition("=")[0] for o in overrides} <= known_keys()
         return
-    path = next((p for p in (folder / config, ROOT / config) if p.is_file()), None)
-    assert path is not None, f"there is no {config}"
+    file, overrides = words_of(config, overrides)
+    if file is None:
+        for override in overrides:
+            apply_override({}, override)
+        assert {o.partition("=")[0] for o in overrides} <= known_keys()
+        return
+    path = next((p for p in (folder / file, ROOT / file) if p.is_file()), None)
+    assert path is not None, f"there is no {file}"
     load_config(path, overrides)
 
 
@@ -269,7 +278,7 @@ def test_python_compiles_and_imports_what_there_is(block: Block) -> None:
 def test_the_module_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Smaller, and with another SAE in the quick start's place."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    for size, smaller in (("24576", "96"), ("768", "12"), ("4096", "8")):
+    for size, smaller in (("24576", "96"), ("768", "12"), ("4096", "8"), ("576", "12")):
         assert size in block
         block = block.replace(size, smaller)
     saved = TopKSAE(d_in=12, d_sae=40, k=3)

@@ -13,11 +13,10 @@ import pytest
 import torch
 import yaml
 
-from flash_sae_dist import TopKSAE
+from flash_sae_dist import TopKSAE, interop
 from flash_sae_dist.activations.loader import ActivationLoader
 from flash_sae_dist.activations.store import ActivationStore, Geometry
 from flash_sae_dist.activations.writer import StoreWriter
-from flash_sae_dist.interop import sae_lens, sparsify
 from flash_sae_dist.launch import export
 from flash_sae_dist.training.job import parse_config
 
@@ -47,8 +46,8 @@ def check(root: Path, saes: dict[str, TopKSAE]) -> None:
     for name, sae in saes.items():
         hookpoint, values = name.split("/")
         for back in (
-            sae_lens.load(folder / "sae_lens" / name),
-            sparsify.load(folder / "sparsify" / values / hookpoint),
+            interop.load(folder / "sae_lens" / name),
+            interop.load(folder / "sparsify" / values / hookpoint),
         ):
             assert back.k == sae.k
             assert torch.equal(back.W_enc, sae.W_enc)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from flash_sae_dist import files
+from flash_sae_dist import files, interop
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.loader import ActivationLoader
 from flash_sae_dist.activations.store import ActivationStore, DamagedStoreError
@@ -28,7 +28,6 @@ from flash_sae_dist.config.base import UserError
 from flash_sae_dist.evaluation import report
 from flash_sae_dist.evaluation.runner import run_evaluation
 from flash_sae_dist.grid.runner import run_jobs
-from flash_sae_dist.interop import sae_lens, sparsify
 from flash_sae_dist.launch import export
 from flash_sae_dist.models import load_sae
 from flash_sae_dist.models.base import SparseCoder
@@ -85,8 +84,8 @@ def verb_load(root: Path, config: Config) -> Any:
     with ActivationLoader(store, "model.layers.0", batch_tokens=50, seed=0, num_steps=6) as rows:
         read = torch.cat(list(rows)).tolist()
     tokens = [store.read(f"tokens/{n}", 0, store.rows).tolist() for n in ("ids", "position")]
-    lens = sae_lens.load(root / "run/export/sae_lens/model.layers.0")
-    other = sparsify.load(root / "run/export/sparsify/train/model.layers.0")
+    lens = interop.load(root / "run/export/sae_lens/model.layers.0")
+    other = interop.load(root / "run/export/sparsify/train/model.layers.0")
     mean = store.mean("model.layers.0").tolist()
     return read, tokens, mean, store.num_documents(), weights(lens), weights(other)
 
@@ -131,7 +130,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def quick(patch: pytest.MonkeyPatch) -> None:
     """Pictures are not read back."""
     patch.setattr(report, "plot_density", lambda *args: None)
-    patch.setattr(report, "plot_frontiers", lambda *args: [])
+    patch.setattr(report, "plot_all", lambda *args: [])
 
 
 def restore(whole: Path, root: Path) -> None:
@@ -321,8 +320,8 @@ def test_tied_weights_are_saved_whole(tmp_path: Path) -> None:
     sae.save(tmp_path)
     assert torch.equal(Tied.load(tmp_path).W_enc, sae.W_enc)
     assert torch.equal(TopKSAE.load(tmp_path).W_enc, sae.W_dec)
-    sae_lens.export(sae, tmp_path / "lens", hookpoint="model.layers.0")
-    assert torch.equal(sae_lens.load(tmp_path / "lens").W_enc, sae.W_dec)
+    interop.save(sae, tmp_path / "lens", "sae_lens", interop.About("model.layers.0"))
+    assert torch.equal(interop.load(tmp_path / "lens").W_enc, sae.W_dec)
 
 
 def test_saes_of_before_checksums_are_read(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
-from flash_sae_dist import identity
+from flash_sae_dist import TopKSAE, identity
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.origin import model_parts
 from flash_sae_dist.activations.store import ActivationStore, make_geometry
@@ -478,7 +478,8 @@ def test_every_key_of_a_config_is_of_one_kind() -> None:
 
 # Another valid value of each key of sae and train.
 OTHER: dict[str, Any] = {
-    "sae.k": 3, "sae.d_sae": 32, "train.hookpoint": "model.layers.1.mlp", "train.num_tokens": 9999,
+    "sae.k": 3, "sae.d_sae": 32, "sae.input_norm": "layer_norm",
+    "train.hookpoint": "model.layers.1.mlp", "train.num_tokens": 9999,
     "train.batch_tokens": 32, "train.lr": 0.5, "train.warmup_steps": 6,
     "train.decay_fraction": 0.5, "train.schedule": "cosine", "train.adam_betas": [0.5, 0.9],
     "train.adam_eps": 1e-3,
@@ -522,11 +523,14 @@ def test_the_digest_covers_a_key_or_the_key_is_free(base: Path) -> None:
     # One width under two keys; the architecture is the one that there is.
     keys = {k for k in all_keys(Config) if k.startswith(("sae.", "train."))}
     keys -= {"sae.architecture", "sae.expansion_factor"}
+    # A file's content counts, so it has to be there.
+    TopKSAE(16, 64, 4).save(base / "given")
+    others = {**OTHER, "train.init_from": str(base / "given")}
     for key in sorted(keys):
-        assert key in OTHER, f"give another value of {key}"
+        assert key in others, f"give another value of {key}"
         config = with_values(plain, NEEDED.get(key, {}))
         before = made_of.made_of(config, store, CPU)
-        after = made_of.made_of(with_values(config, {key: OTHER[key]}), store, CPU)
+        after = made_of.made_of(with_values(config, {key: others[key]}), store, CPU)
         assert (after["digest"] == before["digest"]) == (key in identity.FREE_KEYS), key
         if key not in identity.FREE_KEYS:
             with pytest.raises(ConfigError, match=f"{key}="):

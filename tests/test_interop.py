@@ -1,4 +1,4 @@
-"""Exports load in the libraries they are for, reconstruct the same, and come back unchanged."""
+"""Exports load in SAELens and sparsify, reconstruct the same, and theirs load here."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from flash_sae_dist.files import CHECKSUMS
-from flash_sae_dist.interop import sae_lens, sparsify
+from flash_sae_dist import interop
+from flash_sae_dist.interop import FORMATS, About, hook_names
+from flash_sae_dist.models import ARCHITECTURES
 from flash_sae_dist.models.topk import TopKSAE
 
 HOOKPOINT = "model.layers.3"
@@ -40,7 +40,7 @@ MODEL = "EleutherAI/pythia-70m"
 @pytest.mark.slow
 def test_sae_lens_reconstructs_the_same(sae: TopKSAE, x: torch.Tensor, tmp_path: Path) -> None:
     library = pytest.importorskip("sae_lens")
-    sae_lens.export(sae, tmp_path, hookpoint=HOOKPOINT, model_name=MODEL, context_length=64)
+    interop.save(sae, tmp_path, "sae_lens", About(HOOKPOINT, MODEL, 64))
     theirs = library.SAE.load_from_disk(str(tmp_path), device="cpu")
     out = sae(x)
     acts = theirs.encode(x)
@@ -55,6 +55,34 @@ def test_sae_lens_reconstructs_the_same(sae: TopKSAE, x: torch.Tensor, tmp_path:
     # ActivationsStore.from_sae refuses an SAE without these two.
     assert theirs.cfg.metadata.prepend_bos is True
     assert theirs.cfg.metadata.context_size == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d_out", [None, 7])
+@pytest.mark.parametrize("name", sorted(FORMATS["sae_lens"].converters))
+def test_sae_lens_takes_every_architecture(name: str, d_out: int | None, tmp_path: Path) -> None:
+    library = pytest.importorskip("sae_lens")
+    if d_out is not None and name not in FORMATS["sae_lens"].transcoders:
+        pytest.skip("SAELens has no such transcoder")
+    for skip in (False, *([True] if d_out else [])):
+        kind = ARCHITECTURES[name]
+        keys = {"architecture": name, "d_sae": 40, "k": 5, "skip": skip}
+        fields = kind.Config.model_fields
+        config = kind.Config.model_validate({n: v for n, v in keys.items() if n in fields})
+        ours = kind.from_config(config, 12, **({"d_out": d_out} if d_out else {})).eval()
+        with torch.no_grad():
+            for tensor in ours.state_dict().values():
+                tensor.add_(0.3 * torch.rand_like(tensor))
+        about = About(HOOKPOINT, MODEL, 64, output_hookpoint=HOOKPOINT if d_out else None)
+        interop.save(ours, tmp_path, "sae_lens", about)
+        theirs, x = library.SAE.load_from_disk(str(tmp_path), device="cpu"), torch.randn(50, 12)
+        torch.testing.assert_close(theirs.encode(x), ours.encode_dense(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs(x), ours(x).recon, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(interop.load(tmp_path)(x).recon, ours(x).recon)
+        # What it writes itself is read back, too.
+        theirs.save_model(str(tmp_path / "theirs"))
+        back = interop.load(tmp_path / "theirs")
+        torch.testing.assert_close(back(x).recon, ours(x).recon, rtol=1e-5, atol=1e-5)
 
 
 _SPARSIFY = """
@@ -73,7 +101,7 @@ torch.save(outs, root + "/out.pt")
 @pytest.mark.slow
 def test_sparsify_reconstructs_the_same(sae: TopKSAE, x: torch.Tensor, tmp_path: Path) -> None:
     pytest.importorskip("sparsify")
-    sparsify.export(sae, tmp_path / HOOKPOINT)
+    interop.save(sae, tmp_path / HOOKPOINT, "sparsify")
     torch.save(x, tmp_path / "x.pt")
     # In a process of its own: with triton installed its decode needs Triton's interpreter on a CPU.
     env = os.environ | {"TRITON_INTERPRET": "1"}
@@ -90,91 +118,19 @@ def test_sparsify_reconstructs_the_same(sae: TopKSAE, x: torch.Tensor, tmp_path:
         torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sae_lens", "sparsify"])
-def test_round_trip_is_exact(sae: TopKSAE, tmp_path: Path, name: str) -> None:
-    if name == "sae_lens":
-        sae_lens.export(sae, tmp_path, hookpoint=HOOKPOINT)
-        back = sae_lens.load(tmp_path)
-    else:
-        sparsify.export(sae, tmp_path)
-        back = sparsify.load(tmp_path)
-    assert (back.d_in, back.d_sae, back.k) == (sae.d_in, sae.d_sae, sae.k)
-    for key, value in sae.state_dict().items():
-        assert torch.equal(back.state_dict()[key], value), key
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "word"),
-    [
-        ("architecture", "jumprelu", "jumprelu"),
-        ("normalize_activations", "layer_norm", "layer_norm"),
-        ("k", None, "no k"),
-        ("k", True, "no k"),
-        ("k", 41, "k=41"),
-        ("d_sae", 39, r"cfg.json says \[39, 12\]"),
-        ("d_in", 13, r"cfg.json says \[40, 13\]"),
-    ],
-)
-def test_other_sae_lens_architectures_are_refused(
-    sae: TopKSAE, tmp_path: Path, key: str, value: object, word: str
-) -> None:
-    sae_lens.export(sae, tmp_path, hookpoint=HOOKPOINT)
-    (tmp_path / CHECKSUMS).unlink()  # as another's files
-    config = json.loads((tmp_path / "cfg.json").read_text())
-    (tmp_path / "cfg.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(ValueError, match=word):
-        sae_lens.load(tmp_path)
-
-
-def test_transcoders_and_foreign_tensors_are_refused(sae: TopKSAE, tmp_path: Path) -> None:
-    sparsify.export(sae, tmp_path)
-    (tmp_path / CHECKSUMS).unlink()  # as another's files
-    config = json.loads((tmp_path / "cfg.json").read_text())
-    (tmp_path / "cfg.json").write_text(json.dumps(config | {"transcode": True}))
-    with pytest.raises(ValueError, match="transcode"):
-        sparsify.load(tmp_path)
-    weights = load_file(tmp_path / "sae.safetensors")
-    save_file(weights | {"W_skip": torch.zeros(2, 2)}, tmp_path / "sae.safetensors")
-    with pytest.raises(ValueError, match="W_skip"):
-        sparsify.load(tmp_path)
-
-
-def test_files_of_two_saes_are_refused(sae: TopKSAE, tmp_path: Path) -> None:
-    sparsify.export(sae, tmp_path)
-    (tmp_path / CHECKSUMS).unlink()  # as another's files
-    config = json.loads((tmp_path / "cfg.json").read_text())
-    (tmp_path / "cfg.json").write_text(json.dumps(config | {"num_latents": 0}))
-    assert sparsify.load(tmp_path).d_sae == sae.d_sae, "0 leaves the width open"
-    (tmp_path / "cfg.json").write_text(json.dumps(config | {"num_latents": 48}))
-    with pytest.raises(ValueError, match=r"\[48, 12\]"):
-        sparsify.load(tmp_path)
-    (tmp_path / "cfg.json").write_text("[1]")
-    with pytest.raises(ValueError, match="no k"):
-        sparsify.load(tmp_path)
-
-
-def test_a_flat_decoder_is_told(sae: TopKSAE, tmp_path: Path) -> None:
-    sae_lens.export(sae, tmp_path, hookpoint=HOOKPOINT)
-    (tmp_path / CHECKSUMS).unlink()  # as another's files
-    file = tmp_path / "sae_weights.safetensors"
-    weights = load_file(file)
-    save_file(weights | {"W_dec": weights["W_dec"].flatten()}, file)
-    with pytest.raises(ValueError, match=r"W_dec is \[480\]"):
-        sae_lens.load(tmp_path)
-
-
-def test_damaged_and_missing_files_are_told(sae: TopKSAE, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no whole SAE"):
-        sparsify.load(tmp_path)
-    sae_lens.export(sae, tmp_path, hookpoint=HOOKPOINT)
-    data = (tmp_path / "sae_weights.safetensors").read_bytes()
-    (tmp_path / "sae_weights.safetensors").write_bytes(data[:100])
-    with pytest.raises(ValueError, match="no whole SAE"):
-        sae_lens.load(tmp_path)
-    for text in (b"{", b"\xff\xfe"):
-        (tmp_path / "cfg.json").write_bytes(text)
-        with pytest.raises(ValueError, match=f"{tmp_path} holds no whole SAE"):
-            sae_lens.load(tmp_path)
+@pytest.mark.slow
+def test_sae_lens_own_files_reconstruct_the_same(x: torch.Tensor, tmp_path: Path) -> None:
+    """Those of its own training, with norms that the top k counts."""
+    library = pytest.importorskip("sae_lens")
+    config = library.TopKTrainingSAEConfig(d_in=12, d_sae=40, k=5)
+    theirs = library.TopKTrainingSAE(config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    theirs.save_inference_model(str(tmp_path))
+    saved = library.SAE.load_from_disk(str(tmp_path), device="cpu")
+    assert saved.cfg.rescale_acts_by_decoder_norm, "its default"
+    torch.testing.assert_close(interop.load(tmp_path)(x).recon, saved(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +156,7 @@ def test_damaged_and_missing_files_are_told(sae: TopKSAE, tmp_path: Path) -> Non
     ],
 )
 def test_hook_names(hookpoint: str, name: str) -> None:
-    assert sae_lens.hook_name(hookpoint) == name
+    assert hook_names.hook_name(hookpoint) == name
 
 
 KNOWN = frozenset({MODEL.lower()})
@@ -226,8 +182,8 @@ def test_hooks_that_do_not_exist_are_told(
     hook: str,
     words: str,
 ) -> None:
-    monkeypatch.setattr(sae_lens, "_known_models", lambda: KNOWN)
-    sae_lens.export(sae, tmp_path, hookpoint=hookpoint, model_name=model)
+    monkeypatch.setattr(hook_names, "_known_models", lambda: KNOWN)
+    interop.save(sae, tmp_path, "sae_lens", About(hookpoint, model))
     told = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
     assert (told["hook_name"], told["hf_hook_name"]) == (hook, hookpoint)
     assert told["model_class_name"] == (
@@ -238,11 +194,11 @@ def test_hooks_that_do_not_exist_are_told(
 
 
 def test_what_the_attention_hands_on_is_flattened(sae: TopKSAE, tmp_path: Path) -> None:
-    sae_lens.export(sae, tmp_path, hookpoint="gpt_neox.layers.3.attention.dense:input")
+    interop.save(sae, tmp_path, "sae_lens", About("gpt_neox.layers.3.attention.dense:input"))
     config = json.loads((tmp_path / "cfg.json").read_text())
     assert config["reshape_activations"] == "hook_z"
     assert config["metadata"]["model_from_pretrained_kwargs"] == {
         "center_writing_weights": False,
         "fold_value_biases": False,
     }
-    assert torch.equal(sae_lens.load(tmp_path).W_enc, sae.W_enc)
+    assert torch.equal(interop.load(tmp_path).W_enc, sae.W_enc)

@@ -22,9 +22,9 @@ FLOORS = [
         "sums",
         "tensor_files",
     },
-    {"activations", "models"},
+    {"activations", "models", "interop"},
     {"training"},
-    {"grid", "evaluation", "interop", "planner", "features", "compat", "api", "verify"},
+    {"grid", "evaluation", "planner", "features", "compat", "api", "verify"},
     {"launch", "__main__"},
 ]
 MAX_FILE_LINES = 500
@@ -32,7 +32,6 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = {"kernels": 80, "framework": 40}
 # Longer ones of before the rule. The list may only shrink: a line that is no longer needed fails.
 LONG_FUNCTIONS = {
-    "flash_sae_dist/interop/sae_lens.py export": 44,
     "launch/bench.py encode": 55,
 }
 

@@ -38,7 +38,7 @@ def test_what_is_imported_is_declared() -> None:
     """A package that only another one brings is gone when that one drops it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    used = ("interop", "adapters", "objects", "deepspeed")
+    used = ("gpu", "interop", "adapters", "objects", "deepspeed")
     needs = [*project["dependencies"], *(need for name in used for need in extras[name])]
     declared = {re.split(r"[<>=;\[ ]", need, maxsplit=1)[0].replace("-", "_") for need in needs}
     declared = {name.removeprefix("eai_") for name in declared}
@@ -84,3 +84,36 @@ def test_wheel_imports_away_from_the_checkout(wheel: Path, tmp_path: Path) -> No
         check=True,
     )
     assert run.stdout.count(str(site)) == 3
+
+
+def test_nothing_needs_triton_without_a_gpu() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from flash_sae_dist import TopKSAE\n"
+        "from flash_sae_dist.compat.recipe import FusedTraining, Recipe\n"
+        "import flash_sae_dist.launch.cli, flash_sae_dist.training.trainer\n"
+        "sae = TopKSAE(8, 32, 4)\n"
+        "training = FusedTraining(sae, Recipe(1e-3, 'fvu'), torch.float32)\n"
+        "print(float(training.step(torch.randn(9, 8)).fvu))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) > 0
+
+
+def test_windows_is_refused_when_it_is_built() -> None:
+    code = "import sys; sys.platform = 'win32'; sys.argv = ['setup.py', '--version']\n"
+    code += "import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert run.returncode == 1
+    assert "WSL 2" in run.stderr.splitlines()[-1]
+    code = "import sys; sys.platform = 'win32'; import flash_sae_dist"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert "ImportError: flash_sae_dist runs on Linux and macOS" in run.stderr

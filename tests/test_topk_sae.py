@@ -130,7 +130,5 @@ def test_bad_sizes_are_told(sizes: tuple[int, int, int], words: str) -> None:
 
 def test_bad_input_is_told() -> None:
     sae = TopKSAE(D_IN, D_SAE, K)
-    with pytest.raises(ValueError, match=r"\[N, 10\].*\[2, 3, 10\].*flatten"):
-        sae(torch.randn(2, 3, D_IN))
-    with pytest.raises(ValueError, match=r"\[N, 10\], not \[3, 11\]"):
+    with pytest.raises(ValueError, match=r"\[..., 10\], not \[3, 11\]"):
         sae(torch.randn(3, 11))

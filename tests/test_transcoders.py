@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from flash_sae_dist import interop
 from flash_sae_dist.activations.aligned import AlignedLoaders
 from flash_sae_dist.activations.loader import ActivationLoader
 from flash_sae_dist.activations.store import ActivationStore
@@ -112,7 +113,23 @@ def test_it_goes_through_the_verbs(tmp_path: Path) -> None:
     assert "loss" not in record
     result = runner.invoke(app, ["export", config])
     assert result.exit_code == 2
-    assert "which is a transcoder" in result.output
+    assert "is a transcoder of architecture 'topk', which SAELens cannot hold" in result.output
+    result = runner.invoke(app, ["export", config, "export.formats=[sparsify]"])
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "run/export/sparsify/train/model.layers.1.mlp:input"
+    own = load_sae(tmp_path / "run/model.layers.1.mlp:input/sae")
+    back, x = interop.load(folder), torch.randn(5, own.d_in)
+    assert torch.equal(back(x).recon, own(x).recon)
+    own.about = interop.About("model.layers.1.mlp:input", output_hookpoint="model.layers.1.mlp")
+    own.save(tmp_path / "told")
+    words = [config, f"SAE={tmp_path / 'told'}", "evaluate.rows=all", f"output={tmp_path / 'o'}"]
+    result = runner.invoke(app, ["evaluate", *words])
+    assert result.exit_code == 0, result.output
+    (given,) = json.loads((tmp_path / "o/evaluation.json").read_text())
+    assert given["fvu"] == pytest.approx(record["fvu"], rel=0.5)
+    result = runner.invoke(app, ["evaluate", config, f"SAE={folder}", f"output={tmp_path / 'o'}"])
+    assert result.exit_code == 2
+    assert "is a transcoder whose file tells no hookpoint that it gives" in result.output
     result = runner.invoke(app, ["train", config, "train.target=model.layers.1.mpl", "output=x"])
     assert result.exit_code == 2
     assert "train.target='model.layers.1.mpl' is no hookpoint here; did you mean" in result.output

@@ -194,8 +194,18 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     data[last] = value
 
 
-def read_file(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """Reads a YAML config and applies `key=value` overrides. Raises ConfigError."""
+def read_file(
+    path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Reads a YAML config, none where path is None, and applies `key=value` overrides. Raises
+    ConfigError."""
+    data = {} if path is None else _read_keys(path)
+    for override in overrides:
+        apply_override(data, override)
+    return data
+
+
+def _read_keys(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     try:
         is_file = file.is_file()
@@ -221,6 +231,4 @@ def read_file(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
             f"{path}: the file {what}; it must hold sections, such as those of "
             "configs/quickstart.yaml"
         )
-    for override in overrides:
-        apply_override(data, override)
     return data

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .base import ConfigError, Folder, StrictModel, from_yaml, nearest_name
+from .base import ConfigError, Folder, Hookpoint, Latents, StrictModel, from_yaml, nearest_name
 from .data import CacheConfig, ModelConfig, TextConfig
 from .train import STEP_IS_GONE
 
-ExportFormat = Literal["sae_lens", "sparsify"]
+ExportFormat = Literal[
+    "sae_lens",
+    "sparsify",
+    "dictionary_learning",
+    "llamascopium",
+    "gemma_scope",
+    "gemma_scope_2",
+    "circuit_tracer",
+    "openai",
+    "qwen_scope",
+]
 
 
 class GridConfig(StrictModel):
@@ -114,6 +124,14 @@ class EvaluateConfig(StrictModel):
     rows: Literal["held_out", "all"] = "held_out"
     """held_out: of the store that an SAE was trained on, the rows that train.holdout left out;
     where there are none, all, as a warning says. all: all rows. Of another store always all."""
+    saes: tuple[Folder, ...] = ()
+    """SAEs to measure in place of those under output: files or folders of any format that
+    `flash-sae convert` knows, or owner/name of the hub. On the command line SAE=PATH adds one.
+    Without a store the model itself gives the rows, as the sections model, text and cache say."""
+    hookpoint: Hookpoint | None = None
+    """Hookpoint of evaluate.saes whose files do not tell it, or tell another library's name."""
+    k: Latents | None = None
+    """k of evaluate.saes whose files do not tell it (Qwen-Scope's)."""
     num_tokens: int = Field(default=65_536, gt=0)
     """Stored rows for FVU, cosine, L0, latents that never fired, and densities."""
     batch_tokens: int = Field(default=4096, gt=0)
@@ -151,8 +169,8 @@ class FeaturesConfig(StrictModel):
 class ExportConfig(StrictModel):
     """Files for other libraries."""
 
-    formats: tuple[ExportFormat, ...] = get_args(ExportFormat)
-    """Formats to write."""
+    formats: tuple[ExportFormat, ...] = ("sae_lens", "sparsify")
+    """Formats to write: docs/formats.md says who reads them, and what each can hold."""
     directory: Folder | None = None
     """Where to write; left out, `<output>/export`."""
 
@@ -193,6 +211,10 @@ class RunConfig(StrictModel):
                     f"{key}={folder!r} is a URL; give a folder (only stores and text may be URLs)"
                 )
         return self
+
+    def names_store(self) -> bool:
+        """Whether there is a store to read."""
+        return self.store is not None or (self.cache is not None and self.cache.store is not None)
 
     def store_path(self) -> str:
         """The store that training reads. Raises ConfigError where none is named."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from .base import ConfigError, Latents, StrictModel
+
+InputNorm = Literal["none", "layer_norm"]
 
 
 class SAEConfig(StrictModel):
@@ -18,7 +20,10 @@ class SAEConfig(StrictModel):
     """Latents over all shards; give this or expansion_factor."""
     expansion_factor: float | None = Field(default=None, gt=0, lt=2**31)
     """d_sae as a multiple of the hookpoint's width."""
-
+    input_norm: InputNorm = "none"
+    """layer_norm: each token is standardised (its mean taken out, divided by its deviation) before
+    it is encoded, and the reconstruction put back, as OpenAI's SAEs do; losses are then those of
+    standardised tokens."""
     skip: bool = False
     """Transcoders (train.target) alone: a matrix [d_out, d_in], zero at first, adds what of the
     target is affine in the input (Paulo et al. 2025, arXiv 2501.18823; sparsify's skip_connection).

@@ -108,6 +108,10 @@ class TrainConfig(StrictModel):
     replicas as go with them where num_replicas is left out, too."""
     num_replicas: int = Field(default=1, gt=0)
     """Copies of the sharded SAE that split each batch."""
+    init_from: Folder | None = None
+    """SAE to begin from in place of random weights: a file or folder of any format that
+    `flash-sae convert` knows, or owner/name of the hub. The section sae says its architecture and
+    width; k may be another."""
     seed: Seed = 0
     """Seed of the initial weights and of the order of the data."""
     holdout: float = Field(default=0.01, ge=0, lt=1)

@@ -16,7 +16,8 @@ from ..config.base import ConfigError, UserError
 from ..files import check_readable
 from ..identity import Difference, difference
 from ..models import load_sae
-from ..models.base import CONFIG_FILE, SparseCoder, read_spec
+from ..models.base import SparseCoder
+from ..models.saved import CONFIG_FILE, read_spec
 from ..training import made_of
 from ..training.job import Config
 from ..training.records import DamagedRecordError, job_folders, read_job, read_store_config
@@ -85,10 +86,16 @@ class FinishedSAE(NamedTuple):
 
     def architecture(self) -> str:
         """Its name in `sae.architecture`. Raises UserError where the files are damaged."""
+        return str(self.spec()["architecture"])
+
+    def spec(self) -> dict[str, Any]:
+        """Its architecture, widths and keys. Raises UserError where the files are damaged."""
         try:
-            return str(read_spec(self.folder / "sae")["architecture"])
+            spec = read_spec(self.folder / "sae")
+            spec["architecture"]
         except (OSError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"{self.folder}/sae is damaged ({e}); train it anew") from e
+        return spec
 
     def load(self, device: torch.device | str = "cpu") -> SparseCoder:
         """The SAE itself. Raises UserError where its files are damaged."""

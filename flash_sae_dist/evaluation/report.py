@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..files import replacing, write_checksums, write_json, write_text
+from ..files import add_checksums, replacing, write_checksums, write_json, write_text
 from ..training.metrics import read_metrics
 from .loss_recovered import LossRecovered
 from .metrics import ReconstructionMetrics, density_histogram
@@ -62,6 +62,7 @@ def write_evaluation(folder: Path, record: dict[str, Any], density: Tensor) -> N
     with replacing(folder / "densities.npy") as partial, partial.open("wb") as file:
         np.save(file, density.float().numpy())
     write_json(folder / "evaluation.json", record, indent=1)
+    add_checksums(folder, ["densities.npy", "evaluation.json"])
     plot_density(record, folder / "density.png")
 
 

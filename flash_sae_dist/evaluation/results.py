@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config.base import UserError
-from ..files import read_json, write_json, write_text
-from ..models.base import CONFIG_FILE, read_spec
+from ..files import add_checksums, read_json, write_json, write_text
+from ..models.saved import CONFIG_FILE, read_spec
 from ..training.job import Config
 from ..training.metrics import read_metrics
 from ..training.records import job_folders, read_job, read_status
@@ -139,6 +139,7 @@ def write_results(output: Path, evaluations: Iterable[dict[str, Any]] = ()) -> N
     data = json.dumps({"output": output.resolve().name, "jobs": found}, separators=(",", ":"))
     # A name may hold what ends a script.
     write_text(output / "report.html", template.replace(_DATA, data.replace("</", "<\\/")))
+    add_checksums(output, ["results.json", "results.csv", "report.html"])
 
 
 def _csv(found: list[dict[str, Any]]) -> str:

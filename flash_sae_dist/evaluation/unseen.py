@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from ..activations.holdout import held_out
 from ..activations.store import ActivationStore
@@ -52,7 +53,12 @@ def measured_rows(found: FinishedSAE, store: ActivationStore, cfg: EvaluateConfi
     return MeasuredRows(share, len(rows), "rows that training held out")
 
 
-def warn_of_rows(saes: list[FinishedSAE], rows: list[MeasuredRows]) -> None:
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+def warn_of_rows(saes: Sequence[_Named], rows: Sequence[MeasuredRows]) -> None:
     """Tells each warning once, with the SAEs that it is of."""
     names: dict[str, list[str]] = {}
     for found, measured in zip(saes, rows, strict=True):

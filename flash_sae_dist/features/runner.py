@@ -19,7 +19,8 @@ from ..evaluation.finished import FinishedSAE, check_loaded_model, finished_saes
 from ..evaluation.results import write_results
 from ..files import check_space, check_writable, locked
 from ..identity import versions
-from ..models.base import SparseCoder, read_spec
+from ..models.base import SparseCoder
+from ..models.saved import read_spec
 from ..parallel import agree
 from ..progress import progress_bar
 from ..training.job import Config

@@ -17,7 +17,7 @@ from ..activations.stream import ModelRows, Rows
 from ..config.base import ConfigError, nearest_name
 from ..config.train import TrainConfig
 from ..files import check_space, check_writable
-from ..models.base import CONFIG_FILE, check_weights, read_spec
+from ..models.saved import CONFIG_FILE, check_weights, read_spec
 from ..parallel import agree
 from ..parallel.mesh import Mesh
 from ..planner.devices import GIB, Launch, launch_here, memory_of
@@ -27,6 +27,7 @@ from ..planner.storage import disk_bytes
 from ..planner.timing import Cost, bundle_seconds, cost_of
 from ..training.defaults import with_defaults
 from ..training.engine import check_engine, check_installed
+from ..training.initial import read_initial
 from ..training.job import Config
 from ..training.made_of import check_same_job
 from ..training.member import is_finished
@@ -168,6 +169,8 @@ def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:
             )
         train = with_defaults(job.config.train, job.config.sae, d_in)
         check_engine(train, d_in, mesh, job.config.sae)
+        if train.init_from is not None and not is_finished(job):
+            read_initial(train.init_from, job.config.sae, d_in)
         d_sae = job.config.sae.width(d_in)
         if d_sae % mesh.num_shards:
             up = -(-d_sae // mesh.num_shards) * mesh.num_shards

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from .base import SparseCoder, check_sae_folder, read_spec
+from .base import SparseCoder
 from .batch_topk import BatchTopK
 from .gated import Gated
 from .jumprelu import JumpReLU
 from .matryoshka import Matryoshka
 from .multi_topk import MultiTopK
 from .relu import ReLU
+from .saved import check_sae_folder, read_spec
 from .topk import TopKSAE
 
 # The names that `sae.architecture` takes, in configs and beside saved weights.

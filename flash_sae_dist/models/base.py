@@ -5,7 +5,6 @@ Legend: N tokens, D d_in, F d_sae, K slots a token, C slots of a flat list.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config.file import parse
 from ..config.sae import SAEConfig
-from ..files import check_readable, checksum, read_json, write_json
+from ..files import check_readable, write_json
 from ..kernels import ops
 from ..kernels.reference import Codes as Codes
 from ..kernels.reference import Pairs as Pairs
@@ -25,14 +24,21 @@ from ..kernels.reference import Slots as Slots
 from ..parallel import agree
 from ..parallel.collectives import feed_shards, sum_over_shards
 from ..parallel.mesh import Mesh
+from .about import About
 from .initial import unit_rows_
+from .interventions import Interventions, flat, shaped
 from .losses import geometric_median
-from .saved import save_weights
+from .saved import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_sae_folder,
+    check_weights,
+    read_spec,
+    save_weights,
+)
 from .sparsity import Batch
 
-logger = logging.getLogger(__name__)
-WEIGHTS_FILE = "sae.safetensors"
-CONFIG_FILE = "config.json"
+_NORM_EPS = 1e-5
 # rows: a row a latent, split over the shards; whole: the same on every shard.
 Role = Literal["rows", "whole"]
 
@@ -48,30 +54,33 @@ class TrainDefaults(NamedTuple):
 class SAEOutput(NamedTuple):
     """What one forward pass of an SAE gives."""
 
-    recon: Tensor  # [N, d_in]
-    codes: Codes  # Slots or Pairs: values >= 0 and the latents, rows of this shard
+    recon: Tensor  # [..., d_out]
+    codes: Codes  # Slots [..., K], or Pairs of all tokens: values >= 0, latents of this shard
 
 
-class SparseCoder(nn.Module):
+class SparseCoder(Interventions):
     """A sparse autoencoder `decode(encode(x))`, whole or one shard of it; an ordinary nn.Module.
 
-    W_enc and W_dec are [d_sae_local, d_in], b_enc is [d_sae_local], b_dec is [d_in]. With a d_out
-    it is a transcoder, whose target rows are [N, d_out]: W_dec is [d_sae_local, d_out] and of any
-    norm, b_dec [d_out], nothing is subtracted from the input, and with config.skip W_skip [d_out,
-    d_in] adds `x @ W_skip.T`. On a mesh
-    with several shards a rank holds rows `mesh.shard * d_sae_local` onwards, and every method is
-    collective over the shard group. Under autocast the products take autocast's dtype; sums and
-    the selection stay float32.
+    x is [..., d_in]: tokens, or sequences of them. With config.input_norm layer_norm each token is
+    standardised before it is encoded, which `forward` undoes behind the decoder.
 
-    An architecture says which latents are active, and how much: `encode`. To be trained it says
-    which pairs have an activation or a gradient, `candidates` for autograd and `select` for the
-    fused engine (the same pairs without gradients, from weights in the compute dtype); what they
-    come to, `activate`; and what else there is to lose than the error, `penalty` and `levels`.
+    W_enc and W_dec are [d_sae_local, d_in], b_enc is [d_sae_local], b_dec is [d_in]. With a d_out
+    it is a transcoder, whose target rows are [..., d_out]: W_dec is [d_sae_local, d_out] and of any
+    norm, b_dec [d_out], nothing is subtracted from the input, and with config.skip W_skip [d_out,
+    d_in] adds `x @ W_skip.T`. On a mesh with several shards a rank holds rows `mesh.shard *
+    d_sae_local` onwards, and every method is collective over the shard group. Under autocast the
+    products take autocast's dtype; sums and the selection stay float32.
+
+    An architecture says which latents are active, and how much: `encode_rows`. To be trained it
+    says which pairs have an activation or a gradient, `candidates` for autograd and `select` for
+    the fused engine (the same pairs without gradients, from weights in the compute dtype); what
+    they come to, `activate`; and what else there is to lose than the error, `penalty` and `levels`.
     Pairs are `Slots`, K for each token, or `Pairs`, a flat list of which a token has any number; on
     a shard a value is 0 where another holds the latent.
     """
 
     Config: ClassVar[type[SAEConfig]]
+    about = About()  # where it reads, if its file told
     roles: ClassVar[dict[str, Role]] = {
         "W_enc": "rows",
         "b_enc": "rows",
@@ -104,9 +113,15 @@ class SparseCoder(nn.Module):
     ) -> None:
         """seed draws the initial weights; None leaves memory as it is, for weights that are loaded.
 
-        Raises ValueError where config's d_sae is not divisible by the shards.
+        Raises ValueError where config's d_sae is not divisible by the shards, or a transcoder is to
+        standardise its tokens.
         """
         super().__init__()
+        if d_out is not None and config.input_norm != "none":
+            raise ValueError(
+                f"sae.input_norm={config.input_norm!r} is for SAEs: what a transcoder gives is not "
+                "its input, and could not be put back; leave it out"
+            )
         self.config, self.d_in, self.d_sae = config, d_in, config.width(d_in)
         self.transcodes, self.d_out = d_out is not None, d_in if d_out is None else d_out
         self.mesh = mesh if mesh is not None else Mesh.single()
@@ -182,12 +197,34 @@ class SparseCoder(nn.Module):
         self.b_dec.zero_()
 
     def encode(self, x: Tensor) -> Codes:
-        """The active latents of tokens x [N, d_in], differentiable. Collective over the shards."""
+        """The active latents of tokens x [..., d_in], differentiable: Slots [..., K], or Pairs of
+        all tokens one after another. Collective over the shards. Raises ValueError on a width that
+        does not fit.
+        """
+        self.check_input(x)
+        return shaped(self.encode_rows(self.normalise(x.reshape(-1, self.d_in))[0]), x.shape[:-1])
+
+    def encode_rows(self, x: Tensor) -> Codes:
+        """`encode` of tokens x [N, d_in] that are standardised where they are to be."""
         raise NotImplementedError
 
+    def normalise(
+        self,
+        x: Tensor,  # [N, d_in]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Tokens as the encoder reads them, and their deviations and means [N, 1] where these were
+        taken out (input_norm layer_norm, in OpenAI's form).
+        """
+        if self.config.input_norm == "none":
+            return x, None
+        x = x.to(self.b_dec.dtype)
+        centred = x - (mean := x.mean(dim=1, keepdim=True))
+        deviation = centred.std(dim=1, keepdim=True) if self.d_in > 1 else torch.zeros_like(mean)
+        return centred / (deviation + _NORM_EPS), (deviation, mean)
+
     def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Codes:
-        """`encode` of centred tokens xc [N, d_in] with weights in xc's dtype, without gradients.
-        Collective over the shards; no host sync but where `reads_host` says so.
+        """`encode_rows` of centred tokens xc [N, d_in] with weights in xc's dtype, without
+        gradients. Collective over the shards; no host sync but where `reads_host` says so.
         """
         raise NotImplementedError
 
@@ -195,7 +232,7 @@ class SparseCoder(nn.Module):
         """The pairs of tokens x [N, d_in] that have an activation or a gradient, with values that
         `activate` takes; differentiable. Collective over the shards.
         """
-        return self.encode(x)
+        return self.encode_rows(x)
 
     def activate(self, found: Codes) -> Codes:
         """Activations of candidates, differentiable in their values and in this SAE's parameters
@@ -290,10 +327,10 @@ class SparseCoder(nn.Module):
         return weight
 
     def check_input(self, x: Tensor) -> None:
-        """Raises ValueError where x is not [N, d_in]."""
-        if x.ndim != 2 or x.shape[1] != self.d_in:
+        """Raises ValueError where x is not [..., d_in]."""
+        if x.ndim == 0 or x.shape[-1] != self.d_in:
             raise ValueError(
-                f"x must be [N, {self.d_in}], not {list(x.shape)}; flatten batch and sequence first"
+                f"x must be [..., {self.d_in}], not {list(x.shape)}; is it of another hookpoint?"
             )
 
     def pre_activations(self, x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
@@ -318,10 +355,15 @@ class SparseCoder(nn.Module):
         return sum_over_shards(partial.to(self.b_dec.dtype), self.mesh)
 
     def decode(self, codes: Codes, x: Tensor | None = None) -> Tensor:
-        """`combine(codes) + b_dec`: the reconstruction [N, d_out]. x is the input [N, d_in], which
+        """`combine(codes) + b_dec`: the reconstruction [..., d_out] of Slots [..., K], or [N,
+        d_out] of Pairs, in the units of tokens as the encoder reads them. x is the input, which
         W_skip takes.
         """
-        return self.combine(codes) + self.base(x)
+        shape = codes.values.shape[:-1] if isinstance(codes, Slots) else (-1,)
+        rows = self.combine(flat(codes))
+        return (rows + self.base(None if x is None else x.reshape(-1, self.d_in))).view(
+            *shape, self.d_out
+        )
 
     def base(self, x: Tensor | None) -> Tensor:
         """What the reconstruction of inputs x is without latents: b_dec, of a transcoder with a
@@ -359,13 +401,22 @@ class SparseCoder(nn.Module):
         return found
 
     def forward(self, x: Tensor) -> SAEOutput:
-        """Encodes and decodes x [N, d_in]; both parts are differentiable, the selection is not."""
-        codes = self.encode(x)
-        return SAEOutput(self.decode(codes, x), codes)
+        """Encodes and decodes x [..., d_in]; both parts are differentiable, the selection is not.
+        Hooks and the error term (see Interventions) change the reconstruction alone.
+        """
+        self.check_input(x)
+        rows, undo = self.normalise(x.reshape(-1, self.d_in))
+        codes = self.encode_rows(rows)
+        recon = self.intervened(rows, codes, self.decode(codes, rows))
+        if undo is not None:
+            recon = recon * undo[0] + undo[1]
+        return SAEOutput(recon.view(*x.shape[:-1], self.d_out), shaped(codes, x.shape[:-1]))
 
     def spec(self) -> dict[str, Any]:
         """What `save` writes beside the weights: the architecture, widths and its own keys."""
         own = self.config.model_dump(mode="json", exclude={"d_sae", "expansion_factor"})
+        if own["input_norm"] == "none":
+            del own["input_norm"]
         head = {"architecture": own.pop("architecture"), "d_in": self.d_in, "d_sae": self.d_sae}
         if self.transcodes:
             head["d_out"] = self.d_out
@@ -388,6 +439,8 @@ class SparseCoder(nn.Module):
         whole = {name: t for name, t in weights.items() if name not in rows}
         crc = save_weights(path / WEIGHTS_FILE, rows, whole, self.mesh)
         spec = self.spec() | {"weights_crc32c": crc}
+        if self.about != About():
+            spec["about"] = self.about._asdict()
         agree.by_lead(lambda: write_json(config, spec, indent=2), self.mesh)
 
     @classmethod
@@ -402,6 +455,7 @@ class SparseCoder(nn.Module):
             check_weights(path, spec.pop("weights_crc32c", None))
             weights = load_file(path / WEIGHTS_FILE)
             d_in, d_out = spec.pop("d_in"), spec.pop("d_out", None)
+            about = About(**spec.pop("about", {}))
             config = parse(cls.Config, spec, str(path / CONFIG_FILE))
             place = {} if d_out is None else {"d_out": d_out}
             sae = cls.from_config(config, d_in, **place, dtype=weights["W_enc"].dtype, seed=None)
@@ -410,6 +464,7 @@ class SparseCoder(nn.Module):
             raise ValueError(
                 f"{path} holds no whole {cls.__name__} ({e}); train or export it anew"
             ) from e
+        sae.about = about
         return sae.to(device).eval()
 
     @staticmethod
@@ -428,34 +483,3 @@ class SparseCoder(nn.Module):
                 return True
         except (OSError, ValueError, SafetensorError):
             return False
-
-
-def check_sae_folder(path: Path) -> None:
-    """Raises ValueError, with what to name instead, where a folder is none of an SAE;
-    UnreadableError where its files cannot be read now."""
-    if check_readable(path / CONFIG_FILE):
-        check_readable(path / WEIGHTS_FILE)
-        return
-    if path.is_file():
-        raise ValueError(f"{path} is a file; name the folder that holds it, {path.parent}")
-    if (path / "sae" / CONFIG_FILE).is_file():
-        raise ValueError(f"{path} holds an SAE in its folder sae; name {path / 'sae'}")
-    what = f"has no {CONFIG_FILE}" if path.is_dir() else "does not exist"
-    raise ValueError(
-        f"{path} {what}: it holds no whole SAE; name a folder such as OUTPUT/HOOKPOINT/sae"
-    )
-
-
-def read_spec(folder: Path) -> dict[str, Any]:
-    """The config.json of a saved SAE. Raises OSError, or ValueError where it is damaged."""
-    return read_json(folder / CONFIG_FILE)
-
-
-def check_weights(folder: Path, expected: str | None) -> None:
-    """Compares a saved SAE's weights with the crc32c of its config.json; SAEs of 0.1.0 have none.
-    Raises ValueError where they differ.
-    """
-    if expected is None:
-        logger.info("%s has no checksum, its weights are not compared", folder)
-    elif checksum(folder / WEIGHTS_FILE) != expected:
-        raise ValueError(f"{WEIGHTS_FILE} does not hold what was written: its crc32c changed")

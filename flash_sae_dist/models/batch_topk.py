@@ -65,9 +65,8 @@ class BatchTopK(SparseCoder):
         self.register_buffer("mean_threshold", torch.zeros((), dtype=dtype, device=device))
         self.register_buffer("threshold_steps", torch.zeros((), dtype=dtype, device=device))
 
-    def encode(self, x: Tensor) -> Pairs:
+    def encode_rows(self, x: Tensor) -> Pairs:
         """See SparseCoder."""
-        self.check_input(x)
         if not self.training:
             return encode_above(self, x, self.threshold)
         return self.selected(x)

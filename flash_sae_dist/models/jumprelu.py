@@ -156,11 +156,10 @@ class JumpReLU(ThresholdCoder):
         super().restart_(mask)
         self.threshold[mask] = self.config.usual("threshold") * self.unit
 
-    def encode(self, x: Tensor) -> Codes:
+    def encode_rows(self, x: Tensor) -> Codes:
         """See SparseCoder."""
         if self.training:
-            return super().encode(x)
-        self.check_input(x)
+            return super().encode_rows(x)
         return encode_above(self, x, self.threshold)
 
     def limits(self) -> Tensor:

@@ -20,6 +20,11 @@ from .batch_topk import BatchTopK, BatchTopKConfig
 _FRACTIONS = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
 
 
+def prefix_widths(d_sae: int) -> tuple[int, ...]:
+    """Those that are taken where none are given, without the last."""
+    return tuple(sorted({max(1, int(part * d_sae)) for part in _FRACTIONS}))
+
+
 class MatryoshkaConfig(BatchTopKConfig):
     """Matryoshka sparse autoencoder with the batch rule."""
 
@@ -57,7 +62,7 @@ class MatryoshkaConfig(BatchTopKConfig):
     def widths(self, d_in: int) -> tuple[int, ...]:
         """All widths that reconstruct, the whole last."""
         d_sae = self.width(d_in)
-        given = self.prefix_widths or sorted({max(1, int(part * d_sae)) for part in _FRACTIONS})
+        given = self.prefix_widths or prefix_widths(d_sae)
         return (*(width for width in given if width < d_sae), d_sae)
 
 

@@ -1,18 +1,26 @@
-"""The weights of an SAE as one safetensors file, each shard's rows written by its owner."""
+"""An SAE on disk: its config and its weights as one safetensors file, each shard's rows written by
+their owner.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from ..files import replacing
+from ..files import check_readable, checksum, read_json, replacing
 from ..parallel import agree
 from ..parallel.mesh import Mesh
 from ..sums import Part, combine
 from ..tensor_files import Layout, Spec
+
+logger = logging.getLogger(__name__)
+WEIGHTS_FILE = "sae.safetensors"
+CONFIG_FILE = "config.json"
 
 
 def save_weights(
@@ -54,3 +62,34 @@ def save_weights(
         # The lead's rename, where it may fail as well.
         agree.by_member(stack.close, mesh)
     return combine([begun[1], *(part for parts in written for part in parts)])
+
+
+def check_sae_folder(path: Path) -> None:
+    """Raises ValueError, with what to name instead, where a folder is none of an SAE;
+    UnreadableError where its files cannot be read now."""
+    if check_readable(path / CONFIG_FILE):
+        check_readable(path / WEIGHTS_FILE)
+        return
+    if path.is_file():
+        raise ValueError(f"{path} is a file; name the folder that holds it, {path.parent}")
+    if (path / "sae" / CONFIG_FILE).is_file():
+        raise ValueError(f"{path} holds an SAE in its folder sae; name {path / 'sae'}")
+    what = f"has no {CONFIG_FILE}" if path.is_dir() else "does not exist"
+    raise ValueError(
+        f"{path} {what}: it holds no whole SAE; name a folder such as OUTPUT/HOOKPOINT/sae"
+    )
+
+
+def read_spec(folder: Path) -> dict[str, Any]:
+    """The config.json of a saved SAE. Raises OSError, or ValueError where it is damaged."""
+    return read_json(folder / CONFIG_FILE)
+
+
+def check_weights(folder: Path, expected: str | None) -> None:
+    """Compares a saved SAE's weights with the crc32c of its config.json; SAEs of 0.1.0 have none.
+    Raises ValueError where they differ.
+    """
+    if expected is None:
+        logger.info("%s has no checksum, its weights are not compared", folder)
+    elif checksum(folder / WEIGHTS_FILE) != expected:
+        raise ValueError(f"{WEIGHTS_FILE} does not hold what was written: its crc32c changed")

@@ -85,13 +85,12 @@ class ThresholdCoder(SparseCoder):
         sums = values.new_zeros(num_tokens).index_add(0, found.tokens.long(), values)
         return self.over_shards(sums)
 
-    def encode(self, x: Tensor) -> Codes:
+    def encode_rows(self, x: Tensor) -> Codes:
         """See SparseCoder."""
         return self.activate(self.candidates(x))
 
     def candidates(self, x: Tensor) -> Pairs:
         """See SparseCoder: pre-activations above their limits."""
-        self.check_input(x)
         limits = self.limits()
         fed, b_dec = feed_shards(x, self.mesh), self.fed_centre()
         W_enc = self.compute(self.W_enc)

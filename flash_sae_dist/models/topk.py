@@ -9,7 +9,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from ..config.base import ConfigError, Latents
-from ..config.sae import SAEConfig
+from ..config.sae import InputNorm, SAEConfig
 from ..kernels import ops
 from ..kernels.dispatch import implementation
 from ..parallel.collectives import feed_shards
@@ -59,6 +59,7 @@ class TopKSAE(SparseCoder):
         d_sae: int,
         k: int,
         *,
+        input_norm: InputNorm = "none",
         skip: bool = False,
         d_out: int | None = None,
         mesh: Mesh | None = None,
@@ -68,7 +69,9 @@ class TopKSAE(SparseCoder):
     ) -> None:
         if not 1 <= k <= d_sae:
             raise ValueError(f"k={k} is outside 1..d_sae={d_sae}; lower k or widen the dictionary")
-        config = self.Config.model_validate({"d_sae": d_sae, "k": k, "skip": skip})
+        config = self.Config.model_validate(
+            {"d_sae": d_sae, "k": k, "input_norm": input_norm, "skip": skip}
+        )
         place: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "device": device, "seed": seed}
         super().__init__(config, d_in, d_out=d_out, **place)
         self.k = k
@@ -77,7 +80,8 @@ class TopKSAE(SparseCoder):
     def from_config(cls, config: SAEConfig, d_in: int, **place: Any) -> Self:
         """An SAE of what a config's section `sae` says; place is mesh, dtype, device and seed."""
         assert isinstance(config, TopKConfig)
-        return cls(d_in, config.width(d_in), config.k, skip=config.skip, **place)
+        own: dict[str, Any] = {"input_norm": config.input_norm, "skip": config.skip}
+        return cls(d_in, config.width(d_in), config.k, **own, **place)
 
     @property
     def _local_k(self) -> int:
@@ -86,14 +90,10 @@ class TopKSAE(SparseCoder):
         """
         return min(self.k, self.d_sae_local)
 
-    def encode(self, x: Tensor) -> Slots:
-        """The k active latents of each token over all shards: values [N, k] and local latents [N,
-        k] int32.
-
-        x is [N, d_in]. On several shards a value is 0 wherever the selection left this rank's
-        candidate out. Raises ValueError on a width that does not fit.
+    def encode_rows(self, x: Tensor) -> Slots:
+        """See SparseCoder: values [N, k] and local latents [N, k] int32. On several shards a value
+        is 0 wherever the selection left this rank's candidate out.
         """
-        self.check_input(x)
         top = ops.topk_encode(
             feed_shards(x, self.mesh),
             self.compute(self.W_enc),

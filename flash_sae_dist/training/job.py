@@ -57,6 +57,35 @@ class Config(RunConfig):
         config._from_grid, config._of_others = (*first, *taken), of_others
         return config
 
+    @model_validator(mode="after")
+    def _one_norm(self) -> Self:
+        sae, train = self.sae, self.train
+        if sae is None or train is None or sae.input_norm == "none":
+            return self
+        norm = f"sae.input_norm={sae.input_norm!r}"
+        if train.normalize != "none" or train.subtract_mean:
+            key = "train.subtract_mean=True"
+            if train.normalize != "none":
+                key = f"train.normalize={train.normalize!r}"
+            raise ValueError(
+                f"{key} changes nothing with {norm}, which standardises each row; drop one"
+            )
+        if train.target is not None:
+            raise ValueError(
+                f"{norm} is for SAEs: what a transcoder gives is not its input, and could not be "
+                "put back; drop it, or train.target"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _begins_as_sae(self) -> Self:
+        if self.train is not None and None not in (self.train.init_from, self.train.target):
+            raise ValueError(
+                f"train.init_from={self.train.init_from!r} begins SAEs alone, not a transcoder to "
+                f"train.target={self.train.target!r}; drop one"
+            )
+        return self
+
     def check_complete(self, verb: str) -> None:
         """Raises ConfigError where a needed key has values for `grid` alone."""
         if self._from_grid:
@@ -154,9 +183,11 @@ def parse_config(data: dict[str, Any], source: str = "config") -> Config:
     return parse(Config, data, source)
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a YAML config and applies `key=value` overrides. Raises ConfigError."""
-    return parse_config(read_file(path, overrides), str(path))
+def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML config, none where path is None, and applies `key=value` overrides. Raises
+    ConfigError."""
+    source = "the command line" if path is None else str(path)
+    return parse_config(read_file(path, overrides), source)
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:

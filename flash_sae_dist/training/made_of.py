@@ -29,6 +29,7 @@ from ..identity import (
 from . import checkpoint
 from .defaults import with_defaults
 from .engine import choose_engine
+from .initial import digest_of
 from .job import Config
 from .optim import lr_at
 from .records import DamagedRecordError, Job, read_job, read_store_config
@@ -58,6 +59,9 @@ def step_values(config: Config, d_in: int, device: torch.device) -> dict[str, An
         "train.engine": choose_engine(train, d_in, sae).engine,
         "train.precision": str(resolve_precision(train.precision, device)).removeprefix("torch."),
     }
+    if train.init_from is not None:
+        # The same weights under another path are the same.
+        flat["train.init_from"] = digest_of(train.init_from)
     if train.source == "store":
         del flat["train.buffer_tokens"]
     return {key: plain(value) for key, value in flat.items() if key not in FREE_KEYS}

@@ -103,6 +103,14 @@ class Normalization:
             found["b_dec"] = found["b_dec"] + self.mean.to(found["b_dec"])
         return found
 
+    def unfolded(self, weights: dict[str, Tensor], sae: SparseCoder) -> dict[str, Tensor]:
+        """What `folded` makes these weights of."""
+        found = dict(weights)
+        if self.mean is not None:
+            found["b_dec"] = found["b_dec"] - self.mean.to(found["b_dec"])
+        divisor = self.divisor(sae.d_in)
+        return {n: w / divisor if n in sae.in_data_units else w for n, w in found.items()}
+
     def transcoded(
         self, weights: dict[str, Tensor], sae: SparseCoder, target: Normalization
     ) -> dict[str, Tensor]:

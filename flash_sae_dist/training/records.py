@@ -12,7 +12,7 @@ import yaml
 from ..config.base import UserError
 from ..ending import sentence_of
 from ..files import check_seal, read_json, write_json, write_text, yaml_text
-from ..models.base import CONFIG_FILE
+from ..models.saved import CONFIG_FILE
 from .job import Config, parse_config
 
 logger = logging.getLogger(__name__)

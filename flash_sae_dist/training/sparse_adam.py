@@ -72,6 +72,8 @@ class SparseAdam(torch.optim.Optimizer):
     unit, and clipping counts their gradients times unit. With the data's root mean square as unit
     training does not depend on the data's scale. A captured graph holds it as a constant.
 
+    unit_norm=False leaves decoder rows and their gradients as they are, for recipes that do.
+
     state_dict, param_groups and lr schedulers work as with torch.optim.Adam (the states bear its
     names); loading copies in place. All parameters share one group. The learning rate reaches the
     device by `sync_group_`, so that a captured graph follows a schedule.
@@ -91,14 +93,13 @@ class SparseAdam(torch.optim.Optimizer):
         grad_clip: float | None = None,
         seed: int = 0,
         unit: float = 1.0,
+        unit_norm: bool = True,
     ) -> None:
         if moment_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"moment_dtype must be torch.float32 or torch.bfloat16, not {moment_dtype}"
-            )
+            raise ValueError(f"moment_dtype={moment_dtype} is neither float32 nor bfloat16")
         self.lazy, self.seed, self.ema_decay, self.grad_clip = lazy, seed, ema_decay, grad_clip
         self.gradients: LatentGradients | None = None
-        self._lr_value, self.unit = lr, unit
+        self._lr_value, self.unit, self.unit_norm = lr, unit, unit_norm
         self.side = SideStream(sae.W_dec.device)
         self._mesh, self._first_latent = sae.mesh, sae.first_latent
         self._own = _own_of(sae)
@@ -171,7 +172,7 @@ class SparseAdam(torch.optim.Optimizer):
         group, scaled = self.param_groups[0], self.grad_clip is not None
         seed, unit = self.seed % 2**31, self.unit
         return AdamOptions(
-            group["betas"], group["eps"], self.lazy, seed=seed, scaled=scaled, unit=unit
+            group["betas"], group["eps"], self.lazy, self.unit_norm, seed, scaled, unit
         )
 
     def _latent_rows(self) -> LatentRows:

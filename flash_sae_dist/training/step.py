@@ -22,6 +22,7 @@ from .calibration import calibrate_
 from .checkpoint import TrainingState
 from .defaults import with_defaults
 from .engine import make_engine
+from .initial import begin_from_
 from .metrics import PhaseTimer, StepMetrics
 from .normalization import Normalization
 from .optim import lr_at
@@ -71,8 +72,10 @@ class SAETraining:
             mesh=mesh,
             dtype=self.master_dtype,
             device=device,
-            seed=cfg.seed if drawn else None,
+            seed=cfg.seed if drawn and cfg.init_from is None else None,
         )
+        if drawn and cfg.init_from is not None:
+            begin_from_(self.sae, cfg.init_from)
         self.dead = DeadLatents(self.sae.d_sae_local, cfg.dead_after_tokens, mesh, device)
         self.engine = make_engine(self.sae, self.dead, cfg, self.compute_dtype)
         self.optimizer = self.engine.optimizer
@@ -81,6 +84,8 @@ class SAETraining:
         self.step_index = 0
         self.normalization = Normalization(cfg, mesh)
         self.target = None if d_out is None else Normalization(cfg, mesh)
+        if self.sae.config.input_norm != "none":
+            rms = 1.0  # of the rows that the engine gets
         if rms is not None:
             self.set_rms(rms, mean)
 
@@ -123,6 +128,8 @@ class SAETraining:
         its mean [d_in] where that is subtracted. Rows that are all zero, or not finite, have none:
         1.
         """
+        if self.sae.config.input_norm != "none":
+            rms = 1.0
         self.normalization.rms = rms if 0 < rms < math.inf else 1.0
         if self.normalization.centres and mean is not None:
             self.normalization.mean = mean.to(self.device, torch.float64)
@@ -161,6 +168,23 @@ class SAETraining:
                 self.optimizer.state[param]["ema"].copy_(param)
         self.engine.refresh_()
 
+    @torch.no_grad()
+    def _into_units(self) -> None:
+        """Turns given weights, which are for rows as they are stored, into those of rows as the
+        engine gets them.
+        """
+        found = self.normalization.unfolded(self.sae.state_dict(), self.sae)
+        for name, own in self.sae.state_dict().items():
+            own.copy_(found[name])
+        if "ema" in self.engine.moments:
+            for param in self.sae.parameters():
+                self.optimizer.state[param]["ema"].copy_(param)
+        self.engine.refresh_()
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Rows as the engine gets them."""
+        return self.normalization(self.sae.normalise(x)[0], self.master_dtype)
+
     def step(self, x: Tensor, timer: PhaseTimer, y: Tensor | None = None) -> StepMetrics:
         """One optimizer step on this replica's batch x [N/R, d_in], of a transcoder with its target
         rows y [N/R, d_out]. Collective over the members; no host sync but in the first (the capture
@@ -169,14 +193,16 @@ class SAETraining:
         if self.normalization.missing:
             self.normalization.measure(x)
             self._set_units()
-        x = self.normalization(x, self.master_dtype)
+        x = self._prepared(x)
         if self.target is not None:
             assert y is not None
             if self.target.missing:
                 self.target.measure(y)
             y = self.target(y, self.master_dtype)
-        if self.step_index == 0:
+        if self.step_index == 0 and self.cfg.init_from is None:
             self.init_b_dec(x, y)
+        elif self.step_index == 0:
+            self._into_units()
         if self.cfg.dead_latents == "resample":
             self._resample(x)
         elif self.cfg.dead_latents != "none" or self.sae.penalises_dead:
@@ -212,7 +238,7 @@ class SAETraining:
             for name in trained:
                 sae.get_parameter(name).copy_(kept[name])
             done = batches is not None and calibrate_(
-                sae, lambda: (self.normalization(x, self.master_dtype) for x in batches())
+                sae, lambda: (self._prepared(x) for x in batches())
             )
         finally:
             for name, param in trained.items():

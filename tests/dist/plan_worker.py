@@ -13,7 +13,7 @@ from flash_sae_dist.activations.store import ActivationStore
 from flash_sae_dist.config.base import ConfigError, UserError
 from flash_sae_dist.grid import plan
 from flash_sae_dist.grid.runner import run_jobs
-from flash_sae_dist.models.base import WEIGHTS_FILE
+from flash_sae_dist.models.saved import WEIGHTS_FILE
 from flash_sae_dist.parallel.mesh import make_mesh
 from flash_sae_dist.training import made_of
 from flash_sae_dist.training.job import Config, load_config

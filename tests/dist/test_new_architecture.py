@@ -94,7 +94,7 @@ def test_it_goes_through_the_commands(tmp_path: Path) -> None:
     assert two == pytest.approx(one, rel=1e-4)
     codes, said = run("export", 1, config, f"output={tmp_path / '2'}")
     assert codes == [2], said
-    assert "whose architecture is 'groupmax'" in said
+    assert "is of architecture 'groupmax', which SAELens cannot hold" in said
     assert not (tmp_path / "2/export").exists()
     codes, said = run("train", 1, config, f"output={tmp_path / '3'}", "sae.group=seven")
     assert codes == [2]

@@ -61,14 +61,24 @@ class DeadStep:
     """The loss of the listed latents on a batch's residual, and their gradients."""
 
     def __init__(
-        self, sae: SparseCoder, dead: DeadLatents, *, ghost: bool, coef: float, k_aux: int
+        self,
+        sae: SparseCoder,
+        dead: DeadLatents,
+        *,
+        ghost: bool,
+        coef: float,
+        k_aux: int,
+        by_loss: bool = False,  # AuxK is normalised as the main loss, as ghost gradients are
     ) -> None:
         self.sae, self.dead, self.ghost, self.coef, self.k_aux = sae, dead, ghost, coef, k_aux
+        self.by_loss = by_loss or ghost
         self.unit = 1.0  # ghost gradients take pre-activations and residuals in it
 
-    def shape(self) -> tuple[int, bool]:
-        """What a captured step depends on: where the list lies, and whether k_aux are selected."""
-        return self.dead.generation, self._selects()
+    def shape(self) -> tuple[int, bool, float]:
+        """What a captured step depends on: where the list lies, whether k_aux are selected, and the
+        coefficient.
+        """
+        return self.dead.generation, self._selects(), self.coef
 
     def _selects(self) -> bool:
         return self.dead.num_listed > self.k_aux
@@ -98,7 +108,7 @@ class DeadStep:
         """
         mesh, residual = self.sae.mesh, local.dec_rows
         with side.beside():
-            if not self.ghost:
+            if not self.by_loss:
                 tokens = len(residual) * mesh.num_replicas
                 inverse = inverse_variance(*residual_sums(residual, mesh), tokens)
             scale = 2 * self.coef * inverse

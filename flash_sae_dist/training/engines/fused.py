@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...kernels.dispatch import implementation, on_device, use_kernels
+from ...kernels.dispatch import has_triton, implementation, on_device, use_kernels
 from ...kernels.reference import DenseRows, PairGradients, PairOrder
 from ...models.base import Codes, SparseCoder
 from ...models.dead_latents import DeadLatents
@@ -83,12 +83,18 @@ class FusedEngine(Engine):
         k_aux: int | None = None,
         micro_batches: int = 1,
         graph: bool | None = None,
+        loss: Literal["fvu", "mse"] = "fvu",
+        aux_by_loss: bool = False,
     ) -> None:
+        """loss: the error is divided by the batch's variance, or by its tokens (its mean squared
+        length); aux_by_loss: AuxK's, too, in place of the residual's own variance.
+        """
         self.sae, self.optimizer, self.dead = sae, optimizer, dead
-        self.kind, self.micro_batches = dead_latents, micro_batches
+        self.kind, self.micro_batches, self.loss = dead_latents, micro_batches, loss
         k_aux = min(k_aux or max(1, sae.d_in // 2), sae.d_sae)
+        ghost = dead_latents == "ghost"
         self.dead_step = DeadStep(
-            sae, dead, ghost=dead_latents == "ghost", coef=aux_coef, k_aux=k_aux
+            sae, dead, ghost=ghost, coef=aux_coef, k_aux=k_aux, by_loss=aux_by_loss
         )
         obstacle = self._obstacle()
         if graph and obstacle:
@@ -112,6 +118,11 @@ class FusedEngine(Engine):
         W_dec, mesh = self.sae.W_dec, self.sae.mesh
         if not W_dec.is_cuda:
             return "it needs a CUDA device"
+        if not has_triton():
+            return (
+                "triton is not installed, and plain PyTorch does what kernels would; "
+                "pip install 'flash_sae_dist[gpu]'"
+            )
         if not use_kernels(W_dec):
             return f"the reference, which serves {W_dec.dtype}, reads the host"
         if (reason := self.sae.reads_host) is not None:
@@ -329,7 +340,10 @@ class FusedEngine(Engine):
             both = torch.cat([sums.sum(dim=0), squares.sum().view(1)])
             all_reduce_(both, mesh.replica_group, mesh.num_replicas)
             # b_dec lies near the mean, so little cancels.
-            inverse = inverse_variance(both[:-1], both[-1], tokens)
+            if self.loss == "fvu":
+                inverse = inverse_variance(both[:-1], both[-1], tokens)
+            else:
+                inverse = torch.full_like(both[-1], 1 / tokens)
             scale = 2 * inverse
             self.optimizer.advance_()
         return _Batch(xc, xc_all, inverse, scale, tokens, (sums, squares)), self.side.mark()
