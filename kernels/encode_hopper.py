@@ -197,7 +197,8 @@ def _consume(
                     )
         if not WRITE:
             length = (entry.to(gl.int64) - start.to(gl.int64)).to(gl.int32) // (12 * LISTS)
-            length = gl.where(bound == 0x7FFFFFFF, capacity + 1, length)
+            # A row of NaN has that limit from the start.
+            length = gl.where((bound == 0x7FFFFFFF) & (limit != bound), capacity + 1, length)
             gl.store(count_ptr + row * LISTS + part * 4 + quad, length, mask=there & (quad >= 0))
 
 

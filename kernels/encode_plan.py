@@ -19,7 +19,8 @@ The encoder is a matmul whose epilogue keeps what passes a limit, and a selectio
 3. The other tiles are dealt out to `parts` programs a block of rows. Of a tile's row four threads
    hold 64 columns each and append pairs of neighbours, of which one passes, to lists of their own.
 4. A row's k largest are selected from its keys and lists. Where these hold fewer than k, or a list
-   was full, the row is computed anew: the result is exact in every case.
+   was full, the row is computed anew: the result is exact in every case but for a row of NaN, which
+   gives NaN at some latents.
 
 Glossary. Run: the 8 neighbours of a tile that are one of 32 parts' of the latents. Pair: two of
 them, which one thread holds. Limit: what a pre-activation has to exceed. Sort key: an activation's

@@ -265,7 +265,9 @@ def select_kernel(
         column = tl.sum(each, 0)
         total = tl.sum(column, 0)
         # Where the keys do not fit, the row is left to be computed anew.
-        room = tl.where(base == 0, 3 * LISTS * (start + SLOTS), pitch - base - 2 * sample_keys)
+        room = pitch - base - 2 * sample_keys
+        if base == 0:
+            room = tl.minimum(room, 3 * LISTS * (start + SLOTS))
         short = short | (2 * (found + total) > room)
         # Column after column, within which a thread counts alone.
         to = found + (tl.cumsum(column, 0) - column)[None, :] + tl.cumsum(each, 0) - each

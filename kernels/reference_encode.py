@@ -111,6 +111,9 @@ def pre_activations(
 ) -> Tensor:  # [N, F] float32, or float64 for float64 inputs
     """`x @ W_enc.T + b_enc`, accumulated and returned in `accumulate_dtype(x.dtype)`."""
     dtype = accumulate_dtype(x.dtype)
+    if x.is_cuda and x.element_size() == 2 and x.dtype == W_enc.dtype:
+        # Without a copy of the weights in float32, which each block of tokens would make.
+        return torch.mm(x, W_enc.T, out_dtype=dtype).add_(b_enc)
     return torch.addmm(b_enc.to(dtype), x.to(dtype), W_enc.to(dtype).T)
 
 

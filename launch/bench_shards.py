@@ -10,8 +10,7 @@ median of blocks. `eager`: a step without a CUDA graph in which each collective 
 `wire`: what it spends in collectives, the wait for slower ranks included; `compute`: the rest.
 `sent`: bytes that a rank contributes to collectives in a step, counted around torch.distributed,
 beside the planner's figure. `losses`: largest relative difference from one
-process's over the first 20 steps. With `--weak` the latents grow with the shards: `x one` is 1 where
-nothing is lost.
+process's over the first 20 steps.
 """
 
 from __future__ import annotations
@@ -94,12 +93,6 @@ class _Run(NamedTuple):
     blocks: int
     dead: float
     options: dict[str, Any]  # of TrainConfig
-    weak: bool = False
-
-    def at(self, place: _Place) -> _Run:
-        """The same in a place: with `weak` each shard has as many latents as one process."""
-        n, d, f, k = self.shape
-        return self._replace(shape=(n, d, f * place.shards, k)) if self.weak else self
 
 
 class _Found(NamedTuple):
@@ -268,7 +261,7 @@ def _row(run: _Run, place: _Place, found: list[_Found], one: _Found | None) -> d
     if place.replicas * place.shards > 1:
         formula = formula_bytes(run.shape, place, run.dead, run.device.type != "cuda")
         row |= {"formula MB": formula / 1e6, "diff %": 100 * (first.sent.bytes / formula - 1)}
-        if one is not None and not run.weak:
+        if one is not None:
             row["losses"] = f"{max(difference(f.losses, one.losses) for f in found):.1e}"
     if any(f.woken for f in found):
         row["remark"] = f"{sum(f.woken for f in found)} dead latents fired"
@@ -283,10 +276,9 @@ def _shape_rows(
     wire: list[dict[str, Any]] = []
     one: _Found | None = None
     for place in places:
-        here = run.at(place)
-        found, remark = _measured(here, place)
+        found, remark = _measured(run, place)
         if found:
-            rows.append(_row(here, place, found, one))
+            rows.append(_row(run, place, found, one))
             wire += [
                 {
                     "where": str(place),
@@ -353,9 +345,6 @@ def shards(
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of a timed block.")] = 30,
     blocks: Annotated[int, typer.Option(help="Timed blocks.")] = 5,
-    weak: Annotated[
-        bool, typer.Option(help="As many latents a shard as the shape has, not in all.")
-    ] = False,
     cpu: Annotated[bool, typer.Option(help="On CPUs through gloo, in float64.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the tables here, too.")] = None,
 ) -> None:
@@ -371,7 +360,7 @@ def shards(
         with processes(Config(output=".")) as accelerator:
             device = torch.device(accelerator.device)
             runs = {
-                name: _Run(size, device, steps, blocks, dead, options, weak)
+                name: _Run(size, device, steps, blocks, dead, options)
                 for name, size in sizes.items()
             }
             _bench(runs, _places(mesh), json)

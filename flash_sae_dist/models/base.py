@@ -95,8 +95,10 @@ class SparseCoder(Interventions):
     revivals: ClassVar[frozenset[str]] = frozenset({"auxk", "ghost", "resample", "none"})
     # Whether activations are a function of candidates' values, or there is a penalty.
     is_pairwise: ClassVar[bool] = False
-    # Why its fused step cannot be captured in a CUDA graph.
+    # Why its selection syncs with the host, and its fused step is not captured in a CUDA graph.
     reads_host: ClassVar[str | None] = None
+    # Whether replicas' lists differ in length: those of a selection by threshold.
+    varied_lengths: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -222,7 +224,7 @@ class SparseCoder(Interventions):
 
     def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Codes:
         """`encode_rows` of centred tokens xc [N, d_in] with weights in xc's dtype, without
-        gradients. Collective over the shards; no host sync.
+        gradients. Collective over the shards; no host sync but where `reads_host` says so.
         """
         raise NotImplementedError
 

@@ -58,6 +58,7 @@ class ThresholdCoder(SparseCoder):
 
     is_pairwise = True
     reads_host = "the number of active latents is read by the host"
+    varied_lengths = True
     revivals = frozenset({"ghost", "resample", "none"})
 
     def limits(self) -> Tensor | None:

@@ -17,7 +17,9 @@ from flash_sae_dist.kernels.encode_plan import Plan
 triton = pytest.importorskip("triton")
 from flash_sae_dist.kernels import encode, encode_filter, encode_rows, encode_select  # noqa: E402
 
-KINDS = ["normal", "heavy", "ascending", "descending", "equal", "group", "few", "negative"]
+KINDS = [
+    "normal", "heavy", "ascending", "descending", "equal", "group", "few", "negative", "twins",
+]  # fmt: skip
 
 
 def make(kind: str, N: int, D: int, F: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
@@ -37,6 +39,9 @@ def make(kind: str, N: int, D: int, F: int, dtype: torch.dtype, device: str) -> 
         W, b = torch.zeros(F, D), torch.ones(F)
     elif kind == "group":
         b[F // 2 : F // 2 + 64] += 50
+    elif kind == "twins":
+        # Where one of a pair of neighbours passes, both do.
+        W, b = (t[torch.arange(F) // 2] for t in (W, b))
     elif kind == "few":
         b -= 4.5
     elif kind == "negative":

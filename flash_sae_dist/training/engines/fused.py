@@ -7,7 +7,8 @@ Each replica encodes and decodes its tokens, in micro-batches; a batch's (token,
 what each adds to its latent's gradients, are gathered over the replicas; then every rank steps its
 shard's rows from all of them. Dead latents' gradients come from dense products over their compacted
 rows (`dead_step.py`). On CUDA the step is captured in a graph, its collectives too. No host sync
-but after a capture, to hear whether all ranks made one.
+but after a capture, to hear whether all ranks made one, and where the architecture's selection has
+some (`SparseCoder.reads_host`), which a warning tells.
 """
 
 from __future__ import annotations
@@ -249,7 +250,7 @@ class FusedEngine(Engine):
             # The side stream's memory: what it is given next waits for the products that read it.
             del listed
             timer.mark("dead")
-        if self.sae.reads_host is not None:
+        if self.sae.varied_lengths:
             local, more = same_length(local, more, self.sae.mesh)
         pairs = self._gather(local, batch.xc_all)
         if more is not None:
