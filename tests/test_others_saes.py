@@ -16,11 +16,15 @@ from flash_sae_dist import TopKSAE, interop
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.store import ActivationStore
 from flash_sae_dist.config.base import ConfigError
+from flash_sae_dist.config.train import AutogradTrainConfig
 from flash_sae_dist.evaluation.runner import run_evaluation
 from flash_sae_dist.grid.runner import run_jobs
 from flash_sae_dist.interop import About
 from flash_sae_dist.launch.cli import build
+from flash_sae_dist.models import ARCHITECTURES
+from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.job import parse_config
+from flash_sae_dist.training.step import SAETraining
 from tests.tiny_model import config_data
 
 HOOKPOINT = "model.layers.0"
@@ -155,10 +159,36 @@ def test_training_goes_on_from_somebody_elses(
     assert fvu_of(tuned, store) < 0.97 * fvu_of(given, store)
 
 
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_every_architecture_begins_as_given_and_is_written_so(name: str, tmp_path: Path) -> None:
+    """Thresholds and biases go into the units of the rows as the engine gets them, and back."""
+    kind = ARCHITECTURES[name]
+    keys = {"architecture": name, "d_sae": 40, "k": 4}
+    fields = kind.Config.model_fields
+    config = kind.Config.model_validate({n: v for n, v in keys.items() if n in fields})
+    given = kind.from_config(config, 12)
+    with torch.no_grad():
+        for key, tensor in given.state_dict().items():
+            if key != "W_dec":
+                tensor.add_(0.2 * torch.rand_like(tensor))
+    given.save(tmp_path)
+    options = {"num_tokens": 64, "batch_tokens": 64, "normalize": "unit_mean_square"}
+    options |= {"subtract_mean": True, "engine": "autograd", "precision": "float64"}
+    train = AutogradTrainConfig.model_validate(options | {"init_from": str(tmp_path)})
+    rows = Mesh.single(), torch.device("cpu")
+    training = SAETraining(config, train, 12, *rows, rms=3.0, mean=torch.arange(12) / 6)
+    training._into_units()
+    assert not torch.allclose(training.sae.b_dec, given.b_dec.double())
+    for key, value in training.final_weights().items():
+        torch.testing.assert_close(value, given.state_dict()[key].double(), msg=key)
+
+
 def test_what_cannot_be_begun_from_is_told(made: Path, tmp_path: Path) -> None:
     for change, told in (
         ({"sae.d_sae": 128}, "sae.d_sae=64, not 128; set sae.d_sae=64"),
         ({"sae.input_norm": "layer_norm"}, "sae.input_norm='none', not 'layer_norm'"),
+        ({"sae.input_norm": "layer_norm", "train.subtract_mean": True}, "drop one"),
+        ({"train.target": HOOKPOINT}, "begins SAEs alone, not a transcoder"),
         ({"train.init_from": str(made / "nothing")}, "train.init_from: .*is no file or folder"),
     ):
         data = config_data(made) | {"output": str(tmp_path / "x")}
