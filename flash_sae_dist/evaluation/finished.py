@@ -20,6 +20,7 @@ from ..models.base import SparseCoder
 from ..models.saved import CONFIG_FILE, read_spec
 from ..training import made_of
 from ..training.job import Config
+from ..training.metrics import read_metrics
 from ..training.records import DamagedRecordError, job_folders, read_job, read_store_config
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,10 @@ class FinishedSAE(NamedTuple):
         except (OSError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"{self.folder}/sae is damaged ({e}); train it anew") from e
         return spec
+
+    def metrics(self) -> list[dict[str, float]]:
+        """What training logged, oldest first: `step`, `tokens`, `fvu`, `l0` and others."""
+        return read_metrics(self.folder / "metrics.jsonl")
 
     def load(self, device: torch.device | str = "cpu") -> SparseCoder:
         """The SAE itself. Raises UserError where its files are damaged."""
