@@ -31,6 +31,7 @@ from .config.base import ConfigError, UserError
 from .config.file import read_file
 from .evaluation.finished import FinishedSAE
 from .evaluation.runner import run_evaluation
+from .exporting import ExportedSAE, run_export
 from .features.folder import FeatureFolder
 from .features.runner import run_features
 from .grid.runner import run_jobs
@@ -43,6 +44,7 @@ from .training.records import Job, hookpoints_of
 __all__ = [
     "Config",
     "ConfigError",
+    "ExportedSAE",
     "FeatureFolder",
     "FinishedSAE",
     "Keys",
@@ -50,6 +52,7 @@ __all__ = [
     "cache",
     "config_of",
     "evaluate",
+    "export",
     "features",
     "train",
     "train_grid",
@@ -157,6 +160,18 @@ def features(config: ConfigLike | None = None, /, **keys: Unpack[Keys]) -> list[
     cfg = config_of(config, **keys)
     with _alone(cfg) as accelerator:
         return [FeatureFolder(folder) for folder in run_features(cfg, accelerator)]
+
+
+def export(config: ConfigLike | None = None, /, **keys: Unpack[Keys]) -> list[ExportedSAE]:
+    """Writes every finished SAE under output in the formats of export.formats.
+
+    Returns what was written: `name` of the SAE, `format`, and `path`, the folder or the file that
+    the other library loads. Raises ConfigError before anything is written where a format cannot
+    hold one of the SAEs.
+    """
+    cfg = config_of(config, **keys)
+    with _alone(cfg) as accelerator:
+        return run_export(cfg, accelerator)
 
 
 def _trained(config: Config, *, grid: bool) -> list[FinishedSAE]:

@@ -101,6 +101,18 @@ def test_the_examples_sweep_measure_and_look(shown: dict[str, Any]) -> None:
             assert len(example["tokens"]) == len(example["values"])
 
 
+def test_the_example_exports(shown: dict[str, Any]) -> None:
+    saes = ["model.layers.1", "model.layers.1/k=2", "model.layers.1/k=6"]
+    root, first = shown["root"], shown["again"]
+    assert shown["written"].name == saes[-1]
+    assert torch.equal(
+        first.W_dec, shown["saes"][1]._replace(folder=root / shown["saes"][1].folder).load().W_dec
+    )
+    for name in saes:
+        assert (root / "runs/notebook/export/sae_lens" / name / "cfg.json").is_file()
+        assert (root / "runs/notebook/export/dictionary_learning" / name / "ae.pt").is_file()
+
+
 def test_keywords_are_laid_over_a_config(tmp_path: Path) -> None:
     data = config_data(tmp_path)
     config = api.config_of(
