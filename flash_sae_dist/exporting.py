@@ -33,7 +33,7 @@ def run_export(config: Config, accelerator: Any) -> list[ExportedSAE]:
     Raises ConfigError before anything is written where a format cannot hold one of them.
     """
     root = Path(config.export.directory or Path(config.output) / "export")
-    begins = _begins_with_token(config)
+    begins = begins_with_token(config)
     agree.first_checks(lambda: check_writable("export.directory", root))
     finished = finished_saes(Path(config.output))
     agree.first_checks(lambda: _check_held(finished, config.export.formats))
@@ -48,7 +48,7 @@ def run_export(config: Config, accelerator: Any) -> list[ExportedSAE]:
 
 def _write(config: Config, found: FinishedSAE, root: Path, begins: bool) -> list[ExportedSAE]:
     """Writes one SAE in the formats that have a place for each."""
-    sae, about, written = found.load(), _about(config, found, begins), []
+    sae, about, written = found.load(), about_of(config, found, begins), []
     for name in config.export.formats:
         if name != _SETS:
             place = _hookpoint_last(found) if name == "sparsify" else found.name
@@ -65,12 +65,13 @@ def _write_sets(config: Config, finished: list[FinishedSAE], root: Path) -> list
         rows = thresholds.rows_of(store, found.hookpoint).to(sae.W_dec.dtype)
         contents = thresholds.with_thresholds(sae, rows)
         place = root / _SETS / _hookpoint_last(found).parent
-        path = save(contents, place, _SETS, _about(config, found, True))
+        path = save(contents, place, _SETS, about_of(config, found, True))
         written.append(ExportedSAE(found.name, _SETS, path))
     return written
 
 
-def _about(config: Config, found: FinishedSAE, begins: bool) -> About:
+def about_of(config: Config, found: FinishedSAE, begins: bool) -> About:
+    """What the config of a run tells of an SAE; begins: whether sequences began with a token."""
     return About(
         found.hookpoint,
         config.model.name if config.model else None,
@@ -90,7 +91,7 @@ def _check_held(finished: list[FinishedSAE], formats: tuple[str, ...]) -> None:
                 raise ConfigError(f"export.formats={list(formats)}: {e}") from e
 
 
-def _begins_with_token(config: Config) -> bool:
+def begins_with_token(config: Config) -> bool:
     """What the store tells; true, as for most models, where it is not at hand."""
     try:
         return ActivationStore.open(config.store_path()).begins_with_token()
