@@ -30,9 +30,12 @@ BENCHES = {
     "train": "bench_train",
     "stream": "bench_stream",
 }
-VERBS = ("plan", "cache", "train", "grid", "evaluate", "features", "export", "convert", "verify")
-# Those that take a folder in place of a config.
-PATH_VERBS = ("convert", "verify")
+VERBS = (
+    *("plan", "cache", "train", "grid", "evaluate", "features", "export", "convert"),
+    *("push", "pull", "verify"),
+)
+# Those that take folders or repositories in place of a config.
+PATH_VERBS = ("convert", "push", "pull", "verify")
 # Those with options of their own.
 OWN_COMMANDS = ("plan", *PATH_VERBS)
 

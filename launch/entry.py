@@ -20,7 +20,7 @@ import typer
 from rich.markup import escape
 
 from .. import ending
-from ..config.base import ConfigError, nearest_name
+from ..config.base import ConfigError
 
 if TYPE_CHECKING:
     from ..training.job import Config
@@ -165,24 +165,6 @@ def verb_main(run: Run) -> None:
     app()
 
 
-def _check_trackers(names: tuple[str, ...]) -> None:
-    """Raises ConfigError for a tracker that accelerate does not know or that is not installed.
-
-    They are started by the verb, once all else has been checked.
-    """
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    installed = [tracker.value for tracker in get_available_trackers()]
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            known = sorted(LOGGER_TYPE_TO_CLASS)
-            raise ConfigError(f"trackers: {name!r} is no tracker{nearest_name(name, known)}")
-        if name not in installed:
-            raise ConfigError(
-                f"trackers: {name!r} is not installed; pip install {name}, or drop it from the list"
-            )
-
-
 def end_with_launcher() -> None:
     """Ends this process when its launcher dies.
 
@@ -233,6 +215,7 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    from ..grid.trackers import check_trackers
     from ..parallel.heartbeat import beating
     from ..parallel.rendezvous import come_together
 
@@ -242,7 +225,7 @@ def processes(config: Config, *, trackers: bool = False) -> Iterator[Any]:
         end_with_launcher()
     _check_devices()
     if trackers:
-        _check_trackers(config.trackers)
+        check_trackers(config.trackers)
     rendezvous_s, heartbeat_s = launch_seconds(config)
     accelerator = come_together(
         lambda timeout: Accelerator(

@@ -142,4 +142,5 @@ def test_two_processes_divide_the_saes(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     check(tmp_path, saes)
     # Counted, not split into lines: the processes share one pipe.
-    assert run.stdout.count(" -> ") == len(saes), "each SAE is written by one process"
+    told = run.stdout.count(" -> ")
+    assert told == 2 * len(saes), "each SAE is written in both formats, by one process"

@@ -24,7 +24,7 @@ FLOORS = [
     },
     {"activations", "models", "interop"},
     {"training"},
-    {"grid", "evaluation", "planner", "features", "compat", "api", "verify"},
+    {"grid", "evaluation", "planner", "features", "compat", "api", "exporting", "hub", "verify"},
     {"launch", "__main__"},
 ]
 MAX_FILE_LINES = 500

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import zarr
+from torch import Tensor
 
 from ..config.base import ConfigError, UserError, check_hookpoint, nearest_name
 from ..config.run import RunConfig
@@ -428,6 +429,13 @@ class ActivationStore:
             return rows
         scales = self.read_stored(f"scales/{hookpoint}", start, stop)
         return StoredRows(rows, scales).tensor().numpy()
+
+    def tensor(self, hookpoint: str, start: int, stop: int) -> Tensor:
+        """Rows of a hookpoint [stop - start, d_in] on the CPU: of the store's dtype, float32 of an
+        int8 store. Raises ConfigError where there is no such hookpoint.
+        """
+        self.width(hookpoint)
+        return StoredRows(self.read(f"activations/{hookpoint}", start, stop)).tensor()
 
     def read_stored(self, name: str, start: int, stop: int) -> Array:
         """`read` without decoding: of an int8 store's activations the codes."""

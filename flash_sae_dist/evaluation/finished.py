@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from ..activations.harvest import store_config
 from ..activations.language_model import LanguageModel
 from ..activations.origin import MODEL_PARTS, loaded_parts, model_parts, row_parts
 from ..activations.store import ActivationStore
-from ..config.base import ConfigError, UserError
+from ..config.base import ConfigError, UserError, nearest_name
 from ..files import check_readable
 from ..identity import Difference, difference
 from ..models import load_sae
@@ -20,6 +21,7 @@ from ..models.base import SparseCoder
 from ..models.saved import CONFIG_FILE, read_spec
 from ..training import made_of
 from ..training.job import Config
+from ..training.metrics import read_metrics
 from ..training.records import DamagedRecordError, job_folders, read_job, read_store_config
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,10 @@ class FinishedSAE(NamedTuple):
         except (OSError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"{self.folder}/sae is damaged ({e}); train it anew") from e
         return spec
+
+    def metrics(self) -> list[dict[str, float]]:
+        """What training logged, oldest first: `step`, `tokens`, `fvu`, `l0` and others."""
+        return read_metrics(self.folder / "metrics.jsonl")
 
     def load(self, device: torch.device | str = "cpu") -> SparseCoder:
         """The SAE itself. Raises UserError where its files are damaged."""
@@ -178,6 +184,21 @@ def finished_saes(output: Path) -> list[FinishedSAE]:
             f"output={str(output)!r} holds no finished SAE; run `train` or `grid` first"
         )
     return found
+
+
+def named_saes(saes: list[FinishedSAE], patterns: tuple[str, ...], key: str) -> list[FinishedSAE]:
+    """The SAEs that patterns name, `*` being any text. Raises ConfigError, naming the key, for one
+    that names none.
+    """
+    names, chosen = [found.name for found in saes], set[str]()
+    for pattern in patterns:
+        matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            raise ConfigError(
+                f"{key}: {pattern!r} is no finished SAE{nearest_name(pattern, names)}"
+            )
+        chosen |= set(matched)
+    return [found for found in saes if found.name in chosen]
 
 
 def _hookpoints(folder: Path) -> tuple[str, str | None]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..files import replacing, write_json, write_text
 
+LATENTS = "features.jsonl.gz"
 LATENTS_A_FILE = 64
 _DATA = "data"
 # Tokens of the largest example that the list shows.
@@ -35,7 +36,7 @@ class FeatureFiles:
         self._rows: list[list[Any]] = []
         self._waiting: list[str] = []
         self._stack = ExitStack()
-        partial = self._stack.enter_context(replacing(folder / "features.jsonl.gz"))
+        partial = self._stack.enter_context(replacing(folder / LATENTS))
         # Without the time, the same latents are the same bytes.
         raw = self._stack.enter_context(partial.open("wb"))
         packed = gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0)

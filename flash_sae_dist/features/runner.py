@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from ..activations.language_model import LanguageModel, load_language_model, load_tokenizer
 from ..activations.store import ActivationStore, store_of
-from ..config.base import ConfigError, nearest_name
+from ..config.base import ConfigError
 from ..config.run import FeaturesConfig
-from ..evaluation.finished import FinishedSAE, check_loaded_model, finished_saes
+from ..evaluation.finished import FinishedSAE, check_loaded_model, finished_saes, named_saes
 from ..evaluation.results import write_results
 from ..files import check_space, check_writable, locked
 from ..identity import versions
@@ -80,15 +79,7 @@ def chosen_saes(saes: list[FinishedSAE], cfg: FeaturesConfig) -> list[FinishedSA
     """The SAEs that features.saes names. Raises ConfigError for a pattern that names none, or a
     latent that one of them has not.
     """
-    names, chosen = [found.name for found in saes], set[str]()
-    for pattern in cfg.saes:
-        matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-        if not matched:
-            raise ConfigError(
-                f"features.saes: {pattern!r} is no finished SAE{nearest_name(pattern, names)}"
-            )
-        chosen |= set(matched)
-    kept = [found for found in saes if found.name in chosen]
+    kept = named_saes(saes, cfg.saes, "features.saes")
     for found in kept if cfg.latents is not None else []:
         d_sae = read_spec(found.folder / "sae")["d_sae"]
         if (largest := max(cfg.latents or (), default=-1)) >= d_sae:

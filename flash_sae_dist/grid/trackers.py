@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..config.base import ConfigError
+from ..config.base import ConfigError, nearest_name
 from ..parallel import agree
 
 
@@ -51,6 +51,24 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 # Of these each SAE is a run of its own; others take one run of a launch.
 _WITH_RUNS = ("tensorboard", "wandb")
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raises ConfigError for a tracker that accelerate does not know or that is not installed.
+
+    They are started once all else has been checked.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = [tracker.value for tracker in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = sorted(LOGGER_TYPE_TO_CLASS)
+            raise ConfigError(f"trackers: {name!r} is no tracker{nearest_name(name, known)}")
+        if name not in installed:
+            raise ConfigError(
+                f"trackers: {name!r} is not installed; pip install {name}, or drop it from the list"
+            )
 
 
 class Trackers:

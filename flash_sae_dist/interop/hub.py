@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def local_copy(name: str | Path, subfolder: str = "", revision: str | None = Non
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = [subfolder, f"{subfolder.rstrip('/')}/*"] if subfolder else None
+    # Names of a grid's SAEs may have brackets, which patterns take for a choice.
+    inside = glob.escape(subfolder.rstrip("/"))
+    wanted = [inside, f"{inside}/*"] if subfolder else None
     try:
         root = snapshot_download(str(name), revision=revision, allow_patterns=wanted)
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as e:

@@ -190,6 +190,21 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
     return parse_config(read_file(path, overrides), source)
 
 
+def plain_data(config: Config) -> dict[str, Any]:
+    """The plain data that `parse_config` makes a config of anew."""
+    data = config.model_dump(mode="json", exclude_unset=True)
+    for section, choice in (("sae", ARCHITECTURE_CHOICE), ("train", ENGINE_CHOICE)):
+        if (model := getattr(config, section)) is not None:
+            # A section that came as a model may have left it to its default.
+            data[section][choice.tag] = getattr(model, choice.tag)
+    if config._of_others:
+        data["sae"] = config._of_others | data["sae"]
+    for key in config._from_grid:
+        section, _, name = key.partition(".")
+        data[section].pop(name, None)
+    return data
+
+
 def with_values(config: Config, values: dict[str, Any]) -> Config:
     """A copy of a config with dotted keys replaced, checked anew. With another architecture the
     keys go that this has not. Raises ConfigError.

@@ -1,0 +1,1 @@
+"""Finished SAEs on the Hugging Face hub: `push` and `pull`."""
