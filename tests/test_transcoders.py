@@ -32,7 +32,6 @@ KEYS: dict[str, dict[str, Any]] = {
     "topk": {"k": 4},
     "batch_topk": {"k": 4},
     "jumprelu": {"initial_threshold": 0.3, "bandwidth": 0.5},
-    "gated": {},
 }
 MAP = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -94,6 +93,25 @@ def test_what_makes_no_sense_is_refused() -> None:
     )
     with pytest.raises(ConfigError, match="train.dead_latents='resample' takes directions of the"):
         with_defaults(cfg, sae, 8)
+
+
+@pytest.mark.parametrize(
+    ("sae", "told"),
+    [
+        ({"architecture": "relu"}, "sae.architecture='relu' penalises"),
+        ({"architecture": "gated", "skip": True}, "sae.architecture='gated' penalises"),
+        ({"architecture": "jumprelu", "sparsity": "tanh"}, "sae.sparsity='tanh' penalises"),
+        ({"architecture": "jumprelu", "pre_act_coefficient": 3e-6}, "sae.pre_act_coefficient=3e-06"),
+    ],
+    ids=str,
+)
+def test_a_penalty_of_activations_sizes_is_refused(sae: dict[str, Any], told: str) -> None:
+    config = ARCHITECTURES[sae["architecture"]].Config(d_sae=8, **sae)
+    train = AutogradTrainConfig(num_tokens=9, engine="autograd", target="mlp")
+    with pytest.raises(ConfigError, match=f"{told}.* train.target='mlp' .*or drop train.target"):
+        with_defaults(train, config, 8)
+    if not config.skip:
+        with_defaults(train.model_copy(update={"target": None}), config, 8)
 
 
 def test_it_goes_through_the_verbs(tmp_path: Path) -> None:

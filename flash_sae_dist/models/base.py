@@ -158,6 +158,14 @@ class SparseCoder(Interventions):
         del config
         return None
 
+    @classmethod
+    def scaled_penalty(cls, config: SAEConfig) -> str | None:
+        """The key and value by which its penalty grows with activations, so that it says something
+        only where decoder rows are of unit norm, as a transcoder's are not; None where it does not.
+        """
+        del config
+        return None
+
     @property
     def level_weights(self) -> tuple[float, ...]:
         """Weights of the FVUs of nested reconstructions: the j-th is of the pairs up to level j."""

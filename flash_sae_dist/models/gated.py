@@ -61,10 +61,10 @@ class Gated(ThresholdCoder):
         super().restart_(mask)
         self.r_mag[mask] = self.b_mag[mask] = 0
 
-    def for_moved_input(self, weights: dict[str, Tensor], moved: Tensor) -> dict[str, Tensor]:
+    @classmethod
+    def scaled_penalty(cls, config: SAEConfig) -> str | None:
         """See SparseCoder."""
-        b_mag = weights["b_mag"] - moved * weights["r_mag"].exp()
-        return super().for_moved_input(weights, moved) | {"b_mag": b_mag}
+        return "sae.architecture='gated'"
 
     @property
     def sparsity_warmup(self) -> float:

@@ -124,6 +124,15 @@ class JumpReLU(ThresholdCoder):
             return "the pre-activation loss of dead latents has no sparse form"
         return None
 
+    @classmethod
+    def scaled_penalty(cls, config: SAEConfig) -> str | None:
+        """See SparseCoder."""
+        assert isinstance(config, JumpReLUConfig)
+        if config.sparsity == "tanh":
+            return "sae.sparsity='tanh'"
+        weight = config.pre_act_coefficient
+        return f"sae.pre_act_coefficient={weight}" if weight else None
+
     @property
     def sparsity_warmup(self) -> float:
         """See SparseCoder."""

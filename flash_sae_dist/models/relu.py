@@ -39,6 +39,11 @@ class ReLU(ThresholdCoder):
     defaults = TrainDefaults(lr=5e-5, dead_latents="none")
     config: ReLUConfig
 
+    @classmethod
+    def scaled_penalty(cls, config: SAEConfig) -> str | None:
+        """See SparseCoder."""
+        return "sae.architecture='relu'"
+
     @property
     def sparsity_warmup(self) -> float:
         """See SparseCoder."""

@@ -29,6 +29,13 @@ def with_defaults(train: _Train, sae: SAEConfig, d_in: int) -> _Train:
             f"train.dead_latents={train.dead_latents!r} takes directions of the input, which "
             f"train.target={train.target!r} does not have; choose auxk or none"
         )
+    if train.target is not None and (scaled := kind.scaled_penalty(sae)):
+        raise ConfigError(
+            f"{scaled} penalises activations by their size, which train.target={train.target!r} "
+            "makes void: a transcoder's decoder rows have any norm; choose topk, batch_topk, "
+            "matryoshka, multi_topk or jumprelu with sae.sparsity=l0, target or quadratic and no "
+            "sae.pre_act_coefficient, or drop train.target"
+        )
     if sae.skip and train.target is None:
         raise ConfigError(
             "sae.skip=True is of transcoders alone; name their target as train.target, or drop it"
