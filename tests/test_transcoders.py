@@ -101,7 +101,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         ({"architecture": "relu"}, "sae.architecture='relu' penalises"),
         ({"architecture": "gated", "skip": True}, "sae.architecture='gated' penalises"),
         ({"architecture": "jumprelu", "sparsity": "tanh"}, "sae.sparsity='tanh' penalises"),
-        ({"architecture": "jumprelu", "pre_act_coefficient": 3e-6}, "sae.pre_act_coefficient=3e-06"),
+        ({"architecture": "jumprelu", "pre_act_coefficient": 3e-6}, "sae.pre_act_coefficient=3"),
     ],
     ids=str,
 )
