@@ -98,6 +98,30 @@ def test_what_an_engine_keeps_is_exact(options: dict[str, Any]) -> None:
     assert state == storage.checkpoint_bytes(planned)
 
 
+def test_lists_by_threshold_are_planned_for_half_of_all_latents() -> None:
+    """As many as are active at the start: counted, and held by a shard each its own."""
+    data = config_of(256, 4096, 8, precision="bfloat16").model_dump(exclude_unset=True)
+    works = {}
+    for name in ("topk", "batch_topk", "relu", "jumprelu", "gated"):
+        k = {"k": 8} if name.endswith("topk") else {}
+        config = parse_config(data | {"sae": {"architecture": name, "d_sae": 4096, **k}})
+        works[name] = work_of("h", config, 64, "float32", on_gpu=True)
+        if not k:
+            sae, x = training_of(config, 64, Mesh.single(), CPU).sae, torch.randn(256, 64)
+            pairs = len(sae.candidates(x - x.mean(0)).values)
+            assert pairs == pytest.approx(256 * works[name].most_slots(1), rel=0.1)
+            assert works[name].most_slots(4) == 512
+            assert works[name].slots(1) == 64
+    taken = {name: memory.step_bytes(one, 1, 1, 0) for name, one in works.items()}
+    assert works["topk"].most_slots(1) == works["batch_topk"].most_slots(1) == 8
+    assert taken["relu"]["pairs"] > 100 * taken["topk"]["pairs"]
+    for name in ("batch_topk", "relu", "jumprelu", "gated"):
+        # A float32 copy of W_enc, and the reference's blocks of pre-activations.
+        assert taken[name]["encoder"] >= 4 * 4096 * 64 + 3 * 4 * 256 * 4096
+    several = memory.step_bytes(works["relu"], 4, 1, 0)
+    assert several["pairs"] < taken["relu"]["pairs"] / 3
+
+
 def test_offload_by_deepspeed_fits_where_moments_do_not() -> None:
     """1e9 parameters: 4 GB of weights, 8 of moments. The store and the host hold all of them."""
     offload = str(ROOT / "configs" / "deepspeed" / "zero2_offload.json")

@@ -3,10 +3,11 @@
 Legend: N tokens a step, R replicas, P shards, n = N / R, D d_in, F d_sae / P, K slots a token,
 M listed dead latents, padded.
 
-What is kept is exact, a test compares it with engines' tensors. What a step takes follows the
-fused engine's kernels and the autograd engine's saved tensors; beside docs/performance.md's
-measured peaks it is within a tenth (tests/test_planner.py). What DeepSpeed takes for its sums is an
-estimate.
+What is kept is exact for the TopK family, a test compares it with engines' tensors; others' vectors
+a latent, and a transcoder's other width and its W_skip, are not in it. What a step takes follows
+the fused engine's kernels and the autograd engine's saved tensors; beside docs/performance.md's
+measured peaks of TopK it is within a tenth (tests/test_planner.py). What other architectures'
+lists take, and DeepSpeed for its sums, are estimates.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from ..activations.store import storage_dtype
 from ..activations.stored_rows import float_dtype
 from ..config.deepspeed import ZeroOptimization, zero_of
 from ..config.train import DeepSpeedTrainConfig, TrainConfig
+from ..models import ARCHITECTURES
 from ..models.dead_latents import padded
+from ..models.threshold import ThresholdCoder
+from ..models.topk import TopKSAE
 from ..training.defaults import with_defaults
 from ..training.engine import choose_engine
 from ..training.engines.dead_step import MAX_BLOCK_BYTES
 from ..training.job import Config
 from ..training.step import resolve_precision
 
-# Slots a token of an architecture that has no k.
+# Slots a token of an architecture that has no k, once it is trained: for times and bytes sent.
 _SLOTS = 64
 # Of the encoder's lists or its pre-activations: docs/notes/encoder.md.
 _ENCODER_BYTES = 63 << 20
@@ -69,6 +73,7 @@ class Work(NamedTuple):
     stored_bytes: int  # of the same element in the store
     zero: ZeroOptimization | None = None  # of the deepspeed engine
     stream: Streamed | None = None  # where a model is planned, too
+    rule: Literal["token", "batch", "threshold"] = "token"  # by which latents are active
 
     @property
     def offloads(self) -> bool:
@@ -110,6 +115,12 @@ class Work(NamedTuple):
         """Candidates of a token on a shard."""
         return min(self.k, self.d_sae // num_shards)
 
+    def most_slots(self, num_shards: int) -> int:
+        """The same where it is largest: above thresholds are about half of all at the start."""
+        if self.rule == "threshold":
+            return max(1, self.d_sae // 2 // num_shards)
+        return self.slots(num_shards)
+
     def listed(self, num_shards: int, share: float) -> int:
         """Rows of a shard's list where a share of the latents is dead; 0 where none are revived."""
         count = round(share * (self.d_sae // num_shards)) if self.revives else 0
@@ -126,6 +137,10 @@ def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -
     d_sae = sae.width(d_in)
     train = with_defaults(train, sae, d_in)
     device = torch.device("cuda" if on_gpu else "cpu")
+    kind = ARCHITECTURES[sae.architecture]
+    by_batch: Literal["threshold", "batch"] = (
+        "threshold" if issubclass(kind, ThresholdCoder) else "batch"
+    )
     return Work(
         name,
         d_in,
@@ -138,6 +153,7 @@ def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -
         on_gpu,
         storage_dtype(dtype).itemsize,
         zero_of(train) if isinstance(train, DeepSpeedTrainConfig) else None,
+        rule="token" if issubclass(kind, TopKSAE) else by_batch,
     )
 
 
@@ -213,14 +229,16 @@ def _batch_bytes(work: Work, num_replicas: int) -> int:
 
 
 def _encoder_bytes(work: Work, F: int, n: int) -> int:
-    if work.on_gpu and work.compute.itemsize < 8:
+    if work.rule == "token" and work.on_gpu and work.compute.itemsize < 8:
         return _ENCODER_BYTES
+    # The reference, which has kernels for a token's k largest alone, multiplies in float32.
+    copy = F * work.d_in * work.master if work.compute.itemsize < work.master else 0
     block = min(n * F, max(_REFERENCE_ELEMENTS, F))
-    return _REFERENCE_COPIES * block * work.master
+    return _REFERENCE_COPIES * block * work.master + copy
 
 
 def _fused_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
-    N, D, F, K = work.train.batch_tokens, work.d_in, work.d_sae // P, work.slots(P)
+    N, D, F, K = work.train.batch_tokens, work.d_in, work.d_sae // P, work.most_slots(P)
     n, wide, narrow = N // R, work.master, work.compute.itemsize
     # Values, indices and two coefficients a pair; their order, with numbers and places.
     pairs = n * K * (3 * wide + 4) + N * K * 4 * 4 + 8 * F
@@ -231,7 +249,8 @@ def _fused_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
     encode = _encoder_bytes(work, F, part)
     if P > 1:
         # Everyone's candidates, gathered, in order, as sort keys; partial reconstructions.
-        encode = max(encode, 10 * wide * part * K * P, 2 * wide * part * D)
+        gathered = 0 if work.rule == "threshold" else 10 * wide * part * K * P
+        encode = max(encode, gathered, 2 * wide * part * D)
     if not M:
         return found | {"encoder": encode}
     return found | {"encoder and dead latents": max(encode, _dead_bytes(work, n, M))}
@@ -253,12 +272,12 @@ def _dead_bytes(work: Work, n: int, M: int) -> int:
 
 
 def _autograd_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
-    D, F, K = work.d_in, work.d_sae // P, work.slots(P)
+    D, F, K = work.d_in, work.d_sae // P, work.most_slots(P)
     n, wide, narrow = work.train.batch_tokens // R, work.master, work.compute.itemsize
     part = -(-n // work.train.micro_batches)
     found = {"batch": _batch_bytes(work, R) + 4 * part * D * wide, "pairs": 8 * n * K * wide}
     encode = _encoder_bytes(work, F, part)
-    if P > 1:
+    if P > 1 and work.rule != "threshold":
         encode = max(encode, 10 * wide * part * K * P)
     # Copies that autocast makes and one's gradient, or a gradient's part along the decoder rows.
     copies = 3 * F * D * narrow if narrow != wide else 0
