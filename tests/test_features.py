@@ -11,11 +11,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -26,13 +28,18 @@ from flash_sae_dist.activations.language_model import capture_activations, load_
 from flash_sae_dist.activations.sequential import row_blocks
 from flash_sae_dist.activations.store import ActivationStore, as_float64
 from flash_sae_dist.config.base import ConfigError
+from flash_sae_dist.config.run import FeaturesConfig
+from flash_sae_dist.evaluation.finished import FinishedSAE
+from flash_sae_dist.features import runner
 from flash_sae_dist.features.directions import nearest_latents, output_tokens
+from flash_sae_dist.features.page import FeatureFiles
 from flash_sae_dist.features.pairs import ActivePairs, PairSpool, active_pairs
 from flash_sae_dist.features.runner import run_features
 from flash_sae_dist.features.running import ActivationCounts, TopRows, chance_keys, size_keys
 from flash_sae_dist.features.words import Words
+from flash_sae_dist.files import json_text
 from flash_sae_dist.grid.runner import run_jobs
-from flash_sae_dist.models import load_sae
+from flash_sae_dist.models import ARCHITECTURES, load_sae
 from flash_sae_dist.models.base import Pairs, Slots, SparseCoder
 from flash_sae_dist.training.job import parse_config
 from tests.tiny_model import config_data, save_llama
@@ -381,6 +388,81 @@ def test_what_is_not_there_is_told(run: Run, values: dict[str, Any], told: str) 
     data = run.data | {"features": values}
     with pytest.raises(ConfigError, match=told):
         run_features(parse_config(data), Accelerator(cpu=True))
+
+
+def test_the_page_is_there_only_where_all_is(tmp_path: Path) -> None:
+    record = {"index": 0, "density": 0.1, "max": 2.0, "mean": 1.0, "examples": []}
+    page, lines = tmp_path / "index.html", tmp_path / "features.jsonl.gz"
+    with FeatureFiles(tmp_path, {}) as files:
+        files.add(record)
+        files.finish()
+        assert page.is_file()
+        assert read_records(tmp_path) == [record]
+
+    def stopped() -> None:
+        with FeatureFiles(tmp_path, {}) as files:
+            assert not page.exists()
+            assert not lines.exists()
+            files.add(record)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stopped()
+    assert not page.exists()
+    assert not lines.exists()
+
+
+def finished(root: Path, name: str, sae: dict[str, Any], l0: float | None = None) -> FinishedSAE:
+    folder = root / name
+    ARCHITECTURES[sae["architecture"]].from_config(
+        ARCHITECTURES[sae["architecture"]].Config(d_sae=8, **sae), 4
+    ).save(folder / "sae")
+    job = {"output": str(root), "sae": sae | {"d_sae": 8}, "train": {"hookpoint": name}}
+    job["train"] |= {"num_tokens": 1}
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    if l0 is not None:
+        (folder / "metrics.jsonl").write_text(json_text({"step": 9, "tokens": 9, "l0": l0}) + "\n")
+    return FinishedSAE(name, folder, name)
+
+
+def test_the_disk_is_asked_for_all_that_run_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saes = [
+        finished(tmp_path, "a", {"architecture": "topk", "k": 3}),
+        finished(tmp_path, "b", {"architecture": "relu"}, l0=6.5),
+        finished(tmp_path, "c", {"architecture": "relu"}),
+    ]
+    asked: list[int] = []
+    monkeypatch.setattr(runner, "check_space", lambda _, __, needed, ___: asked.append(needed))
+    store: Any = SimpleNamespace(rows=1000)
+    cfg = FeaturesConfig(num_tokens=50)
+    for chosen, together in ((saes[:1], 1), (saes[:2], 1), (saes[:2], 2), (saes, 2)):
+        runner._check_disk(tmp_path, chosen, cfg, store, together)
+    assert asked == [8 * 50 * actives for actives in (3, 7, 3 + 7, 7 + 100)]
+
+
+def test_pairs_of_killed_runs_go(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        folder = finished(tmp_path, name, {"architecture": "topk", "k": 3}).folder / "features"
+        folder.mkdir()
+        (folder / ".pairs-values.tmp").write_bytes(b"x")
+    runner._remove_leftovers(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_transcoders_rows_are_compared_with_the_unembedding(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sae = TopKSAE(4, 8, 3, d_out=6)
+    kept: Any = SimpleNamespace(latents=torch.arange(2))
+    found = FinishedSAE("job", Path("job"), "h", "mlp")
+    cfg = FeaturesConfig(nearest=1, output_tokens=2)
+    for width in (6, 4):
+        model = runner._Model(None, torch.randn(10, width))
+        raised = runner._directions(found, sae, kept, cfg, model).raised
+        assert (raised is not None) == (width == 6)
+    assert "its decoder's rows are of width 6 and the model's unembedding of 4" in caplog.text
 
 
 def test_another_model_is_refused(run: Run, tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ class FeatureFiles:
     def __init__(self, folder: Path, summary: dict[str, Any]) -> None:
         """Removes what an earlier run wrote there."""
         self.folder, self.summary = folder, summary
-        (folder / "index.html").unlink(missing_ok=True)
+        # The page first: where it is, all is.
+        for name in ("index.html", "features.jsonl.gz"):
+            (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / _DATA, ignore_errors=True)
         (folder / _DATA).mkdir()
         self._rows: list[list[Any]] = []
@@ -71,6 +73,8 @@ class FeatureFiles:
         write_json(self.folder / "summary.json", summary, indent=1)
         data = json.dumps(summary | {"rows": self._rows}, ensure_ascii=False, separators=(",", ":"))
         write_text(self.folder / _DATA / "summary.js", f"page.summary({data});\n")
+        # features.jsonl.gz has its name from here on.
+        self._stack.close()
         template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
         write_text(self.folder / "index.html", template)
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from ..models.base import Codes
 
 Array = npt.NDArray[Any]
+# What a killed pass leaves, as a pattern.
+LEFTOVERS = ".pairs-*.tmp"
 
 
 class ActivePairs(NamedTuple):

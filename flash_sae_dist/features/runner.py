@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +24,11 @@ from ..models.saved import read_spec
 from ..parallel import agree
 from ..progress import progress_bar
 from ..training.job import Config
+from ..training.metrics import read_metrics
 from .collect import Collected, collect
 from .directions import nearest_latents, output_tokens
 from .page import FeatureFiles
-from .pairs import PairSpool
+from .pairs import LEFTOVERS, PairSpool
 from .records import Directions, latent_records
 from .texts import Texts, open_texts
 from .words import Words
@@ -55,7 +57,9 @@ def run_features(config: Config, accelerator: Any) -> list[Path]:
     store = agree.after_first(lambda: store_of(config))
     for found in saes:
         found.check_fits(store)
-    agree.first_checks(lambda: _check_disk(output, saes, cfg, store))
+    agree.first_checks(lambda: _remove_leftovers(output))
+    together = min(accelerator.num_processes, len(saes))
+    agree.first_checks(lambda: _check_disk(output, saes, cfg, store, together))
     mine = saes[accelerator.process_index :: accelerator.num_processes]
     model = agree.together(lambda: _open_model(config, store, accelerator.device))
     num_rows = min(cfg.num_tokens, store.rows)
@@ -90,15 +94,43 @@ def chosen_saes(saes: list[FinishedSAE], cfg: FeaturesConfig) -> list[FinishedSA
     return kept
 
 
+def _remove_leftovers(output: Path) -> None:
+    """Removes the pairs that killed runs left beside any SAE, chosen this time or not."""
+    for folder in (found.folder / FOLDER for found in finished_saes(output)):
+        if not any(folder.glob(LEFTOVERS)):
+            continue
+        try:
+            with locked(folder):
+                for path in folder.glob(LEFTOVERS):
+                    path.unlink(missing_ok=True)
+        except ConfigError as e:
+            # They are no leftovers: another run is at it.
+            logger.info("%s", e)
+
+
 def _check_disk(
-    output: Path, saes: list[FinishedSAE], cfg: FeaturesConfig, store: ActivationStore
+    output: Path,
+    saes: list[FinishedSAE],
+    cfg: FeaturesConfig,
+    store: ActivationStore,
+    together: int,
 ) -> None:
-    """Raises ConfigError where nothing can be written."""
+    """Raises ConfigError where nothing can be written, or the pairs of as many SAEs as are looked
+    at together do not fit.
+    """
     check_writable("output", output)
-    # Architectures without a k are taken to have a hundred active latents a token.
-    actives = max(int(read_spec(found.folder / "sae").get("k") or 100) for found in saes)
+    actives = sum(sorted(map(_actives, saes))[-together:])
     needed = 8 * actives * min(cfg.num_tokens, store.rows)
     check_space("output", output, needed, "active latents of a pass (features.num_tokens)")
+
+
+def _actives(found: FinishedSAE) -> int:
+    """Active latents a token: k, or L0 at the end of training; 100 where neither is known."""
+    if k := read_spec(found.folder / "sae").get("k"):
+        return int(k)
+    lines = read_metrics(found.folder / "metrics.jsonl")
+    l0 = float(lines[-1].get("l0", math.nan)) if lines else math.nan
+    return math.ceil(l0) if math.isfinite(l0) else 100
 
 
 def _open_model(config: Config, store: ActivationStore, device: torch.device) -> _Model:
@@ -155,10 +187,10 @@ def _directions(
     found: FinishedSAE, sae: SparseCoder, kept: Collected, cfg: FeaturesConfig, model: _Model
 ) -> Directions:
     near, weight = nearest_latents(sae.W_dec, kept.latents, cfg.nearest), model.unembedding
-    if weight is not None and weight.shape[1] != sae.d_in:
+    if weight is not None and weight.shape[1] != sae.d_out:
         logger.warning(
-            "%s: raised output tokens are left out, as its rows are of width %d and the model's "
-            "unembedding of %d", found.name, sae.d_in, weight.shape[1],
+            "%s: raised output tokens are left out, as its decoder's rows are of width %d and the "
+            "model's unembedding of %d", found.name, sae.d_out, weight.shape[1],
         )  # fmt: skip
         weight = None
     if weight is None:
