@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from .models.about import About
 from .parallel import agree
 from .training.job import Config
 
+logger = logging.getLogger(__name__)
 # Written for the SAEs of all hookpoints together, from rows of the store.
 _SETS = "circuit_tracer"
 
@@ -30,26 +32,30 @@ def run_export(config: Config, accelerator: Any) -> list[ExportedSAE]:
     """Writes every finished SAE in the formats of export.formats, and returns what this process
     wrote. Collective.
 
-    Raises ConfigError before anything is written where a format cannot hold one of them.
+    An SAE that a format cannot hold is left out of it, which is a warning. Raises ConfigError
+    before anything is written where nothing is left.
     """
     root = Path(config.export.directory or Path(config.output) / "export")
     begins = begins_with_token(config)
     agree.first_checks(lambda: check_writable("export.directory", root))
     finished = finished_saes(Path(config.output))
-    agree.first_checks(lambda: _check_held(finished, config.export.formats))
+    held = agree.from_first(lambda: _held(finished, config.export.formats))
     written = []
-    for found in finished[accelerator.process_index :: accelerator.num_processes]:
-        written += _write(config, found, root, begins)
-    if accelerator.is_main_process and _SETS in config.export.formats:
-        written += _write_sets(config, finished, root)
+    for found, formats in held[accelerator.process_index :: accelerator.num_processes]:
+        written += _write(config, found, formats, root, begins)
+    in_sets = [found for found, formats in held if _SETS in formats]
+    if accelerator.is_main_process and in_sets:
+        written += _write_sets(config, in_sets, root)
     accelerator.wait_for_everyone()
     return written
 
 
-def _write(config: Config, found: FinishedSAE, root: Path, begins: bool) -> list[ExportedSAE]:
-    """Writes one SAE in the formats that have a place for each."""
+def _write(
+    config: Config, found: FinishedSAE, formats: list[str], root: Path, begins: bool
+) -> list[ExportedSAE]:
+    """Writes one SAE in those of the formats that have a place for each."""
     sae, about, written = found.load(), about_of(config, found, begins), []
-    for name in config.export.formats:
+    for name in formats:
         if name != _SETS:
             place = _hookpoint_last(found) if name == "sparsify" else found.name
             path = save(sae, root / name / place, name, about)
@@ -81,14 +87,30 @@ def about_of(config: Config, found: FinishedSAE, begins: bool) -> About:
     )
 
 
-def _check_held(finished: list[FinishedSAE], formats: tuple[str, ...]) -> None:
-    """Raises ConfigError before anything is written for an SAE that a format cannot hold."""
+def _held(
+    finished: list[FinishedSAE], formats: tuple[str, ...]
+) -> list[tuple[FinishedSAE, list[str]]]:
+    """Each SAE with those of the formats that can hold it; the others are a warning an SAE. Raises
+    ConfigError before anything is written where nothing is left.
+    """
+    held, reasons = [], []
     for found in finished:
+        kept, refused = [], []
         for name in formats:
             try:
                 FORMATS[name].check_holds(found.architecture(), found.spec(), found.name)
+                kept.append(name)
             except ValueError as e:
-                raise ConfigError(f"export.formats={list(formats)}: {e}") from e
+                refused.append(str(e))
+        if kept:
+            held.append((found, kept))
+        if refused:
+            reasons.append("; ".join(refused))
+    if reasons and not held:
+        raise ConfigError(f"export.formats={list(formats)}: {reasons[0]}")
+    for reason in reasons:
+        logger.warning("left out of export.formats=%s: %s", list(formats), reason)
+    return held
 
 
 def begins_with_token(config: Config) -> bool:

@@ -17,7 +17,8 @@ def run(config: Config) -> None:
     all hookpoints with SparseCoder.load_many("<directory>/sparsify/<values>", local=True), where
     <values> are a grid's, such as k=16, or `train` for the SAEs of `train`; circuit-tracer loads a
     folder of the same name, whose thresholds are measured on the store. The others are
-    `<directory>/<format>/<job>`. Several processes divide the SAEs among them.
+    `<directory>/<format>/<job>`. Several processes divide the SAEs among them. An SAE that a
+    format cannot hold is left out of it, as a warning says.
 
     flash-sae export configs/quickstart.yaml "export.formats=[sae_lens]"
     """

@@ -17,7 +17,9 @@ from flash_sae_dist import TopKSAE, interop
 from flash_sae_dist.activations.loader import ActivationLoader
 from flash_sae_dist.activations.store import ActivationStore, Geometry
 from flash_sae_dist.activations.writer import StoreWriter
+from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.launch import export
+from flash_sae_dist.models.relu import ReLU, ReLUConfig
 from flash_sae_dist.training.job import parse_config
 
 HOOKPOINTS = ("model.layers.0", "model.layers.1.mlp")
@@ -83,6 +85,25 @@ def test_train_puts_hookpoints_side_by_side(tmp_path: Path) -> None:
     export.run(parse_config({"output": str(tmp_path / "run" / HOOKPOINTS[0]), "trackers": []}))
     own = tmp_path / "run" / HOOKPOINTS[0] / "export/sparsify/train"
     assert [f.name for f in own.iterdir()] == [HOOKPOINTS[0]]
+
+
+def test_what_a_format_cannot_hold_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    finished_train(tmp_path)
+    relu = ReLU(ReLUConfig(d_sae=40), 12)
+    relu.save(tmp_path / "run" / HOOKPOINTS[0] / "sae")
+    data = {"output": str(tmp_path / "run"), "trackers": []}
+    export.run(parse_config(data | {"export": {"formats": ["sae_lens", "sparsify"]}}))
+    folder = tmp_path / "run/export"
+    assert sorted(f.name for f in (folder / "sae_lens").iterdir()) == sorted(HOOKPOINTS)
+    assert [f.name for f in (folder / "sparsify/train").iterdir()] == [HOOKPOINTS[1]]
+    told = [r.getMessage() for r in caplog.records if "left out of" in r.getMessage()]
+    assert len(told) == 1
+    assert HOOKPOINTS[0] in told[0]
+    relu.save(tmp_path / "run" / HOOKPOINTS[1] / "sae")
+    with pytest.raises(ConfigError, match="sparsify"):
+        export.run(parse_config(data | {"export": {"formats": ["sparsify"]}}))
 
 
 def test_no_folder_of_sparsify_holds_other_folders_beside_saes(tmp_path: Path) -> None:
