@@ -224,6 +224,15 @@ def test_without_held_out_rows_the_moving_average_stays(caplog: pytest.LogCaptur
     t.calibrate(None)
 
 
+def test_a_stream_is_not_told_to_hold_rows_out(caplog: pytest.LogCaptureFixture) -> None:
+    t = training("batch_topk", source="stream")
+    run(t, range(2))
+    t.calibrate(None)
+    assert "a stream gives no held-out rows: every latent has the threshold" in caplog.text
+    assert "trained from a store each has its own" in caplog.text
+    assert "train.holdout" not in caplog.text
+
+
 def test_jumprelu_thresholds_begin_in_the_datas_units_and_stay_positive() -> None:
     t = training("jumprelu")
     run(t, range(1))

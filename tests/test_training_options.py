@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -237,6 +238,15 @@ def test_normalization_is_undone_in_what_is_written(engine: str, options: dict[s
     again.load_state(t.state())
     assert again.normalization.unit(D_IN) == t.normalization.unit(D_IN)
     assert float(again.step(x, timer).fvu) == float(t.step(x, timer).fvu)
+
+
+def test_a_mean_of_the_first_batch_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    t = training(subtract_mean=True)
+    x = batch(0)
+    t.normalization.measure(x)
+    norm = float(x.double().mean(0).norm())
+    assert f"is taken from the first batch: its norm is {norm:.4g}" in caplog.text
 
 
 def test_a_store_tells_the_mean() -> None:

@@ -63,8 +63,8 @@ class TrainConfig(StrictModel):
     """Last part of the steps over which the learning rate falls linearly to zero (schedule
     warmup_stable_decay)."""
     adam_betas: tuple[Beta, Beta] | None = None
-    """Adam's decay rates; left out, the architecture's: [0, 0.999] for jumprelu and gated (their
-    papers'), else [0.9, 0.999]."""
+    """Adam's decay rates; left out, the architecture's: [0, 0.999] for jumprelu (its paper's)
+    and gated (dictionary_learning's), else [0.9, 0.999]."""
     adam_eps: float = Field(default=6.25e-10, gt=0)
     """Adam's epsilon; small because the normalised loss has small gradients (OpenAI's value).
     Biases are in the data's units: their learning rate is lr times the root mean square of the
@@ -78,7 +78,8 @@ class TrainConfig(StrictModel):
     expected_average_only_in."""
     subtract_mean: bool = False
     """The hookpoint's mean activation is subtracted from rows while training, before they are
-    divided; the b_dec that is written has it added."""
+    divided; the b_dec that is written has it added. The mean is the store's own; where there is
+    none, as of a stream, the first batch's."""
     engine: Literal["auto", "fused", "autograd", "deepspeed"]
     """What makes a step; it decides which other keys there are."""
     grad_clip: float | None = Field(default=None, gt=0)

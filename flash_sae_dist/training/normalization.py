@@ -57,6 +57,12 @@ class Normalization:
             mean = wide.mean(dim=0)
             collectives.all_reduce_(mean, mesh.replica_group, mesh.num_replicas)
             self.mean = mean / mesh.num_replicas
+            if mesh.is_lead:
+                logger.info(
+                    "the mean activation, which train.subtract_mean subtracts, is taken from the "
+                    "first batch: its norm is %.4g",
+                    float(self.mean.norm()),
+                )
         if self.kind == "expected_norm" and self.mean_norm is None:
             if self.mean is not None:
                 wide = wide - self.mean

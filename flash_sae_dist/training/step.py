@@ -244,11 +244,13 @@ class SAETraining:
             for name, param in trained.items():
                 sae.get_parameter(name).copy_(param)
         if not done and self.mesh.is_lead:
+            reason, cure = "no rows are held out", "with train.holdout"
+            if self.cfg.source == "stream":
+                reason, cure = "a stream gives no held-out rows", "trained from a store"
             logger.warning(
-                "no rows are held out: every latent has the threshold %.4g of the moving average; "
-                "with train.holdout each has its own",
-                float(sae.mean_threshold),
-            )
+                "%s: every latent has the threshold %.4g of the moving average; %s each has its "
+                "own", reason, float(sae.mean_threshold), cure,
+            )  # fmt: skip
 
     def final_weights(self) -> dict[str, Tensor]:
         """The weights to keep, this shard's rows, for rows as they are stored: the parameters, or
