@@ -417,6 +417,39 @@ def test_a_flipped_record_is_told(base: Path, tmp_path: Path) -> None:
         train(data_in(base) | {"output": str(tmp_path / "run")})
 
 
+class TwoHookpoints:
+    """Rows of a hookpoint and of a target, without identities."""
+
+    config: dict[str, Any] = {}
+
+    def __init__(self, target: str) -> None:
+        self.rows = {"model.layers.0": "a", "mlp": target}
+
+    def width(self, hookpoint: str) -> int:
+        return 8
+
+    def made_of(self, hookpoint: str) -> dict[str, Any]:
+        return {"parts": {}, "rows": self.rows[hookpoint]}
+
+
+def test_a_transcoders_record_covers_its_target(tmp_path: Path) -> None:
+    data = data_in(tmp_path, target="mlp")
+    config = parse_config(data)
+    stores: list[Any] = [TwoHookpoints("b"), TwoHookpoints("c")]
+    was, now = (made_of.made_of(config, store, torch.device("cpu")) for store in stores)
+    assert was["digest"] != now["digest"]
+    made_of.check_same("x", was, was)
+    with pytest.raises(
+        ConfigError, match="train.target's rows='c' differs from 'b', which x"
+    ):
+        made_of.check_same("x", was, now)
+    made_of.write(tmp_path, was)
+    assert made_of.read(tmp_path) == was
+    made_of.write(tmp_path, was | {"target_rows": "c"})
+    with pytest.raises(DamagedRecordError, match="its digest changed"):
+        made_of.read(tmp_path)
+
+
 def test_weights_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_llama(tmp_path / "model")
     file = tmp_path / "model/model.safetensors"

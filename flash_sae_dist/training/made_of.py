@@ -89,16 +89,24 @@ def made_of(config: Config, rows: Rows, device: torch.device) -> dict[str, Any]:
     hookpoint = str(config.train.hookpoint)
     train, found = config.train, rows.made_of(hookpoint)
     step = step_values(config, rows.width(hookpoint), device)
-    target = rows.made_of(train.target) if train.target is not None else None
-    return {
+    record: dict[str, Any] = {
         "step": step,
         "store": {"parts": found["parts"], "rows": found["rows"], "names": rows.config},
-        "digest": digest([step, found["parts"] or found["rows"]]),
-        **({} if target is None else {"target_rows": target["rows"]}),
+    }
+    if train.target is not None:
+        record["target_rows"] = rows.made_of(train.target)["rows"]
+    return record | {
+        "digest": _digest(record),
         "num_tokens": train.num_tokens,
         "total_steps": -(-train.num_tokens // train.batch_tokens),
         "versions": versions(),
     }
+
+
+def _digest(record: dict[str, Any]) -> str:
+    store = record["store"]
+    target = [record["target_rows"]] if "target_rows" in record else []
+    return digest([record["step"], store["parts"] or store["rows"], *target])
 
 
 def write(folder: Path, record: dict[str, Any]) -> None:
@@ -111,9 +119,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     file = folder / MADE_OF
     try:
         data = read_json(file)
-        if data["digest"] != digest(
-            [data["step"], data["store"]["parts"] or data["store"]["rows"]]
-        ):
+        if data["digest"] != _digest(data):
             raise ValueError("its digest changed")
         int(data["total_steps"])
     except (FileNotFoundError, NotADirectoryError):
@@ -169,6 +175,11 @@ def check_same(where: str, was: dict[str, Any], now: dict[str, Any]) -> None:
     if found := other_rows(was["store"], now["store"]):
         source = now["step"]["train.source"]
         raise ConfigError(f"the {source}'s {found}, which {where} tells; {cure}")
+    told = was.get("target_rows"), now.get("target_rows")
+    # As of the input's: with identities a store that was made anew may round otherwise.
+    has_parts = was["store"]["parts"] and now["store"]["parts"]
+    if all(told) and not has_parts and (found := difference(*({"rows": one} for one in told))):
+        raise ConfigError(f"train.target's {found}, which {where} tells; {cure}")
 
 
 def check_same_job(job: Job, rows: Rows, device: torch.device) -> None:
