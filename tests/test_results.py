@@ -88,6 +88,18 @@ def test_what_is_damaged_or_of_no_job_is_told(
     assert (output / "report.html").read_text().count("</script>") == 1
 
 
+def test_damaged_files_are_told_with_a_cure(
+    grid: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = shutil.copytree(grid["output"], tmp_path / "run")
+    (output / NAMES[0] / "sae" / "config.json").write_text("{")
+    (output / NAMES[1] / "evaluation.json").write_text("{")
+    write_results(output)
+    told = [record.getMessage() for record in caplog.records]
+    assert any(NAMES[0] in one and one.endswith("; train it anew") for one in told)
+    assert any(NAMES[1] in one and one.endswith("; run evaluate again") for one in told)
+
+
 def test_a_curve_that_diverged_is_still_json(grid: dict[str, Any], tmp_path: Path) -> None:
     output = shutil.copytree(grid["output"], tmp_path / "run")
     with (output / NAMES[0] / "metrics.jsonl").open("a") as file:

@@ -74,7 +74,7 @@ def _result(name: str, folder: Path, config: Config) -> dict[str, Any]:
         try:
             spec = read_spec(folder / "sae")
         except (OSError, ValueError) as e:
-            raise UserError(f"{folder}/sae is damaged ({e})") from e
+            raise UserError(f"{folder}/sae is damaged ({e}); train it anew") from e
     return {
         "job": name,
         "hookpoint": config.train.hookpoint,
@@ -125,7 +125,7 @@ def _evaluation(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as e:
-        raise UserError(f"{folder}/evaluation.json is damaged ({e})") from e
+        raise UserError(f"{folder}/evaluation.json is damaged ({e}); run evaluate again") from e
     record.pop("made_of", None)
     return record
 
