@@ -439,9 +439,7 @@ def test_a_transcoders_record_covers_its_target(tmp_path: Path) -> None:
     was, now = (made_of.made_of(config, store, torch.device("cpu")) for store in stores)
     assert was["digest"] != now["digest"]
     made_of.check_same("x", was, was)
-    with pytest.raises(
-        ConfigError, match="train.target's rows='c' differs from 'b', which x"
-    ):
+    with pytest.raises(ConfigError, match="train.target's rows='c' differs from 'b', which x"):
         made_of.check_same("x", was, now)
     made_of.write(tmp_path, was)
     assert made_of.read(tmp_path) == was
