@@ -130,6 +130,10 @@ def test_it_goes_through_the_verbs(tmp_path: Path) -> None:
     assert 0 < record["fvu"] < 1
     assert "loss" not in record
     result = runner.invoke(app, ["export", config])
+    assert result.exit_code == 0, result.output[-3000:]
+    assert (tmp_path / "run/export/sparsify").is_dir()
+    assert not (tmp_path / "run/export/sae_lens").exists()
+    result = runner.invoke(app, ["export", config, "export.formats=[sae_lens]"])
     assert result.exit_code == 2
     assert "is a transcoder of architecture 'topk', which SAELens cannot hold" in result.output
     result = runner.invoke(app, ["export", config, "export.formats=[sparsify]"])
