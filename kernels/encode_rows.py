@@ -3,7 +3,8 @@ from what it writes: for few tokens, float32, odd widths, k near F.
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k.
 
-Each block holds at most 56 MiB of pre-activations and what their selection takes; no host sync.
+Each block holds at most 56 MiB of pre-activations and what their selection takes, or one row, whose
+own are more from 4M latents on; no host sync.
 Each SIZE neighbours of a row are a group, of which the largest activation is found. The k largest
 activations lie in the k groups whose largest are largest (of equal ones the first), since each
 group before one's own holds a larger activation or an equal one of a lower latent. Those groups
