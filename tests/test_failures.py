@@ -344,9 +344,9 @@ def test_loading_names_what_to_name(tmp_path: Path) -> None:
         TopKSAE.load(tmp_path / "job/sae")
 
 
-def test_a_batch_of_sequences_is_told_to_be_flattened() -> None:
-    with pytest.raises(ValueError, match=r"not \[2, 3, 8\]; flatten batch and sequence first"):
-        TopKSAE(8, 16, 2)(torch.zeros(2, 3, 8))
+def test_a_width_that_does_not_fit_is_told() -> None:
+    with pytest.raises(ValueError, match=r"\[2, 3, 9\]"):
+        TopKSAE(8, 16, 2)(torch.zeros(2, 3, 9))
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_long_names_of_a_grid_are_told(root: Path, tmp_path: Path) -> None:
 def test_k_may_stand_in_the_grid_alone(root: Path, tmp_path: Path) -> None:
     config = [f"output={tmp_path / 'run'}", "sae={d_sae: 64}", "grid.hookpoints=[model.layers.0]"]
     said = sentence(run("train", root, *config), 2)
-    assert "key 'sae.k' is missing: grid.values has it for `grid` alone" in said
+    assert "key 'sae.k' is missing: the grid has it for `grid` alone" in said
     assert run("grid", root, *config).exit_code == 0
     assert len(list(tmp_path.glob("run/*/k=*/sae"))) == 2
 

@@ -64,7 +64,7 @@ def test_the_whole_job(config: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
     out = config.parent / "run"
     assert len(json.loads((out / "evaluation.json").read_text())) == 4
-    assert "recovered" in finish(start("evaluate", config, 2, "evaluate.loss_sequences=0"))
+    assert "CE kept" in finish(start("evaluate", config, 2, "evaluate.loss_sequences=0"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for job in ("model.layers.0/k=2", "model.layers.1.mlp/k=4"):
