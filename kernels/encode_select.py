@@ -280,9 +280,15 @@ def select_kernel(
     num_sample = tl.load(num_sample_ptr + row)
     j = tl.arange(0, SAMPLE_POW2)
     sample = tl.load(sample_ptr + row * sample_keys + j, mask=j < num_sample, other=-1)
-    tl.store(row_keys + found + j, sample, mask=(j < num_sample) & (not short))
+    # A cell's others may be below the limit, where not all of the row's activations are here.
+    own = 0x7FFFFFFF - (sample & 0x7FFFFFFF).to(tl.int32)
+    keeps = reaches((sample >> 32).to(tl.int32), own, tl.minimum(tau, 0x7FC00000), last)
+    keeps = keeps & (sample >= 0) & (not short)
+    to = found + tl.cumsum(keeps.to(tl.int32), 0) - 1
+    tl.store(row_keys + to, sample, mask=keeps)
+    found += tl.sum(keeps.to(tl.int32), 0)
     tl.debug_barrier()
-    found = keep_largest(row_keys, tl.where(short, 0, found + num_sample), k, SORT, KEYS)
+    found = keep_largest(row_keys, tl.where(short, 0, found), k, SORT, KEYS)
     tl.store(short_ptr + row, (found < k).to(tl.int32))
     best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, found, SORT)
 

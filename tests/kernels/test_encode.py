@@ -131,6 +131,16 @@ def test_other_plans_and_bad_ones(changes: dict[str, int], anew: bool, redone: l
 
 
 @interpreted
+def test_what_does_not_pass_the_limit_does_not_count(redone: list[int]) -> None:
+    """A cell that is kept, or a pair, has neighbours below the limit beside which larger ones were
+    left out: a row that has enough entries with them alone is short."""
+    x, W, b = make("normal", 48, 24, 301, torch.float32, "cpu")
+    indices = by_filter(x, W, b, 5, SMALL._replace(rank=2))[1]
+    assert torch.equal(indices, reference.topk_encode(x, W, b, 5)[1])
+    assert redone
+
+
+@interpreted
 @pytest.mark.parametrize("seed", range(4))
 def test_of_equal_activations_the_lowest_latents_are_taken(seed: int, redone: list[int]) -> None:
     """Without weights activations are the bias alone: few different values, many of them equal to
