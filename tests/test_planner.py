@@ -29,7 +29,7 @@ from flash_sae_dist.parallel.mesh import Mesh, end_groups, make_mesh
 from flash_sae_dist.planner import caching, devices, memory, search, storage, timing, wire
 from flash_sae_dist.planner.devices import GIB, GPUS, Launch
 from flash_sae_dist.planner.memory import Work, memory_of_rank, work_of
-from flash_sae_dist.training.job import Config, parse_config
+from flash_sae_dist.training.job import Config, parse_config, with_values
 from flash_sae_dist.training.metrics import PhaseTimer
 from flash_sae_dist.training.records import Job
 from flash_sae_dist.training.step import SAETraining
@@ -209,10 +209,11 @@ class Simulated(NamedTuple):
     training: SAETraining
 
 
-def simulate(p: int, r: int, dead: int, **train: Any) -> Simulated:
+def simulate(p: int, r: int, dead: int, architecture: str = "topk", **train: Any) -> Simulated:
     """A step of one rank of a P x R mesh at a small shape, its collectives counted."""
     d, f, n = 32, 64, 4
     config = config_of(n * r, f * p, 8, dead_after_tokens=n * r, k_aux=9, **train)
+    config = with_values(config, {"sae.architecture": architecture})
     with world_of(p * r, p * r * 5 // 7):
         training = training_of(config, d, make_mesh(p, r, device=CPU), CPU)
         if dead:
@@ -237,6 +238,13 @@ def simulate(p: int, r: int, dead: int, **train: Any) -> Simulated:
         (32, 32, {"dead_latents": "ghost"}),
         (64, 1, {"engine": "autograd", "grad_clip": 1.0, "micro_batches": 2}),
         (64, 16, {"engine": "autograd"}),
+        (2, 3, {"architecture": "batch_topk", "grad_clip": 1.0, "micro_batches": 2}),
+        (1, 16, {"architecture": "batch_topk", "precision": "float64"}),
+        (2, 3, {"architecture": "batch_topk", "engine": "autograd", "micro_batches": 2}),
+        (2, 3, {"architecture": "matryoshka", "micro_batches": 2}),
+        (2, 3, {"architecture": "matryoshka", "engine": "autograd", "micro_batches": 2}),
+        (2, 3, {"architecture": "multi_topk"}),
+        (2, 3, {"architecture": "multi_topk", "engine": "autograd"}),
     ],
     ids=str,
 )

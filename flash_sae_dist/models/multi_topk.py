@@ -18,7 +18,7 @@ from .base import Codes, Slots
 from .topk import TopKConfig, TopKSAE
 
 # The paper's, and sparsify's: FVU(k) + FVU(4 k) / 8.
-_TIMES, _WEIGHT = 4, 1 / 8
+_WEIGHT = 1 / 8
 
 
 class MultiTopKConfig(TopKConfig):
@@ -34,10 +34,11 @@ class MultiTopK(TopKSAE):
     Config: ClassVar[type[SAEConfig]] = MultiTopKConfig
     level_weights: ClassVar[tuple[float, ...]] = (1.0, _WEIGHT)
     main_level: ClassVar[int] = 0
+    times: ClassVar[int] = 4  # candidates for each of the k
 
     @property
     def _most(self) -> int:
-        return min(_TIMES * self.k, self.d_sae)
+        return min(self.times * self.k, self.d_sae)
 
     def candidates(self, x: Tensor) -> Slots:
         """See SparseCoder: the 4 k largest of each token."""

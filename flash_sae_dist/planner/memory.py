@@ -20,9 +20,12 @@ from ..activations.feed import num_buffers
 from ..activations.store import storage_dtype
 from ..activations.stored_rows import float_dtype
 from ..config.deepspeed import ZeroOptimization, zero_of
+from ..config.sae import SAEConfig
 from ..config.train import DeepSpeedTrainConfig, TrainConfig
 from ..models import ARCHITECTURES
 from ..models.dead_latents import padded
+from ..models.matryoshka import MatryoshkaConfig
+from ..models.multi_topk import MultiTopK, MultiTopKConfig
 from ..models.threshold import ThresholdCoder
 from ..models.topk import TopKSAE
 from ..training.defaults import with_defaults
@@ -74,6 +77,9 @@ class Work(NamedTuple):
     zero: ZeroOptimization | None = None  # of the deepspeed engine
     stream: Streamed | None = None  # where a model is planned, too
     rule: Literal["token", "batch", "threshold"] = "token"  # by which latents are active
+    levels: int = 1  # nested reconstructions
+    widest: int = 1  # candidates for each of the k
+    pairwise: bool = False  # whether its activations are functions of pre-activations
 
     @property
     def offloads(self) -> bool:
@@ -111,15 +117,18 @@ class Work(NamedTuple):
         """Steps of the whole job."""
         return -(-self.train.num_tokens // self.train.batch_tokens)
 
-    def slots(self, num_shards: int) -> int:
-        """Candidates of a token on a shard."""
-        return min(self.k, self.d_sae // num_shards)
+    def slots(self, num_shards: int, num_replicas: int = 1) -> int:
+        """Candidates of a token on a shard. By the batch rule one replica's tokens may have all
+        pairs of the batch, for which each keeps room.
+        """
+        most = self.k * self.widest * (num_replicas if self.rule == "batch" else 1)
+        return min(most, self.d_sae // num_shards)
 
-    def most_slots(self, num_shards: int) -> int:
+    def most_slots(self, num_shards: int, num_replicas: int = 1) -> int:
         """The same where it is largest: above thresholds are about half of all at the start."""
         if self.rule == "threshold":
             return max(1, self.d_sae // 2 // num_shards)
-        return self.slots(num_shards)
+        return self.slots(num_shards, num_replicas)
 
     def listed(self, num_shards: int, share: float) -> int:
         """Rows of a shard's list where a share of the latents is dead; 0 where none are revived."""
@@ -154,7 +163,16 @@ def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -
         storage_dtype(dtype).itemsize,
         zero_of(train) if isinstance(train, DeepSpeedTrainConfig) else None,
         rule="token" if issubclass(kind, TopKSAE) else by_batch,
+        levels=_levels(sae, d_in),
+        widest=MultiTopK.times if issubclass(kind, MultiTopK) else 1,
+        pairwise=kind.is_pairwise,
     )
+
+
+def _levels(sae: SAEConfig, d_in: int) -> int:
+    if isinstance(sae, MatryoshkaConfig):
+        return len(sae.widths(d_in))
+    return len(MultiTopK.level_weights) if isinstance(sae, MultiTopKConfig) else 1
 
 
 class Memory(NamedTuple):
@@ -238,7 +256,7 @@ def _encoder_bytes(work: Work, F: int, n: int) -> int:
 
 
 def _fused_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
-    N, D, F, K = work.train.batch_tokens, work.d_in, work.d_sae // P, work.most_slots(P)
+    N, D, F, K = work.train.batch_tokens, work.d_in, work.d_sae // P, work.most_slots(P, R)
     n, wide, narrow = N // R, work.master, work.compute.itemsize
     # Values, indices and two coefficients a pair; their order, with numbers and places.
     pairs = n * K * (3 * wide + 4) + N * K * 4 * 4 + 8 * F
@@ -249,7 +267,7 @@ def _fused_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
     encode = _encoder_bytes(work, F, part)
     if P > 1:
         # Everyone's candidates, gathered, in order, as sort keys; partial reconstructions.
-        gathered = 0 if work.rule == "threshold" else 10 * wide * part * K * P
+        gathered = 0 if work.rule != "token" else 10 * wide * part * K * P
         encode = max(encode, gathered, 2 * wide * part * D)
     if not M:
         return found | {"encoder": encode}
@@ -272,12 +290,12 @@ def _dead_bytes(work: Work, n: int, M: int) -> int:
 
 
 def _autograd_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
-    D, F, K = work.d_in, work.d_sae // P, work.most_slots(P)
+    D, F, K = work.d_in, work.d_sae // P, work.most_slots(P, R)
     n, wide, narrow = work.train.batch_tokens // R, work.master, work.compute.itemsize
     part = -(-n // work.train.micro_batches)
     found = {"batch": _batch_bytes(work, R) + 4 * part * D * wide, "pairs": 8 * n * K * wide}
     encode = _encoder_bytes(work, F, part)
-    if P > 1 and work.rule != "threshold":
+    if P > 1 and work.rule == "token":
         encode = max(encode, 10 * wide * part * K * P)
     # Copies that autocast makes and one's gradient, or a gradient's part along the decoder rows.
     copies = 3 * F * D * narrow if narrow != wide else 0

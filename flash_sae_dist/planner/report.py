@@ -132,7 +132,7 @@ def _shape_lines(figures: JobFigures, memory: int) -> list[str]:
         f"    peak           {_size(m.peak)} of {_size(memory)}; {_size(figures.fresh_peak)} "
         "while no latent is dead",
     ]
-    for group in ("shards", "replicas"):
+    for group in ("shards", "replicas", "members"):
         of = [sent for sent in figures.sent if sent.group == group]
         if of:
             parts = ", ".join(f"{s.what} {_size(s.bytes)}" for s in of if s.bytes >= 1 << 20)

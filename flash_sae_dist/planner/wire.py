@@ -2,7 +2,8 @@
 
 Legend: N tokens a step, R replicas, P shards, n = N / R, D d_in, F d_sae / P, K slots a token, M
 listed dead latents of a shard, padded. docs/notes/several-gpus.md has the same as tables; a test
-compares them with collectives counted around torch.distributed.
+compares those of the TopK family with collectives counted around torch.distributed. What
+selections by threshold send is an estimate: their lists are as long as many latents are active.
 """
 
 from __future__ import annotations
@@ -45,17 +46,56 @@ def batch_sent(work: Work, num_shards: int, num_replicas: int) -> list[Sent]:
     return [Sent("batch", "all_gather", "shards", 1, rows * work.d_in * work.row_bytes)]
 
 
+def _selection(work: Work, n: int, P: int, passes: int) -> list[Sent]:
+    """Which candidates are active, in so many passes over n tokens."""
+    wide, parts = work.master, work.train.micro_batches
+    calls = passes * parts
+    if work.rule == "threshold":
+        return []
+    if work.rule == "token":
+        # Of nested reconstructions the smaller is found among them again: in a step for its level
+        # and for what counts as active, before AuxK's loss for the latter.
+        times = passes if work.levels == 1 else 2 * passes + 1
+        # An index travels as wide as the value beside it.
+        size = times * n * work.slots(P) * 2 * wide
+        return [Sent("candidates", "all_gather", "shards", times * parts, size)]
+    return [
+        # A round decides a byte of the values' sort keys.
+        Sent("counts of digits", "all_reduce", "members", wide * calls, wide * calls * 1024),
+        Sent("ties", "all_gather", "members", calls, passes * n * _COUNT),
+        Sent("least activation", "all_reduce", "members", 1, wide),
+    ]
+
+
+def _pairs(work: Work, n: int, P: int, R: int) -> list[Sent]:
+    """What each pair adds to its latent's gradients: its index and two coefficients, in a flat list
+    its token too; with nested reconstructions rows for each, and the row of each pair.
+    """
+    wide, F = work.master, work.d_sae // P
+    slots = n * work.slots(P, R)
+    size = slots * (3 if work.rule == "token" else 4) * wide
+    found = [Sent("pairs", "all_gather", "replicas", 1, size)]
+    if work.levels == 1 and not work.pairwise:
+        return found
+    rows = work.levels * n * work.d_in * work.compute.itemsize
+    return [
+        *found,
+        Sent("pairs' rows", "all_gather", "replicas", 1, slots * _COUNT),
+        Sent("rows of nested residuals", "all_gather", "replicas", 1, rows),
+        Sent("latents that fired", "all_reduce", "replicas", 1, 4 * F),
+    ]
+
+
 def _fused(work: Work, P: int, R: int, M: int, selects: bool) -> list[Sent]:
     n, parts = work.train.batch_tokens // R, work.train.micro_batches
-    D, K, wide, narrow = work.d_in, work.slots(P), work.master, work.compute.itemsize
+    D, wide, narrow = work.d_in, work.master, work.compute.itemsize
     clips = work.train.grad_clip is not None
     found = [
-        # An index travels as wide as the value beside it.
-        Sent("candidates", "all_gather", "shards", parts, n * K * 2 * wide),
-        Sent("reconstruction", "all_reduce", "shards", parts, n * D * wide),
+        *_selection(work, n, P, 1),
+        Sent("reconstruction", "all_reduce", "shards", parts, work.levels * n * D * wide),
         Sent("gradient of b_dec, L0", "all_reduce", "shards", 2, (D + 1) * wide),
         Sent("norm of the gradient", "all_reduce", "shards", int(clips), 2 * wide * clips),
-        Sent("pairs", "all_gather", "replicas", 1, n * K * 3 * wide),
+        *_pairs(work, n, P, R),
         Sent("rows of x and of the residual", "all_gather", "replicas", 2, 2 * n * D * narrow),
         Sent("variance, metrics", "all_reduce", "replicas", 2, (D + 1 + 4) * wide),
     ]
@@ -90,13 +130,14 @@ def _gradients_sent(work: Work, R: int, whole: int) -> list[Sent]:
 
 def _autograd(work: Work, P: int, R: int, M: int, selects: bool) -> list[Sent]:
     n, parts = work.train.batch_tokens // R, work.train.micro_batches
-    D, F, K, wide = work.d_in, work.d_sae // P, work.slots(P), work.master
+    D, F, wide = work.d_in, work.d_sae // P, work.master
     clips = work.train.grad_clip is not None
     # AuxK's normaliser takes a forward pass of its own, and its loss a gradient.
     passes, b_dec = 2 if M else 1, parts * D * wide
+    recons = work.levels + passes - 1
     found = [
-        Sent("candidates", "all_gather", "shards", passes * parts, passes * n * K * 2 * wide),
-        Sent("reconstruction", "all_reduce", "shards", passes * parts, passes * n * D * wide),
+        *_selection(work, n, P, passes),
+        Sent("reconstruction", "all_reduce", "shards", recons * parts, recons * n * D * wide),
         Sent("gradient of b_dec", "all_reduce", "shards", passes * parts, passes * b_dec),
         Sent("L0", "all_reduce", "shards", 1, wide),
         Sent("norm of the gradient", "all_reduce", "shards", int(clips), wide * clips),
