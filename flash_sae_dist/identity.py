@@ -33,7 +33,8 @@ STEP_KEYS = frozenset(
         *("hookpoint", "batch_tokens", "seed", "lr", "warmup_steps", "decay_fraction", "grad_clip"),
         *("adam_betas", "adam_eps", "adam_mode", "moment_dtype", "ema_decay", "engine"),
         *("precision", "dead_latents", "aux_coef", "k_aux", "dead_after_tokens", "normalize"),
-        *("subtract_mean", "target", "schedule"),
+        *("subtract_mean", "target", "schedule", "schedule_cycles", "min_lr_rate"),
+        *("optimizer", "weight_decay", "loss", "fvu_coef"),
         *("holdout", "source", "buffer_tokens", "init_from"),
     )
 )

@@ -68,6 +68,7 @@ def _scalars_kernel(step_ptr, lr_ptr, betas_ptr, out_ptr):
     tl.store(out_ptr, (lr / (1 - power1)).to(tl.float32))
     tl.store(out_ptr + 1, tl.sqrt(1 - power2).to(tl.float32))
     tl.store(out_ptr + 2, 1.0)
+    tl.store(out_ptr + 3, lr.to(tl.float32))
 
 
 @triton.jit
@@ -84,7 +85,7 @@ def clip_(
     over_encoder: Tensor,  # [D] float32
     squares: Tensor,  # [2] float32
     largest: float,
-    scalars: Tensor,  # [3] float32
+    scalars: Tensor,  # [4] float32
     unit: float = 1.0,
 ) -> Tensor:  # [D] float32
     """`reference.clip_` in one launch."""
@@ -99,7 +100,7 @@ def adam_scalars_(
     step: Tensor,  # scalar float32
     lr: Tensor,  # scalar float32
     betas: Tensor,  # [2] float64
-    out: Tensor,  # [3] float32
+    out: Tensor,  # [4] float32
 ) -> None:
     """`reference.adam_scalars_` in one launch."""
     _scalars_kernel[(1,)](step, lr, betas, out)

@@ -85,15 +85,16 @@ class AdamOptions(NamedTuple):
     seed: int = 0  # of the stochastic rounding
     scaled: bool = False  # whether the last of the scalars, which scales gradients, is not 1
     unit: float = 1.0  # of b_enc and b_dec, which are in the data's units: its root mean square
+    decay: float = 0.0  # AdamW's decoupled weight decay, of W_enc and W_dec alone
 
 
 def adam_scalars_(
     step: Tensor,  # scalar float32, incremented
     lr: Tensor,  # scalar float32/64
     betas: Tensor,  # [2] float64
-    out: Tensor,  # [3] float32/64: lr / (1 - beta1^step), sqrt(1 - beta2^step), 1
+    out: Tensor,  # [4] float32/64: lr / (1 - beta1^step), sqrt(1 - beta2^step), 1, lr
 ) -> None:
-    """Advances Adam's step count and writes the scalars of its update, all on the device; the last
+    """Advances Adam's step count and writes the scalars of its update, all on the device; the third
     scales the gradients, which clipping changes.
     """
     step.add_(1)
@@ -101,6 +102,7 @@ def adam_scalars_(
     out[0] = lr / correction[0]
     out[1] = correction[1].sqrt()
     out[2] = 1
+    out[3] = lr
 
 
 def _mix32(h: Tensor) -> Tensor:
@@ -249,6 +251,8 @@ def _step_rows_(
             first, count = first_latent + block.start, block.stop - block.start
             bits = random_bits(options.seed, step, i // 2, count, weights.shape[1], first)
             bits = bits if own is None else bits[own]
+        if options.decay and i != 1:
+            param.mul_(1 - options.decay * scalars[3])
         _adam_(param, exp_avg, exp_avg_sq, g, scalars, options, bits, unit)
         if i == 2 and options.unit_norm:
             norm = param.norm(dim=1, keepdim=True)
@@ -284,7 +288,7 @@ def clip_(
     over_encoder: Tensor,  # [D], the encoder's, negated
     squares: Tensor,  # [2], of the encoder's and the decoder's gradients over all shards
     largest: float,
-    scalars: Tensor,  # [3] of adam_scalars_, the last is written
+    scalars: Tensor,  # [4] of adam_scalars_, the third is written
     unit: float = 1.0,
 ) -> Tensor:  # [D]
     """Writes the factor by which torch.nn.utils.clip_grad_norm_ scales gradients whose norm is over
@@ -299,7 +303,7 @@ def clip_(
 def adam_encoder_(
     rows: LatentRows,
     grads: Gradients,
-    scalars: Tensor,  # [3] of adam_scalars_; the last scales every gradient
+    scalars: Tensor,  # [4] of adam_scalars_; the third scales every gradient
     step: Tensor,  # scalar
     options: AdamOptions,
     first_latent: int = 0,
@@ -312,8 +316,9 @@ def adam_encoder_(
     row; lazy Adam only latents with pairs in order and listed ones, with the bias correction of
     the global step count, as torch.optim.SparseAdam. Under x -> s x the gradients of W_enc and
     W_dec stay and b_enc's goes with 1/s: its step is lr * unit and its epsilon eps / unit, so that
-    b_enc / unit moves as at unit 1. first_latent is the index of the first row
-    over all shards, by which bfloat16 moments are rounded alike on any number of shards.
+    b_enc / unit moves as at unit 1. With options.decay every row of W_enc that moves is first
+    multiplied by 1 - lr * decay, as by torch.optim.AdamW. first_latent is the index of the first
+    row over all shards, by which bfloat16 moments are rounded alike on any number of shards.
     """
     enc, bias = encoder_gradients(grads, rows.W_dec.shape[0])
     sums = bias[None] @ rows.W_enc.to(bias.dtype)
@@ -328,7 +333,7 @@ def adam_encoder_(
 def adam_decoder_(
     rows: LatentRows,
     grads: Gradients,
-    scalars: Tensor,  # [3] of adam_scalars_
+    scalars: Tensor,  # [4] of adam_scalars_
     step: Tensor,  # scalar
     options: AdamOptions,
     first_latent: int = 0,
@@ -347,7 +352,7 @@ def adam_vector_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    scalars: Tensor,  # [3] of adam_scalars_
+    scalars: Tensor,  # [4] of adam_scalars_
     options: AdamOptions,
 ) -> None:
     """One Adam step of a parameter that has no latents and is in the data's units, in place."""

@@ -63,6 +63,13 @@ def adam(w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, ep
 
 
 @triton.jit
+def _decayed(w, scalars_ptr, weight_decay, DECAYS: tl.constexpr):
+    if DECAYS:
+        w *= 1 - weight_decay * tl.load(scalars_ptr + 3)
+    return w
+
+
+@triton.jit
 def _store_moments(
     m_ptr, v_ptr, at, mask, m, v, seed, step_ptr, MATRIX: tl.constexpr, latent, cols
 ):
@@ -94,12 +101,12 @@ def _encoder_kernel(
     b_ptr, b_m_ptr, b_v_ptr,  # [F]
     weighted_ptr,  # [cdiv(F, LATENTS), D]
     squares_ptr,  # [cdiv(F, LATENTS), blocks of columns], NORM only
-    scalars_ptr,  # [3] of adam_scalars_
+    scalars_ptr,  # [4] of adam_scalars_
     step_ptr, F, D, P, K, one_minus_beta1, beta2, one_minus_beta2, eps, seed, first_latent,
-    unit, eps_of_unit,  # of b_enc
+    unit, eps_of_unit, weight_decay,  # two of b_enc, DECAYS only
     LAZY: tl.constexpr, SCALED: tl.constexpr, DENSE: tl.constexpr, NORM: tl.constexpr,
-    COPIES: tl.constexpr, HEAVY: tl.constexpr, LATENTS: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK_D: tl.constexpr, FULL: tl.constexpr,
+    DECAYS: tl.constexpr, COPIES: tl.constexpr, HEAVY: tl.constexpr, LATENTS: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """LATENTS rows of W_enc in a block of columns, one after another; the old rows times their
     bias gradients are summed on the way, for b_dec.
@@ -144,6 +151,7 @@ def _encoder_kernel(
                 if SCALED:
                     grad *= tl.load(scalars_ptr + 2)
                     value *= tl.load(scalars_ptr + 2)
+                w = _decayed(w, scalars_ptr, weight_decay, DECAYS)
                 w, m, v = adam(
                     w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
                 )  # fmt: skip
@@ -161,9 +169,7 @@ def _encoder_kernel(
                     tl.store(b_ptr + latent, b)
                     tl.store(b_m_ptr + latent, b_m)
                     tl.store(b_v_ptr + latent, b_v)
-        begin = end
-        end = next_end
-        pair = next_pair
+        begin, end, pair = end, next_end, next_pair
     tl.store(weighted_ptr + tl.program_id(0) * D + cols, weighted, mask=inside)
     if NORM:
         at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -181,11 +187,12 @@ def _decoder_kernel(
     slots_ptr, dense_ptr, dense_bias_ptr,  # [F] int32, [M, D] and [M], DENSE only
     W_ptr, m_ptr, v_ptr, copy_ptr,  # [F, D]
     squares_ptr,  # [F], NORM only
-    scalars_ptr,  # [3] of adam_scalars_
+    scalars_ptr,  # [4] of adam_scalars_
     step_ptr, D, K, one_minus_beta1, beta2, one_minus_beta2, eps, seed, first_latent,
+    weight_decay,  # DECAYS only
     LAZY: tl.constexpr, SCALED: tl.constexpr, DENSE: tl.constexpr, NORM: tl.constexpr,
-    UNIT_NORM: tl.constexpr, COPIES: tl.constexpr, HEAVY: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK_D: tl.constexpr, FULL: tl.constexpr,
+    DECAYS: tl.constexpr, UNIT_NORM: tl.constexpr, COPIES: tl.constexpr, HEAVY: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """A whole row of W_dec: the constraint needs its sums."""
     latent = tl.program_id(0).to(tl.int64)
@@ -219,6 +226,7 @@ def _decoder_kernel(
         else:
             if SCALED:
                 grad *= tl.load(scalars_ptr + 2)
+            w = _decayed(w, scalars_ptr, weight_decay, DECAYS)
             w, m, v = adam(
                 w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
             )  # fmt: skip
@@ -274,7 +282,8 @@ def _constants(options: AdamOptions, first_latent: int) -> tuple[float, ...]:
 def _flags(rows: LatentRows, grads: Gradients, options: AdamOptions) -> dict[str, bool]:
     dense = grads.dense is not None
     copies = rows.copies is not None
-    return {"LAZY": options.lazy, "SCALED": options.scaled, "DENSE": dense, "COPIES": copies}
+    flags = {"LAZY": options.lazy, "SCALED": options.scaled, "DECAYS": options.decay > 0}
+    return flags | {"DENSE": dense, "COPIES": copies}
 
 
 def _encoder(
@@ -302,7 +311,7 @@ def _encoder(
         rows.W_enc, rows.exp_avg[0], rows.exp_avg_sq[0], copy,
         rows.b_enc, rows.exp_avg[1], rows.exp_avg_sq[1], weighted, squares,
         scalars, step, F, D, order.order.numel(), pairs.k, *_constants(options, first_latent),
-        options.unit, options.eps / options.unit,
+        options.unit, options.eps / options.unit, options.decay,
         NORM=norm, HEAVY=sums.heavy, **_flags(rows, grads, options), **blocks,
     )  # fmt: skip
     return weighted, squares.flatten()
@@ -328,8 +337,9 @@ def _decoder(
         sums.values,
         *_dense_args(rows, grads, decoder=True),
         rows.W_dec, rows.exp_avg[2], rows.exp_avg_sq[2], copy, squares,
-        scalars, step, D, pairs.k, *_constants(options, first_latent), NORM=norm,
-        UNIT_NORM=options.unit_norm, HEAVY=sums.heavy, **_flags(rows, grads, options), **blocks,
+        scalars, step, D, pairs.k, *_constants(options, first_latent),
+        options.decay, NORM=norm, UNIT_NORM=options.unit_norm, HEAVY=sums.heavy,
+        **_flags(rows, grads, options), **blocks,
     )  # fmt: skip
     return squares
 
@@ -353,7 +363,7 @@ def decoder_squares(
 def adam_encoder_(
     rows: LatentRows,
     grads: Gradients,
-    scalars: Tensor,  # [3] of adam_scalars_
+    scalars: Tensor,  # [4] of adam_scalars_
     step: Tensor,  # scalar
     options: AdamOptions,
     first_latent: int = 0,
@@ -366,7 +376,7 @@ def adam_encoder_(
 def adam_decoder_(
     rows: LatentRows,
     grads: Gradients,
-    scalars: Tensor,  # [3] of adam_scalars_
+    scalars: Tensor,  # [4] of adam_scalars_
     step: Tensor,  # scalar
     options: AdamOptions,
     first_latent: int = 0,

@@ -513,7 +513,8 @@ OTHER: dict[str, Any] = {
     "train.hookpoint": "model.layers.1.mlp", "train.num_tokens": 9999,
     "train.batch_tokens": 32, "train.lr": 0.5, "train.warmup_steps": 6,
     "train.decay_fraction": 0.5, "train.schedule": "cosine", "train.adam_betas": [0.5, 0.9],
-    "train.adam_eps": 1e-3,
+    "train.adam_eps": 1e-3, "train.optimizer": "adamw", "train.weight_decay": 0.5,
+    "train.loss": "kl", "train.fvu_coef": 0.5, "train.schedule_cycles": 2, "train.min_lr_rate": 0.5,
     "train.engine": "autograd", "train.grad_clip": 1.0, "train.micro_batches": 2,
     "train.dead_latents": "none", "train.aux_coef": 1.0, "train.k_aux": 3,
     "train.dead_after_tokens": 641, "train.precision": "bfloat16", "train.num_shards": 1,
@@ -545,6 +546,11 @@ NEEDED: dict[str, Any] = {
     "sae.l1_coefficient": {"sae.architecture": "relu"},
     "train.buffer_tokens": {"train.source": "stream"},
     "train.deepspeed_config": {"train.engine": "deepspeed"},
+    "train.weight_decay": {"train.optimizer": "adamw"},
+    "train.schedule_cycles": {"train.schedule": "cosine_with_restarts"},
+    "train.loss": {"train.source": "stream"},
+    "train.fvu_coef": {"train.source": "stream", "train.loss": "kl"},
+    "train.min_lr_rate": {"train.schedule": "cosine_with_min_lr"},
 }
 
 

@@ -258,21 +258,34 @@ def test_a_store_tells_the_mean() -> None:
     assert t.normalization.unit(D_IN) == pytest.approx((100 - float(mean.square().mean())) ** 0.5)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup"])
+OF_TRANSFORMERS = {
+    "linear": ("linear", {}, {}),
+    "cosine": ("cosine", {}, {}),
+    "constant": ("constant_with_warmup", {}, {}),
+    "inverse_sqrt": ("inverse_sqrt", {}, {}),
+    "cosine_with_restarts": ("cosine_with_restarts", {"num_cycles": 3}, {"schedule_cycles": 3}),
+    "cosine_with_min_lr": ("cosine_with_min_lr", {"min_lr_rate": 0.2}, {"min_lr_rate": 0.2}),
+}
+
+
+@pytest.mark.parametrize("schedule", OF_TRANSFORMERS)
 @pytest.mark.parametrize("warmup", [0, 7])
-def test_schedules_are_those_of_transformers(name: str, warmup: int) -> None:
+def test_schedules_are_those_of_transformers(schedule: str, warmup: int) -> None:
     """A step later: the first step has a learning rate here."""
     from transformers import get_scheduler
 
+    name, their_keys, our_keys = OF_TRANSFORMERS[schedule]
     steps, optimizer = 40, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    theirs = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=steps,
+        scheduler_specific_kwargs=their_keys,
+    )  # fmt: skip
     want = []
     for _ in range(steps + 1):
         want.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
-    schedule = "constant" if name == "constant_with_warmup" else name
-    cfg = FusedTrainConfig(num_tokens=9, warmup_steps=warmup, schedule=schedule)
+    cfg = FusedTrainConfig(num_tokens=9, warmup_steps=warmup, schedule=schedule, **our_keys)
     got = [lr_at(step, steps, 2.0, cfg) for step in range(steps)]
     assert got[:warmup] == pytest.approx(want[1 : warmup + 1])
     assert got[warmup:] == pytest.approx(want[warmup:steps])

@@ -37,20 +37,22 @@ class Predictions(NamedTuple):
     targets: Tensor  # [M] int64
 
 
-@torch.no_grad()
 def predictions(
     lm: LanguageModel,
     ids: Tensor,  # [B, T] int64
     attention: Tensor,  # [B, T] bool
     masked: Tensor | None = None,  # [B, T] bool, the tokens to hide and guess (masked-lm)
+    counted: Tensor | None = None,  # [B, T] bool, of a causal-lm the tokens that count; None: all
 ) -> Predictions:
     """Logits of the predicted tokens. causal-lm: every token after the first of each sequence;
-    masked-lm: the tokens in `masked`. Raises ConfigError for an encoder without a head for them.
+    masked-lm: the tokens in `masked`. Differentiable. Raises ConfigError for an encoder without a
+    head for them.
     """
     check_has_loss(lm)
     if lm.causal:
         logits = run_model(lm, ids, attention).logits[:, :-1]
         target, used = ids[:, 1:], attention[:, 1:]
+        used = used if counted is None else used & counted[:, 1:]
     else:
         assert masked is not None
         hidden = ids.masked_fill(masked, lm.tokenizer.mask_token_id)

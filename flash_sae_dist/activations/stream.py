@@ -34,6 +34,7 @@ from .stored_rows import float_dtype
 from .stream_buffer import StreamedBatches
 from .stream_order import BufferShape, Share, StreamOrder
 from .text_parts import TextParts, digest_of, part_size
+from .token_batches import TokenBatches
 from .tokenising import Tokeniser, early_process, making_of
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ class ModelRows:
 
     def buffer_bytes(self, hookpoint: str, cfg: TrainConfig) -> int:
         """What the rows of a hookpoint take of the memory of a process's device."""
+        if cfg.loss != "fvu":
+            return 0
         return self.shape(cfg).rows * self.width(hookpoint) * float_dtype(self.dtype).itemsize
 
     def batches(
@@ -120,6 +123,17 @@ class ModelRows:
             self.lm, widths, order, float_dtype(self.dtype), rows=rows, start_step=start_step,
             mesh=mesh, device=device,
         )  # fmt: skip
+
+    def token_batches(self, cfg: TrainConfig, start_step: int, mesh: Mesh) -> TokenBatches:
+        """Whole sequences of the batches from a step on, for train.loss ce and kl."""
+        assert mesh.members == 1
+        length = self.cache.context_length
+        size = cfg.batch_tokens // length
+        order = StreamOrder(
+            self.tokeniser.parts, BufferShape(1, 1, size * length), size,
+            (self.cache.seed, cfg.seed), Share(0, 1), cfg.holdout, self._wait,
+        )  # fmt: skip
+        return TokenBatches(order, length, start_step)
 
     def _wait(self, part: int) -> None:
         self.tokeniser.ask(part)
@@ -157,6 +171,7 @@ def _opened(
 ) -> Iterator[ModelRows]:
     assert config.cache is not None
     cache, first = config.cache, accelerator.is_main_process
+    _check_loss(config, lm)
     hookpoints = resolve_hookpoints(lm.model, cache.hookpoints)
     widths = probe(lm, hookpoints, cache.context_length)
     agree.first_checks(lambda: _check_text(config, lm))
@@ -200,6 +215,26 @@ def _check_keys(config: RunConfig, *, tell: bool) -> None:
     idle += ["store"] if config.store is not None else []
     if idle and tell:
         logger.info("train.source=stream reads no store: %s have no effect on it", ", ".join(idle))
+
+
+def _check_loss(config: RunConfig, lm: LanguageModel) -> None:
+    """Raises ConfigError where train.loss cannot be had of this model, or of such batches."""
+    train, cache = getattr(config, "train", None), config.cache
+    assert cache is not None
+    if not isinstance(train, TrainConfig) or train.loss == "fvu":
+        return
+    key = f"train.loss={train.loss!r}"
+    if not lm.causal:
+        raise ConfigError(
+            f"{key} is of what a causal language model predicts, and this one is none; set "
+            "train.loss=fvu"
+        )
+    if train.batch_tokens % cache.context_length:
+        near = max(1, round(train.batch_tokens / cache.context_length)) * cache.context_length
+        raise ConfigError(
+            f"{key} takes whole sequences, but train.batch_tokens={train.batch_tokens} is no "
+            f"multiple of cache.context_length={cache.context_length}; set it to {near}"
+        )
 
 
 def _check_text(config: RunConfig, lm: LanguageModel) -> None:

@@ -145,6 +145,23 @@ class StreamOrder:
             if not any_row:
                 raise self._no_rows()
 
+    def sequences(self) -> Iterator[tuple[TokenTable, Mask, Ints]]:
+        """Whole passes, without end: a part of the text, which of its tokens are trained on, the
+        sequences of a pass. Passes of fewer sequences, or without a row, are left out. Raises
+        ConfigError where the text gives none.
+        """
+        for epoch in count():
+            found = False
+            for part, sequences, rows in self._passes(epoch):
+                if rows and len(sequences) == self.batch_sequences:
+                    found = True
+                    yield (*self._part(part), sequences)
+            if not found:
+                raise ConfigError(
+                    f"the text gives no batch of {self.batch_sequences} whole sequences; lower "
+                    "train.batch_tokens, or give more text"
+                )
+
     def leave(self) -> None:
         """Ends a wait for the text in another thread, where it raises UserError."""
         self._is_left = True

@@ -33,8 +33,8 @@ from ..models.base import Slots
 from ..models.topk import TopKSAE
 from ..progress import progress_bar
 from ..training.optim import project_decoder_grad_
+from ..training.schedule_free import ScheduleFreeSign
 from .recipe import FusedTraining, Recipe, missing, refuse
-from .schedule_free import ScheduleFreeSign
 
 _ABSENT = {
     "MemmapDataset": "give a datasets.Dataset",

@@ -21,6 +21,19 @@ def _num_shards(value: Any) -> Any:
     )
 
 
+Optimizer = Literal["adam", "adamw", "muon", "signum"]
+Schedule = Literal[
+    "warmup_stable_decay", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
+    "inverse_sqrt", "constant",
+]  # fmt: skip
+# Keys of one schedule alone.
+_OF_SCHEDULES = {
+    "decay_fraction": "warmup_stable_decay",
+    "schedule_cycles": "cosine_with_restarts",
+    "min_lr_rate": "cosine_with_min_lr",
+}
+
+
 NumShards = Annotated[int | Literal["auto"], BeforeValidator(_num_shards)]
 STEP_IS_GONE = (
     "train.step is gone: train.step=plain is now train.engine=autograd, and train.step=fused is "
@@ -42,6 +55,13 @@ class TrainConfig(StrictModel):
     """store: rows of an activation store; stream: rows of the model itself, which runs on the text
     while SAEs are trained, as the sections model, text and cache say. No store is needed, and
     every process runs the model on its own share of the text, once for all hookpoints and SAEs."""
+    loss: Literal["fvu", "ce", "kl"] = "fvu"
+    """fvu: the reconstruction's error; ce, kl: the model goes on with the reconstruction, and the
+    loss is its cross-entropy, or the divergence of its predictions from its own (end-to-end; Braun
+    et al. 2024), mostly to fine-tune an SAE (init_from). Needs source stream and one process for
+    each SAE; batches are whole sequences, two forward passes and one backward for each SAE."""
+    fvu_coef: float = Field(default=0.0, ge=0)
+    """Weight of FVU beside the model's loss (loss ce or kl)."""
     buffer_tokens: int = Field(default=2**18, gt=0)
     """Tokens that each process mixes (source: stream): the rows of so many, of every hookpoint, are
     kept in the memory of its device, and batches are drawn from over half of them."""
@@ -49,14 +69,30 @@ class TrainConfig(StrictModel):
     """Tokens to train on; more than the store holds, or the text has, means several epochs."""
     batch_tokens: int = Field(default=4096, gt=0)
     """Tokens a step, over all processes that train this SAE."""
+    optimizer: Optimizer = "adam"
+    """adam; adamw: Adam with decoupled weight decay of the matrices; muon: orthogonalised momentum
+    for the matrices, Adam for the biases; signum: schedule-free sign descent with momentum 0.95,
+    whose average is the SAE that is written, decoder rows at unit norm (sparsify's default until
+    1.3). muon and signum need dense gradients: engine auto is autograd with them."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Decoupled weight decay of the matrices (adamw, muon): before each step they are multiplied by
+    1 - lr * weight_decay; biases are not. Left out, 0.01 for adamw (torch's), 0 for muon
+    (sparsify's)."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; left out, the architecture's: 2e-4 / sqrt(d_sae / 2**14) for those of the
     TopK family (Gao et al. 2024), 7e-5 for jumprelu (its paper's), 5e-5 for gated
-    (dictionary_learning's) and relu (Anthropic's of April 2024)."""
-    schedule: Literal["warmup_stable_decay", "linear", "cosine", "constant"] = "warmup_stable_decay"
+    (dictionary_learning's) and relu (Anthropic's of April 2024). With other optimizers sparsify's:
+    2e-3 for muon, 5e-3 / sqrt(d_sae / 2**14) for signum."""
+    schedule: Schedule = "warmup_stable_decay"
     """The learning rate after its warm-up, by the names of transformers: warmup_stable_decay stays
     and falls linearly to zero over the last part of the steps (decay_fraction); linear and cosine
-    fall to zero over all steps that are left; constant stays."""
+    fall to zero over all steps that are left, cosine_with_restarts several times
+    (schedule_cycles), cosine_with_min_lr to a part of the peak (min_lr_rate); inverse_sqrt falls
+    with the root of the steps; constant stays (transformers' constant_with_warmup)."""
+    schedule_cycles: int = Field(default=4, gt=0)
+    """How many times the learning rate falls to zero (schedule cosine_with_restarts)."""
+    min_lr_rate: float = Field(default=0.1, ge=0, lt=1)
+    """Part of the peak that is left at the end (schedule cosine_with_min_lr)."""
     warmup_steps: int = Field(default=1000, ge=0)
     """Steps of linear warm-up."""
     decay_fraction: float = Field(default=0.2, ge=0, le=1)
@@ -155,12 +191,53 @@ class TrainConfig(StrictModel):
 
     @model_validator(mode="after")
     def _schedule_has_its_keys(self) -> Self:
-        usual = type(self).model_fields["decay_fraction"].default
-        if self.schedule != "warmup_stable_decay" and self.decay_fraction != usual:
-            raise ValueError(
-                f"train.decay_fraction={self.decay_fraction} says nothing of train.schedule="
-                f"{self.schedule!r}; drop one"
-            )
+        for key, schedule in _OF_SCHEDULES.items():
+            if self.schedule != schedule and self._is_set(key):
+                raise ValueError(
+                    f"train.{key}={getattr(self, key)} says nothing of train.schedule="
+                    f"{self.schedule!r}; drop one"
+                )
+        return self
+
+    def _is_set(self, key: str) -> bool:
+        """Whether a key has another value than its default."""
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
+
+    @model_validator(mode="after")
+    def _optimizer_has_its_keys(self) -> Self:
+        idle = []
+        if self.optimizer == "signum":
+            # Its average stands for a schedule, and a sign has no size.
+            idle = ["schedule", "decay_fraction", "grad_clip", "adam_betas", "adam_eps"]
+        if self.optimizer not in ("adamw", "muon"):
+            idle.append("weight_decay")
+        for key in idle:
+            if self._is_set(key):
+                raise ValueError(
+                    f"train.{key}={shown(getattr(self, key))} says nothing of train.optimizer="
+                    f"{self.optimizer!r}; drop one"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_has_its_keys(self) -> Self:
+        if self.loss == "fvu":
+            if self.fvu_coef:
+                raise ValueError(
+                    f"train.fvu_coef={self.fvu_coef} stands beside train.loss=ce or kl, not 'fvu'; "
+                    "drop one"
+                )
+            return self
+        key = f"train.loss={self.loss!r}"
+        if self.source != "stream":
+            raise ValueError(f"{key} runs the model on whole texts; set train.source=stream")
+        for name, why in (
+            ("target", "is of SAEs, not of transcoders"),
+            ("buffer_tokens", "mixes no rows: it takes whole sequences"),
+            ("micro_batches", "takes a batch whole; lower train.batch_tokens instead"),
+        ):
+            if self._is_set(name):
+                raise ValueError(f"{key} {why}; drop train.{name}={shown(getattr(self, name))}")
         return self
 
     @model_validator(mode="after")
@@ -204,6 +281,15 @@ class FusedTrainConfig(TrainConfig):
     """Decay a step of a running average of the weights; the SAE that is written is
     then the average, its decoder rows at unit norm."""
 
+    @model_validator(mode="after")
+    def _decays_all_rows(self) -> Self:
+        if self.optimizer == "adamw" and self.adam_mode == "lazy":
+            raise ValueError(
+                "train.optimizer='adamw' decays all rows at every step, which train.adam_mode="
+                "'lazy' leaves alone; drop one"
+            )
+        return self
+
 
 class _DenseTrainConfig(TrainConfig):
     """The keys of the engines that run on autograd."""
@@ -225,7 +311,7 @@ class AutogradTrainConfig(_DenseTrainConfig):
     """
 
     engine: Literal["autograd"]
-    """PyTorch's autograd and torch.optim.Adam."""
+    """PyTorch's autograd and an optimizer over dense gradients, such as torch.optim.Adam."""
 
 
 class DeepSpeedTrainConfig(_DenseTrainConfig):
@@ -241,6 +327,20 @@ class DeepSpeedTrainConfig(_DenseTrainConfig):
     configs/deepspeed/zero2_offload.json: the stage of ZeRO (1 or 2), whether Adam and its moments
     are on the host, sizes of buckets. What keys of train decide, it may not say otherwise. Left
     out, ZeRO-1 on the device."""
+
+    @model_validator(mode="after")
+    def _adam_alone(self) -> Self:
+        if self.loss != "fvu":
+            raise ValueError(
+                f"train.loss={self.loss!r} is not of train.engine='deepspeed'; set "
+                "train.engine=autograd"
+            )
+        if self.optimizer != "adam":
+            raise ValueError(
+                f"train.optimizer={self.optimizer!r} is not of train.engine='deepspeed', whose "
+                "ZeRO splits Adam; set train.engine=autograd, or drop train.optimizer"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_float64(self) -> Self:

@@ -206,6 +206,10 @@ def kept_bytes(work: Work, num_shards: int) -> dict[str, int]:
     if fused and work.compute.itemsize != work.master:
         kept["compute copies"] = matrices * work.compute.itemsize
     kept["moments"] = 2 * (matrices * work.moment + vectors * work.master) if fused else 2 * whole
+    if work.train.optimizer == "muon":
+        kept["moments"] -= matrices * work.master
+    elif work.train.optimizer == "signum":
+        kept["moments"] = whole
     if work.averages:
         kept["running average"] = whole
     if not fused:
@@ -301,6 +305,9 @@ def _autograd_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
     copies = 3 * F * D * narrow if narrow != wide else 0
     more = F * D * wide * (2 if work.train.micro_batches > 1 else 1)
     dense = max(copies, more)
+    if work.train.optimizer == "muon":
+        # A matrix's update, and what Newton-Schulz makes of it, twice.
+        dense = max(dense, F * D * (wide + 3 * (8 if wide == 8 else 2)))
     if work.zero is not None:
         # With stage 2 the gradient that ZeRO has not split yet, or with offload both, which it
         # copies to the host (measured); what it flattens for Adam.

@@ -8,7 +8,7 @@ from ..config.base import ConfigError
 from ..config.sae import SAEConfig
 from ..config.train import TrainConfig
 from ..models import ARCHITECTURES
-from .optim import default_lr
+from .optim import default_lr, optimizer_lr
 
 _Train = TypeVar("_Train", bound=TrainConfig)
 
@@ -40,10 +40,12 @@ def with_defaults(train: _Train, sae: SAEConfig, d_in: int) -> _Train:
         raise ConfigError(
             "sae.skip=True is of transcoders alone; name their target as train.target, or drop it"
         )
-    lr = usual.lr if usual.lr is not None else default_lr(sae.width(d_in))
+    lr = optimizer_lr(train.optimizer, sae.width(d_in)) or usual.lr or default_lr(sae.width(d_in))
+    decay = {"adamw": 0.01, "muon": 0.0}.get(train.optimizer)
     return train.model_copy(
         update={
             "lr": lr if train.lr is None else train.lr,
+            "weight_decay": decay if train.weight_decay is None else train.weight_decay,
             "adam_betas": usual.adam_betas if train.adam_betas is None else train.adam_betas,
             "dead_latents": usual.dead_latents if chosen is None else chosen,
         }

@@ -44,6 +44,10 @@ def choose_engine(cfg: TrainConfig, d_in: int, sae: SAEConfig | None = None) -> 
     if not isinstance(cfg, FusedTrainConfig):
         return EngineChoice("deepspeed" if isinstance(cfg, DeepSpeedTrainConfig) else "autograd")
     reason = None if sae is None else ARCHITECTURES[sae.architecture].autograd_reason(sae)
+    if cfg.optimizer not in ("adam", "adamw"):
+        reason = f"train.optimizer={cfg.optimizer!r} steps from dense gradients"
+    if cfg.loss != "fvu":
+        reason = f"the gradient of train.loss={cfg.loss!r} comes through the model"
     if cfg.target is not None:
         reason = "a transcoder's encoder and decoder have other rows"
     if d_in > _MAX_WIDTH:
@@ -72,6 +76,12 @@ def check_engine(cfg: TrainConfig, d_in: int, mesh: Mesh, sae: SAEConfig | None 
     do.
     """
     choose_engine(cfg, d_in, sae)
+    if cfg.loss != "fvu" and mesh.members > 1:
+        raise ConfigError(
+            f"train.loss={cfg.loss!r} runs the model with one whole SAE in it, but "
+            f"train.num_shards={mesh.num_shards} x train.num_replicas={mesh.num_replicas} split "
+            "it; set both to 1 (a grid takes one process for each SAE), or train.loss=fvu"
+        )
     if not isinstance(cfg, DeepSpeedTrainConfig):
         return
     read_deepspeed(cfg, mesh.num_replicas)
@@ -117,17 +127,15 @@ def make_engine(
     if engine == "autograd" or not isinstance(cfg, FusedTrainConfig):
         return AutogradEngine(sae, dead, cfg, lr=lr, k_aux=k_aux, compute_dtype=compute_dtype)
     optimizer = SparseAdam(
-        sae,
-        lr,
-        betas=cfg.adam_betas,
-        eps=cfg.adam_eps,
+        sae, lr, betas=cfg.adam_betas, eps=cfg.adam_eps,
         lazy=cfg.adam_mode == "lazy",
         moment_dtype=getattr(torch, cfg.moment_dtype),
         compute_dtype=compute_dtype,
         ema_decay=cfg.ema_decay,
+        decay=cfg.weight_decay or 0.0,
         grad_clip=cfg.grad_clip,
         seed=cfg.seed,
-    )
+    )  # fmt: skip
     return FusedEngine(
         sae,
         optimizer,

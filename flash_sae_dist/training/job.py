@@ -24,7 +24,7 @@ from ..models import ARCHITECTURES
 # One launch has one mesh and one source of rows, and the hookpoints have a key of their own.
 _WIDTHS = ("d_sae", "expansion_factor")
 _SHARED_BY_A_GRID = {
-    *("train.hookpoint", "train.source"),
+    *("train.hookpoint", "train.source", "train.loss"),
     *("train.num_shards", "train.num_replicas"),
 }
 

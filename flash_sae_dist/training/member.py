@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ending
 from ..activations.store import ActivationStore
-from ..activations.stream import Rows
+from ..activations.stream import ModelRows, Rows
 from ..models.base import SparseCoder
 from ..parallel import agree
 from ..parallel.mesh import Mesh
@@ -20,6 +20,7 @@ from .checkpoint_writer import CheckpointWriter
 from .host_memory import HostShare
 from .metrics import MetricsLog, PhaseTimer, StepMetrics
 from .records import Job, State, Status, write_job, write_status
+from .spliced import SplicedModel
 from .step import SAETraining
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,9 @@ class Member:
             drawn=step is None,
         )
         self._set_target_units(rows)
+        if self.cfg.loss != "fvu":
+            assert isinstance(rows, ModelRows)
+            self.training.splice(SplicedModel(rows.lm, hookpoint, self.cfg.loss))
         logged = 0 if step is None else self._resume(step)
         ending.keeps(self.kept())
         curve = job.folder / "metrics.jsonl"

@@ -24,6 +24,11 @@ class StepMetrics(NamedTuple):
     aux: Tensor  # scalar, AuxK or ghost loss over all replicas; 0 while none is listed as dead
     l0: Tensor  # scalar, mean active latents a token
     penalty: Tensor  # scalar, what sparsity costs beside FVU; 0 for the TopK family
+    model_loss: Tensor | None = None  # scalar, of train.loss ce and kl alone
+
+    def scalars(self) -> list[Tensor]:
+        """Those that there are, in order."""
+        return [value for value in self if value is not None]
 
 
 class PhaseTimer:
@@ -117,7 +122,7 @@ class LoggedStep(NamedTuple):
     def values(self) -> dict[str, float]:
         """What is logged, by name. Waits for this step where the device has not made it yet."""
         *metrics, dead = self.scalars.read()
-        values = dict(zip(StepMetrics._fields, metrics, strict=True))
+        values = dict(zip(StepMetrics._fields, metrics, strict=False))
         values |= {"dead_fraction": dead / self.d_sae, "lr": self.lr}
         values |= {"tokens_per_s": self.pace.tokens_per_s()}
         for timer in self.phases:

@@ -25,8 +25,10 @@ class Normalization:
     norm, the first batch's.
     """
 
-    def __init__(self, cfg: TrainConfig, mesh: Mesh) -> None:
+    def __init__(self, cfg: TrainConfig, mesh: Mesh, width: int, device: torch.device) -> None:
         """Rows of a transcoder's input and target are divided in any case: their units differ."""
+        # Stands in checkpoints for a mean that is not known yet.
+        self.start = torch.zeros(width if cfg.subtract_mean else 0, dtype=torch.float64).to(device)
         divides = cfg.target is not None and cfg.normalize == "none"
         self.kind = "unit_mean_square" if divides else cfg.normalize
         self.centres, self.mesh = cfg.subtract_mean, mesh
@@ -100,6 +102,11 @@ class Normalization:
         divisor = self.divisor(x.shape[1])
         return x if divisor == 1 else x.to(dtype) / divisor
 
+    def restored(self, x: Tensor) -> Tensor:
+        """What `__call__` made x of."""
+        x = x * self.divisor(x.shape[1])
+        return x if self.mean is None else x + self.mean.to(x)
+
     def folded(self, weights: dict[str, Tensor], sae: SparseCoder) -> dict[str, Tensor]:
         """Weights [rows of this shard] for rows as they are stored."""
         divisor = self.divisor(sae.d_in)
@@ -136,7 +143,9 @@ class Normalization:
 
     def state(self, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint keeps: tensors and plain values, their names with a prefix."""
-        tensors = {} if self.mean is None else {"subtracted_mean": self.mean}
+        # Tensors of a checkpoint are the same before the first batch.
+        mean = self.start if self.mean is None else self.mean
+        tensors = {"subtracted_mean": mean} if self.centres else {}
         values = {"rms": self.rms, "mean_norm": self.mean_norm}
         tensors = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
         known = {name: value for name, value in values.items() if value is not None}

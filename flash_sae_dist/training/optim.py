@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..config.train import TrainConfig
+from ..config.train import Optimizer, TrainConfig
 from ..models.base import SparseCoder
 from ..parallel import collectives
 
@@ -17,18 +17,46 @@ def default_lr(d_sae: int) -> float:
     return float(2e-4 / (d_sae / 2**14) ** 0.5)
 
 
+def optimizer_lr(optimizer: Optimizer, d_sae: int) -> float | None:
+    """What sparsify 1.3 takes with an optimizer, whatever the architecture; None where the
+    architecture decides.
+    """
+    if optimizer == "signum":
+        return float(5e-3 / (d_sae / 2**14) ** 0.5)
+    return 2e-3 if optimizer == "muon" else None
+
+
 def lr_at(step: int, total_steps: int, peak: float, cfg: TrainConfig) -> float:
-    """Learning rate of a step, counted from 0: linear warm-up, then as train.schedule says."""
+    """Learning rate of a step, counted from 0: linear warm-up, then as train.schedule says, or as
+    it is with a schedule-free optimizer.
+    """
+    if step < cfg.warmup_steps and cfg.schedule != "warmup_stable_decay":
+        return peak * (step + 1) / cfg.warmup_steps
     warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
-    if cfg.schedule == "constant":
+    if cfg.schedule == "constant" or cfg.optimizer == "signum":
         return peak * warm
-    if cfg.schedule in ("linear", "cosine"):
-        after = max(0, step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)
-        left = 1 - after if cfg.schedule == "linear" else (1 + math.cos(math.pi * after)) / 2
-        return peak * warm * max(0.0, left)
-    decay_steps = round(total_steps * cfg.decay_fraction)
-    cool = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
-    return peak * warm * cool
+    if cfg.schedule == "warmup_stable_decay":
+        decay_steps = round(total_steps * cfg.decay_fraction)
+        cool = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
+        return peak * warm * cool
+    return peak * _left(step - cfg.warmup_steps, total_steps - cfg.warmup_steps, cfg)
+
+
+def _left(step: int, total_steps: int, cfg: TrainConfig) -> float:
+    """Part of the peak at a step behind the warm-up, by the formulas of transformers."""
+    if cfg.schedule == "inverse_sqrt":
+        # It begins where the rise over the warm-up ends; 10,000 steps stand for none.
+        scale = cfg.warmup_steps or 10_000
+        return 1 / math.sqrt(1 + step / scale)
+    after = min(1.0, step / max(1, total_steps))
+    if cfg.schedule == "linear":
+        return 1 - after
+    if cfg.schedule == "cosine_with_restarts":
+        after = 1.0 if after >= 1 else after * cfg.schedule_cycles % 1
+    left = (1 + math.cos(math.pi * after)) / 2
+    if cfg.schedule == "cosine_with_min_lr":
+        return left * (1 - cfg.min_lr_rate) + cfg.min_lr_rate
+    return left
 
 
 @torch.no_grad()

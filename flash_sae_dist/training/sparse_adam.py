@@ -72,6 +72,9 @@ class SparseAdam(torch.optim.Optimizer):
     unit, and clipping counts their gradients times unit. With the data's root mean square as unit
     training does not depend on the data's scale. A captured graph holds it as a constant.
 
+    decay is AdamW's: W_enc and W_dec are multiplied by 1 - lr * decay before each step, biases and
+    what else an architecture has are not.
+
     unit_norm=False leaves decoder rows and their gradients as they are, for recipes that do.
 
     state_dict, param_groups and lr schedulers work as with torch.optim.Adam (the states bear its
@@ -94,12 +97,13 @@ class SparseAdam(torch.optim.Optimizer):
         seed: int = 0,
         unit: float = 1.0,
         unit_norm: bool = True,
+        decay: float = 0.0,
     ) -> None:
         if moment_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"moment_dtype={moment_dtype} is neither float32 nor bfloat16")
         self.lazy, self.seed, self.ema_decay, self.grad_clip = lazy, seed, ema_decay, grad_clip
         self.gradients: LatentGradients | None = None
-        self._lr_value, self.unit, self.unit_norm = lr, unit, unit_norm
+        self._lr_value, self.unit, self.unit_norm, self.decay = lr, unit, unit_norm, decay
         self.side = SideStream(sae.W_dec.device)
         self._mesh, self._first_latent = sae.mesh, sae.first_latent
         self._own = _own_of(sae)
@@ -111,7 +115,7 @@ class SparseAdam(torch.optim.Optimizer):
         self._betas = torch.tensor(betas, dtype=torch.float64, device=device)
         self._lr = torch.full((), lr, dtype=master, device=device)
         self._constants = (tuple(betas), eps)
-        self._scalars = torch.ones(3, dtype=master, device=device)
+        self._scalars = torch.ones(4, dtype=master, device=device)
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self._make_state()
         self.copies: tuple[Tensor, Tensor] | None = None
@@ -172,7 +176,7 @@ class SparseAdam(torch.optim.Optimizer):
         group, scaled = self.param_groups[0], self.grad_clip is not None
         seed, unit = self.seed % 2**31, self.unit
         return AdamOptions(
-            group["betas"], group["eps"], self.lazy, self.unit_norm, seed, scaled, unit
+            group["betas"], group["eps"], self.lazy, self.unit_norm, seed, scaled, unit, self.decay
         )
 
     def _latent_rows(self) -> LatentRows:

@@ -22,11 +22,13 @@ from .calibration import calibrate_
 from .checkpoint import TrainingState
 from .defaults import with_defaults
 from .engine import make_engine
+from .engines.autograd import AutogradEngine
 from .initial import begin_from_
 from .metrics import PhaseTimer, StepMetrics
 from .normalization import Normalization
 from .optim import lr_at
 from .resample import resample_
+from .spliced import SplicedModel
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,10 @@ class SAETraining:
     """An SAE with its optimizer, schedule, dead-latent counters and position: all that a step
     changes.
     """
+
+    spliced: SplicedModel | None = None
+    # Deviations and means that the tokens of a step were standardised by.
+    _of_tokens: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -82,8 +88,8 @@ class SAETraining:
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self.total_steps = -(-cfg.num_tokens // cfg.batch_tokens)
         self.step_index = 0
-        self.normalization = Normalization(cfg, mesh)
-        self.target = None if d_out is None else Normalization(cfg, mesh)
+        self.normalization = Normalization(cfg, mesh, d_in, device)
+        self.target = None if d_out is None else Normalization(cfg, mesh, d_out, device)
         if self.sae.config.input_norm != "none":
             rms = 1.0  # of the rows that the engine gets
         if rms is not None:
@@ -181,6 +187,21 @@ class SAETraining:
                 self.optimizer.state[param]["ema"].copy_(param)
         self.engine.refresh_()
 
+    def splice(self, model: SplicedModel) -> None:
+        """Trains by what the model loses with reconstructions: `step` takes batches of
+        `TokenBatches` from now on.
+        """
+        assert isinstance(self.engine, AutogradEngine)
+        self.spliced = model
+
+        def lost(recon: Tensor) -> Tensor:
+            recon = self.normalization.restored(recon)
+            if self._of_tokens is not None:
+                recon = recon * self._of_tokens[0] + self._of_tokens[1]
+            return model.loss(recon)
+
+        self.engine.end_loss = lost
+
     def _prepared(self, x: Tensor) -> Tensor:
         """Rows as the engine gets them."""
         return self.normalization(self.sae.normalise(x)[0], self.master_dtype)
@@ -190,10 +211,13 @@ class SAETraining:
         rows y [N/R, d_out]. Collective over the members; no host sync but in the first (the capture
         of a graph), every 100 steps for the list of dead latents, and where latents are resampled.
         """
+        if self.spliced is not None:
+            x = self.spliced.begin(x)
         if self.normalization.missing:
             self.normalization.measure(x)
             self._set_units()
-        x = self._prepared(x)
+        x, self._of_tokens = self.sae.normalise(x)
+        x = self.normalization(x, self.master_dtype)
         if self.target is not None:
             assert y is not None
             if self.target.missing:
@@ -231,9 +255,7 @@ class SAETraining:
         if not isinstance(sae, BatchTopK):
             return
         kept = self.engine.weights()
-        trained = {
-            n: p.detach().clone() for n, p in sae.named_parameters() if "ema" in self.engine.moments
-        }
+        trained = {n: p.detach().clone() for n, p in sae.named_parameters() if self.engine.averages}
         try:
             for name in trained:
                 sae.get_parameter(name).copy_(kept[name])

@@ -19,6 +19,7 @@ from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
 from ..activations.stream import ModelRows, Rows
 from ..activations.stream_buffer import StreamedBatches
+from ..activations.token_batches import TokenBatches
 from ..config.base import UserError
 from ..parallel.mesh import Mesh
 from ..progress import progress_bar
@@ -31,6 +32,7 @@ from .pauses import Pauses
 from .records import Job, hookpoint_of, hookpoints_of, record_failure
 
 logger = logging.getLogger(__name__)
+_Source = AlignedLoaders | StreamedBatches | TokenBatches
 _Made = tuple[Member, StepMetrics, PhaseTimer]  # a step of one job
 
 
@@ -144,8 +146,10 @@ class Trainer:
                 self._read_logged()
         self._spent.mark("steps")
 
-    def _source(self, start: int, num_steps: int) -> AlignedLoaders | StreamedBatches:
+    def _source(self, start: int, num_steps: int) -> _Source:
         """What gives this rank's rows of the batches."""
+        if isinstance(self.rows, ModelRows) and self.cfg.loss != "fvu":
+            return self.rows.token_batches(self.cfg, start, self.mesh)
         if isinstance(self.rows, ModelRows):
             return self.rows.batches(self.hookpoints, self.cfg, start, self.mesh, self.device)
         return AlignedLoaders(lambda name: self._loader(name, start, num_steps), self.hookpoints)
@@ -166,15 +170,16 @@ class Trainer:
             preload=self.cfg.preload,
         )
 
-    def _begun(
-        self, feed: BatchFeed, source: AlignedLoaders | StreamedBatches
-    ) -> Iterator[dict[str, Tensor]]:
+    def _begun(self, feed: BatchFeed, source: _Source) -> Iterator[dict[str, Tensor]]:
         """The batches by hookpoint. With the first of a stream come the statistics that a store
         would have told.
         """
         for number, batch in enumerate(feed):
             if number == 0 and isinstance(source, StreamedBatches):
                 self._set_units(source)
+            if isinstance(source, TokenBatches):
+                # Each SAE has the model run on it.
+                batch = batch * len(self.hookpoints)
             yield dict(zip(self.hookpoints, batch, strict=True))
 
     def _set_units(self, source: StreamedBatches) -> None:
@@ -259,7 +264,7 @@ class Trainer:
         for member, metrics, timer in results:
             if member.error is None:
                 t = member.training
-                scalars, phases = HostCopy([*metrics, t.dead.count()]), (data, timer)
+                scalars, phases = HostCopy([*metrics.scalars(), t.dead.count()]), (data, timer)
                 logged = LoggedStep(step, t.last_lr, t.sae.d_sae, scalars, phases, pace)
                 self.unread.append((member, logged))
 

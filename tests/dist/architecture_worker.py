@@ -26,7 +26,11 @@ def train(steps: int, case: str, engine: str, replicas: str) -> dict[str, Any]:
     mesh = make_mesh(None, int(replicas), device=CPU)
     # The batch rule selects within a micro-batch: replicas cut other ones.
     by_batch = case in ("batch_topk", "matryoshka")
-    options: dict[str, Any] = {"grad_clip": 0.5, "micro_batches": 1 if by_batch else 2}
+    case, _, optimizer = case.partition("+")
+    options: dict[str, Any] = {"optimizer": optimizer or "adam"}
+    options |= {"micro_batches": 1 if by_batch else 2}
+    if optimizer != "signum":
+        options["grad_clip"] = 0.5
     like = training(case, engine, num_replicas=int(replicas), **options)
     t = SAETraining(like.sae.config, like.cfg, D_IN, mesh, CPU, rms=2.0)
     share = BATCH // mesh.num_replicas

@@ -18,11 +18,12 @@ CASES = {
     2: [
         *("batch_topk-fused-1", "matryoshka-fused-2", "multi_topk-fused-1", "relu-fused-2"),
         *("jumprelu_target-autograd-2", "jumprelu_quadratic-fused-1", "jumprelu_tanh-fused-2"),
-        *("gated-autograd-1", "matryoshka-autograd-1"),
+        *("gated-autograd-1", "matryoshka-autograd-1", "topk+adamw-fused-1"),
+        *("topk+muon-autograd-1", "gated+muon-autograd-2", "topk+signum-autograd-1"),
     ],
     4: [
         *("batch_topk-fused-2", "matryoshka-fused-4", "multi_topk-fused-2"),
-        *("jumprelu_target-fused-2", "gated-autograd-2"),
+        *("jumprelu_target-fused-2", "gated-autograd-2", "topk+muon-autograd-2"),
     ],
 }
 

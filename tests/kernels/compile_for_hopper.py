@@ -190,17 +190,17 @@ def main() -> None:
             ("-dense-norm", False, True, True, None), ("-flat", False, False, False, i32),
         ):  # fmt: skip
             flags = {"LAZY": False, "SCALED": scaled, "DENSE": dense, "NORM": norm}
-            flags |= {"COPIES": True, "HEAVY": 64}
+            flags |= {"COPIES": True, "HEAVY": 64, "DECAYS": scaled}
             kernel = sparse_adam._encoder_kernel.warmup(
                 i32, i32, f32, bf16, tokens, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32,
-                f32, f32, f32, f32, step, 24576, D, 131072, 32, *constants, 1.0, 1e-9, **flags,
-                **sparse_adam._encoder_blocks(24576, D), grid=(1, 1),
+                f32, f32, f32, f32, step, 24576, D, 131072, 32, *constants, 1.0, 1e-9, 0.01,
+                **flags, **sparse_adam._encoder_blocks(24576, D), grid=(1, 1),
             )  # fmt: skip
             report(f"adam-encoder-{D}{what}", kernel)
             kernel = sparse_adam._decoder_kernel.warmup(
                 i32, i32, f32, bf16, tokens, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32,
-                step, D, 32, *constants, UNIT_NORM=True, **flags, **sparse_adam._decoder_blocks(D),
-                grid=(1,),
+                step, D, 32, *constants, 0.01, UNIT_NORM=True, **flags,
+                **sparse_adam._decoder_blocks(D), grid=(1,),
             )  # fmt: skip
             report(f"adam-decoder-{D}{what}", kernel)
         for what, flat in (("", (None, None)), ("-flat", (i32, i32))):

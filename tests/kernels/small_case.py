@@ -71,7 +71,7 @@ def adam(F: int, D: int, K: int, M: int, *, flat: bool = False) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         moments = [(torch.zeros_like(W[0], dtype=dtype), b * 0, W[1].to(dtype) * 0) for _ in "mv"]
         latents = LatentRows(W[0], b, W[1], *moments, (copies[0], copies[1]))
-        scalars = torch.tensor([1e-3, 1.0, 0.5], device="cuda")
+        scalars = torch.tensor([1e-3, 1.0, 0.5, 1e-3], device="cuda")
         for lazy in (False, True):
             options = AdamOptions(lazy=lazy, scaled=lazy)
             for grads in (Gradients(pairs, order), Gradients(pairs, order, dense)):

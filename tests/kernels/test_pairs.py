@@ -216,7 +216,10 @@ def check_adam(
     """Squares of the gradients, and a step that shows them in the moments."""
     gradients = PairGradients(pairs.latents, dec, enc, dec_rows, enc_rows, 0, pairs.tokens)
     grads = Gradients(gradients, pair_order.order_pairs(pairs.latents, len(W), dec))
-    scalars, step = torch.tensor([1e-3, 1.0, 1.0], device=DEVICE), torch.ones((), device=DEVICE)
+    scalars, step = (
+        torch.tensor([1e-3, 1.0, 1.0, 1e-3], device=DEVICE),
+        torch.ones((), device=DEVICE),
+    )
     results = []
     for implementation in (sparse_adam, reference):
         unit = torch.nn.functional.normalize(W.float(), dim=1)

@@ -91,7 +91,7 @@ def make_grads(case: Case, seed: int) -> Gradients:
 
 def scalars_of(step: int, scale: float = 1.0) -> Tensor:
     correction = [1 - 0.9**step, 1 - 0.999**step]
-    return torch.tensor([LR / correction[0], correction[1] ** 0.5, scale], device=DEVICE)
+    return torch.tensor([LR / correction[0], correction[1] ** 0.5, scale, LR], device=DEVICE)
 
 
 def clone(rows: LatentRows) -> LatentRows:
@@ -167,9 +167,12 @@ def dense_of(grads: Gradients, F: int) -> tuple[Tensor, Tensor, Tensor]:
     return enc, bias, dec
 
 
-def torch_adam(rows: LatentRows, steps: int, case: Case, scale: float = 1.0) -> list[Tensor]:
+def torch_adam(
+    rows: LatentRows, steps: int, case: Case, scale: float = 1.0, decay: float = 0.0
+) -> list[Tensor]:
     params = [t.double().clone().requires_grad_() for t in rows[:3]]
-    optimizer = torch.optim.Adam(params, lr=LR, eps=6.25e-10)
+    groups = [{"params": params[::2], "weight_decay": decay}, {"params": params[1:2]}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, eps=6.25e-10, weight_decay=0)
     for step in range(1, steps + 1):
         enc, bias, dec = dense_of(make_grads(case, step), case.F)
         W = params[2].detach()
@@ -191,12 +194,14 @@ def test_some_listed_latents_have_pairs_and_some_have_none() -> None:
         assert among.any()
 
 
-@pytest.mark.parametrize(("M", "scale"), [(0, 1.0), (5, 1.0), (5, 0.3)])
-def test_reference_equals_torch_adam_over_300_steps(M: int, scale: float) -> None:
+@pytest.mark.parametrize(
+    ("M", "scale", "decay"), [(0, 1.0, 0.0), (5, 1.0, 0.0), (5, 0.3, 0.0), (5, 0.3, 2.0)]
+)
+def test_reference_equals_torch_adam_over_300_steps(M: int, scale: float, decay: float) -> None:
     case = Case(6, 12, 20, 3, M)
     rows = make_rows(20, 12, torch.float32)
-    want = torch_adam(rows, 300, case, scale)
-    run(reference, rows, 300, AdamOptions(scaled=scale != 1), case, scale)
+    want = torch_adam(rows, 300, case, scale, decay)
+    run(reference, rows, 300, AdamOptions(scaled=scale != 1, decay=decay), case, scale)
     for got, expected in zip(rows[:3], want, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=2e-5)
     assert rows.copies is not None
@@ -217,7 +222,9 @@ def test_kernel_equals_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sparse_grad, "_MIN_HEAVY", 8)
-    case, options = Case(21, 20, 9, 2, M, use), AdamOptions(lazy=lazy, seed=3, scaled=scale != 1)
+    decay = 40.0 * (M > 0 and not lazy)  # a tenth or so a step
+    case = Case(21, 20, 9, 2, M, use)
+    options = AdamOptions(lazy=lazy, seed=3, scaled=scale != 1, decay=decay)
     want = make_rows(9, 20, states)
     got, again = clone(want), clone(want)
     want_sum = run(reference, want, 2, options, case, scale)
@@ -407,7 +414,7 @@ def test_scalars(step: int) -> None:
     betas = torch.tensor([0.9, 0.999], dtype=torch.float64, device=DEVICE)
     for implementation in (small_kernels, reference):
         count = torch.tensor(float(step), device=DEVICE)
-        out = torch.empty(3, device=DEVICE)
+        out = torch.empty(4, device=DEVICE)
         implementation.adam_scalars_(count, lr, betas, out)
         assert count == step + 1
         torch.testing.assert_close(out, scalars_of(step + 1), rtol=3e-7, atol=0)

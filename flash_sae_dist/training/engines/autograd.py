@@ -1,9 +1,10 @@
-"""The autograd engine: PyTorch's autograd and torch.optim.Adam over dense gradients, the same
-arithmetic as the fused engine's.
+"""The autograd engine: PyTorch's autograd and an optimizer over dense gradients, torch.optim.Adam's
+with the same arithmetic as the fused engine's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from ...models.losses import (
 from ...models.sparsity import Batch
 from ...parallel.collectives import all_reduce_
 from ...parallel.selection import global_limits
+from ..dense_optimizers import make_optimizer, moments_of
 from ..metrics import PhaseTimer, StepMetrics
 from ..optim import (
     clip_grads_,
@@ -32,6 +34,7 @@ from ..optim import (
     renormalise_decoder_,
     sum_grads_over_replicas_,
 )
+from ..schedule_free import ScheduleFreeSign
 from .base import Engine
 
 
@@ -57,28 +60,51 @@ class AutogradEngine(Engine):
     ) -> None:
         self.sae, self.dead, self.cfg, self.k_aux = sae, dead, cfg, k_aux
         self.compute_dtype = compute_dtype
-        named, own = list(sae.named_parameters()), sae.in_data_units
-        groups = [[p for name, p in named if (name in own) == biases] for biases in (False, True)]
-        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
-            [{"params": params} for params in groups],
-            lr=lr,
-            betas=cfg.adam_betas or (0.9, 0.999),
-            eps=cfg.adam_eps,
-            fused=True,
-        )
+        self.optimizer: torch.optim.Optimizer = make_optimizer(sae, cfg, lr)
         self.unit = 1.0
+        # What the model loses with a reconstruction, of rows as the engine gets them.
+        self.end_loss: Callable[[Tensor], Tensor] | None = None
         self.ramp = torch.ones_like(sae.b_dec[0], requires_grad=False)
 
     def set_unit(self, unit: float) -> None:
         """See Engine."""
         self.unit = unit
-        self.optimizer.param_groups[1]["eps"] = self.cfg.adam_eps / unit
+        if "eps" in self.optimizer.param_groups[1]:
+            self.optimizer.param_groups[1]["eps"] = self.cfg.adam_eps / unit
         self.set_lr(self.optimizer.param_groups[0]["lr"])
 
     def set_lr(self, lr: float) -> None:
         """See Engine."""
-        weights, biases = self.optimizer.param_groups
-        weights["lr"], biases["lr"] = lr, lr * self.unit
+        for number, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = lr * self.unit if number == 1 else lr
+
+    @property
+    def averages(self) -> bool:
+        """See Engine."""
+        return isinstance(self.optimizer, ScheduleFreeSign)
+
+    def moments_of(self, param: Tensor) -> tuple[str, ...]:
+        """See Engine."""
+        return moments_of(self.optimizer, param)
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters, or of a schedule-free optimizer their average with decoder rows at unit
+        norm.
+        """
+        if not isinstance(self.optimizer, ScheduleFreeSign):
+            return super().weights()
+        named = self.sae.named_parameters()
+        weights = {name: self.optimizer.average(p).detach() for name, p in named}
+        if not self.sae.transcodes:
+            weights["W_dec"] = torch.nn.functional.normalize(weights["W_dec"], dim=1)
+        return weights
+
+    def load_state(self, state: dict[str, Tensor], step: int) -> None:
+        """See Engine."""
+        super().load_state(state, step)
+        if isinstance(self.optimizer, ScheduleFreeSign):
+            self.optimizer.count = step
 
     def step(self, x: Tensor, timer: PhaseTimer, y: Tensor | None = None) -> StepMetrics:
         """See Engine."""
@@ -87,7 +113,7 @@ class AutogradEngine(Engine):
         y = x if y is None else y.to(sae.b_dec.dtype)
         shared = self._shared(x, y)
         self._begin()
-        shown = torch.zeros(len(StepMetrics._fields), dtype=x.dtype, device=x.device)
+        shown = torch.zeros(4 + (self.end_loss is not None), dtype=x.dtype, device=x.device)
         active: list[Codes] = []
         parts = self._parts(x, y)
         for number, part in enumerate(parts, 1):
@@ -164,6 +190,10 @@ class AutogradEngine(Engine):
         recons = sae.nested(codes, x)
         fvus = torch.stack([fvu_loss(y, recon, batch.inverse) for recon in recons])
         loss = (fvus * fvus.new_tensor(sae.level_weights)).sum()
+        of_model = []
+        if self.end_loss is not None:
+            of_model = [self.end_loss(recons[sae.main_level])]
+            loss = self.cfg.fvu_coef * loss + of_model[0]
         penalty = sae.penalty(y, found, codes, batch)
         if sae.penalises_dead and self.dead.any_listed:
             lost = sae.dead_penalty(x, self.dead.rows, self.dead.left_out(), batch)
@@ -174,7 +204,7 @@ class AutogradEngine(Engine):
             aux = auxk_loss(residual, self._aux_recon(x), shared.inverse_residual)
         codes = sae.main_codes(codes)
         l0 = (codes.values > 0).sum().to(x.dtype) / batch.tokens
-        shown = torch.stack([fvus[sae.main_level], aux, l0, penalty]).detach()
+        shown = torch.stack([fvus[sae.main_level], aux, l0, penalty, *of_model]).detach()
         active = codes._replace(values=codes.values.detach())
         return loss + penalty + self.cfg.aux_coef * aux, shown, active
 

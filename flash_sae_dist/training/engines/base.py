@@ -10,10 +10,14 @@ from torch import Tensor
 from ...models.base import SparseCoder
 from ..metrics import PhaseTimer, StepMetrics
 
+# State that begins as a copy of its parameter, not at zero.
+COPIES = ("z",)
+
 
 class Engine(ABC):
-    """Trains an SAE a batch a call; its optimizer's state bears torch.optim.Adam's names."""
+    """Trains an SAE a batch a call; its optimizer's state bears the names of torch.optim's."""
 
+    # Of every parameter; `moments_of` where they differ.
     moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     sae: SparseCoder
     optimizer: torch.optim.Optimizer
@@ -26,6 +30,11 @@ class Engine(ABC):
         rows y [N/R, d_out]. Collective over the members; no host sync but where a graph is
         captured.
         """
+
+    @property
+    def averages(self) -> bool:
+        """Whether `weights` are an average, and not the parameters."""
+        return "ema" in self.moments
 
     @property
     def encoder_weights(self) -> Tensor:
@@ -54,12 +63,20 @@ class Engine(ABC):
         """Takes in parameters that others have changed."""
         return
 
+    def moments_of(self, param: Tensor) -> tuple[str, ...]:
+        """Names of the optimizer's state of a parameter that is as large as it."""
+        del param
+        return self.moments
+
     def forget_(self, mask: Tensor) -> None:
-        """Zeroes Adam's moments of the latents in mask [d_sae_local]."""
+        """Begins the optimizer's state of the latents in mask [d_sae_local] anew, whose parameters
+        have been set. A running average stays.
+        """
         for name, param in self.sae.named_parameters():
-            for moment in Engine.moments:
+            for moment in set(self.moments_of(param)) - {"ema"}:
                 if self.sae.roles[name] == "rows" and moment in self.optimizer.state[param]:
-                    self.optimizer.state[param][moment][mask] = 0
+                    kept = self.optimizer.state[param][moment]
+                    kept[mask] = param.detach()[mask].to(kept) if moment in COPIES else 0
 
     def weights(self) -> dict[str, Tensor]:
         """The weights to keep, by name, this shard's rows."""
@@ -70,10 +87,11 @@ class Engine(ABC):
         out: dict[str, Tensor] = {}
         for name, param in self.sae.named_parameters():
             out[name] = param.detach()
-            for moment in self.moments:
-                # torch.optim.Adam makes them at its first step.
+            for moment in self.moments_of(param):
+                # torch's optimizers make them at their first step.
                 zero = param.detach().new_zeros(()).expand_as(param)
-                out[f"{moment}.{name}"] = self.optimizer.state[param].get(moment, zero)
+                start = param.detach() if moment in COPIES else zero
+                out[f"{moment}.{name}"] = self.optimizer.state[param].get(moment, start)
         return out
 
     @torch.no_grad()
@@ -81,6 +99,6 @@ class Engine(ABC):
         """Puts back what `state` gave after `step` steps."""
         for name, param in self.sae.named_parameters():
             param.copy_(state[name])
-            moments = {m: state[f"{m}.{name}"].to(param) for m in self.moments}
+            moments = {m: state[f"{m}.{name}"].to(param) for m in self.moments_of(param)}
             count = torch.tensor(float(step), device=param.device)
             self.optimizer.state[param] = {"step": count, **moments}

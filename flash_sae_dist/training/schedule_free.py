@@ -7,6 +7,7 @@ between the average x and the fast z, which moves by lr a step in each coordinat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch import Tensor
 class ScheduleFreeSign(torch.optim.Optimizer):
     """Parameters are y while training; `eval()` puts x in their place, `train()` y again."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, params: Iterable[Tensor] | list[dict[str, Any]], lr: float, momentum: float = 0.95
+    ) -> None:
         super().__init__(params, {"lr": lr})
         self.momentum, self.count, self.at_average = momentum, 0, False
 
@@ -31,6 +34,11 @@ class ScheduleFreeSign(torch.optim.Optimizer):
                 z.sub_(y.grad.sign(), alpha=group["lr"])
                 x.lerp_(z, 1 / self.count)
                 y.copy_(x.lerp_(z, 1 - self.momentum))
+
+    def average(self, y: Tensor) -> Tensor:
+        """x of a parameter that is at y; the same tensor before the first step."""
+        state = self.state[y]
+        return y.lerp(state["z"], 1 - 1 / self.momentum) if "z" in state else y
 
     @torch.no_grad()
     def eval(self) -> None:
