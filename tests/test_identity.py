@@ -548,7 +548,7 @@ NEEDED: dict[str, Any] = {
     "train.deepspeed_config": {"train.engine": "deepspeed"},
     "train.weight_decay": {"train.optimizer": "adamw"},
     "train.schedule_cycles": {"train.schedule": "cosine_with_restarts"},
-    "train.loss": {"train.source": "stream"},
+    "train.loss": {"train.source": "stream", "train.engine": "autograd"},
     "train.fvu_coef": {"train.source": "stream", "train.loss": "kl"},
     "train.min_lr_rate": {"train.schedule": "cosine_with_min_lr"},
 }
