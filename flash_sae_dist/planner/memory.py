@@ -40,9 +40,9 @@ _ENCODER_BYTES = 63 << 20
 _REFERENCE_ELEMENTS, _REFERENCE_COPIES = 1 << 25, 3
 # What the loader stages on a GPU: parts of 16 MiB, a block more, indices.
 _STAGED_BYTES = 18 << 20
-# cuBLAS's workspaces, 32 MiB a stream on Hopper: what four runs of `train` took beyond all else was
-# 56 to 118 MiB (tests/dist/test_planner_gpu.py).
-_LIBRARY_BYTES = 64 << 20
+# What a captured step keeps of its batch, bytes an element: fitted to five runs of `train`, which took
+# 1 to 13 an element beyond all else (docs/notes/planner.md).
+_CAPTURED_BYTES = 8
 # A latent's share that is dead, for figures that need one.
 DEAD_SHARE = 0.1
 # What a stream's rows are called among what its model takes.
@@ -279,8 +279,8 @@ def _autograd_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
     encode = _encoder_bytes(work, F, part)
     if P > 1 and work.rule != "threshold":
         encode = max(encode, 10 * wide * part * K * P)
-    # Copies that autocast makes and one's gradient, or a gradient's part along the decoder rows.
-    copies = 3 * F * D * narrow if narrow != wide else 0
+    # Copies that autocast makes, or a gradient's part along the decoder rows.
+    copies = 2 * F * D * narrow if narrow != wide else 0
     more = F * D * wide * (2 if work.train.micro_batches > 1 else 1)
     dense = max(copies, more)
     if work.zero is not None:
@@ -289,18 +289,22 @@ def _autograd_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
         split = F * D * wide * (work.zero.stage - 1) * (2 if work.offloads else 1)
         dense = max(copies + split, 0 if work.offloads else 2 * F * D * wide // R)
     if M:
-        # Pre-activations and masks are saved; the gradient of picked rows is as large as all.
-        dense += 2 * M * D * (wide + narrow) + 4 * part * M * wide + F * D * wide
+        # Pre-activations and masks are saved. The gradient of picked rows is as large as all, but is
+        # gone where copies are made (measured on a GPU).
+        dense += 2 * M * D * (wide + narrow) + 4 * part * M * wide
+        dense += 0 if copies else F * D * wide
     return found | {"encoder": encode, "dense products": dense}
 
 
 def feed_bytes(work: Work, num_replicas: int, preloaded: int = 0) -> dict[str, int]:
     """Batches ahead of the step; preloaded are the bytes of rows that stay on the device."""
-    batch = work.train.batch_tokens // num_replicas * work.d_in * work.row_bytes
+    elements = work.train.batch_tokens // num_replicas * work.d_in
+    batch = elements * work.row_bytes
     if not work.on_gpu:
         return {"batches ahead": batch}
     staged = 0 if work.train.source == "stream" else _STAGED_BYTES
-    feed = {"batches ahead": num_buffers(batch) * batch + staged, "libraries": _LIBRARY_BYTES}
+    captured = _CAPTURED_BYTES * elements
+    feed = {"batches ahead": num_buffers(batch) * batch + staged, "captured steps": captured}
     return feed | {"rows": preloaded} if preloaded else feed
 
 

@@ -357,7 +357,7 @@ def test_odd_shapes_on_the_gpu(N: int, D: int, F: int, k: int, dtype: torch.dtyp
     out = ops.topk_encode(x, W, b, k)
     # float64 of the whole matrix takes memory.
     some = torch.randperm(N, device="cuda")[:64]
-    assert_exact(x[some], W, b, k, out.values[some], out.indices[some])
+    assert_exact(x[some], W, b, k, out.values[some], out.latents[some])
 
 
 @pytest.mark.gpu
@@ -422,7 +422,7 @@ def test_memory_graph_and_compile_on_the_gpu() -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out = ops.topk_encode(x, W, b, 32)
-    extra = torch.cuda.max_memory_allocated() - before - out.values.nbytes - out.indices.nbytes
+    extra = torch.cuda.max_memory_allocated() - before - out.values.nbytes - out.latents.nbytes
     assert extra <= 64 << 20, f"{extra / 2**20:.1f} MiB"
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
