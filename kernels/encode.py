@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from . import encode_filter, encode_rows
+from . import encode_rows
 from .encode_filter import PlainFilter
 from .encode_plan import BLOCK_M, CELL, Plan, make_plan, sort_size, spread
 from .encode_select import limit_kernel, mend_kernel, select_kernel
@@ -49,12 +49,10 @@ def choose(x: Tensor, W_enc: Tensor, k: int) -> tuple[Design, Plan | None]:
     (N, D), F = x.shape, W_enc.shape[0]
     if x.dtype == torch.float32 or N <= _FEW_TOKENS:
         return "rows", None
-    hopper = _is_hopper(x.device)
-    block_n = 256 if hopper else encode_filter.BLOCK_N
-    plan = make_plan(N, D, F, k, num_programs(x.device), block_n)
+    plan = make_plan(N, D, F, k, num_programs(x.device))
     if plan is None:
         return "rows", None
-    return "hopper" if hopper else "plain", plan
+    return "hopper" if _is_hopper(x.device) else "plain", plan
 
 
 def filtered_topk(
@@ -105,8 +103,8 @@ def limit_warps(plan: Plan) -> int:
 
 
 def select_warps(plan: Plan) -> int:
-    """That select a row's k largest: registers for eight keys a thread let many rows be at work."""
-    return max(1, min(8, plan.keys // 256))
+    """That select a row's k largest: few, so that many rows are at work."""
+    return max(1, min(8, plan.keys // 512))
 
 
 def select_sizes(plan: Plan, k: int) -> dict[str, int]:

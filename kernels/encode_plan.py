@@ -42,6 +42,8 @@ CELL = 4
 # Entries of a list behind which there is no look at whether it is full.
 ROOM = 4
 SCRATCH_BYTES = 62 << 20
+# Of each list that are read at once: the fewest registers. 2 and 8 take up to a third longer.
+_SLOTS = 4
 _MISS_CHANCE = 1e-8
 _OVERFLOW_CHANCE = 1e-7
 
@@ -102,8 +104,8 @@ def spread(whole: int) -> int:
 
 
 def sort_size(k: int) -> int:
-    """Keys that a row's selection sorts."""
-    return max(32, next_power_of_2(k))
+    """Keys that a row's selection sorts: more than k, so that a limit for them is soon found."""
+    return max(32, 2 * next_power_of_2(k))
 
 
 @lru_cache(maxsize=1024)
@@ -158,16 +160,14 @@ def _capacity(stride: float, rank: int, parts: int, rest: int) -> int:
     return max(high, ordered) + ROOM
 
 
-def _candidate(
-    N: int, F: int, k: int, programs: int, block_n: int, sample: int, chunks: int
-) -> Plan | None:
+def _candidate(N: int, F: int, k: int, programs: int, sample: int, chunks: int) -> Plan | None:
     """The plan of so large a sample and so many launches, if it is one."""
-    whole, rest = divmod(F, block_n)
+    whole, rest = divmod(F, BLOCK_N)
     stride = whole / sample
     rank = rank_of(k / stride)
     reach = rank + rank // 8
     # A sample tells nothing of which most cells pass; lists of a large part of F hold too much.
-    if reach * stride * 8 > F or 3 * reach > sample * block_n // CELL:
+    if reach * stride * 8 > F or 3 * reach > sample * BLOCK_N // CELL:
         return None
     rows = cdiv(cdiv(N, chunks), BLOCK_M) * BLOCK_M
     blocks, tiles = rows // BLOCK_M, whole - sample + (rest > 0)
@@ -179,8 +179,7 @@ def _candidate(
     # Of what passes in most rows eight keys a thread.
     passing = rank * stride * (1 + 1 / math.sqrt(rank))
     keys = next_power_of_2(max(2 * sort_size(k), math.ceil(passing), 256))
-    slots = max(1, keys // next_power_of_2(4 * parts))
-    return Plan(sample, rank, parts, capacity, rows, slots, keys, whole, block_n)
+    return Plan(sample, rank, parts, capacity, rows, _SLOTS, keys, whole)
 
 
 def _cost(plan: Plan, N: int, D: int, F: int, programs: int) -> float:
@@ -201,20 +200,18 @@ def _cost(plan: Plan, N: int, D: int, F: int, programs: int) -> float:
 
 
 @lru_cache(maxsize=256)
-def make_plan(
-    N: int, D: int, F: int, k: int, programs: int = 132, block_n: int = BLOCK_N
-) -> Plan | None:
+def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | None:
     """The sizes of a call, or None where k is too large a part of F for a sample to pay, or the
     copy engine does not take rows of D."""
-    if N == 0 or D % 8 or k > 512 or not 8 <= F // block_n <= 50_000:
+    if N == 0 or D % 8 or k > 512 or not 8 <= F // BLOCK_N <= 50_000:
         return None
     best: tuple[float, Plan] | None = None
     for sample in (1, 2, 4, 8, 16, 32, 64):
-        if sample * 4 > F // block_n:
+        if sample * 4 > F // BLOCK_N:
             break
         fitting = 0
         for chunks in range(1, cdiv(N, BLOCK_M) + 1):
-            plan = _candidate(N, F, k, programs, block_n, sample, chunks)
+            plan = _candidate(N, F, k, programs, sample, chunks)
             if plan is None or fitting == 2:
                 break
             if plan.scratch_bytes() <= SCRATCH_BYTES:

@@ -96,10 +96,9 @@ def _peers(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], An
 
 def _plain(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], Any]]:
     """The filter for GPUs of any kind, where it takes the inputs."""
-    from ..kernels import encode, encode_filter
+    from ..kernels import encode
 
-    shape = (*x.shape, W.shape[0], k, num_programs(x.device), encode_filter.BLOCK_N)
-    if (plan := make_plan(*shape)) is None:
+    if (plan := make_plan(*x.shape, W.shape[0], k, num_programs(x.device))) is None:
         return {}
     return {"ours, plain filter": lambda: encode.run("plain", plan, x, W, b, k)}
 

@@ -40,8 +40,8 @@ _ENCODER_BYTES = 63 << 20
 _REFERENCE_ELEMENTS, _REFERENCE_COPIES = 1 << 25, 3
 # What the loader stages on a GPU: parts of 16 MiB, a block more, indices.
 _STAGED_BYTES = 18 << 20
-# What a captured step keeps of its batch, bytes an element: fitted to five runs of `train`, which took
-# 1 to 13 an element beyond all else (docs/notes/planner.md).
+# What a captured step keeps of its batch, bytes an element: fitted to five runs of `train`, which
+# took 1 to 13 beyond all else (docs/notes/planner.md).
 _CAPTURED_BYTES = 8
 # A latent's share that is dead, for figures that need one.
 DEAD_SHARE = 0.1
@@ -289,8 +289,8 @@ def _autograd_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
         split = F * D * wide * (work.zero.stage - 1) * (2 if work.offloads else 1)
         dense = max(copies + split, 0 if work.offloads else 2 * F * D * wide // R)
     if M:
-        # Pre-activations and masks are saved. The gradient of picked rows is as large as all, but is
-        # gone where copies are made (measured on a GPU).
+        # Pre-activations and masks are saved. The gradient of picked rows is as large as all, but
+        # is gone where copies are made (measured on a GPU).
         dense += 2 * M * D * (wide + narrow) + 4 * part * M * wide
         dense += 0 if copies else F * D * wide
     return found | {"encoder": encode, "dense products": dense}

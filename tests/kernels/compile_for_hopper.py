@@ -86,7 +86,7 @@ def portable_encoder(say: Callable[[str, Any], None], num_stages: int) -> None:
     bf16 = torch.empty(256, 768, dtype=torch.bfloat16)
     f32, i32 = torch.empty(64), torch.empty(64, dtype=torch.int32)
     i64 = torch.empty(64, dtype=torch.int64)
-    m, n, d = encode_plan.BLOCK_M, encode_filter.BLOCK_N, encode_filter.BLOCK_K
+    m, n, d = encode_plan.BLOCK_M, encode_plan.BLOCK_N, encode_filter.BLOCK_K
     x = TensorDescriptor.from_tensor(bf16, [m, d])
     runs = TensorDescriptor.from_tensor(bf16.view(n // 8, -1, 768), [n // 8, 8, d])
     rest = TensorDescriptor.from_tensor(bf16, [n, d])

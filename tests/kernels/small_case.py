@@ -12,7 +12,6 @@ from flash_sae_dist.kernels import (
     decode_backward,
     dense_grad,
     encode,
-    encode_filter,
     encode_plan,
     encode_rows,
     pair_order,
@@ -103,8 +102,8 @@ def main() -> None:
     b, b_dec = torch.randn(F, device="cuda"), torch.zeros(D, device="cuda")
     values, indices = encode_rows.topk_encode(x, W, b, K)
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    for design, block_n in (("plain", encode_filter.BLOCK_N), ("hopper", encode_plan.BLOCK_N)):
-        plan = encode_plan.make_plan(N, D, F, K, block_n=block_n)
+    plan = encode_plan.make_plan(N, D, F, K)
+    for design in ("plain", "hopper"):
         assert plan is not None
         if design == "plain" or hopper:
             encode.run(design, plan, x, W, b, K)
