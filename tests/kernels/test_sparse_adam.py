@@ -446,9 +446,39 @@ def test_centre(dtype: torch.dtype) -> None:
     torch.testing.assert_close(variance, want_variance, rtol=1e-5, atol=0)
 
 
-def test_wide_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="16384"):
-        kernels._decoder_blocks(20000)
+@pytest.mark.parametrize(("M", "scale", "lazy"), [(0, 1.0, False), (4, 0.25, True)])
+@pytest.mark.parametrize("unit_norm", [True, False])
+def test_wide_rows_are_done_in_blocks(
+    M: int, scale: float, lazy: bool, unit_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that do not fill the row, and bfloat16 moments, which are rounded by their place."""
+    monkeypatch.setattr(kernels, "_MAX_BLOCK", 16)
+    monkeypatch.setattr(kernels, "_WIDE_BLOCK", 16)
+    case = Case(21, 40, 9, 2, M, "every-token")
+    options = AdamOptions(lazy=lazy, seed=3, scaled=scale != 1, unit_norm=unit_norm)
+    want = make_rows(9, 40, torch.bfloat16)
+    got = clone(want)
+    run(reference, want, 2, options, case, scale)
+    run(kernels, got, 2, options, case, scale)
+    for a, b in zip(flat(got), flat(want), strict=True):
+        tol = 2.0**-7 if b.dtype == torch.bfloat16 else 2e-5
+        torch.testing.assert_close(a.float(), b.float(), rtol=tol, atol=2e-5)
+    assert_squares(kernels, case, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [20480, 36000])
+def test_wide_rows(D: int) -> None:
+    case, options = Case(64, D, 128, 8, 30, "every-token"), AdamOptions()
+    want = make_rows(128, D, torch.float32)
+    got = clone(want)
+    run(reference, want, 2, options, case)
+    run(kernels, got, 2, options, case)
+    for a, b in zip(flat(got), flat(want), strict=True):
+        tol = 2.0**-7 if b.dtype == torch.bfloat16 else 2e-4
+        wrong = (a.float() - b.float()).abs() > 5e-5 + tol * b.float().abs()
+        assert wrong.float().mean() < 2e-5
+    assert_squares(kernels, case, options)
 
 
 @pytest.mark.gpu
