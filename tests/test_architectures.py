@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from flash_sae_dist.config.base import ConfigError
-from flash_sae_dist.config.train import ENGINES
+from flash_sae_dist.config.sae import SAEConfig
+from flash_sae_dist.config.train import ENGINES, TrainConfig
 from flash_sae_dist.models import ARCHITECTURES, load_sae
 from flash_sae_dist.models.base import SparseCoder
 from flash_sae_dist.models.batch_topk import BatchTopK
+from flash_sae_dist.models.crosscoder import CrosscoderConfig
 from flash_sae_dist.models.jumprelu import JumpReLU
 from flash_sae_dist.models.matryoshka import MatryoshkaConfig
 from flash_sae_dist.parallel.mesh import Mesh
@@ -45,8 +47,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"sparsity": "quadratic", "target_l0": 6.0, "sparsity_coefficient": 0.01, **JUMP},
     ),
     "jumprelu_tanh": ("jumprelu", {"sparsity": "tanh"}),
+    "topk_crosscoder": ("topk_crosscoder", {"k": 4}),
+    "batch_topk_crosscoder": (
+        "batch_topk_crosscoder",
+        {"k": 4, "threshold_start": 5, "threshold_decay": 0.9},
+    ),
+    "relu_crosscoder": ("relu_crosscoder", {"l1_coefficient": 2.0}),
 }
-FUSED = [case for case in CASES if case != "gated"]
+AUTOGRAD = ("gated", "relu_crosscoder")
+FUSED = [case for case in CASES if case not in AUTOGRAD]
+# Widths of two hookpoints and root mean squares, of the cases that read several.
+SOURCES, UNITS = (4, 6), (1.5, 2.5)
 
 
 @functools.cache
@@ -65,12 +76,21 @@ def training(case: str, engine: str = "auto", **options: Any) -> SAETraining:
         num_tokens=STEPS * BATCH, batch_tokens=BATCH, warmup_steps=5, lr=5e-3, engine=engine,
         precision="float64", dead_after_tokens=10 * BATCH, seed=3, **options,
     )  # fmt: skip
-    return SAETraining(sae, cfg, D_IN, Mesh.single(), CPU, rms=2.0)
+    return started(sae, cfg, Mesh.single())
+
+
+def started(sae: SAEConfig, cfg: TrainConfig, mesh: Mesh) -> SAETraining:
+    """On rows of `batch`, whose units are told."""
+    if not isinstance(sae, CrosscoderConfig):
+        return SAETraining(sae, cfg, D_IN, mesh, CPU, rms=2.0)
+    t = SAETraining(sae, cfg, D_IN, mesh, CPU, sources=SOURCES)
+    t.set_source_units(UNITS)
+    return t
 
 
 def run(t: SAETraining, steps: range) -> list[tuple[float, ...]]:
     timer = PhaseTimer(CPU, enabled=False)
-    return [tuple(float(m) for m in t.step(batch(i), timer)) for i in steps]
+    return [tuple(float(m) for m in t.step(batch(i), timer).scalars()) for i in steps]
 
 
 @functools.cache
@@ -87,7 +107,10 @@ PARTS = (("micro_batches", 3), ("grad_clip", 0.05))
     ("case", "options"),
     [
         *((case, ()) for case in FUSED),
-        *((case, PARTS) for case in ("matryoshka", "multi_topk", "jumprelu_target")),
+        *(
+            (case, PARTS)
+            for case in ("matryoshka", "multi_topk", "jumprelu_target", "topk_crosscoder")
+        ),
     ],
 )
 def test_the_fused_engine_trains_as_autograd(case: str, options: Any) -> None:
@@ -104,7 +127,7 @@ def test_the_fused_engine_trains_as_autograd(case: str, options: Any) -> None:
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_it_learns(case: str) -> None:
-    t, curve = trained(case, "autograd" if case == "gated" else "fused")
+    t, curve = trained(case, "autograd" if case in AUTOGRAD else "fused")
     fvus = [line[0] for line in curve]
     assert fvus[-1] < 0.7 * fvus[0]
     has_penalty = case.startswith(("jumprelu", "relu", "gated"))
@@ -145,7 +168,7 @@ def test_usual_values_come_with_the_architecture() -> None:
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_it_is_saved_and_loaded(case: str, tmp_path: Path) -> None:
-    t, _ = trained(case, "autograd" if case == "gated" else "fused")
+    t, _ = trained(case, "autograd" if case in AUTOGRAD else "fused")
     t.sae.save(tmp_path, {n: w.to(torch.float32) for n, w in t.final_weights().items()})
     loaded = load_sae(tmp_path)
     assert type(loaded) is type(t.sae)
@@ -256,12 +279,16 @@ def test_training_does_not_depend_on_the_datas_scale() -> None:
         small = SAETraining(t.sae.config, t.cfg, D_IN, Mesh.single(), CPU, rms=2.0 / 64)
         timer = PhaseTimer(CPU, enabled=False)
         want = run(t, range(20))
-        got = [tuple(float(m) for m in small.step(batch(i) / 64, timer)) for i in range(20)]
+        got = [
+            tuple(float(m) for m in small.step(batch(i) / 64, timer).scalars()) for i in range(20)
+        ]
         for ours, theirs in zip(got, want, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-7, abs=1e-10)
 
 
-@pytest.mark.parametrize("case", ["batch_topk", "jumprelu_target", "gated"])
+@pytest.mark.parametrize(
+    "case", ["batch_topk", "jumprelu_target", "gated", "batch_topk_crosscoder"]
+)
 def test_it_goes_on_bit_for_bit(case: str) -> None:
     t = training(case)
     whole = run(t, range(12))

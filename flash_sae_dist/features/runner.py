@@ -24,6 +24,7 @@ from ..models.saved import read_spec
 from ..parallel import agree
 from ..progress import progress_bar
 from ..training.job import Config
+from ..training.made_of import rows_made_of
 from ..training.metrics import read_metrics
 from .collect import Collected, collect
 from .directions import nearest_latents, output_tokens
@@ -206,7 +207,7 @@ def _summary(
     kept: Collected,
     left_out: list[str],
 ) -> dict[str, Any]:
-    made, rows = found.made_of(), store.made_of(found.hookpoint)
+    made, rows = found.made_of(), rows_made_of(store, found.hookpoint)
     return {
         "sae": found.name,
         "hookpoint": found.hookpoint,

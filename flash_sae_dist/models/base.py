@@ -99,6 +99,7 @@ class SparseCoder(Interventions):
     reads_host: ClassVar[str | None] = None
     # Whether replicas' lists differ in length: those of a selection by threshold.
     varied_lengths: ClassVar[bool] = False
+    sources: tuple[int, ...] = ()  # widths of a crosscoder's hookpoints
 
     def __init__(
         self,
@@ -166,6 +167,12 @@ class SparseCoder(Interventions):
         del config
         return None
 
+    def ranks(self) -> Tensor | None:
+        """What pre-activations are multiplied by, [d_sae_local] > 0, where a selection ranks them;
+        None is 1 for all.
+        """
+        return None
+
     @property
     def level_weights(self) -> tuple[float, ...]:
         """Weights of the FVUs of nested reconstructions: the j-th is of the pairs up to level j."""
@@ -221,7 +228,7 @@ class SparseCoder(Interventions):
         x: Tensor,  # [N, d_in]
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Tokens as the encoder reads them, and their deviations and means [N, 1] where these were
-        taken out (input_norm layer_norm, in OpenAI's form).
+        taken out (input_norm layer_norm, in OpenAI's form); of a crosscoder its sources' [d_in].
         """
         if self.config.input_norm == "none":
             return x, None
@@ -462,10 +469,10 @@ class SparseCoder(Interventions):
             spec = read_spec(path)
             check_weights(path, spec.pop("weights_crc32c", None))
             weights = load_file(path / WEIGHTS_FILE)
-            d_in, d_out = spec.pop("d_in"), spec.pop("d_out", None)
+            d_in = spec.pop("d_in")
+            place = {name: spec.pop(name) for name in ("d_out", "sources") if name in spec}
             about = About(**spec.pop("about", {}))
             config = parse(cls.Config, spec, str(path / CONFIG_FILE))
-            place = {} if d_out is None else {"d_out": d_out}
             sae = cls.from_config(config, d_in, **place, dtype=weights["W_enc"].dtype, seed=None)
             sae.load_state_dict(weights)
         except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as e:

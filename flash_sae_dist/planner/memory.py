@@ -22,6 +22,7 @@ from ..activations.stored_rows import float_dtype
 from ..config.deepspeed import ZeroOptimization, zero_of
 from ..config.train import DeepSpeedTrainConfig, TrainConfig
 from ..models import ARCHITECTURES
+from ..models.crosscoder import Crosscoder
 from ..models.dead_latents import padded
 from ..models.threshold import ThresholdCoder
 from ..models.topk import TopKSAE
@@ -74,6 +75,7 @@ class Work(NamedTuple):
     zero: ZeroOptimization | None = None  # of the deepspeed engine
     stream: Streamed | None = None  # where a model is planned, too
     rule: Literal["token", "batch", "threshold"] = "token"  # by which latents are active
+    crosses: bool = False  # whether rows of several hookpoints are put side by side
 
     @property
     def offloads(self) -> bool:
@@ -147,13 +149,14 @@ def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -
         d_sae,
         min(getattr(sae, "k", _SLOTS), d_sae),
         train,
-        choose_engine(train, d_in, sae).engine,
+        choose_engine(train, sae).engine,
         resolve_precision(train.precision, device),
         float_dtype(dtype).itemsize,
         on_gpu,
         storage_dtype(dtype).itemsize,
         zero_of(train) if isinstance(train, DeepSpeedTrainConfig) else None,
         rule="token" if issubclass(kind, TopKSAE) else by_batch,
+        crosses=issubclass(kind, Crosscoder),
     )
 
 
@@ -223,12 +226,17 @@ def step_bytes(work: Work, num_shards: int, num_replicas: int, dead: float) -> d
 def _batch_bytes(work: Work, num_replicas: int) -> int:
     """The batch as the step takes it, centred in the compute dtype, and its residual."""
     n, D = work.train.batch_tokens // num_replicas, work.d_in
-    divided = work.master if work.train.normalize != "none" else 0
-    given = max(work.row_bytes, divided)
-    return n * D * (given * (2 if divided else 1) + 2 * work.compute.itemsize)
+    divided = work.master if work.train.normalize != "none" or work.crosses else 0
+    given = max(work.row_bytes, divided) * (2 if divided else 1)
+    given += work.row_bytes if work.crosses else 0
+    return n * D * (given + 2 * work.compute.itemsize)
 
 
 def _encoder_bytes(work: Work, F: int, n: int) -> int:
+    if work.crosses and work.rule != "threshold":
+        # Its rows multiplied by the decoder's norms.
+        plain = _encoder_bytes(work._replace(crosses=False), F, n)
+        return plain + F * work.d_in * work.compute.itemsize
     if work.rule == "token" and work.on_gpu and work.compute.itemsize < 8:
         return _ENCODER_BYTES
     # The reference, which has kernels for a token's k largest alone, multiplies in float32.

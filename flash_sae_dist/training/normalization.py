@@ -25,14 +25,24 @@ class Normalization:
     norm, the first batch's.
     """
 
-    def __init__(self, cfg: TrainConfig, mesh: Mesh) -> None:
-        """Rows of a transcoder's input and target are divided in any case: their units differ."""
-        divides = cfg.target is not None and cfg.normalize == "none"
+    def __init__(self, cfg: TrainConfig, mesh: Mesh, *, divides: bool = False) -> None:
+        """Rows of a transcoder's input and target, and of a crosscoder's hookpoints (divides), are
+        divided in any case: their units differ.
+        """
+        divides = (divides or cfg.target is not None) and cfg.normalize == "none"
         self.kind = "unit_mean_square" if divides else cfg.normalize
         self.centres, self.mesh = cfg.subtract_mean, mesh
         self.rms: float | None = None  # of the rows as they are stored
         self.mean: Tensor | None = None  # [d_in]
         self.mean_norm: float | None = None  # of the rows without their mean
+
+    @classmethod
+    def none(cls, mesh: Mesh) -> Normalization:
+        """Of rows that are in units of their own already."""
+        found = cls.__new__(cls)
+        found.kind, found.centres, found.mesh = "none", False, mesh
+        found.rms, found.mean, found.mean_norm = 1.0, None, None
+        return found
 
     @property
     def missing(self) -> bool:

@@ -11,9 +11,8 @@ import torch
 from flash_sae_dist.parallel.collectives import all_gather
 from flash_sae_dist.parallel.mesh import make_mesh
 from flash_sae_dist.training.metrics import PhaseTimer
-from flash_sae_dist.training.step import SAETraining
 from tests.dist.ranks import worker
-from tests.test_architectures import BATCH, CPU, D_IN, batch, training
+from tests.test_architectures import BATCH, CPU, batch, started, training
 
 
 def run(steps: str, *cases: str) -> dict[str, Any]:
@@ -25,15 +24,16 @@ def train(steps: int, case: str, engine: str, replicas: str) -> dict[str, Any]:
     """Losses of each step, thresholds and decoder rows of all shards."""
     mesh = make_mesh(None, int(replicas), device=CPU)
     # The batch rule selects within a micro-batch: replicas cut other ones.
-    by_batch = case in ("batch_topk", "matryoshka")
+    by_batch = case in ("batch_topk", "matryoshka", "batch_topk_crosscoder")
     options: dict[str, Any] = {"grad_clip": 0.5, "micro_batches": 1 if by_batch else 2}
     like = training(case, engine, num_replicas=int(replicas), **options)
-    t = SAETraining(like.sae.config, like.cfg, D_IN, mesh, CPU, rms=2.0)
+    t = started(like.sae.config, like.cfg, mesh)
     share = BATCH // mesh.num_replicas
     losses = []
     for step in range(steps):
         mine = batch(step)[mesh.replica * share : (mesh.replica + 1) * share]
-        losses.append([float(m) for m in t.step(mine, PhaseTimer(CPU, enabled=False))])
+        metrics = t.step(mine, PhaseTimer(CPU, enabled=False))
+        losses.append([float(m) for m in metrics.scalars()])
     t.calibrate(lambda: [batch(100)[mesh.replica * share : (mesh.replica + 1) * share]])
     weights = t.final_weights()
     rows = {n: w for n, w in weights.items() if t.sae.roles[n] == "rows"}

@@ -18,11 +18,12 @@ CASES = {
     2: [
         *("batch_topk-fused-1", "matryoshka-fused-2", "multi_topk-fused-1", "relu-fused-2"),
         *("jumprelu_target-autograd-2", "jumprelu_quadratic-fused-1", "jumprelu_tanh-fused-2"),
-        *("gated-autograd-1", "matryoshka-autograd-1"),
+        *("gated-autograd-1", "matryoshka-autograd-1", "topk_crosscoder-fused-1"),
+        *("relu_crosscoder-autograd-1", "batch_topk_crosscoder-autograd-2"),
     ],
     4: [
         *("batch_topk-fused-2", "matryoshka-fused-4", "multi_topk-fused-2"),
-        *("jumprelu_target-fused-2", "gated-autograd-2"),
+        *("jumprelu_target-fused-2", "gated-autograd-2", "batch_topk_crosscoder-fused-2"),
     ],
 }
 

@@ -20,12 +20,14 @@ from ...models.losses import (
     inverse_variance,
     inverted,
     residual_sums,
+    source_fvus,
+    source_sums,
     total_variance,
 )
 from ...models.sparsity import Batch
 from ...parallel.collectives import all_reduce_
 from ...parallel.selection import global_limits
-from ..metrics import PhaseTimer, StepMetrics
+from ..metrics import PhaseTimer, StepMetrics, step_metrics
 from ..optim import (
     clip_grads_,
     project_decoder_grad_,
@@ -40,6 +42,15 @@ class Shared(NamedTuple):
 
     batch: Batch
     inverse_residual: Tensor | None  # scalar, AuxK's normaliser; None where nothing is revived
+
+
+class Losses(NamedTuple):
+    """What a micro-batch comes to."""
+
+    loss: Tensor  # scalar, with its graph
+    shown: Tensor  # [4] of StepMetrics, shares of the batch's
+    active: Codes
+    of_sources: Tensor | None  # source_sums, of a crosscoder
 
 
 class AutogradEngine(Engine):
@@ -87,16 +98,18 @@ class AutogradEngine(Engine):
         y = x if y is None else y.to(sae.b_dec.dtype)
         shared = self._shared(x, y)
         self._begin()
-        shown = torch.zeros(len(StepMetrics._fields), dtype=x.dtype, device=x.device)
+        shown = torch.zeros(4, dtype=x.dtype, device=x.device)
+        of_sources: list[Tensor] = []
         active: list[Codes] = []
         parts = self._parts(x, y)
         for number, part in enumerate(parts, 1):
-            loss, terms, codes = self._forward(*part, shared)
+            loss, terms, codes, own = self._forward(*part, shared)
             timer.mark("forward")
             self._backward(loss, is_last=number == len(parts))
             timer.mark("backward")
             shown += terms
             active.append(codes)
+            of_sources += [] if own is None else [own]
         self._update()
         self.sae.observe_(active)
         values = torch.cat([codes.values for codes in active])
@@ -105,7 +118,10 @@ class AutogradEngine(Engine):
         all_reduce_(shown, mesh.replica_group, mesh.num_replicas)
         all_reduce_(shown[2], mesh.shard_group, mesh.num_shards)
         timer.mark("optimizer")
-        return StepMetrics(*shown)
+        if of_sources:
+            sums, tokens = torch.stack(of_sources).sum(dim=0), shared.batch.tokens
+            shown = torch.cat([shown, source_fvus(sums, sae.sources, tokens, mesh).to(shown)])
+        return step_metrics(shown)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.compute_dtype == self.sae.b_dec.dtype:
@@ -150,14 +166,12 @@ class AutogradEngine(Engine):
             sums, squares = sums + found[0], squares + found[1]
         return inverse_variance(sums, squares, x.shape[0] * self.sae.mesh.num_replicas)
 
-    def _forward(self, x: Tensor, y: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Codes]:
-        """Loss of a micro-batch x with target rows y, its StepMetrics as shares of the batch's, and
-        its codes.
-        """
+    def _forward(self, x: Tensor, y: Tensor, shared: Shared) -> Losses:
+        """A micro-batch x with target rows y."""
         with self._autocast():
             return self._losses(x, y, shared)
 
-    def _losses(self, x: Tensor, y: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Codes]:
+    def _losses(self, x: Tensor, y: Tensor, shared: Shared) -> Losses:
         sae, batch = self.sae, shared.batch
         found = sae.candidates(x)
         codes = sae.activate(found)
@@ -176,7 +190,11 @@ class AutogradEngine(Engine):
         l0 = (codes.values > 0).sum().to(x.dtype) / batch.tokens
         shown = torch.stack([fvus[sae.main_level], aux, l0, penalty]).detach()
         active = codes._replace(values=codes.values.detach())
-        return loss + penalty + self.cfg.aux_coef * aux, shown, active
+        own = None
+        if sae.sources:
+            rows = y.detach() - sae.b_dec.detach()
+            own = source_sums(y - recons[sae.main_level].detach(), rows, sae.sources)
+        return Losses(loss + penalty + self.cfg.aux_coef * aux, shown, active, own)
 
     def _aux_recon(self, x: Tensor) -> Tensor:
         """What each token's k_aux best listed latents make of the residual [N, d_in], no b_dec."""

@@ -24,10 +24,10 @@ from ...kernels.dispatch import has_triton, implementation, on_device, use_kerne
 from ...kernels.reference import DenseRows, PairGradients, PairOrder
 from ...models.base import Codes, SparseCoder
 from ...models.dead_latents import DeadLatents
-from ...models.losses import inverse_variance
+from ...models.losses import inverse_variance, source_fvus, source_sums
 from ...models.sparsity import Batch
 from ...parallel.collectives import all_gather, all_reduce_
-from ..metrics import PhaseTimer, StepMetrics
+from ..metrics import PhaseTimer, StepMetrics, step_metrics
 from ..sparse_adam import LatentGradients, SparseAdam
 from .base import Engine
 from .dead_step import AuxLoss, DeadStep, Listed
@@ -49,7 +49,7 @@ _EAGER_CALLS = 2
 class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     x: Tensor
-    metrics: Tensor
+    metrics: Tensor  # as `_metrics`
 
 
 class _Batch(NamedTuple):
@@ -184,7 +184,7 @@ class FusedEngine(Engine):
             self._captured.clear()
         revives = self.kind != "none" and self.dead.any_listed
         if not self.graph:
-            return StepMetrics(*self._step(x, revives, timer))
+            return step_metrics(self._step(x, revives, timer))
         kind = (x.shape, x.dtype, revives)
         key = (*kind, self.dead_step.shape() if revives else None)
         if key not in self._captured:
@@ -192,13 +192,13 @@ class FusedEngine(Engine):
             self._calls[key] = self._calls.get(key, 0) + 1
             eager = 1 if kind in self._warm else _EAGER_CALLS
             if self._calls[key] <= eager or not self._capture(x, revives, key):
-                return StepMetrics(*self._step(x, revives, timer))
+                return step_metrics(self._step(x, revives, timer))
             self._warm.add(kind)
         captured = self._captured[key]
         captured.x.copy_(x)
         captured.graph.replay()
         timer.mark("fused_step")
-        return StepMetrics(*captured.metrics.clone())
+        return step_metrics(captured.metrics.clone())
 
     def _capture(self, x: Tensor, revives: bool, key: tuple[object, ...]) -> bool:
         """Captures a step, or says why it cannot be and gives graphs up, on all members alike."""
@@ -227,14 +227,14 @@ class FusedEngine(Engine):
         self._captured[key] = _Captured(graph, static, metrics)
         return True
 
-    def _step(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4]
+    def _step(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
         try:
             return self._work(x, revives, timer)
         finally:
             # Even where memory ran out midway: what crosses streams is freed after this.
             self.side.meet()
 
-    def _work(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4]
+    def _work(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
         batch, ready = self._begin(x)
         listed: Listed | None = None
         if revives:
@@ -419,8 +419,12 @@ class FusedEngine(Engine):
         residual = all_gather(local.dec_rows, group, size).flatten(0, 1)
         return PairGradients(latents, dec, enc, residual, xc_all, local.k, *flat)
 
-    def _metrics(self, parts: list[Forward], aux: AuxLoss | None, batch: _Batch) -> Tensor:  # [4]
-        """FVU, the dead latents' loss and L0 of the whole batch. Collective over the members."""
+    def _metrics(
+        self, parts: list[Forward], aux: AuxLoss | None, batch: _Batch
+    ) -> Tensor:  # [4 + S]
+        """FVU, the dead latents' loss, L0 and the penalty of the whole batch, and a crosscoder's
+        FVU of each hookpoint. Collective over the members.
+        """
         mesh = self.sae.mesh
         squares = torch.stack([part.squares.sum() for part in parts]).sum()
         codes = [part.codes if part.more is None else part.more.active for part in parts]
@@ -433,4 +437,8 @@ class FusedEngine(Engine):
         fields = [squares * batch.inverse, loss, active / batch.tokens, penalty]
         metrics = torch.stack([field.to(squares.dtype) for field in fields])
         all_reduce_(metrics, mesh.replica_group, mesh.num_replicas)
+        if sources := self.sae.sources:
+            sums = source_sums(_cat([part.residual for part in parts]), batch.xc, sources)
+            fvus = source_fvus(sums, sources, batch.tokens, mesh)
+            metrics = torch.cat([metrics, fvus.to(metrics.dtype)])
         return metrics
