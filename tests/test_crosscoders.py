@@ -4,6 +4,7 @@ verbs.
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,10 @@ def test_it_goes_through_the_verbs(tmp_path: Path) -> None:
         assert record["fvu"] < max(record["source_fvus"].values())
         assert "loss" not in record
     verb("features", "features.num_tokens=256")
-    assert (folders[0] / "features").is_dir()
+    with gzip.open(folders[0] / "features" / "features.jsonl.gz") as lines:
+        norms = json.loads(next(lines))["decoder_norms"]
+    assert list(norms) == [one, two]
+    assert sum(norm**2 for norm in norms.values()) == pytest.approx(1, abs=1e-3)
     told = verb("export", "export.formats=[sae_lens]", code=2)
     assert "of architecture 'topk_crosscoder', which SAELens cannot hold" in told.replace(
         "batch_topk_crosscoder", "topk_crosscoder"
