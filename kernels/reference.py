@@ -34,6 +34,7 @@ from .reference_dead import mask_dead_grad_ as mask_dead_grad_
 from .reference_dead import pick_digits_ as pick_digits_
 from .reference_dead import select_dead as select_dead
 from .reference_encode import Codes as Codes
+from .reference_encode import Dense as Dense
 from .reference_encode import Pairs as Pairs
 from .reference_encode import Slots as Slots
 from .reference_encode import accumulate_dtype as accumulate_dtype

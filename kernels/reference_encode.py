@@ -52,7 +52,35 @@ class Pairs(NamedTuple):
         return self.offsets[-1]
 
 
-Codes = Slots | Pairs
+class Dense(NamedTuple):
+    """All latents of each token, those that are not active too: of an architecture that has few of
+    them. Not for the kernels, which gather rows: products of matrices take them.
+    """
+
+    values: Tensor  # [N, F] float32/64
+
+    @property
+    def latents(self) -> Tensor:
+        """[N, F] int32, one row in memory."""
+        latents = torch.arange(self.values.shape[1], dtype=torch.int32, device=self.values.device)
+        return latents.expand_as(self.values)
+
+    @property
+    def tokens(self) -> None:
+        """None: a pair's token is its row."""
+        return
+
+    @property
+    def offsets(self) -> None:
+        """None: each token has all."""
+        return
+
+    def most(self) -> Slots:
+        """Each latent's largest value [1, F]: what counting what fires asks for."""
+        return Slots(self.values.amax(dim=0, keepdim=True), self.latents[:1])
+
+
+Codes = Slots | Pairs | Dense
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from flash_sae_dist.models.jumprelu import JumpReLU
 from flash_sae_dist.models.matryoshka import MatryoshkaConfig
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.defaults import with_defaults
+from flash_sae_dist.training.engines import density
 from flash_sae_dist.training.engines.autograd import AutogradEngine
 from flash_sae_dist.training.engines.fused import FusedEngine
 from flash_sae_dist.training.metrics import PhaseTimer
@@ -56,8 +58,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 AUTOGRAD = ("gated", "relu_crosscoder")
 FUSED = [case for case in CASES if case not in AUTOGRAD]
+# Shares of active latents that no SAE has: its steps are sparse from the start.
+SPARSE = (2.0, 2.0)
 # Widths of two hookpoints and root mean squares, of the cases that read several.
 SOURCES, UNITS = (4, 6), (1.5, 2.5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sparse_steps() -> Iterator[None]:
+    """So few latents are dense outside of tests; tests/test_density.py has those."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(density.SHARES, "cpu", SPARSE)
+        yield
 
 
 @functools.cache

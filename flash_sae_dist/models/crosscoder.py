@@ -173,5 +173,5 @@ class ReLUCrosscoder(Crosscoder, ReLU):
         assert isinstance(self.config, CrosscoderConfig)
         if self.config.decoder_norms == "sum":
             norms = self.decoder_norms(self.W_dec).sum(dim=1)
-            codes = codes._replace(values=codes.values * norms[codes.latents.long()])
+            codes = codes._replace(values=codes.values * self.of_pairs(norms, codes, 0.0))
         return super().penalty(x, found, codes, batch)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..kernels.reference import Codes, Slots
+from ..kernels.reference import Codes, Dense, Slots
 
 if TYPE_CHECKING:
     from ..parallel.mesh import Mesh
@@ -166,6 +166,8 @@ class Interventions(nn.Module):
 
     def dense(self, codes: Codes) -> Tensor:
         """Codes as activations: [..., d_sae] of Slots [..., K], [N, d_sae] of Pairs."""
+        if isinstance(codes, Dense):
+            return codes.values
         values, latents = codes.values, codes.latents.long()
         # Summed: an unused slot's 0 must not cover what another slot of the same latent holds.
         if isinstance(codes, Slots):

@@ -5,12 +5,14 @@ share, and BatchTopK at inference.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..kernels import ops
 from ..kernels.dispatch import implementation
+from ..kernels.reference import Dense
 from ..parallel.collectives import feed_shards
 from .base import Codes, Pairs, SparseCoder
 
@@ -60,6 +62,8 @@ class ThresholdCoder(SparseCoder):
     reads_host = "the number of active latents is read by the host"
     varied_lengths = True
     revivals = frozenset({"ghost", "resample", "none"})
+    # A value that has no activation, no penalty and no gradient.
+    idle: ClassVar[float] = 0.0
 
     def limits(self) -> Tensor | None:
         """Pre-activations [d_sae_local] above which a latent has an activation or a gradient while
@@ -75,12 +79,16 @@ class ThresholdCoder(SparseCoder):
 
     def of_pairs(self, rows: Tensor, found: Codes, unused: float) -> Tensor:
         """Each pair's element of rows [d_sae_local], and a number for slots that are unused."""
+        if isinstance(found, Dense):
+            return rows.expand_as(found.values)
         assert found.offsets is not None
         slots = torch.arange(len(found.latents), device=rows.device)
         return rows[found.latents.long()].masked_fill(slots >= found.offsets[-1], unused)
 
     def of_tokens(self, values: Tensor, found: Codes, num_tokens: int) -> Tensor:
         """Sums of values over each token's pairs [N], over all shards."""
+        if isinstance(found, Dense):
+            return self.over_shards(values.sum(dim=1))
         assert found.tokens is not None
         sums = values.new_zeros(num_tokens).index_add(0, found.tokens.long(), values)
         return self.over_shards(sums)
@@ -102,6 +110,29 @@ class ThresholdCoder(SparseCoder):
             self.d_sae_local,
         )
         return self.shifted(found, limits)
+
+    def dense_candidates(self, x: Tensor) -> Dense:
+        """`candidates` as all pairs of tokens x [N, d_in], differentiable."""
+        fed, b_dec = feed_shards(x, self.mesh), self.fed_centre()
+        W_enc = self.compute(self.W_enc)
+        xc = (fed if b_dec is None else fed - b_dec).to(W_enc.dtype)
+        return self.dense_found((xc @ W_enc.T).to(self.b_enc.dtype) + self.b_enc)
+
+    def dense_found(self, pre: Tensor) -> Dense:
+        """Those of pre-activations [N, d_sae_local]."""
+        return Dense(torch.where(self.exceeds(pre), pre, self.idle))
+
+    def exceeds(self, pre: Tensor) -> Tensor:
+        """Which of pre-activations [N, d_sae_local] are candidates; NaN is one, as of a list."""
+        limits = self.limits()
+        return ~(pre <= 0 if limits is None else pre <= limits)
+
+    def combine(self, codes: Codes, W_dec: Tensor | None = None) -> Tensor:
+        """See SparseCoder."""
+        if not isinstance(codes, Dense):
+            return super().combine(codes, W_dec)
+        W_dec = self.compute(self.W_dec if W_dec is None else W_dec)
+        return self.over_shards((codes.values.to(W_dec.dtype) @ W_dec).to(self.b_dec.dtype))
 
     def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Pairs:
         """The same for the fused engine; see SparseCoder."""

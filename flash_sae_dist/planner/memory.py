@@ -12,6 +12,7 @@ lists take, and DeepSpeed for its sums, are estimates.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from ..models.topk import TopKSAE
 from ..training.defaults import with_defaults
 from ..training.engine import choose_engine
 from ..training.engines.dead_step import MAX_BLOCK_BYTES
+from ..training.engines.density import BLOCK_ELEMENTS, SHARES
 from ..training.job import Config
 from ..training.step import resolve_precision
 
@@ -118,9 +120,10 @@ class Work(NamedTuple):
         return min(self.k, self.d_sae // num_shards)
 
     def most_slots(self, num_shards: int) -> int:
-        """The same where it is largest: above thresholds are about half of all at the start."""
+        """The same where it is largest: where more are above thresholds, steps are dense."""
         if self.rule == "threshold":
-            return max(1, self.d_sae // 2 // num_shards)
+            enter, _ = SHARES["cuda" if self.on_gpu else "cpu"]
+            return max(1, math.ceil(enter * self.d_sae / num_shards))
         return self.slots(num_shards)
 
     def listed(self, num_shards: int, share: float) -> int:
@@ -259,9 +262,20 @@ def _fused_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
         # Everyone's candidates, gathered, in order, as sort keys; partial reconstructions.
         gathered = 0 if work.rule == "threshold" else 10 * wide * part * K * P
         encode = max(encode, gathered, 2 * wide * part * D)
+    if work.rule == "threshold":
+        dense = found["batch"] + _dense_step(work, F, n)
+        if dense > sum(found.values()) + encode:
+            return {"batch": found["batch"], "dense step": dense - found["batch"]}
     if not M:
         return found | {"encoder": encode}
     return found | {"encoder and dead latents": max(encode, _dead_bytes(work, n, M))}
+
+
+def _dense_step(work: Work, F: int, n: int) -> int:
+    """All pairs of a block of tokens, and both gradients of a block beside their sums."""
+    block = min(n * F, max(BLOCK_ELEMENTS["cuda" if work.on_gpu else "cpu"], F))
+    gradients = 2 * F * work.d_in * work.master
+    return 10 * block * work.master + gradients * (1 if block == n * F else 2)
 
 
 def dead_block(work: Work, M: int) -> int:
@@ -283,7 +297,11 @@ def _autograd_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
     D, F, K = work.d_in, work.d_sae // P, work.most_slots(P)
     n, wide, narrow = work.train.batch_tokens // R, work.master, work.compute.itemsize
     part = -(-n // work.train.micro_batches)
-    found = {"batch": _batch_bytes(work, R) + 4 * part * D * wide, "pairs": 8 * n * K * wide}
+    pairs = 8 * n * K * wide
+    if work.rule == "threshold":
+        kind = "cuda" if work.on_gpu else "cpu"
+        pairs = max(pairs, 10 * wide * min(part * F, max(BLOCK_ELEMENTS[kind], F)))
+    found = {"batch": _batch_bytes(work, R) + 4 * part * D * wide, "pairs": pairs}
     encode = _encoder_bytes(work, F, part)
     if P > 1 and work.rule != "threshold":
         encode = max(encode, 10 * wide * part * K * P)

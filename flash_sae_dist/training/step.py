@@ -231,6 +231,7 @@ class SAETraining:
             self.dead.refresh(self.step_index, self.step_index * self.cfg.batch_tokens)
         self.engine.set_lr(self.lr)
         self.engine.set_ramp(self.ramp)
+        self.engine.choose_form(self.step_index)
         metrics = self.engine.step(x, timer, y)
         self.step_index += 1
         return metrics
@@ -306,6 +307,8 @@ class SAETraining:
             "step": self.step_index,
             "d_sae": self.sae.d_sae,
         }
+        if (density := self.engine.density) is not None:
+            whole["l0_share"], info["is_dense"] = density.share, density.is_dense
         for normalization, prefix in self._normalizations():
             tensors, values = normalization.state(prefix)
             whole |= tensors
@@ -322,6 +325,9 @@ class SAETraining:
         self.engine.load_state(state.rows | state.whole, state.info["step"])
         for name, buffer in self.sae.named_buffers():
             buffer.copy_((state.rows | state.whole)[name])
+        if (density := self.engine.density) is not None and "l0_share" in state.whole:
+            density.share.copy_(state.whole["l0_share"])
+            density.is_dense = state.info["is_dense"]
         self.dead.tokens_since_fired.copy_(state.rows["tokens_since_fired"])
         listed = state.rows.get("listed_dead")
         if listed is None:

@@ -10,18 +10,22 @@ import torch
 
 from flash_sae_dist.parallel.collectives import all_gather
 from flash_sae_dist.parallel.mesh import make_mesh
+from flash_sae_dist.training.engines import density
 from flash_sae_dist.training.metrics import PhaseTimer
 from tests.dist.ranks import worker
-from tests.test_architectures import BATCH, CPU, batch, started, training
+from tests.test_architectures import BATCH, CPU, SPARSE, batch, started, training
 
 
 def run(steps: str, *cases: str) -> dict[str, Any]:
-    """By case, which is its name, engine and replicas, as `jumprelu-fused-2`."""
+    """By case, which is its name, engine and replicas, as `jumprelu-fused-2`; with `-dense` its
+    steps begin as dense ones, as they do outside of tests.
+    """
     return {case: train(int(steps), *case.split("-")) for case in cases}
 
 
-def train(steps: int, case: str, engine: str, replicas: str) -> dict[str, Any]:
+def train(steps: int, case: str, engine: str, replicas: str, form: str = "") -> dict[str, Any]:
     """Losses of each step, thresholds and decoder rows of all shards."""
+    density.SHARES["cpu"] = (0.4, 0.35) if form else SPARSE
     mesh = make_mesh(None, int(replicas), device=CPU)
     # The batch rule selects within a micro-batch: replicas cut other ones.
     by_batch = case in ("batch_topk", "matryoshka", "batch_topk_crosscoder")

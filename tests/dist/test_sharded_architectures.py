@@ -20,10 +20,12 @@ CASES = {
         *("jumprelu_target-autograd-2", "jumprelu_quadratic-fused-1", "jumprelu_tanh-fused-2"),
         *("gated-autograd-1", "matryoshka-autograd-1", "topk_crosscoder-fused-1"),
         *("relu_crosscoder-autograd-1", "batch_topk_crosscoder-autograd-2"),
+        *("jumprelu_target-fused-1-dense", "gated-autograd-2-dense"),
     ],
     4: [
         *("batch_topk-fused-2", "matryoshka-fused-4", "multi_topk-fused-2"),
         *("jumprelu_target-fused-2", "gated-autograd-2", "batch_topk_crosscoder-fused-2"),
+        "relu-fused-2-dense",
     ],
 }
 
@@ -33,8 +35,9 @@ CASES = {
 def test_sharded_equals_one_process(world: int, tmp_path: Path) -> None:
     single = {}
     for case in CASES[world]:
-        name, engine, _ = case.split("-")
-        single[case] = run(str(STEPS), f"{name}-{engine}-1")[f"{name}-{engine}-1"]
+        name, engine, _, *form = case.split("-")
+        alone = "-".join([name, engine, "1", *form])
+        single[case] = run(str(STEPS), alone)[alone]
     for rank in run_ranks(
         "tests.dist.architecture_worker", world, tmp_path, str(STEPS), *CASES[world]
     ):

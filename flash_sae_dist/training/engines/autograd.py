@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...config.train import TrainConfig
 from ...kernels.dispatch import implementation
+from ...kernels.reference import Dense
 from ...models.base import Codes, SparseCoder
 from ...models.dead_latents import DeadLatents
 from ...models.losses import (
@@ -25,6 +26,7 @@ from ...models.losses import (
     total_variance,
 )
 from ...models.sparsity import Batch
+from ...models.threshold import ThresholdCoder
 from ...parallel.collectives import all_reduce_
 from ...parallel.selection import global_limits
 from ..metrics import PhaseTimer, StepMetrics, step_metrics
@@ -35,6 +37,7 @@ from ..optim import (
     sum_grads_over_replicas_,
 )
 from .base import Engine
+from .density import Density
 
 
 class Shared(NamedTuple):
@@ -79,6 +82,7 @@ class AutogradEngine(Engine):
         )
         self.unit = 1.0
         self.ramp = torch.ones_like(sae.b_dec[0], requires_grad=False)
+        self.density = Density.of(sae)
 
     def set_unit(self, unit: float) -> None:
         """See Engine."""
@@ -117,6 +121,8 @@ class AutogradEngine(Engine):
         self.dead.update_(values, latents, x.shape[0] * mesh.num_replicas)
         all_reduce_(shown, mesh.replica_group, mesh.num_replicas)
         all_reduce_(shown[2], mesh.shard_group, mesh.num_shards)
+        if self.density is not None:
+            self.density.saw_(shown[2])
         timer.mark("optimizer")
         if of_sources:
             sums, tokens = torch.stack(of_sources).sum(dim=0), shared.batch.tokens
@@ -132,8 +138,17 @@ class AutogradEngine(Engine):
         return self.cfg.dead_latents == "auxk" and self.dead.any_listed
 
     def _parts(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The micro-batches, of a dense step also blocks that its memory allows."""
         count = self.cfg.micro_batches
+        if self.density is not None and self.density.is_dense:
+            count = max(count, -(-len(x) // self.density.block))
         return list(zip(x.chunk(count), y.chunk(count), strict=True))
+
+    def _candidates(self, x: Tensor) -> Codes:
+        if self.density is not None and self.density.is_dense:
+            assert isinstance(self.sae, ThresholdCoder)
+            return self.sae.dense_candidates(x)
+        return self.sae.candidates(x)
 
     def _shared(self, x: Tensor, y: Tensor) -> Shared:
         sae, tokens = self.sae, x.shape[0] * self.sae.mesh.num_replicas
@@ -146,9 +161,9 @@ class AutogradEngine(Engine):
     def _l0(self, x: Tensor) -> Tensor:
         """Active latents of the whole batch, which take a pass of their own. Collective."""
         mesh, total = self.sae.mesh, torch.zeros((), dtype=x.dtype, device=x.device)
-        for part in x.chunk(self.cfg.micro_batches):
+        for part, _ in self._parts(x, x):
             with self._autocast():
-                total += (self.sae.activate(self.sae.candidates(part)).values > 0).sum()
+                total += (self.sae.activate(self._candidates(part)).values > 0).sum()
         all_reduce_(total, mesh.member_group, mesh.members)
         return total
 
@@ -160,7 +175,7 @@ class AutogradEngine(Engine):
         sums, squares = torch.zeros_like(y[0]), torch.zeros((), dtype=x.dtype, device=x.device)
         for part, target in self._parts(x, y):
             with self._autocast():
-                codes = self.sae.activate(self.sae.candidates(part))
+                codes = self.sae.activate(self._candidates(part))
                 residual = target - self.sae.decode(self.sae.main_codes(codes), part)
             found = residual_sums(residual, self.sae.mesh)
             sums, squares = sums + found[0], squares + found[1]
@@ -173,7 +188,7 @@ class AutogradEngine(Engine):
 
     def _losses(self, x: Tensor, y: Tensor, shared: Shared) -> Losses:
         sae, batch = self.sae, shared.batch
-        found = sae.candidates(x)
+        found = self._candidates(x)
         codes = sae.activate(found)
         recons = sae.nested(codes, x)
         fvus = torch.stack([fvu_loss(y, recon, batch.inverse) for recon in recons])
@@ -189,7 +204,9 @@ class AutogradEngine(Engine):
         codes = sae.main_codes(codes)
         l0 = (codes.values > 0).sum().to(x.dtype) / batch.tokens
         shown = torch.stack([fvus[sae.main_level], aux, l0, penalty]).detach()
-        active = codes._replace(values=codes.values.detach())
+        active: Codes = codes._replace(values=codes.values.detach())
+        if isinstance(active, Dense):
+            active = active.most()
         own = None
         if sae.sources:
             rows = y.detach() - sae.b_dec.detach()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...models.base import SparseCoder
 from ..metrics import PhaseTimer, StepMetrics
+from .density import Density
 
 
 class Engine(ABC):
@@ -40,6 +41,14 @@ class Engine(ABC):
         the biases go with 1/s: theirs is lr * unit, with eps / unit. To be called before the first
         step and before `load_state`.
         """
+
+    density: Density | None = None
+    """Whether steps are dense or sparse; None where they are always sparse."""
+
+    def choose_form(self, step: int) -> None:
+        """Decides whether a step is dense or sparse; see Density."""
+        if self.density is not None:
+            self.density.choose(step)
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the coming steps, for data of root mean square 1."""

@@ -50,6 +50,8 @@ class DeepSpeedEngine(AutogradEngine):
         compute_dtype: torch.dtype,
     ) -> None:
         super().__init__(sae, dead, cfg, lr=lr, k_aux=k_aux, compute_dtype=compute_dtype)
+        # ZeRO counts the parts of a step: they stay train.micro_batches.
+        self.density = None
         mesh, device = sae.mesh, sae.W_dec.device
         groups = _Groups(mesh, *real_groups(mesh, device))
         deepspeed = _import_deepspeed(device)

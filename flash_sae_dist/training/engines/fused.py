@@ -26,11 +26,14 @@ from ...models.base import Codes, SparseCoder
 from ...models.dead_latents import DeadLatents
 from ...models.losses import inverse_variance, source_fvus, source_sums
 from ...models.sparsity import Batch
+from ...models.threshold import ThresholdCoder
 from ...parallel.collectives import all_gather, all_reduce_
 from ..metrics import PhaseTimer, StepMetrics, step_metrics
 from ..sparse_adam import LatentGradients, SparseAdam
 from .base import Engine
 from .dead_step import AuxLoss, DeadStep, Listed
+from .dense_step import DenseStep
+from .density import Density
 from .pair_forward import (
     Forward,
     gather,
@@ -61,6 +64,15 @@ class _Batch(NamedTuple):
     scale: Tensor  # scalar, 2 * inverse
     tokens: int  # N * R
     kept: tuple[Tensor, ...]  # read by the side stream: not freed before the streams meet
+
+
+class _Totals(NamedTuple):
+    """What metrics are made of, of this replica's tokens."""
+
+    squares: Tensor  # scalar, of the residual
+    active: Tensor  # scalar, active pairs of this shard
+    penalty: Tensor  # scalar
+    residual: Tensor  # [N, D]
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
@@ -107,6 +119,9 @@ class FusedEngine(Engine):
         self.side = optimizer.side
         self.ramp = torch.ones_like(sae.b_dec[0], requires_grad=False)
         self.is_general = is_general(sae)
+        self.density, self.dense_step = Density.of(sae), None
+        if isinstance(sae, ThresholdCoder) and self.density is not None:
+            self.dense_step = DenseStep(sae, dead, self.density.block, self.dead_step)
         self._calls: dict[tuple[object, ...], int] = {}
         self._warm: set[tuple[object, ...]] = set()
         self._captured: dict[tuple[object, ...], _Captured] = {}
@@ -183,6 +198,8 @@ class FusedEngine(Engine):
         if self.optimizer.sync_group_():
             self._captured.clear()
         revives = self.kind != "none" and self.dead.any_listed
+        if self.density is not None and self.density.is_dense:
+            return step_metrics(self._dense_work(x, revives, timer))
         if not self.graph:
             return step_metrics(self._step(x, revives, timer))
         kind = (x.shape, x.dtype, revives)
@@ -263,7 +280,7 @@ class FusedEngine(Engine):
         with self.side.beside():
             rows = pairs.dec_rows if more is None else more.first_rows
             b_dec = rows.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
-            metrics = self._metrics(parts, aux, batch)
+            metrics = self._metrics(self._totals(parts), aux, batch)
         self.side.wait(ordered)
         assert order is not None
         decoder, own = (None, ()) if more is None else (more.decoder(pairs), more.grads)
@@ -271,6 +288,23 @@ class FusedEngine(Engine):
         self.optimizer.step()
         self.sae.project_()
         self.sae.observe_([part.codes for part in parts])
+        self.side.meet()
+        timer.mark("optimizer")
+        return metrics
+
+    def _dense_work(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
+        """A step as dense products, all on the current stream."""
+        batch, _ = self._begin(x)
+        self.side.meet()
+        assert self.dense_step is not None
+        shared = Batch(batch.inverse, batch.tokens, self.optimizer.unit, self.ramp)
+        found, gradients, aux = self.dense_step(x, batch.xc, shared, revives, self.optimizer)
+        timer.mark("forward")
+        totals = _Totals(found.squares, found.active, found.penalty, found.residual)
+        metrics = self._metrics(totals, aux, batch)
+        self.optimizer.gradients = gradients
+        self.optimizer.step()
+        self.sae.project_()
         self.side.meet()
         timer.mark("optimizer")
         return metrics
@@ -419,26 +453,29 @@ class FusedEngine(Engine):
         residual = all_gather(local.dec_rows, group, size).flatten(0, 1)
         return PairGradients(latents, dec, enc, residual, xc_all, local.k, *flat)
 
-    def _metrics(
-        self, parts: list[Forward], aux: AuxLoss | None, batch: _Batch
-    ) -> Tensor:  # [4 + S]
-        """FVU, the dead latents' loss, L0 and the penalty of the whole batch, and a crosscoder's
-        FVU of each hookpoint. Collective over the members.
-        """
-        mesh = self.sae.mesh
+    def _totals(self, parts: list[Forward]) -> _Totals:
         squares = torch.stack([part.squares.sum() for part in parts]).sum()
         codes = [part.codes if part.more is None else part.more.active for part in parts]
         active = torch.stack([(found.values > 0).sum() for found in codes]).sum()
-        active = active.to(squares.dtype)
-        all_reduce_(active, mesh.shard_group, mesh.num_shards)
-        loss = torch.zeros_like(squares) if aux is None else aux.total()
         penalties = [part.more.penalty for part in parts if part.more is not None]
         penalty = torch.stack(penalties).sum() if penalties else torch.zeros_like(squares)
-        fields = [squares * batch.inverse, loss, active / batch.tokens, penalty]
+        return _Totals(squares, active, penalty, _cat([part.residual for part in parts]))
+
+    def _metrics(self, totals: _Totals, aux: AuxLoss | None, batch: _Batch) -> Tensor:  # [4 + S]
+        """FVU, the dead latents' loss, L0 and the penalty of the whole batch, and a crosscoder's
+        FVU of each hookpoint. Collective over the members.
+        """
+        mesh, squares = self.sae.mesh, totals.squares
+        active = totals.active.to(squares.dtype)
+        all_reduce_(active, mesh.shard_group, mesh.num_shards)
+        loss = torch.zeros_like(squares) if aux is None else aux.total()
+        fields = [squares * batch.inverse, loss, active / batch.tokens, totals.penalty]
         metrics = torch.stack([field.to(squares.dtype) for field in fields])
         all_reduce_(metrics, mesh.replica_group, mesh.num_replicas)
         if sources := self.sae.sources:
-            sums = source_sums(_cat([part.residual for part in parts]), batch.xc, sources)
+            sums = source_sums(totals.residual, batch.xc, sources)
             fvus = source_fvus(sums, sources, batch.tokens, mesh)
             metrics = torch.cat([metrics, fvus.to(metrics.dtype)])
+        if self.density is not None:
+            self.density.saw_(metrics[2])
         return metrics
