@@ -374,7 +374,7 @@ def _encoder(
     *,
     norm: bool,
 ) -> tuple[Tensor, Tensor]:  # [any, D], [any] with norm
-    (F, D), pairs, order = rows.W_dec.shape, grads.pairs, grads.order
+    (F, D), pairs, order = rows.W_enc.shape, grads.pairs, grads.order
     sums = _sums(rows, grads)
     assert sums.enc is not None
     blocks = _encoder_blocks(F, D)

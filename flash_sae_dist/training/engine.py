@@ -41,8 +41,6 @@ def choose_engine(cfg: TrainConfig, sae: SAEConfig | None = None) -> EngineChoic
     if not isinstance(cfg, FusedTrainConfig):
         return EngineChoice("deepspeed" if isinstance(cfg, DeepSpeedTrainConfig) else "autograd")
     reason = None if sae is None else ARCHITECTURES[sae.architecture].autograd_reason(sae)
-    if cfg.target is not None:
-        reason = "a transcoder's encoder and decoder have other rows"
     if reason is None:
         return EngineChoice("fused")
     if key := _fused_only(cfg):
@@ -122,6 +120,7 @@ def make_engine(
         ema_decay=cfg.ema_decay,
         grad_clip=cfg.grad_clip,
         seed=cfg.seed,
+        unit_norm=not sae.transcodes,
     )
     return FusedEngine(
         sae,

@@ -72,7 +72,8 @@ class SparseAdam(torch.optim.Optimizer):
     unit, and clipping counts their gradients times unit. With the data's root mean square as unit
     training does not depend on the data's scale. A captured graph holds it as a constant.
 
-    unit_norm=False leaves decoder rows and their gradients as they are, for recipes that do.
+    unit_norm=False leaves decoder rows and their gradients as they are, as transcoders do and some
+    recipes.
 
     state_dict, param_groups and lr schedulers work as with torch.optim.Adam (the states bear its
     names); loading copies in place. All parameters share one group. The learning rate reaches the
@@ -102,7 +103,7 @@ class SparseAdam(torch.optim.Optimizer):
         self._lr_value, self.unit, self.unit_norm = lr, unit, unit_norm
         self.side = SideStream(sae.W_dec.device)
         self._mesh, self._first_latent = sae.mesh, sae.first_latent
-        self._own = _own_of(sae)
+        self._own, self._centres = _own_of(sae), not sae.transcodes
         matrices = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
         self._params = (*matrices, *(own.param for own in self._own))
         super().__init__(self._params, {"lr": lr, "betas": betas, "eps": eps})
@@ -211,7 +212,9 @@ class SparseAdam(torch.optim.Optimizer):
         weighted = implementation("adam_encoder_", W_dec)(rows, grads, *constants)
         with self.side.beside():
             if grad_b_dec is None:
-                grad_b_dec = given.b_dec - self._over_shards(weighted)
+                grad_b_dec = given.b_dec
+                if self._centres:
+                    grad_b_dec = grad_b_dec - self._over_shards(weighted)
             self._update_b_dec(grad_b_dec, options)
         implementation("adam_decoder_", W_dec)(rows, decoder, *constants)
         self._update_own(given.own, options)
@@ -245,7 +248,9 @@ class SparseAdam(torch.optim.Optimizer):
             torch.sum(found, 0, out=squares[1])
         parts, weighted = implementation("encoder_squares", rows.W_enc)(rows, grads[0], options)
         torch.sum(parts, 0, out=squares[0])
-        over_encoder = self._over_shards(weighted)
+        over_encoder = torch.zeros_like(b_dec)
+        if self._centres:
+            over_encoder = self._over_shards(weighted)
         self.side.meet()  # b_dec's part is made there, too
         whole = squares.new_zeros(())
         for own, found in zip(self._own, given.own, strict=True):
@@ -264,8 +269,9 @@ class SparseAdam(torch.optim.Optimizer):
     def _update_own(self, grads: tuple[Tensor, ...], options: AdamOptions) -> None:
         for own, grad in zip(self._own, grads, strict=True):
             moments = (self.state[own.param][name] for name in ("exp_avg", "exp_avg_sq"))
+            whole = (t.detach().view(-1) for t in (own.param, *moments, grad.contiguous()))
             implementation("adam_vector_", own.param)(
-                own.param.detach(), *moments, grad.contiguous(), self._scalars,
+                *whole, self._scalars,
                 options._replace(unit=self._unit_of(own)),
             )  # fmt: skip
 

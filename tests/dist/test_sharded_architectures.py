@@ -21,11 +21,12 @@ CASES = {
         *("gated-autograd-1", "matryoshka-autograd-1", "topk_crosscoder-fused-1"),
         *("relu_crosscoder-autograd-1", "batch_topk_crosscoder-autograd-2"),
         *("jumprelu_target-fused-1-dense", "gated-autograd-2-dense"),
+        "transcoder_jumprelu-fused-1-dense",
     ],
     4: [
         *("batch_topk-fused-2", "matryoshka-fused-4", "multi_topk-fused-2"),
         *("jumprelu_target-fused-2", "gated-autograd-2", "batch_topk_crosscoder-fused-2"),
-        "relu-fused-2-dense",
+        *("relu-fused-2-dense", "transcoder_topk-fused-2"),
     ],
 }
 

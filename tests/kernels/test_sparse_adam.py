@@ -446,6 +446,32 @@ def test_centre(dtype: torch.dtype) -> None:
     torch.testing.assert_close(variance, want_variance, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("M", [0, 4])
+def test_encoder_and_decoder_of_other_widths(M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transcoder's, blocks of a frequent latent's pairs too."""
+    monkeypatch.setattr(sparse_grad, "_MIN_HEAVY", 8)
+    F, into, out = 9, 40, 20
+    a, b = make_rows(F, into, torch.float32), make_rows(F, out, torch.float32)
+    assert a.copies is not None
+    assert b.copies is not None
+    moments = [(*one[:2], other[2]) for one, other in zip(a[3:5], b[3:5], strict=True)]
+    want = LatentRows(a.W_enc, a.b_enc, b.W_dec, *moments, (a.copies[0], b.copies[1]))
+    got, options = clone(want), AdamOptions(unit_norm=False)
+    for step in (1, 2):
+        wide, narrow = (make_grads(Case(40, D, F, 2, M, "every-token"), step) for D in (into, out))
+        pairs = wide.pairs._replace(dec_rows=narrow.pairs.dec_rows)
+        dense = None
+        if wide.dense is not None and narrow.dense is not None:
+            dense = wide.dense._replace(dec=narrow.dense.dec)
+        grads = Gradients(pairs, wide.order, dense)
+        both = ((reference, want), (kernels, got))
+        sums = [step_(ops, rows, grads, step, options) for ops, rows in both]
+        torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(flat(got), flat(want), strict=True):
+        tol = 2.0**-7 if theirs.dtype == torch.bfloat16 else 2e-5
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=tol, atol=2e-5)
+
+
 @pytest.mark.parametrize(("M", "scale", "lazy"), [(0, 1.0, False), (4, 0.25, True)])
 @pytest.mark.parametrize("unit_norm", [True, False])
 def test_wide_rows_are_done_in_blocks(

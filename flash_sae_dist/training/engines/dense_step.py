@@ -21,7 +21,7 @@ from ...models.threshold import ThresholdCoder
 from ...parallel.collectives import all_reduce_
 from ..sparse_adam import LatentGradients, SparseAdam
 from .dead_step import AuxLoss, DeadStep, product
-from .pair_forward import own_parameters
+from .pair_forward import own_parameters, with_skip
 
 
 class DenseGradients(NamedTuple):
@@ -51,8 +51,8 @@ class DenseStep:
     def __call__(
         self, x: Tensor, xc: Tensor, shared: Batch, revives: bool, optimizer: SparseAdam
     ) -> tuple[DenseGradients, LatentGradients, AuxLoss | None]:
-        """Of tokens x [N, D], and centred in the compute dtype. Counts what fires. Collective over
-        the members.
+        """Of target rows x [N, D] and what is encoded of the tokens, in the compute dtype. Counts
+        what fires. Collective over the members.
         """
         sae, mesh, weights = self.sae, self.sae.mesh, optimizer.compute_weights
         listed = self.dead_step.begin(weights) if revives else None
@@ -61,6 +61,8 @@ class DenseStep:
             all_reduce_(l0, mesh.member_group, mesh.members)
             shared = shared._replace(l0=l0 / shared.tokens)
         found = self._sum(x, xc, weights, shared)
+        own = with_skip(sae, found.own, found.residual, xc, 2 * shared.inverse)
+        found = found._replace(own=own)
         for total in (found.enc, found.dec, found.bias, *found.own):
             all_reduce_(total, mesh.replica_group, mesh.num_replicas)
         none, aux = self._no_pairs(found.residual, xc, found.bias.dtype), None

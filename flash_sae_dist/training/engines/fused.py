@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.dispatch import has_triton, implementation, on_device, use_kernels
-from ...kernels.reference import DenseRows, PairGradients, PairOrder
+from ...kernels.reference import DenseRows, PairOrder
 from ...models.base import Codes, SparseCoder
 from ...models.dead_latents import DeadLatents
 from ...models.losses import inverse_variance, source_fvus, source_sums
@@ -31,17 +31,21 @@ from ...parallel.collectives import all_gather, all_reduce_
 from ..metrics import PhaseTimer, StepMetrics, step_metrics
 from ..sparse_adam import LatentGradients, SparseAdam
 from .base import Engine
-from .dead_step import AuxLoss, DeadStep, Listed
+from .dead_step import AuxLoss, DeadStep, Listed, product
 from .dense_step import DenseStep
 from .density import Density
 from .pair_forward import (
     Forward,
     gather,
+    gather_pairs,
     has_gradient,
     is_general,
     join,
+    join_pairs,
+    joined,
     pair_forward,
     same_length,
+    with_skip,
 )
 
 logger = logging.getLogger(__name__)
@@ -49,17 +53,36 @@ logger = logging.getLogger(__name__)
 _EAGER_CALLS = 2
 
 
+class _Rows(NamedTuple):
+    """A batch."""
+
+    x: Tensor  # [N, D]
+    y: Tensor  # [N, d_out] what is to come of it, of an SAE x itself
+
+    def copied(self) -> _Rows:
+        """Memory for as much."""
+        x = torch.empty_like(self.x)
+        return _Rows(x, x if self.y is self.x else torch.empty_like(self.y))
+
+    def copy_(self, other: _Rows) -> None:
+        """Takes another batch's."""
+        self.x.copy_(other.x)
+        if self.y is not self.x:
+            self.y.copy_(other.y)
+
+
 class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    x: Tensor
+    rows: _Rows
     metrics: Tensor  # as `_metrics`
 
 
 class _Batch(NamedTuple):
     """What all micro-batches of a step share."""
 
-    xc: Tensor  # [N, D] centred, in the compute dtype
+    xc: Tensor  # [N, D] centred (a transcoder's as they are), in the compute dtype
     xc_all: Tensor  # [N * R, D], of all replicas, once the streams have met
+    y: Tensor  # [N, d_out] what latents and b_dec are to give
     inverse: Tensor  # scalar, 1 / variance of all replicas' tokens; 0 where these are all equal
     scale: Tensor  # scalar, 2 * inverse
     tokens: int  # N * R
@@ -73,10 +96,6 @@ class _Totals(NamedTuple):
     active: Tensor  # scalar, active pairs of this shard
     penalty: Tensor  # scalar
     residual: Tensor  # [N, D]
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class FusedEngine(Engine):
@@ -161,12 +180,13 @@ class FusedEngine(Engine):
         self.optimizer.refresh_copies_()
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters, or their running average with decoder rows at unit norm."""
+        """The parameters, or their running average, an SAE's decoder rows at unit norm."""
         if self.optimizer.ema_decay is None:
             return super().weights()
         state = self.optimizer.state
         weights: dict[str, Tensor] = {n: state[p]["ema"] for n, p in self.sae.named_parameters()}
-        weights["W_dec"] = torch.nn.functional.normalize(weights["W_dec"], dim=1)
+        if not self.sae.transcodes:
+            weights["W_dec"] = torch.nn.functional.normalize(weights["W_dec"], dim=1)
         return weights
 
     @torch.no_grad()
@@ -187,50 +207,50 @@ class FusedEngine(Engine):
         """See Engine. The timer's phases are encode, decode and optimizer, or fused_step where a
         graph is replayed, which is one piece to the host.
         """
-        assert y is None, "transcoders are trained by autograd"
         timer = timer or PhaseTimer(x.device, enabled=False)
         # The kernels read any type; the reference computes in that of its input.
         x = x if x.is_cuda else x.to(self.sae.b_dec.dtype)
+        y = x if y is None else y if y.is_cuda else y.to(self.sae.b_dec.dtype)
         with on_device(self.sae.W_dec):
-            return self._train(x, timer)
+            return self._train(_Rows(x, y), timer)
 
-    def _train(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
+    def _train(self, rows: _Rows, timer: PhaseTimer) -> StepMetrics:
         if self.optimizer.sync_group_():
             self._captured.clear()
         revives = self.kind != "none" and self.dead.any_listed
         if self.density is not None and self.density.is_dense:
-            return step_metrics(self._dense_work(x, revives, timer))
+            return step_metrics(self._dense_work(rows, revives, timer))
         if not self.graph:
-            return step_metrics(self._step(x, revives, timer))
-        kind = (x.shape, x.dtype, revives)
+            return step_metrics(self._step(rows, revives, timer))
+        kind = (rows.x.shape, rows.x.dtype, revives)
         key = (*kind, self.dead_step.shape() if revives else None)
         if key not in self._captured:
             # Another list of dead latents may need kernels of other sizes: one call warms them up.
             self._calls[key] = self._calls.get(key, 0) + 1
             eager = 1 if kind in self._warm else _EAGER_CALLS
-            if self._calls[key] <= eager or not self._capture(x, revives, key):
-                return step_metrics(self._step(x, revives, timer))
+            if self._calls[key] <= eager or not self._capture(rows, revives, key):
+                return step_metrics(self._step(rows, revives, timer))
             self._warm.add(kind)
         captured = self._captured[key]
-        captured.x.copy_(x)
+        captured.rows.copy_(rows)
         captured.graph.replay()
         timer.mark("fused_step")
         return step_metrics(captured.metrics.clone())
 
-    def _capture(self, x: Tensor, revives: bool, key: tuple[object, ...]) -> bool:
+    def _capture(self, rows: _Rows, revives: bool, key: tuple[object, ...]) -> bool:
         """Captures a step, or says why it cannot be and gives graphs up, on all members alike."""
         # Only the newest list of dead latents is used again.
         for old in [k for k in self._captured if k[:3] == key[:3]]:
             del self._captured[old]
-        static, error = torch.empty_like(x), ""
+        static, error, device = rows.copied(), "", rows.x.device
         graph = torch.cuda.CUDAGraph()
         try:
             # The loader's threads pin memory meanwhile, which a global capture takes for its own.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                metrics = self._step(static, revives, PhaseTimer(x.device, enabled=False))
+                metrics = self._step(static, revives, PhaseTimer(device, enabled=False))
         except (RuntimeError, torch.OutOfMemoryError) as e:
             error = " ".join(str(e).split())[:200]
-        failed = torch.tensor(float(bool(error)), device=x.device)
+        failed = torch.tensor(float(bool(error)), device=device)
         mesh = self.sae.mesh
         all_reduce_(failed, mesh.member_group, mesh.members, dist.ReduceOp.MAX)
         if bool(failed):
@@ -244,22 +264,22 @@ class FusedEngine(Engine):
         self._captured[key] = _Captured(graph, static, metrics)
         return True
 
-    def _step(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
+    def _step(self, rows: _Rows, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
         try:
-            return self._work(x, revives, timer)
+            return self._work(rows, revives, timer)
         finally:
             # Even where memory ran out midway: what crosses streams is freed after this.
             self.side.meet()
 
-    def _work(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
-        batch, ready = self._begin(x)
+    def _work(self, rows: _Rows, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
+        batch, ready = self._begin(rows)
         listed: Listed | None = None
         if revives:
             with self.side.beside():
                 listed = self.dead_step.begin(self.optimizer.compute_weights)
                 ready = self.side.mark()
-        parts, order, ordered = self._forward(x, batch, ready, timer)
-        local, more = self._join(parts, batch.xc), join(parts)
+        parts, order, ordered = self._forward(batch, ready, timer)
+        local, more = join_pairs(parts, batch.xc), join(parts)
         dense: DenseRows | None = None
         aux: AuxLoss | None = None
         if listed is not None:
@@ -269,7 +289,7 @@ class FusedEngine(Engine):
             timer.mark("dead")
         if self.sae.varied_lengths:
             local, more = same_length(local, more, self.sae.mesh)
-        pairs = self._gather(local, batch.xc_all)
+        pairs = gather_pairs(local, batch.xc_all, self.sae.mesh)
         if more is not None:
             more = gather(more, self.sae.mesh)
             order = self._order(pairs.latents, has_gradient(pairs))
@@ -278,12 +298,13 @@ class FusedEngine(Engine):
             order = self._order(pairs.latents, pairs.dec_coef)
             self._count_fired(pairs.latents, pairs.dec_coef, batch.tokens)
         with self.side.beside():
-            rows = pairs.dec_rows if more is None else more.first_rows
-            b_dec = rows.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
+            given = pairs.dec_rows if more is None else more.first_rows
+            b_dec = given.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
             metrics = self._metrics(self._totals(parts), aux, batch)
         self.side.wait(ordered)
         assert order is not None
         decoder, own = (None, ()) if more is None else (more.decoder(pairs), more.grads)
+        own = with_skip(self.sae, own, given, pairs.enc_rows, batch.scale)
         self.optimizer.gradients = LatentGradients(pairs, order, b_dec, dense, decoder, own)
         self.optimizer.step()
         self.sae.project_()
@@ -292,13 +313,13 @@ class FusedEngine(Engine):
         timer.mark("optimizer")
         return metrics
 
-    def _dense_work(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
+    def _dense_work(self, rows: _Rows, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
         """A step as dense products, all on the current stream."""
-        batch, _ = self._begin(x)
+        batch, _ = self._begin(rows)
         self.side.meet()
         assert self.dense_step is not None
         shared = Batch(batch.inverse, batch.tokens, self.optimizer.unit, self.ramp)
-        found, gradients, aux = self.dense_step(x, batch.xc, shared, revives, self.optimizer)
+        found, gradients, aux = self.dense_step(batch.y, batch.xc, shared, revives, self.optimizer)
         timer.mark("forward")
         totals = _Totals(found.squares, found.active, found.penalty, found.residual)
         metrics = self._metrics(totals, aux, batch)
@@ -310,7 +331,7 @@ class FusedEngine(Engine):
         return metrics
 
     def _forward(
-        self, x: Tensor, batch: _Batch, ready: torch.cuda.Event | None, timer: PhaseTimer
+        self, batch: _Batch, ready: torch.cuda.Event | None, timer: PhaseTimer
     ) -> tuple[list[Forward], PairOrder | None, torch.cuda.Event | None]:
         """Encodes and decodes the micro-batches. The order of pairs is made beside the decoder
         where these are all pairs of the step: one micro-batch, one replica.
@@ -318,8 +339,8 @@ class FusedEngine(Engine):
         sae, parts, order, ordered, at = self.sae, [], None, None, 0
         if self.is_general:
             self.side.wait(ready)
-            return self._forward_general(x, batch, timer), None, None
-        for part in x.chunk(self.micro_batches):
+            return self._forward_general(batch, timer), None, None
+        for part in batch.y.chunk(self.micro_batches):
             xc = batch.xc[at : at + len(part)]
             codes = sae.select(xc, self.encoder_weights, sae.b_enc.detach())
             timer.mark("encode")
@@ -334,9 +355,9 @@ class FusedEngine(Engine):
             at += len(part)
         return parts, order, ordered
 
-    def _forward_general(self, x: Tensor, batch: _Batch, timer: PhaseTimer) -> list[Forward]:
+    def _forward_general(self, batch: _Batch, timer: PhaseTimer) -> list[Forward]:
         """The same where pairs are more than selected pre-activations."""
-        sae, mesh, parts = self.sae, self.sae.mesh, x.chunk(self.micro_batches)
+        sae, mesh, parts = self.sae, self.sae.mesh, batch.y.chunk(self.micro_batches)
         shared = Batch(batch.inverse, batch.tokens, self.optimizer.unit, self.ramp)
         found = [
             sae.select(xc, self.encoder_weights, sae.b_enc.detach())
@@ -362,13 +383,15 @@ class FusedEngine(Engine):
         values = torch.cat([codes.values for codes in active])
         self.dead.update_(values, torch.cat([codes.latents for codes in active]), tokens)
 
-    def _begin(self, x: Tensor) -> tuple[_Batch, torch.cuda.Event | None]:
+    def _begin(self, rows: _Rows) -> tuple[_Batch, torch.cuda.Event | None]:
         """Centres the batch; its variance and Adam's scalars are made on the side stream."""
-        sae, mesh = self.sae, self.sae.mesh
-        xc, sums, squares = implementation("centre", sae.W_dec)(
-            x, sae.b_dec.detach(), self.encoder_weights.dtype
-        )
-        tokens = len(x) * mesh.num_replicas
+        sae, mesh, (x, y) = self.sae, self.sae.mesh, rows
+        dtype, tokens = self.encoder_weights.dtype, len(x) * mesh.num_replicas
+        xc, sums, squares = implementation("centre", sae.W_dec)(y, sae.b_dec.detach(), dtype)
+        if sae.transcodes:
+            xc = x.to(dtype).contiguous()
+        if sae.W_skip is not None:
+            y = y.to(sae.b_dec.dtype) - product(xc, sae.W_skip.detach().to(dtype).T)
         with self.side.beside():
             xc_all = all_gather(xc, mesh.replica_group, mesh.num_replicas).flatten(0, 1)
             both = torch.cat([sums.sum(dim=0), squares.sum().view(1)])
@@ -380,7 +403,7 @@ class FusedEngine(Engine):
                 inverse = torch.full_like(both[-1], 1 / tokens)
             scale = 2 * inverse
             self.optimizer.advance_()
-        return _Batch(xc, xc_all, inverse, scale, tokens, (sums, squares)), self.side.mark()
+        return _Batch(xc, xc_all, y, inverse, scale, tokens, (sums, squares)), self.side.mark()
 
     def _order(self, latents: Tensor, coef: Tensor) -> PairOrder:
         order: PairOrder = implementation("order_pairs", self.sae.W_dec)(
@@ -393,65 +416,26 @@ class FusedEngine(Engine):
             self.dead.tokens_since_fired, acts, latents, tokens
         )
 
-    def _decode(self, x: Tensor, codes: Codes, batch: _Batch) -> Forward:
-        """`recon - x`, and what each pair adds to its latent's rows of W_dec and W_enc."""
+    def _decode(self, y: Tensor, codes: Codes, batch: _Batch) -> Forward:
+        """`recon - y`, and what each pair adds to its latent's rows of W_dec and W_enc."""
         sae, W_dec = self.sae, self.optimizer.compute_weights[1]
         b_dec = sae.b_dec.detach()
         flat = (codes.tokens, codes.offsets)
         if sae.mesh.num_shards == 1:
             residual, squares, dec, enc = implementation("decode_coefs", W_dec)(
-                codes.values, codes.latents, W_dec, b_dec, x, batch.scale, *flat
+                codes.values, codes.latents, W_dec, b_dec, y, batch.scale, *flat
             )
         else:
             partial = implementation("sparse_decode", W_dec)(
                 codes.values, codes.latents, W_dec, *flat
             ).to(b_dec.dtype)
             all_reduce_(partial, sae.mesh.shard_group, sae.mesh.num_shards)
-            exact = partial + b_dec - x.to(b_dec.dtype)
+            exact = partial + b_dec - y.to(b_dec.dtype)
             residual, squares = exact.to(W_dec.dtype), exact.square().sum().view(1)
             dec, enc = implementation("pair_coefs", W_dec)(
                 codes.values, codes.latents, W_dec, residual, batch.scale, *flat
             )
         return Forward(codes, dec, enc, residual, squares)
-
-    def _join(self, parts: list[Forward], xc: Tensor) -> PairGradients:
-        """The pairs of all micro-batches, tokens in the order of the batch."""
-        tokens, first = [], 0
-        for part in parts:
-            if part.codes.tokens is not None:
-                tokens.append(part.codes.tokens + first if first else part.codes.tokens)
-            first += len(part.residual)
-        latents = _cat([part.codes.latents for part in parts])
-        return PairGradients(
-            latents.flatten(),
-            _cat([part.dec_coef for part in parts]).flatten(),
-            _cat([part.enc_coef for part in parts]).flatten(),
-            _cat([part.residual for part in parts]),
-            xc,
-            latents.shape[-1],
-            _cat(tokens) if tokens else None,
-        )
-
-    def _gather(self, local: PairGradients, xc_all: Tensor) -> PairGradients:
-        """The pairs of all replicas, tokens in the order of the whole batch: a rank contributes
-        N * (12 K + 4 D) bytes where rows are bfloat16, or 16 C + 4 N D of a flat list, whose
-        unused slots travel too. Collective over the replicas.
-        """
-        mesh = self.sae.mesh
-        if mesh.num_replicas == 1:
-            return local
-        group, size = mesh.replica_group, mesh.num_replicas
-        # float64 pairs travel with their indices as int64.
-        bits = torch.int64 if local.dec_coef.dtype == torch.float64 else torch.int32
-        coefs = (local.dec_coef.view(bits), local.enc_coef.view(bits))
-        tokens = local.tokens
-        flat = [] if tokens is None else [tokens + mesh.replica * len(local.dec_rows)]
-        packed = torch.stack([*(t.to(bits) for t in (local.latents, *flat)), *coefs])
-        gathered = all_gather(packed, group, size).transpose(0, 1).flatten(1).contiguous()
-        latents, *flat = (row.to(torch.int32) for row in gathered[:-2])
-        dec, enc = (row.view(local.dec_coef.dtype) for row in gathered[-2:])
-        residual = all_gather(local.dec_rows, group, size).flatten(0, 1)
-        return PairGradients(latents, dec, enc, residual, xc_all, local.k, *flat)
 
     def _totals(self, parts: list[Forward]) -> _Totals:
         squares = torch.stack([part.squares.sum() for part in parts]).sum()
@@ -459,7 +443,7 @@ class FusedEngine(Engine):
         active = torch.stack([(found.values > 0).sum() for found in codes]).sum()
         penalties = [part.more.penalty for part in parts if part.more is not None]
         penalty = torch.stack(penalties).sum() if penalties else torch.zeros_like(squares)
-        return _Totals(squares, active, penalty, _cat([part.residual for part in parts]))
+        return _Totals(squares, active, penalty, joined([part.residual for part in parts]))
 
     def _metrics(self, totals: _Totals, aux: AuxLoss | None, batch: _Batch) -> Tensor:  # [4 + S]
         """FVU, the dead latents' loss, L0 and the penalty of the whole batch, and a crosscoder's

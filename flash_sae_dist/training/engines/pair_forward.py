@@ -21,6 +21,7 @@ from ...models.base import Codes, SparseCoder
 from ...models.sparsity import Batch
 from ...parallel.collectives import all_gather, all_reduce_
 from ...parallel.mesh import Mesh
+from .dead_step import product
 
 # The parameters that the optimizer's passes over latents have.
 MATRICES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -60,8 +61,9 @@ class General(NamedTuple):
         return self.rows[:, 0].flatten(0, 1)
 
     def decoder(self, pairs: PairGradients) -> PairGradients:
-        """The pairs with their rows for W_dec's gradient."""
-        return pairs._replace(dec_rows=self.rows.flatten(0, 2), tokens=self.tokens)
+        """The pairs with their rows for W_dec's gradient; tokens are of no others."""
+        rows = self.rows.flatten(0, 2)
+        return pairs._replace(dec_rows=rows, enc_rows=rows, tokens=self.tokens)
 
 
 def own_parameters(sae: SparseCoder) -> dict[str, torch.nn.Parameter]:
@@ -214,3 +216,62 @@ def has_gradient(pairs: PairGradients) -> Tensor:
     """As their coefficients, 0 for the pairs that add nothing."""
     used = (pairs.dec_coef != 0) | (pairs.enc_coef != 0)
     return used.to(pairs.dec_coef.dtype)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """One tensor of those of micro-batches."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def join_pairs(parts: list[Forward], xc: Tensor) -> PairGradients:
+    """The pairs of all micro-batches, tokens in the order of the batch; xc is what was encoded."""
+    tokens, first = [], 0
+    for part in parts:
+        if part.codes.tokens is not None:
+            tokens.append(part.codes.tokens + first if first else part.codes.tokens)
+        first += len(part.residual)
+    latents = joined([part.codes.latents for part in parts])
+    return PairGradients(
+        latents.flatten(),
+        joined([part.dec_coef for part in parts]).flatten(),
+        joined([part.enc_coef for part in parts]).flatten(),
+        joined([part.residual for part in parts]),
+        xc,
+        latents.shape[-1],
+        joined(tokens) if tokens else None,
+    )
+
+
+def gather_pairs(local: PairGradients, xc_all: Tensor, mesh: Mesh) -> PairGradients:
+    """The pairs of all replicas, tokens in the order of the whole batch: a rank contributes N *
+    (12 K + 4 D) bytes where rows are bfloat16, or 16 C + 4 N D of a flat list, whose unused slots
+    travel too. Collective over the replicas.
+    """
+    if mesh.num_replicas == 1:
+        return local
+    group, size = mesh.replica_group, mesh.num_replicas
+    # float64 pairs travel with their indices as int64.
+    bits = torch.int64 if local.dec_coef.dtype == torch.float64 else torch.int32
+    coefs = (local.dec_coef.view(bits), local.enc_coef.view(bits))
+    tokens = local.tokens
+    flat = [] if tokens is None else [tokens + mesh.replica * len(local.dec_rows)]
+    packed = torch.stack([*(t.to(bits) for t in (local.latents, *flat)), *coefs])
+    gathered = all_gather(packed, group, size).transpose(0, 1).flatten(1).contiguous()
+    latents, *flat = (row.to(torch.int32) for row in gathered[:-2])
+    dec, enc = (row.view(local.dec_coef.dtype) for row in gathered[-2:])
+    residual = all_gather(local.dec_rows, group, size).flatten(0, 1)
+    return PairGradients(latents, dec, enc, residual, xc_all, local.k, *flat)
+
+
+def with_skip(
+    sae: SparseCoder, own: tuple[Tensor, ...], rows: Tensor, x: Tensor, scale: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of `own_parameters`, that of a transcoder's W_skip among them: of its inputs x
+    [N, d_in] and the gradients of what it gives, rows [N, d_out] times scale.
+    """
+    if sae.W_skip is None:
+        return own
+    grad = product(rows.T, x).mul_(scale)
+    names = list(own_parameters(sae))
+    found = own or (grad,) * len(names)
+    return tuple(grad if n == "W_skip" else g for n, g in zip(names, found, strict=True))
