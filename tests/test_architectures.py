@@ -102,7 +102,7 @@ def started(sae: SAEConfig, cfg: TrainConfig, mesh: Mesh) -> SAETraining:
 
 def run(t: SAETraining, steps: range) -> list[tuple[float, ...]]:
     timer = PhaseTimer(CPU, enabled=False)
-    return [tuple(float(m) for m in t.step(batch(i), timer).scalars()) for i in steps]
+    return [tuple(float(m) for m in t.step(batch(i), timer)) for i in steps]
 
 
 @functools.cache
@@ -291,9 +291,7 @@ def test_training_does_not_depend_on_the_datas_scale() -> None:
         small = SAETraining(t.sae.config, t.cfg, D_IN, Mesh.single(), CPU, rms=2.0 / 64)
         timer = PhaseTimer(CPU, enabled=False)
         want = run(t, range(20))
-        got = [
-            tuple(float(m) for m in small.step(batch(i) / 64, timer).scalars()) for i in range(20)
-        ]
+        got = [tuple(float(m) for m in small.step(batch(i) / 64, timer)) for i in range(20)]
         for ours, theirs in zip(got, want, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-7, abs=1e-10)
 

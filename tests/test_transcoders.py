@@ -90,7 +90,7 @@ def test_the_fused_engine_trains_as_autograd(
         t.dead.tokens_since_fired[::5] = 10**6
         t.step_index = 100
         lines += [t.step(*[rows(n)[0], timer, rows(n)[1]]) for n in range(8, 12)]
-        found.append([[float(m) for m in line.scalars()] for line in lines])
+        found.append([[float(m) for m in line] for line in lines])
     for ours, theirs in zip(*found, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-8, abs=1e-11)
     revives = name != "jumprelu" or "dead_latents" in options

@@ -94,10 +94,10 @@ def make_engine(
     log line where auto is not the fused one. Raises ConfigError as `check_engine`.
     """
     check_engine(cfg, sae.mesh, sae.config)
-    assert cfg.lr is not None
+    lr = cfg.lr
+    assert lr is not None
     assert cfg.adam_betas is not None
     assert cfg.dead_latents is not None
-    lr = cfg.lr
     k_aux = min(cfg.k_aux or max(1, sae.d_in // 2), sae.d_sae)
     engine, reason = choose_engine(cfg, sae.config)
     if reason is not None and sae.mesh.is_lead:
@@ -120,7 +120,6 @@ def make_engine(
         ema_decay=cfg.ema_decay,
         grad_clip=cfg.grad_clip,
         seed=cfg.seed,
-        unit_norm=not sae.transcodes,
     )
     return FusedEngine(
         sae,

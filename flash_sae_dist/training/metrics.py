@@ -24,18 +24,6 @@ class StepMetrics(NamedTuple):
     aux: Tensor  # scalar, AuxK or ghost loss over all replicas; 0 while none is listed as dead
     l0: Tensor  # scalar, mean active latents a token
     penalty: Tensor  # scalar, what sparsity costs beside FVU; 0 for the TopK family
-    source_fvus: Tensor | None = None  # [S], of a crosscoder's hookpoints
-
-    def scalars(self) -> list[Tensor]:
-        """All of it, one by one."""
-        *single, sources = self
-        return [*single, *([] if sources is None else sources)]
-
-
-def step_metrics(values: Tensor) -> StepMetrics:  # [4 + S]
-    """Those of one tensor, a crosscoder's hookpoints last."""
-    fvu, aux, l0, penalty = values[:4]
-    return StepMetrics(fvu, aux, l0, penalty, values[4:] if len(values) > 4 else None)
 
 
 class PhaseTimer:
@@ -122,7 +110,8 @@ class LoggedStep(NamedTuple):
     step: int
     lr: float
     d_sae: int
-    scalars: HostCopy  # those of StepMetrics, then the number of dead latents
+    # Those of StepMetrics, a crosscoder's FVUs by hookpoint, then the number of dead latents.
+    scalars: HostCopy
     sources: tuple[str, ...]  # a crosscoder's hookpoints
     phases: tuple[PhaseTimer, ...]  # of this step
     pace: Pace  # since the step logged before
@@ -130,7 +119,7 @@ class LoggedStep(NamedTuple):
     def values(self) -> dict[str, float]:
         """What is logged, by name. Waits for this step where the device has not made it yet."""
         *metrics, dead = self.scalars.read()
-        names = [*StepMetrics._fields[:-1], *(f"fvu/{name}" for name in self.sources)]
+        names = [*StepMetrics._fields, *(f"fvu/{name}" for name in self.sources)]
         values = dict(zip(names, metrics, strict=True))
         values |= {"dead_fraction": dead / self.d_sae, "lr": self.lr}
         values |= {"tokens_per_s": self.pace.tokens_per_s()}

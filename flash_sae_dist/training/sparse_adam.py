@@ -100,7 +100,8 @@ class SparseAdam(torch.optim.Optimizer):
             raise ValueError(f"moment_dtype={moment_dtype} is neither float32 nor bfloat16")
         self.lazy, self.seed, self.ema_decay, self.grad_clip = lazy, seed, ema_decay, grad_clip
         self.gradients: LatentGradients | None = None
-        self._lr_value, self.unit, self.unit_norm = lr, unit, unit_norm
+        self._lr_value, self.unit = lr, unit
+        self.unit_norm = unit_norm and not sae.transcodes
         self.side = SideStream(sae.W_dec.device)
         self._mesh, self._first_latent = sae.mesh, sae.first_latent
         self._own, self._centres = _own_of(sae), not sae.transcodes

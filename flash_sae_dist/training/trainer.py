@@ -262,7 +262,8 @@ class Trainer:
         for member, metrics, timer in results:
             if member.error is None:
                 t = member.training
-                scalars = HostCopy([*metrics.scalars(), t.dead.count()])
+                fvus = t.engine.source_fvus
+                scalars = HostCopy([*metrics, *(() if fvus is None else fvus), t.dead.count()])
                 names = sources_of(hookpoint_of(member.job)) if t.sae.sources else []
                 phases = (data, timer)
                 logged = LoggedStep(

@@ -45,7 +45,8 @@ def train(steps: int, case: str, engine: str, replicas: str, form: str = "") -> 
     for step in range(steps):
         x, *y = mine(step)
         metrics = t.step(x, PhaseTimer(CPU, enabled=False), *y)
-        losses.append([float(m) for m in metrics.scalars()])
+        fvus = t.engine.source_fvus
+        losses.append([float(m) for m in (*metrics, *(() if fvus is None else fvus))])
     t.calibrate(lambda: [mine(100)[0]])
     weights = t.final_weights()
     rows = {n: w for n, w in weights.items() if t.sae.roles[n] == "rows"}

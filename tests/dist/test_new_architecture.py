@@ -39,7 +39,7 @@ def curve(engine: str, batches: list[torch.Tensor], **options: Any) -> list[tupl
     kind = FusedEngine if engine == "fused" else AutogradEngine
     assert isinstance(training.engine, kind)
     timer = PhaseTimer(training.device, enabled=False)
-    return [tuple(float(m) for m in training.step(x, timer).scalars()) for x in batches]
+    return [tuple(float(m) for m in training.step(x, timer)) for x in batches]
 
 
 @pytest.mark.parametrize("options", [{}, {"grad_clip": 0.05, "micro_batches": 3}])

@@ -29,7 +29,7 @@ from ...models.sparsity import Batch
 from ...models.threshold import ThresholdCoder
 from ...parallel.collectives import all_reduce_
 from ...parallel.selection import global_limits
-from ..metrics import PhaseTimer, StepMetrics, step_metrics
+from ..metrics import PhaseTimer, StepMetrics
 from ..optim import (
     clip_grads_,
     project_decoder_grad_,
@@ -127,7 +127,7 @@ class AutogradEngine(Engine):
         if of_sources:
             sums, tokens = torch.stack(of_sources).sum(dim=0), shared.batch.tokens
             shown = torch.cat([shown, source_fvus(sums, sae.sources, tokens, mesh).to(shown)])
-        return step_metrics(shown)
+        return self.shown(shown)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.compute_dtype == self.sae.b_dec.dtype:

@@ -28,6 +28,11 @@ class Engine(ABC):
         captured.
         """
 
+    def shown(self, values: Tensor) -> StepMetrics:
+        """A step's metrics [4 + S], of which a crosscoder's by hookpoint are kept here."""
+        self.source_fvus = values[4:] if len(values) > 4 else None
+        return StepMetrics(*values[:4])
+
     @property
     def encoder_weights(self) -> Tensor:
         """W_enc [d_sae_local, d_in] as the encoder's kernels get it."""
@@ -42,6 +47,8 @@ class Engine(ABC):
         step and before `load_state`.
         """
 
+    source_fvus: Tensor | None = None
+    """FVU of each of a crosscoder's hookpoints [S] in the last step, on the device."""
     density: Density | None = None
     """Whether steps are dense or sparse; None where they are always sparse."""
 

@@ -28,7 +28,7 @@ from ...models.losses import inverse_variance, source_fvus, source_sums
 from ...models.sparsity import Batch
 from ...models.threshold import ThresholdCoder
 from ...parallel.collectives import all_gather, all_reduce_
-from ..metrics import PhaseTimer, StepMetrics, step_metrics
+from ..metrics import PhaseTimer, StepMetrics
 from ..sparse_adam import LatentGradients, SparseAdam
 from .base import Engine
 from .dead_step import AuxLoss, DeadStep, Listed, product
@@ -219,9 +219,9 @@ class FusedEngine(Engine):
             self._captured.clear()
         revives = self.kind != "none" and self.dead.any_listed
         if self.density is not None and self.density.is_dense:
-            return step_metrics(self._dense_work(rows, revives, timer))
+            return self.shown(self._dense_work(rows, revives, timer))
         if not self.graph:
-            return step_metrics(self._step(rows, revives, timer))
+            return self.shown(self._step(rows, revives, timer))
         kind = (rows.x.shape, rows.x.dtype, revives)
         key = (*kind, self.dead_step.shape() if revives else None)
         if key not in self._captured:
@@ -229,13 +229,13 @@ class FusedEngine(Engine):
             self._calls[key] = self._calls.get(key, 0) + 1
             eager = 1 if kind in self._warm else _EAGER_CALLS
             if self._calls[key] <= eager or not self._capture(rows, revives, key):
-                return step_metrics(self._step(rows, revives, timer))
+                return self.shown(self._step(rows, revives, timer))
             self._warm.add(kind)
         captured = self._captured[key]
         captured.rows.copy_(rows)
         captured.graph.replay()
         timer.mark("fused_step")
-        return step_metrics(captured.metrics.clone())
+        return self.shown(captured.metrics.clone())
 
     def _capture(self, rows: _Rows, revives: bool, key: tuple[object, ...]) -> bool:
         """Captures a step, or says why it cannot be and gives graphs up, on all members alike."""
@@ -280,10 +280,9 @@ class FusedEngine(Engine):
                 ready = self.side.mark()
         parts, order, ordered = self._forward(batch, ready, timer)
         local, more = join_pairs(parts, batch.xc), join(parts)
-        dense: DenseRows | None = None
-        aux: AuxLoss | None = None
+        of_dead: tuple[DenseRows | None, AuxLoss | None] = (None, None)
         if listed is not None:
-            dense, aux = self.dead_step(local, listed, batch.inverse, self.side)
+            of_dead = self.dead_step(local, listed, batch.inverse, self.side)
             # The side stream's memory: what it is given next waits for the products that read it.
             del listed
             timer.mark("dead")
@@ -300,12 +299,12 @@ class FusedEngine(Engine):
         with self.side.beside():
             given = pairs.dec_rows if more is None else more.first_rows
             b_dec = given.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
-            metrics = self._metrics(self._totals(parts), aux, batch)
+            metrics = self._metrics(self._totals(parts), of_dead[1], batch)
         self.side.wait(ordered)
         assert order is not None
-        decoder, own = (None, ()) if more is None else (more.decoder(pairs), more.grads)
-        own = with_skip(self.sae, own, given, pairs.enc_rows, batch.scale)
-        self.optimizer.gradients = LatentGradients(pairs, order, b_dec, dense, decoder, own)
+        decoder, grads = (None, ()) if more is None else (more.decoder(pairs), more.grads)
+        own = with_skip(self.sae, grads, given, pairs.enc_rows, batch.scale)
+        self.optimizer.gradients = LatentGradients(pairs, order, b_dec, of_dead[0], decoder, own)
         self.optimizer.step()
         self.sae.project_()
         self.sae.observe_([part.codes for part in parts])
