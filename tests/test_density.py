@@ -77,6 +77,7 @@ def test_steps_become_sparse_once_and_go_on_bit_for_bit(
         return lines
 
     t = training(case, engine)
+    caplog.clear()
     with caplog.at_level("INFO"):
         whole = steps(t, range(12))
     switch = forms.index(False)
