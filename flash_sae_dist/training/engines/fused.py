@@ -7,13 +7,17 @@ Each replica encodes and decodes its tokens, in micro-batches; a batch's (token,
 what each adds to its latent's gradients, are gathered over the replicas; then every rank steps its
 shard's rows from all of them. Dead latents' gradients come from dense products over their compacted
 rows (`dead_step.py`). On CUDA the step is captured in a graph, its collectives too. No host sync
-but after a capture, to hear whether all ranks made one, and where the architecture's selection has
-some (`SparseCoder.reads_host`), which a warning tells.
+but after a capture, to hear whether all ranks made one.
+
+Lists of varied lengths (a selection by threshold) get a fixed room, and their step two graphs: one
+to the end of the selection, after which the host reads whether all pairs had room, and the rest.
+Where they had not, nothing was changed yet, and the step is made eagerly, with more room.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,11 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.dispatch import has_triton, implementation, on_device, use_kernels
-from ...kernels.reference import DenseRows, PairGradients, PairOrder
+from ...kernels.reference import PairGradients, PairOrder
 from ...models.base import Codes, SparseCoder
-from ...models.dead_latents import DeadLatents
+from ...models.dead_latents import DeadLatents, padded
 from ...models.losses import inverse_variance
 from ...models.sparsity import Batch
+from ...models.threshold import ThresholdCoder
 from ...parallel.collectives import all_gather, all_reduce_
 from ..metrics import PhaseTimer, StepMetrics
 from ..sparse_adam import LatentGradients, SparseAdam
@@ -34,6 +39,7 @@ from .dead_step import AuxLoss, DeadStep, Listed
 from .pair_forward import (
     Forward,
     gather,
+    gather_pairs,
     has_gradient,
     is_general,
     join,
@@ -44,12 +50,25 @@ from .pair_forward import (
 logger = logging.getLogger(__name__)
 # Calls of one kind made eagerly before its graph is captured: kernels compile, libraries warm up.
 _EAGER_CALLS = 2
+# Slots of a captured step's lists for each pair of the longest that was seen.
+_MORE_ROOM = 1.3
 
 
 class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     x: Tensor
     metrics: Tensor
+    rest: torch.cuda.CUDAGraph | None  # of lists of varied lengths, what follows the selection
+    number: Tensor | None  # pairs of the longest list
+
+
+class _Begun(NamedTuple):
+    """A step up to the selection."""
+
+    batch: _Batch
+    ready: torch.cuda.Event | None
+    found: list[Codes]  # of an architecture that is_general
+    within: bool  # whether lists are of one length already
 
 
 class _Batch(NamedTuple):
@@ -107,6 +126,7 @@ class FusedEngine(Engine):
         self.side = optimizer.side
         self.ramp = torch.ones_like(sae.b_dec[0], requires_grad=False)
         self.is_general = is_general(sae)
+        self._room = 0  # slots of a captured step's lists, where their lengths vary
         self._calls: dict[tuple[object, ...], int] = {}
         self._warm: set[tuple[object, ...]] = set()
         self._captured: dict[tuple[object, ...], _Captured] = {}
@@ -125,8 +145,6 @@ class FusedEngine(Engine):
             )
         if not use_kernels(W_dec):
             return f"the reference, which serves {W_dec.dtype}, reads the host"
-        if (reason := self.sae.reads_host) is not None:
-            return reason
         if mesh.members > 1 and (backend := dist.get_backend(mesh.member_group)) != "nccl":
             return f"collectives of {backend} cannot be captured, only NCCL's"
         return None
@@ -186,7 +204,7 @@ class FusedEngine(Engine):
         if not self.graph:
             return StepMetrics(*self._step(x, revives, timer))
         kind = (x.shape, x.dtype, revives)
-        key = (*kind, self.dead_step.shape() if revives else None)
+        key = (*kind, self.dead_step.shape() if revives else None, self._room)
         if key not in self._captured:
             # Another list of dead latents may need kernels of other sizes: one call warms them up.
             self._calls[key] = self._calls.get(key, 0) + 1
@@ -197,6 +215,11 @@ class FusedEngine(Engine):
         captured = self._captured[key]
         captured.x.copy_(x)
         captured.graph.replay()
+        if captured.rest is not None:
+            assert captured.number is not None
+            if not self._fits(int(captured.number)):
+                return StepMetrics(*self._step(x, revives, timer))
+            captured.rest.replay()
         timer.mark("fused_step")
         return StepMetrics(*captured.metrics.clone())
 
@@ -209,8 +232,17 @@ class FusedEngine(Engine):
         graph = torch.cuda.CUDAGraph()
         try:
             # The loader's threads pin memory meanwhile, which a global capture takes for its own.
+            timer = PhaseTimer(x.device, enabled=False)
+            rest, number = None, None
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                metrics = self._step(static, revives, PhaseTimer(x.device, enabled=False))
+                if self.sae.varied_lengths:
+                    begun, number = self._within(static)
+                else:
+                    metrics = self._step(static, revives, timer)
+            if number is not None:
+                rest = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(rest, graph.pool(), capture_error_mode="thread_local"):
+                    metrics = self._finish(static, begun, revives, timer)
         except (RuntimeError, torch.OutOfMemoryError) as e:
             error = " ".join(str(e).split())[:200]
         failed = torch.tensor(float(bool(error)), device=x.device)
@@ -224,8 +256,33 @@ class FusedEngine(Engine):
                     error or "another process could not capture it",
                 )
             return False
-        self._captured[key] = _Captured(graph, static, metrics)
+        self._captured[key] = _Captured(graph, static, metrics, rest, number)
         return True
+
+    def _fits(self, longest: int) -> bool:
+        """Whether lists had room for all pairs; chooses that of the steps to come, anew where it
+        was too little or is more than twice what is needed. The same on all members.
+        """
+        fits = longest <= self._room
+        if not fits or 2 * _MORE_ROOM * longest < self._room:
+            self._room = padded(math.ceil(_MORE_ROOM * longest))
+        return fits
+
+    def _within(self, x: Tensor) -> tuple[_Begun, Tensor]:
+        """A step up to the selection, into lists of the room that there is; pairs of the longest
+        list of all members.
+        """
+        sae, mesh = self.sae, self.sae.mesh
+        assert isinstance(sae, ThresholdCoder)
+        batch, _ = self._begin(x)
+        lists = [
+            sae.select_within(xc, self.encoder_weights, sae.b_enc.detach(), self._room)
+            for xc in batch.xc.chunk(self.micro_batches)
+        ]
+        number = torch.stack([number for _, number in lists]).amax()
+        all_reduce_(number, mesh.member_group, mesh.members, dist.ReduceOp.MAX)
+        self.side.meet()
+        return _Begun(batch, None, [found for found, _ in lists], True), number
 
     def _step(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4]
         try:
@@ -236,23 +293,41 @@ class FusedEngine(Engine):
 
     def _work(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4]
         batch, ready = self._begin(x)
+        found: list[Codes] = []
+        if self.is_general:
+            found = [
+                self.sae.select(xc, self.encoder_weights, self.sae.b_enc.detach())
+                for xc in batch.xc.chunk(self.micro_batches)
+            ]
+        if self.graph and self.sae.varied_lengths:
+            longest = torch.tensor(max(len(codes.latents) for codes in found), device=x.device)
+            mesh = self.sae.mesh
+            all_reduce_(longest, mesh.member_group, mesh.members, dist.ReduceOp.MAX)
+            self._fits(int(longest))
+        timer.mark("encode")
+        return self._finish(x, _Begun(batch, ready, found, False), revives, timer)
+
+    def _finish(self, x: Tensor, begun: _Begun, revives: bool, timer: PhaseTimer) -> Tensor:  # [4]
+        """A step from the selection on."""
+        batch, ready, found, within = begun
+        if self.sae.varied_lengths:
+            self.optimizer.advance_()
         listed: Listed | None = None
         if revives:
             with self.side.beside():
                 listed = self.dead_step.begin(self.optimizer.compute_weights)
                 ready = self.side.mark()
-        parts, order, ordered = self._forward(x, batch, ready, timer)
+        parts, order, ordered = self._forward(x, batch, ready, found, timer)
         local, more = self._join(parts, batch.xc), join(parts)
-        dense: DenseRows | None = None
-        aux: AuxLoss | None = None
+        dense, aux = None, None
         if listed is not None:
             dense, aux = self.dead_step(local, listed, batch.inverse, self.side)
             # The side stream's memory: what it is given next waits for the products that read it.
             del listed
             timer.mark("dead")
-        if self.sae.varied_lengths:
+        if self.sae.varied_lengths and not within:
             local, more = same_length(local, more, self.sae.mesh)
-        pairs = self._gather(local, batch.xc_all)
+        pairs = gather_pairs(local, batch.xc_all, self.sae.mesh)
         if more is not None:
             more = gather(more, self.sae.mesh)
             order = self._order(pairs.latents, has_gradient(pairs))
@@ -264,19 +339,27 @@ class FusedEngine(Engine):
             rows = pairs.dec_rows if more is None else more.first_rows
             b_dec = rows.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
             metrics = self._metrics(parts, aux, batch)
+            self.sae.observe_([part.codes for part in parts])
         self.side.wait(ordered)
         assert order is not None
         decoder, own = (None, ()) if more is None else (more.decoder(pairs), more.grads)
-        self.optimizer.gradients = LatentGradients(pairs, order, b_dec, dense, decoder, own)
-        self.optimizer.step()
-        self.sae.project_()
-        self.sae.observe_([part.codes for part in parts])
-        self.side.meet()
+        self._update(LatentGradients(pairs, order, b_dec, dense, decoder, own))
         timer.mark("optimizer")
         return metrics
 
+    def _update(self, gradients: LatentGradients) -> None:
+        self.optimizer.gradients = gradients
+        self.optimizer.step()
+        self.sae.project_()
+        self.side.meet()
+
     def _forward(
-        self, x: Tensor, batch: _Batch, ready: torch.cuda.Event | None, timer: PhaseTimer
+        self,
+        x: Tensor,
+        batch: _Batch,
+        ready: torch.cuda.Event | None,
+        found: list[Codes],
+        timer: PhaseTimer,
     ) -> tuple[list[Forward], PairOrder | None, torch.cuda.Event | None]:
         """Encodes and decodes the micro-batches. The order of pairs is made beside the decoder
         where these are all pairs of the step: one micro-batch, one replica.
@@ -284,7 +367,7 @@ class FusedEngine(Engine):
         sae, parts, order, ordered, at = self.sae, [], None, None, 0
         if self.is_general:
             self.side.wait(ready)
-            return self._forward_general(x, batch, timer), None, None
+            return self._forward_general(x, batch, found, timer), None, None
         for part in x.chunk(self.micro_batches):
             xc = batch.xc[at : at + len(part)]
             codes = sae.select(xc, self.encoder_weights, sae.b_enc.detach())
@@ -300,15 +383,12 @@ class FusedEngine(Engine):
             at += len(part)
         return parts, order, ordered
 
-    def _forward_general(self, x: Tensor, batch: _Batch, timer: PhaseTimer) -> list[Forward]:
+    def _forward_general(
+        self, x: Tensor, batch: _Batch, found: list[Codes], timer: PhaseTimer
+    ) -> list[Forward]:
         """The same where pairs are more than selected pre-activations."""
         sae, mesh, parts = self.sae, self.sae.mesh, x.chunk(self.micro_batches)
         shared = Batch(batch.inverse, batch.tokens, self.optimizer.unit, self.ramp)
-        found = [
-            sae.select(xc, self.encoder_weights, sae.b_enc.detach())
-            for xc in torch.split(batch.xc, [len(part) for part in parts])
-        ]
-        timer.mark("encode")
         if sae.needs_l0:
             l0 = torch.stack([(sae.activate(codes).values > 0).sum() for codes in found]).sum()
             l0 = l0.to(batch.scale.dtype)
@@ -325,8 +405,12 @@ class FusedEngine(Engine):
     def _count_active(self, parts: list[Forward], tokens: int) -> None:
         """Counts which latents fire, of all replicas."""
         active = [part.more.active for part in parts if part.more is not None]
-        values = torch.cat([codes.values for codes in active])
-        self.dead.update_(values, torch.cat([codes.latents for codes in active]), tokens)
+        values = _cat([codes.values for codes in active])
+        latents = _cat([codes.latents for codes in active])
+        if self.sae.mesh.num_replicas == 1:
+            self._count_fired(latents, values, tokens)
+        else:
+            self.dead.update_(values, latents, tokens)
 
     def _begin(self, x: Tensor) -> tuple[_Batch, torch.cuda.Event | None]:
         """Centres the batch; its variance and Adam's scalars are made on the side stream."""
@@ -345,7 +429,8 @@ class FusedEngine(Engine):
             else:
                 inverse = torch.full_like(both[-1], 1 / tokens)
             scale = 2 * inverse
-            self.optimizer.advance_()
+            if not self.sae.varied_lengths:
+                self.optimizer.advance_()
         return _Batch(xc, xc_all, inverse, scale, tokens, (sums, squares)), self.side.mark()
 
     def _order(self, latents: Tensor, coef: Tensor) -> PairOrder:
@@ -397,27 +482,6 @@ class FusedEngine(Engine):
             latents.shape[-1],
             _cat(tokens) if tokens else None,
         )
-
-    def _gather(self, local: PairGradients, xc_all: Tensor) -> PairGradients:
-        """The pairs of all replicas, tokens in the order of the whole batch: a rank contributes
-        N * (12 K + 4 D) bytes where rows are bfloat16, or 16 C + 4 N D of a flat list, whose
-        unused slots travel too. Collective over the replicas.
-        """
-        mesh = self.sae.mesh
-        if mesh.num_replicas == 1:
-            return local
-        group, size = mesh.replica_group, mesh.num_replicas
-        # float64 pairs travel with their indices as int64.
-        bits = torch.int64 if local.dec_coef.dtype == torch.float64 else torch.int32
-        coefs = (local.dec_coef.view(bits), local.enc_coef.view(bits))
-        tokens = local.tokens
-        flat = [] if tokens is None else [tokens + mesh.replica * len(local.dec_rows)]
-        packed = torch.stack([*(t.to(bits) for t in (local.latents, *flat)), *coefs])
-        gathered = all_gather(packed, group, size).transpose(0, 1).flatten(1).contiguous()
-        latents, *flat = (row.to(torch.int32) for row in gathered[:-2])
-        dec, enc = (row.view(local.dec_coef.dtype) for row in gathered[-2:])
-        residual = all_gather(local.dec_rows, group, size).flatten(0, 1)
-        return PairGradients(latents, dec, enc, residual, xc_all, local.k, *flat)
 
     def _metrics(self, parts: list[Forward], aux: AuxLoss | None, batch: _Batch) -> Tensor:  # [4]
         """FVU, the dead latents' loss and L0 of the whole batch. Collective over the members."""
