@@ -214,15 +214,17 @@ def _sum_up(state_ptr, above_ptr, offsets_ptr, left, N, capacity, BLOCK: tl.cons
 
 
 @triton.jit
-def _store_pairs(out_ptr, theta_ptr, theta_step, to, row, latent, bits, keep, capacity):
+def _store_pairs(
+    tokens_ptr, latents_ptr, values_ptr, theta_ptr, theta_step, to, row, latent, bits, keep,
+    capacity,
+):  # fmt: skip
     """Pairs to their places in the list."""
     mask = keep & (to < capacity)
     value = bits.to(tl.float32, bitcast=True)
     value += tl.load(theta_ptr + latent * theta_step, mask=mask, other=0.0)
-    tl.store(out_ptr + to, row.to(tl.int32) + tl.zeros_like(latent), mask=mask)
-    tl.store(out_ptr + capacity + to, latent, mask=mask)
-    values = out_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
-    tl.store(values + 2 * capacity + to, value, mask=mask)
+    tl.store(tokens_ptr + to, row.to(tl.int32) + tl.zeros_like(latent), mask=mask)
+    tl.store(latents_ptr + to, latent, mask=mask)
+    tl.store(values_ptr + to, value, mask=mask)
 
 
 @triton.jit
@@ -234,8 +236,9 @@ def _unpack(keys_ptr, at, there):
 
 @triton.jit
 def _keyed_rows(
-    first, keys_ptr, spans_ptr, above_ptr, offsets_ptr, out_ptr, theta_ptr, bins_ptr, theta_step,
-    lo, hi, shift, N, capacity, MODE: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    first, keys_ptr, spans_ptr, above_ptr, offsets_ptr, tokens_ptr, latents_ptr, values_ptr,
+    theta_ptr, bins_ptr, theta_step, lo, hi, shift, N, capacity, MODE: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Rows whose candidates are keys, SLOTS of each at once."""
     row = first + tl.arange(0, ROWS)
@@ -268,8 +271,9 @@ def _keyed_rows(
             keep = there & ((bits > lo) | ((bits == lo) & (rank < take[:, None])))
             to = above[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1
             _store_pairs(
-                out_ptr, theta_ptr, theta_step, to, row[:, None], latent, bits, keep, capacity
-            )
+                tokens_ptr, latents_ptr, values_ptr, theta_ptr, theta_step, to, row[:, None],
+                latent, bits, keep, capacity,
+            )  # fmt: skip
             above += tl.sum(keep.to(tl.int32), 1)
     if MODE == COUNT:
         tl.store(above_ptr + row, above, mask=count >= 0)
@@ -305,9 +309,10 @@ def _activations(
 
 @triton.jit
 def _dense_rows(
-    x_ptr, w_ptr, bias_ptr, products_ptr, dense_ptr, parts_ptr, above_ptr, offsets_ptr, out_ptr,
-    theta_ptr, bins_ptr, worker, workers, number, first_row, stored, theta_step, lo, hi, shift,
-    stale, every, N, F, D, capacity, MODE: tl.constexpr, GIVEN: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, products_ptr, dense_ptr, parts_ptr, above_ptr, offsets_ptr, tokens_ptr,
+    latents_ptr, values_ptr, theta_ptr, bins_ptr, worker, workers, number, first_row, stored,
+    theta_step, lo, hi, shift, stale, every, N, F, D, capacity, MODE: tl.constexpr,
+    GIVEN: tl.constexpr,
     SPANS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -350,8 +355,9 @@ def _dense_rows(
                     keep = ((bits > lo) | taken).to(tl.int32)
                     place = (to + above + tl.minimum(equal, take))[:, None]
                     _store_pairs(
-                        out_ptr, theta_ptr, theta_step, place + tl.cumsum(keep, 1) - keep,
-                        row[:, None], f[None, :] + tl.zeros_like(keep), bits, keep > 0, capacity,
+                        tokens_ptr, latents_ptr, values_ptr, theta_ptr, theta_step,
+                        place + tl.cumsum(keep, 1) - keep, row[:, None],
+                        f[None, :] + tl.zeros_like(keep), bits, keep > 0, capacity,
                     )  # fmt: skip
                 above += tl.sum((bits > lo).to(tl.int32), 1)
                 equal += tl.sum(same, 1)
@@ -375,7 +381,9 @@ def flat_kernel(
     parts_ptr,  # [N, 2, SPANS] int32: a dense row's counts
     above_ptr,  # [3, N] int32: keys above the last to be kept, equal ones, and how many it takes
     offsets_ptr,  # [N + 1] int32
-    out_ptr,  # [3, C] int32: tokens, latents, and float32 values
+    tokens_ptr,  # [C] int32
+    latents_ptr,  # [C] int32
+    values_ptr,  # [C] float32
     bins_ptr,  # [4096] int32, zeros
     state_ptr,
     theta_step,
@@ -409,26 +417,28 @@ def flat_kernel(
         if pid < keyed:
             if not every:
                 _keyed_rows(
-                    pid * TOKENS, keys_ptr, spans_ptr, above_ptr, offsets_ptr, out_ptr, theta_ptr,
-                    bins_ptr, theta_step, lo, hi, shift, N, capacity, MODE, TOKENS, SLOTS,
+                    pid * TOKENS, keys_ptr, spans_ptr, above_ptr, offsets_ptr, tokens_ptr,
+                    latents_ptr, values_ptr, theta_ptr, bins_ptr, theta_step, lo, hi, shift, N,
+                    capacity, MODE, TOKENS, SLOTS,
                 )  # fmt: skip
         else:
             if not GIVEN:
                 number = tl.where(every, N, tl.load(state_ptr + DENSE))
             _dense_rows(
                 x_ptr, w_ptr, bias_ptr, products_ptr, dense_ptr, parts_ptr, above_ptr, offsets_ptr,
-                out_ptr, theta_ptr, bins_ptr, pid - keyed, tl.num_programs(0) - keyed, number,
-                first_row, stored, theta_step, lo, hi, shift, stale, every, N, F, D, capacity, MODE,
-                GIVEN, SPANS, ROWS, COLS, BLOCK_K, PRECISION,
+                tokens_ptr, latents_ptr, values_ptr, theta_ptr, bins_ptr, pid - keyed,
+                tl.num_programs(0) - keyed, number, first_row, stored, theta_step, lo, hi, shift,
+                stale, every, N, F, D, capacity, MODE, GIVEN, SPANS, ROWS, COLS, BLOCK_K, PRECISION,
             )  # fmt: skip
         if MODE == EMIT:
             each = tl.cdiv(capacity, tl.num_programs(0))
             first = tl.maximum(tl.load(state_ptr + PAIRS), pid * each)
             for start in range(first, tl.minimum(pid * each + each, capacity), 128):
                 slot = start + tl.arange(0, 128)
-                for field in range(3):
-                    inside = (slot < pid * each + each) & (slot < capacity)
-                    tl.store(out_ptr + field * capacity + slot, slot * 0, mask=inside)
+                inside = (slot < pid * each + each) & (slot < capacity)
+                tl.store(tokens_ptr + slot, slot * 0, mask=inside)
+                tl.store(latents_ptr + slot, slot * 0, mask=inside)
+                tl.store(values_ptr + slot, slot * 0.0, mask=inside)
         elif _is_last(state_ptr, programs):
             if MODE == ROUND:
                 _pick(state_ptr, bins_ptr, lo, hi, left, shift)

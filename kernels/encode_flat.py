@@ -93,7 +93,9 @@ class Flat:
         self.keys = torch.empty(room if plan else 0, dtype=torch.int64, device=device)
         self.spans, self.dense = counters.new_empty(2, N), counters.new_empty(N)
         self.parts = counters.new_empty(N, 2, _SPANS)
-        self.out, self.offsets = counters.new_empty(3, capacity), counters.new_empty(N + 1)
+        self.tokens, self.latents = counters.new_empty(capacity), counters.new_empty(capacity)
+        self.values = b_enc.new_empty(capacity)
+        self.offsets = counters.new_empty(N + 1)
         rows = plan.block_rows if plan else max(1, _BLOCK_BYTES // (4 * F))
         self.block_rows = min(N, rows)
 
@@ -160,7 +162,7 @@ class Flat:
         precision = "ieee" if self.x.element_size() == 4 else "tf32"
         flat_kernel[(programs,)](
             self.x, self.W_enc, self.bias, self.theta, self.keys, self.spans, self.dense, products,
-            self.parts, self.above, self.offsets, self.out, self.bins, self.state,
+            self.parts, self.above, self.offsets, *self.pairs()[:3], self.bins, self.state,
             int(self.theta.ndim > 0), self.capacity, keyed, number, first_row, stored,
             programs * launches, N, F, D, mode.value, self.plan is None, _TOKENS, 128, _SPANS,
             _ROWS, _COLS, 64, precision, num_warps=4,
@@ -168,8 +170,7 @@ class Flat:
 
     def pairs(self) -> Pairs:
         """What was found."""
-        tokens, latents, values = self.out.unbind()
-        return Pairs(tokens, latents, values.view(torch.float32), self.offsets)
+        return Pairs(self.tokens, self.latents, self.values, self.offsets)
 
 
 def _prepared(
