@@ -299,12 +299,12 @@ class FusedEngine(Engine):
                 self.sae.select(xc, self.encoder_weights, self.sae.b_enc.detach())
                 for xc in batch.xc.chunk(self.micro_batches)
             ]
+            timer.mark("encode")
         if self.graph and self.sae.varied_lengths:
             longest = torch.tensor(max(len(codes.latents) for codes in found), device=x.device)
             mesh = self.sae.mesh
             all_reduce_(longest, mesh.member_group, mesh.members, dist.ReduceOp.MAX)
             self._fits(int(longest))
-        timer.mark("encode")
         return self._finish(x, _Begun(batch, ready, found, False), revives, timer)
 
     def _finish(self, x: Tensor, begun: _Begun, revives: bool, timer: PhaseTimer) -> Tensor:  # [4]
