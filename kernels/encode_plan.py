@@ -160,6 +160,14 @@ def _capacity(stride: float, rank: int, parts: int, rest: int) -> int:
     return max(high, ordered) + ROOM
 
 
+def _parts(blocks: int, tiles: int, programs: int) -> int:
+    """Programs a block of rows that take the fewest rounds of tiles."""
+    return min(
+        range(1, min(tiles, 32) + 1),
+        key=lambda p: (cdiv(blocks * p, programs) * cdiv(tiles, p), p),
+    )
+
+
 def _candidate(N: int, F: int, k: int, programs: int, sample: int, chunks: int) -> Plan | None:
     """The plan of so large a sample and so many launches, if it is one."""
     whole, rest = divmod(F, BLOCK_N)
@@ -171,10 +179,7 @@ def _candidate(N: int, F: int, k: int, programs: int, sample: int, chunks: int) 
         return None
     rows = cdiv(cdiv(N, chunks), BLOCK_M) * BLOCK_M
     blocks, tiles = rows // BLOCK_M, whole - sample + (rest > 0)
-    parts = min(
-        range(1, min(tiles, 32) + 1),
-        key=lambda p: (cdiv(blocks * p, programs) * cdiv(tiles, p), p),
-    )
+    parts = _parts(blocks, tiles, programs)
     capacity = _capacity(stride, rank, parts, rest)
     # Of what passes in most rows eight keys a thread.
     passing = rank * stride * (1 + 1 / math.sqrt(rank))
@@ -220,3 +225,24 @@ def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | Non
                 if best is None or cost < best[0]:
                     best = (cost, plan)
     return None if best is None else best[1]
+
+
+@lru_cache(maxsize=256)
+def flat_plan(N: int, D: int, F: int, mean: float, room: int, programs: int = 132) -> Plan | None:
+    """The sizes of a call that filters all tiles by given limits and keeps up to `room` keys,
+    `mean` a token on the mean; None as in `make_plan`. Lists have room for six times as many."""
+    if N == 0 or D % 8 or mean * 16 > F or not 8 <= F // BLOCK_N <= 50_000:
+        return None
+    whole, rest = divmod(F, BLOCK_N)
+    # Beside the lists there are keys and, a token, counts (encode_flat.Flat).
+    scratch = max(SCRATCH_BYTES // 2, SCRATCH_BYTES - 8 * room - 600 * N)
+    for chunks in range(1, cdiv(N, BLOCK_M) + 1):
+        rows = cdiv(cdiv(N, chunks), BLOCK_M) * BLOCK_M
+        tiles = whole + (rest > 0)
+        parts = _parts(rows // BLOCK_M, tiles, programs)
+        # A thread has 32 pairs of a tile.
+        capacity = min(32 * cdiv(tiles, parts) + ROOM, (scratch // rows - 80) // (48 * parts))
+        if 4 * parts * (capacity - ROOM) >= min(6 * mean, F / 2):
+            keys = next_power_of_2(max(128, 4 * parts))
+            return Plan(0, 0, parts, capacity, rows, 1, keys, whole)
+    return None

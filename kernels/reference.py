@@ -50,6 +50,7 @@ from .reference_sparse import centre as centre
 from .reference_sparse import decode_backward as decode_backward
 from .reference_sparse import decode_coefs as decode_coefs
 from .reference_sparse import gathered_dots as gathered_dots
+from .reference_sparse import nested_rows as nested_rows
 from .reference_sparse import order_pairs as order_pairs
 from .reference_sparse import pair_coefs as pair_coefs
 from .reference_sparse import scatter_rows as scatter_rows

@@ -247,12 +247,12 @@ def threshold_encode(
     b_enc: Tensor,  # [F]
     threshold: Tensor,  # [F], or a scalar for all
     capacity: int,
-) -> tuple[Pairs, Tensor]:  # of `capacity` slots; scalar bool, whether there were more
+) -> tuple[Pairs, Tensor]:  # of `capacity` slots; scalar int32, how many pairs there are
     """All pairs whose `relu(x @ W_enc.T + b_enc)` is above their latent's threshold, and not 0, as
     JumpReLU's Heaviside (Rajamanoharan et al. 2024, arXiv 2407.14435), SAELens and
     dictionary_learning have it: strictly.
 
-    Where they are more than the capacity the list has the first of them.
+    Where they are more than the capacity the list has the first of them, and the number says so.
     """
     limit, number = threshold.to(accumulate_dtype(x.dtype)).clamp_min(0), 0
     found = _no_pairs(x)
@@ -261,5 +261,5 @@ def threshold_encode(
         number += len(more[0])
         tokens, latents, values = _joined(found, more)
         found = tokens[:capacity], latents[:capacity], values[:capacity]
-    overflowed = torch.tensor(number > capacity, device=x.device)
-    return _padded(found, len(x), capacity), overflowed
+    there = torch.tensor(min(number, 2**31 - 1), dtype=torch.int32, device=x.device)
+    return _padded(found, len(x), capacity), there

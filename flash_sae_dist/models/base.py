@@ -95,9 +95,7 @@ class SparseCoder(Interventions):
     revivals: ClassVar[frozenset[str]] = frozenset({"auxk", "ghost", "resample", "none"})
     # Whether activations are a function of candidates' values, or there is a penalty.
     is_pairwise: ClassVar[bool] = False
-    # Why its selection syncs with the host, and its fused step is not captured in a CUDA graph.
-    reads_host: ClassVar[str | None] = None
-    # Whether replicas' lists differ in length: those of a selection by threshold.
+    # Whether lists differ in length, as those of a selection by threshold: `select` reads the host.
     varied_lengths: ClassVar[bool] = False
     sources: tuple[int, ...] = ()  # widths of a crosscoder's hookpoints
 
@@ -132,6 +130,8 @@ class SparseCoder(Interventions):
                 f"use d_sae={-(-self.d_sae // self.mesh.num_shards) * self.mesh.num_shards}"
             )
         self.d_sae_local = self.d_sae // self.mesh.num_shards
+        # Pairs a token that a selection by threshold found last, of which the next begins.
+        self.last_pairs = 64.0
         place: dict[str, Any] = {"dtype": dtype, "device": device}
         self.W_enc = nn.Parameter(torch.empty((self.d_sae_local, d_in), **place))
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae_local, **place))
@@ -239,7 +239,7 @@ class SparseCoder(Interventions):
 
     def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Codes:
         """`encode_rows` of centred tokens xc [N, d_in] with weights in xc's dtype, without
-        gradients. Collective over the shards; no host sync but where `reads_host` says so.
+        gradients. Collective over the shards; no host sync but for lists of varied lengths.
         """
         raise NotImplementedError
 

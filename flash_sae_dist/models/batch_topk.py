@@ -53,7 +53,6 @@ class BatchTopK(SparseCoder):
         "threshold_steps": "whole",
     }
     in_data_units = SparseCoder.in_data_units | {"threshold", "mean_threshold"}
-    reads_host = "there is no kernel yet that selects over a batch, plain PyTorch does it"
     threshold: Tensor
     mean_threshold: Tensor
     threshold_steps: Tensor

@@ -464,8 +464,8 @@ def test_one_row_with_an_odd_stride() -> None:
     x = torch.randn(24, 1).t()
     assert x.is_contiguous()
     assert x.stride() == (1, 1)
-    assert encode._aligned(x).stride() == (24, 1)
-    assert torch.equal(encode._aligned(x), x)
+    assert encode.aligned(x).stride() == (24, 1)
+    assert torch.equal(encode.aligned(x), x)
 
 
 @pytest.mark.gpu

@@ -15,12 +15,14 @@ from torch import Tensor
 from ...kernels import reference
 from ...kernels.dispatch import implementation
 from ...kernels.reference import Dense, DenseRows, PairGradients
+from ...models.base import SparseCoder
 from ...models.dead_latents import DeadLatents
 from ...models.sparsity import Batch
 from ...models.threshold import ThresholdCoder
 from ...parallel.collectives import all_reduce_
 from ..sparse_adam import LatentGradients, SparseAdam
 from .dead_step import AuxLoss, DeadStep, product
+from .density import Density
 from .pair_forward import own_parameters, with_skip
 
 
@@ -47,6 +49,15 @@ class DenseStep:
     ) -> None:
         """block is how many tokens are computed at once."""
         self.sae, self.dead, self.block, self.dead_step = sae, dead, block, dead_step
+
+    @classmethod
+    def of(
+        cls, sae: SparseCoder, dead: DeadLatents, density: Density | None, dead_step: DeadStep
+    ) -> DenseStep | None:
+        """That of an SAE whose density is watched; None of others."""
+        if density is None or not isinstance(sae, ThresholdCoder):
+            return None
+        return cls(sae, dead, density.block, dead_step)
 
     def __call__(
         self, x: Tensor, xc: Tensor, shared: Batch, revives: bool, optimizer: SparseAdam

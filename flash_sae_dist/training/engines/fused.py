@@ -7,14 +7,19 @@ Each replica encodes and decodes its tokens, in micro-batches; a batch's (token,
 what each adds to its latent's gradients, are gathered over the replicas; then every rank steps its
 shard's rows from all of them. Dead latents' gradients come from dense products over their compacted
 rows (`dead_step.py`). On CUDA the step is captured in a graph, its collectives too. No host sync
-but after a capture, to hear whether all ranks made one, and where the architecture's selection has
-some (`SparseCoder.reads_host`), which a warning tells.
+but after a capture, to hear whether all ranks made one.
+
+Lists of varied lengths (a selection by threshold) get a fixed room, and their step two graphs: one
+to the end of the selection, after which the host reads whether all pairs had room, and the rest.
+Where they had not, nothing was changed yet, and the step is made eagerly, with more room.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -23,7 +28,7 @@ from torch import Tensor
 from ...kernels.dispatch import has_triton, implementation, on_device, use_kernels
 from ...kernels.reference import DenseRows, PairOrder
 from ...models.base import Codes, SparseCoder
-from ...models.dead_latents import DeadLatents
+from ...models.dead_latents import DeadLatents, padded
 from ...models.losses import inverse_variance, source_fvus, source_sums
 from ...models.sparsity import Batch
 from ...models.threshold import ThresholdCoder
@@ -47,55 +52,13 @@ from .pair_forward import (
     same_length,
     with_skip,
 )
+from .step_batch import Begun, Captured, Rows, StepBatch, Totals
 
 logger = logging.getLogger(__name__)
 # Calls of one kind made eagerly before its graph is captured: kernels compile, libraries warm up.
 _EAGER_CALLS = 2
-
-
-class _Rows(NamedTuple):
-    """A batch."""
-
-    x: Tensor  # [N, D]
-    y: Tensor  # [N, d_out] what is to come of it, of an SAE x itself
-
-    def copied(self) -> _Rows:
-        """Memory for as much."""
-        x = torch.empty_like(self.x)
-        return _Rows(x, x if self.y is self.x else torch.empty_like(self.y))
-
-    def copy_(self, other: _Rows) -> None:
-        """Takes another batch's."""
-        self.x.copy_(other.x)
-        if self.y is not self.x:
-            self.y.copy_(other.y)
-
-
-class _Captured(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    rows: _Rows
-    metrics: Tensor  # as `_metrics`
-
-
-class _Batch(NamedTuple):
-    """What all micro-batches of a step share."""
-
-    xc: Tensor  # [N, D] centred (a transcoder's as they are), in the compute dtype
-    xc_all: Tensor  # [N * R, D], of all replicas, once the streams have met
-    y: Tensor  # [N, d_out] what latents and b_dec are to give
-    inverse: Tensor  # scalar, 1 / variance of all replicas' tokens; 0 where these are all equal
-    scale: Tensor  # scalar, 2 * inverse
-    tokens: int  # N * R
-    kept: tuple[Tensor, ...]  # read by the side stream: not freed before the streams meet
-
-
-class _Totals(NamedTuple):
-    """What metrics are made of, of this replica's tokens."""
-
-    squares: Tensor  # scalar, of the residual
-    active: Tensor  # scalar, active pairs of this shard
-    penalty: Tensor  # scalar
-    residual: Tensor  # [N, D]
+# Slots of a captured step's lists for each pair of the longest that was seen.
+_MORE_ROOM = 1.3
 
 
 class FusedEngine(Engine):
@@ -138,12 +101,12 @@ class FusedEngine(Engine):
         self.side = optimizer.side
         self.ramp = torch.ones_like(sae.b_dec[0], requires_grad=False)
         self.is_general = is_general(sae)
-        self.density, self.dense_step = Density.of(sae), None
-        if isinstance(sae, ThresholdCoder) and self.density is not None:
-            self.dense_step = DenseStep(sae, dead, self.density.block, self.dead_step)
+        self.density = Density.of(sae)
+        self.dense_step = DenseStep.of(sae, dead, self.density, self.dead_step)
+        self._room = 0  # slots of a captured step's lists, where their lengths vary
         self._calls: dict[tuple[object, ...], int] = {}
         self._warm: set[tuple[object, ...]] = set()
-        self._captured: dict[tuple[object, ...], _Captured] = {}
+        self._captured: dict[tuple[object, ...], Captured] = {}
         if optimizer.ema_decay is not None:
             self.moments = (*self.moments, "ema")
 
@@ -159,8 +122,6 @@ class FusedEngine(Engine):
             )
         if not use_kernels(W_dec):
             return f"the reference, which serves {W_dec.dtype}, reads the host"
-        if (reason := self.sae.reads_host) is not None:
-            return reason
         if mesh.members > 1 and (backend := dist.get_backend(mesh.member_group)) != "nccl":
             return f"collectives of {backend} cannot be captured, only NCCL's"
         return None
@@ -212,9 +173,9 @@ class FusedEngine(Engine):
         x = x if x.is_cuda else x.to(self.sae.b_dec.dtype)
         y = x if y is None else y if y.is_cuda else y.to(self.sae.b_dec.dtype)
         with on_device(self.sae.W_dec):
-            return self._train(_Rows(x, y), timer)
+            return self._train(Rows(x, y), timer)
 
-    def _train(self, rows: _Rows, timer: PhaseTimer) -> StepMetrics:
+    def _train(self, rows: Rows, timer: PhaseTimer) -> StepMetrics:
         if self.optimizer.sync_group_():
             self._captured.clear()
         revives = self.kind != "none" and self.dead.any_listed
@@ -223,7 +184,7 @@ class FusedEngine(Engine):
         if not self.graph:
             return self.shown(self._step(rows, revives, timer))
         kind = (rows.x.shape, rows.x.dtype, revives)
-        key = (*kind, self.dead_step.shape() if revives else None)
+        key = (*kind, self.dead_step.shape() if revives else None, self._room)
         if key not in self._captured:
             # Another list of dead latents may need kernels of other sizes: one call warms them up.
             self._calls[key] = self._calls.get(key, 0) + 1
@@ -234,10 +195,15 @@ class FusedEngine(Engine):
         captured = self._captured[key]
         captured.rows.copy_(rows)
         captured.graph.replay()
+        if captured.rest is not None:
+            assert captured.number is not None
+            if not self._fits(int(captured.number)):
+                return self.shown(self._step(rows, revives, timer))
+            captured.rest.replay()
         timer.mark("fused_step")
         return self.shown(captured.metrics.clone())
 
-    def _capture(self, rows: _Rows, revives: bool, key: tuple[object, ...]) -> bool:
+    def _capture(self, rows: Rows, revives: bool, key: tuple[object, ...]) -> bool:
         """Captures a step, or says why it cannot be and gives graphs up, on all members alike."""
         # Only the newest list of dead latents is used again.
         for old in [k for k in self._captured if k[:3] == key[:3]]:
@@ -246,8 +212,17 @@ class FusedEngine(Engine):
         graph = torch.cuda.CUDAGraph()
         try:
             # The loader's threads pin memory meanwhile, which a global capture takes for its own.
+            timer = PhaseTimer(device, enabled=False)
+            rest, number = None, None
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                metrics = self._step(static, revives, PhaseTimer(device, enabled=False))
+                if self.sae.varied_lengths:
+                    begun, number = self._within(static)
+                else:
+                    metrics = self._step(static, revives, timer)
+            if number is not None:
+                rest = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(rest, graph.pool(), capture_error_mode="thread_local"):
+                    metrics = self._finish(begun, revives, timer)
         except (RuntimeError, torch.OutOfMemoryError) as e:
             error = " ".join(str(e).split())[:200]
         failed = torch.tensor(float(bool(error)), device=device)
@@ -261,24 +236,70 @@ class FusedEngine(Engine):
                     error or "another process could not capture it",
                 )
             return False
-        self._captured[key] = _Captured(graph, static, metrics)
+        self._captured[key] = Captured(graph, static, metrics, rest, number)
         return True
 
-    def _step(self, rows: _Rows, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
+    def _fits(self, longest: int) -> bool:
+        """Whether lists had room for all pairs; chooses that of the steps to come, anew where it
+        was too little or is more than twice what is needed. The same on all members.
+        """
+        fits = longest <= self._room
+        if not fits or 2 * _MORE_ROOM * longest < self._room:
+            self._room = padded(math.ceil(_MORE_ROOM * longest))
+        return fits
+
+    def _within(self, rows: Rows) -> tuple[Begun, Tensor]:
+        """A step up to the selection, into lists of the room that there is; pairs of the longest
+        list of all members.
+        """
+        sae, mesh = self.sae, self.sae.mesh
+        assert isinstance(sae, ThresholdCoder)
+        batch, _ = self._begin(rows)
+        lists = [
+            sae.select_within(xc, self.encoder_weights, sae.b_enc.detach(), self._room)
+            for xc in batch.xc.chunk(self.micro_batches)
+        ]
+        number = torch.stack([number for _, number in lists]).amax()
+        all_reduce_(number, mesh.member_group, mesh.members, dist.ReduceOp.MAX)
+        self.side.meet()
+        return Begun(batch, None, [found for found, _ in lists], True), number
+
+    def _step(self, rows: Rows, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
         try:
             return self._work(rows, revives, timer)
         finally:
             # Even where memory ran out midway: what crosses streams is freed after this.
             self.side.meet()
 
-    def _work(self, rows: _Rows, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
+    def _work(self, rows: Rows, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
         batch, ready = self._begin(rows)
+        found: list[Codes] = []
+        if self.is_general:
+            found = [
+                self.sae.select(xc, self.encoder_weights, self.sae.b_enc.detach())
+                for xc in batch.xc.chunk(self.micro_batches)
+            ]
+            timer.mark("encode")
+        if self.graph and self.sae.varied_lengths:
+            longest = torch.tensor(
+                max(len(codes.latents) for codes in found), device=batch.xc.device
+            )
+            mesh = self.sae.mesh
+            all_reduce_(longest, mesh.member_group, mesh.members, dist.ReduceOp.MAX)
+            self._fits(int(longest))
+        return self._finish(Begun(batch, ready, found, False), revives, timer)
+
+    def _finish(self, begun: Begun, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
+        """A step from the selection on."""
+        batch, ready, found, within = begun
+        if self.sae.varied_lengths:
+            self.optimizer.advance_()
         listed: Listed | None = None
         if revives:
             with self.side.beside():
                 listed = self.dead_step.begin(self.optimizer.compute_weights)
                 ready = self.side.mark()
-        parts, order, ordered = self._forward(batch, ready, timer)
+        parts, order, ordered = self._forward(batch, ready, found, timer)
         local, more = join_pairs(parts, batch.xc), join(parts)
         of_dead: tuple[DenseRows | None, AuxLoss | None] = (None, None)
         if listed is not None:
@@ -286,7 +307,7 @@ class FusedEngine(Engine):
             # The side stream's memory: what it is given next waits for the products that read it.
             del listed
             timer.mark("dead")
-        if self.sae.varied_lengths:
+        if self.sae.varied_lengths and not within:
             local, more = same_length(local, more, self.sae.mesh)
         pairs = gather_pairs(local, batch.xc_all, self.sae.mesh)
         if more is not None:
@@ -304,33 +325,39 @@ class FusedEngine(Engine):
         assert order is not None
         decoder, grads = (None, ()) if more is None else (more.decoder(pairs), more.grads)
         own = with_skip(self.sae, grads, given, pairs.enc_rows, batch.scale)
-        self.optimizer.gradients = LatentGradients(pairs, order, b_dec, of_dead[0], decoder, own)
-        self.optimizer.step()
-        self.sae.project_()
-        self.sae.observe_([part.codes for part in parts])
-        self.side.meet()
+        self._update(LatentGradients(pairs, order, b_dec, of_dead[0], decoder, own), parts)
         timer.mark("optimizer")
         return metrics
 
-    def _dense_work(self, rows: _Rows, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
+    def _dense_work(self, rows: Rows, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
         """A step as dense products, all on the current stream."""
         batch, _ = self._begin(rows)
         self.side.meet()
+        self.optimizer.advance_()
         assert self.dense_step is not None
         shared = Batch(batch.inverse, batch.tokens, self.optimizer.unit, self.ramp)
         found, gradients, aux = self.dense_step(batch.y, batch.xc, shared, revives, self.optimizer)
         timer.mark("forward")
-        totals = _Totals(found.squares, found.active, found.penalty, found.residual)
+        totals = Totals(found.squares, found.active, found.penalty, found.residual)
         metrics = self._metrics(totals, aux, batch)
-        self.optimizer.gradients = gradients
-        self.optimizer.step()
-        self.sae.project_()
-        self.side.meet()
+        self._update(gradients)
         timer.mark("optimizer")
         return metrics
 
+    def _update(self, gradients: LatentGradients, parts: Sequence[Forward] = ()) -> None:
+        self.optimizer.gradients = gradients
+        self.optimizer.step()
+        self.sae.project_()
+        if parts:
+            self.sae.observe_([part.codes for part in parts])
+        self.side.meet()
+
     def _forward(
-        self, batch: _Batch, ready: torch.cuda.Event | None, timer: PhaseTimer
+        self,
+        batch: StepBatch,
+        ready: torch.cuda.Event | None,
+        found: list[Codes],
+        timer: PhaseTimer,
     ) -> tuple[list[Forward], PairOrder | None, torch.cuda.Event | None]:
         """Encodes and decodes the micro-batches. The order of pairs is made beside the decoder
         where these are all pairs of the step: one micro-batch, one replica.
@@ -338,7 +365,7 @@ class FusedEngine(Engine):
         sae, parts, order, ordered, at = self.sae, [], None, None, 0
         if self.is_general:
             self.side.wait(ready)
-            return self._forward_general(batch, timer), None, None
+            return self._forward_general(batch, found, timer), None, None
         for part in batch.y.chunk(self.micro_batches):
             xc = batch.xc[at : at + len(part)]
             codes = sae.select(xc, self.encoder_weights, sae.b_enc.detach())
@@ -354,15 +381,12 @@ class FusedEngine(Engine):
             at += len(part)
         return parts, order, ordered
 
-    def _forward_general(self, batch: _Batch, timer: PhaseTimer) -> list[Forward]:
+    def _forward_general(
+        self, batch: StepBatch, found: list[Codes], timer: PhaseTimer
+    ) -> list[Forward]:
         """The same where pairs are more than selected pre-activations."""
         sae, mesh, parts = self.sae, self.sae.mesh, batch.y.chunk(self.micro_batches)
         shared = Batch(batch.inverse, batch.tokens, self.optimizer.unit, self.ramp)
-        found = [
-            sae.select(xc, self.encoder_weights, sae.b_enc.detach())
-            for xc in torch.split(batch.xc, [len(part) for part in parts])
-        ]
-        timer.mark("encode")
         if sae.needs_l0:
             l0 = torch.stack([(sae.activate(codes).values > 0).sum() for codes in found]).sum()
             l0 = l0.to(batch.scale.dtype)
@@ -379,10 +403,14 @@ class FusedEngine(Engine):
     def _count_active(self, parts: list[Forward], tokens: int) -> None:
         """Counts which latents fire, of all replicas."""
         active = [part.more.active for part in parts if part.more is not None]
-        values = torch.cat([codes.values for codes in active])
-        self.dead.update_(values, torch.cat([codes.latents for codes in active]), tokens)
+        values = joined([codes.values for codes in active])
+        latents = joined([codes.latents for codes in active])
+        if self.sae.mesh.num_replicas == 1:
+            self._count_fired(latents, values, tokens)
+        else:
+            self.dead.update_(values, latents, tokens)
 
-    def _begin(self, rows: _Rows) -> tuple[_Batch, torch.cuda.Event | None]:
+    def _begin(self, rows: Rows) -> tuple[StepBatch, torch.cuda.Event | None]:
         """Centres the batch; its variance and Adam's scalars are made on the side stream."""
         sae, mesh, (x, y) = self.sae, self.sae.mesh, rows
         dtype, tokens = self.encoder_weights.dtype, len(x) * mesh.num_replicas
@@ -401,8 +429,9 @@ class FusedEngine(Engine):
             else:
                 inverse = torch.full_like(both[-1], 1 / tokens)
             scale = 2 * inverse
-            self.optimizer.advance_()
-        return _Batch(xc, xc_all, y, inverse, scale, tokens, (sums, squares)), self.side.mark()
+            if not self.sae.varied_lengths:
+                self.optimizer.advance_()
+        return StepBatch(xc, xc_all, y, inverse, scale, tokens, (sums, squares)), self.side.mark()
 
     def _order(self, latents: Tensor, coef: Tensor) -> PairOrder:
         order: PairOrder = implementation("order_pairs", self.sae.W_dec)(
@@ -415,7 +444,7 @@ class FusedEngine(Engine):
             self.dead.tokens_since_fired, acts, latents, tokens
         )
 
-    def _decode(self, y: Tensor, codes: Codes, batch: _Batch) -> Forward:
+    def _decode(self, y: Tensor, codes: Codes, batch: StepBatch) -> Forward:
         """`recon - y`, and what each pair adds to its latent's rows of W_dec and W_enc."""
         sae, W_dec = self.sae, self.optimizer.compute_weights[1]
         b_dec = sae.b_dec.detach()
@@ -436,15 +465,15 @@ class FusedEngine(Engine):
             )
         return Forward(codes, dec, enc, residual, squares)
 
-    def _totals(self, parts: list[Forward]) -> _Totals:
+    def _totals(self, parts: list[Forward]) -> Totals:
         squares = torch.stack([part.squares.sum() for part in parts]).sum()
         codes = [part.codes if part.more is None else part.more.active for part in parts]
         active = torch.stack([(found.values > 0).sum() for found in codes]).sum()
         penalties = [part.more.penalty for part in parts if part.more is not None]
         penalty = torch.stack(penalties).sum() if penalties else torch.zeros_like(squares)
-        return _Totals(squares, active, penalty, joined([part.residual for part in parts]))
+        return Totals(squares, active, penalty, joined([part.residual for part in parts]))
 
-    def _metrics(self, totals: _Totals, aux: AuxLoss | None, batch: _Batch) -> Tensor:  # [4 + S]
+    def _metrics(self, totals: Totals, aux: AuxLoss | None, batch: StepBatch) -> Tensor:  # [4 + S]
         """FVU, the dead latents' loss, L0 and the penalty of the whole batch, and a crosscoder's
         FVU of each hookpoint. Collective over the members.
         """
