@@ -19,7 +19,8 @@ from .recipe import Watched, WatchedBatch, WatchedMatryoshka
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / (rows.norm(dim=1, keepdim=True) + torch.finfo(rows.dtype).eps)
+    norms: Tensor = rows.norm(dim=1, keepdim=True)
+    return rows / (norms + torch.finfo(rows.dtype).eps)
 
 
 class Dictionary(nn.Module):

@@ -283,7 +283,8 @@ class SAETrainer:
     @property
     def act_freq_scores(self) -> Tensor:
         """How often each latent fired since the counts began."""
-        return self._inner.fired
+        fired: Tensor = self._inner.fired
+        return fired
 
     @property
     def n_forward_passes_since_fired(self) -> Tensor:
