@@ -17,6 +17,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from flash_sae_dist import TopKSAE, interop
+from flash_sae_dist.activations.store import ActivationStore
 from tests.newcomer import WIDTH, Task, furnish, hub
 from tests.pages import ROOT, all_blocks
 
@@ -85,6 +86,8 @@ def own_text_and_model(root: Path, names: dict[str, Any], said: str) -> None:
     assert record["loss"]["clean"] > 0
     lines = (root / "runs/mine-lm/model.layers.8/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["tokens"] == 2560, "twice as long as it was at first"
+    grown = ActivationStore.open(str(root / "runs/mine-lm/activations.zarr"))
+    assert grown.rows > 1500, "and more of the text"
 
 
 def streamed(root: Path, names: dict[str, Any], said: str) -> None:
@@ -200,7 +203,7 @@ TASKS = [
             "num_tokens: 2_000_000, context_length: 512": "num_tokens: 1500, context_length: 24",
             "16_384, k: 32": "64, k: 4",
             "num_tokens: 20_000_000": "num_tokens: 1280, batch_tokens: 64, warmup_steps: 2",
-            "=40_000_000": "=2560"})],
+            "=40_000_000": "=2560", "=4_000_000": "=1700"})],
         own_text_and_model,
     ),
     Task(
