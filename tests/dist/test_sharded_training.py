@@ -15,7 +15,7 @@ from tests.dist.ranks import run_ranks
 
 WORKER = "tests.dist.train_worker"
 # Dead latents are looked for every 100 steps.
-STEPS = 130
+STEPS = 112
 VARIANTS = ("auxk", "ghost", "clipped", "normalized")
 # By number of processes what one launch trains: precision, engine, replicas and variant.
 CASES = {
