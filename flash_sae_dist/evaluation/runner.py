@@ -160,22 +160,22 @@ def _rows(
 
 def _with_losses(config: Config, store: ActivationStore | None, accelerator: Any) -> bool:
     """Whether losses are measured, too. Raises ConfigError where they should be and the config
-    lacks a section; of imported rows they are left out then, which a log line says.
+    lacks a section; of imported rows they are left out then, and where it has none of them, which
+    a log line says.
     """
     if not config.evaluate.loss_sequences:
         return False
     sections = ("model", "text", "cache")
-    if (
-        store is not None
-        and not store.knows_model()
-        and None in (config.model, config.text, config.cache)
-    ):
+    lacks = config.model is None and config.text is None
+    if store is not None and not store.knows_model():
+        lacks = None in (config.model, config.text, config.cache)
+    if store is not None and lacks:
         if accelerator.is_main_process:
             logger.info(
-                "the loss recovered is left out: the rows of %s were imported, and the config has "
-                "no sections %s of the model they are of",
-                store.path,
+                "the loss recovered is left out: the config has no sections %s of the model that "
+                "the rows of %s are of",
                 ", ".join(sections),
+                store.path,
             )
         return False
     config.need(*sections, verb="evaluate")
