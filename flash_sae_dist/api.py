@@ -39,7 +39,7 @@ from .grid.trackers import check_trackers
 from .parallel.mesh import end_groups, with_index
 from .planner.caching import check_launch
 from .training.job import Config, parse_config, plain_data
-from .training.records import Job, hookpoints_of
+from .training.records import Job, hookpoint_of
 
 __all__ = [
     "Config",
@@ -181,8 +181,8 @@ def _trained(config: Config, *, grid: bool) -> list[FinishedSAE]:
 
 
 def _finished(job: Job) -> FinishedSAE:
-    hookpoint, *target = hookpoints_of(job)
-    return FinishedSAE(job.name, job.folder, hookpoint, *target)
+    assert job.config.train is not None
+    return FinishedSAE(job.name, job.folder, hookpoint_of(job), job.config.train.target)
 
 
 def _plain(value: Any) -> Any:

@@ -18,11 +18,14 @@ from . import reference
 # name.
 KERNEL_FILES: dict[str, str] = {
     "topk_encode": "encode",
+    "batch_topk_encode": "encode_flat",
+    "threshold_encode": "encode_flat",
     "sparse_decode": "sparse_decode",
     "decode_coefs": "sparse_decode",
     "decode_backward": "decode_backward",
     "gathered_dots": "sparse_decode",
     "pair_coefs": "sparse_decode",
+    "nested_rows": "sparse_decode",
     "order_pairs": "pair_order",
     "scatter_rows": "dense_grad",
     "heavy_sums": "sparse_grad",

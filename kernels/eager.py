@@ -59,14 +59,14 @@ def encode_list(
     rule: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
     """What an encoder finds by a rule, one of the three `..._encode` of `reference`: values and
-    latents, of a flat list tokens and offsets, and whether a capacity overflowed.
+    latents, of a flat list tokens and offsets, by the threshold rule how many pairs there are.
     """
     xc = centred(x, b_dec, W_enc.dtype).contiguous()
     found = compute(rule, W_enc, xc, W_enc, b_enc, *args)
     if rule == "topk_encode":
         return tuple(found)
-    pairs, *overflowed = found if rule == "threshold_encode" else (found,)
-    return pairs.values, pairs.latents, pairs.tokens, pairs.offsets, *overflowed
+    pairs, *number = found if rule == "threshold_encode" else (found,)
+    return pairs.values, pairs.latents, pairs.tokens, pairs.offsets, *number
 
 
 class _Shared:

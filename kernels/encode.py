@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from . import encode_filter, encode_rows
+from . import encode_rows
 from .encode_filter import PlainFilter
 from .encode_plan import BLOCK_M, CELL, Plan, make_plan, sort_size, spread
 from .encode_select import limit_kernel, mend_kernel, select_kernel
@@ -44,17 +44,29 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+def kind_of(x: Tensor) -> Design:
+    """The design that tokens take where there is a plan."""
+    if x.dtype == torch.float32 or len(x) <= _FEW_TOKENS:
+        return "rows"
+    return "hopper" if _is_hopper(x.device) else "plain"
+
+
 def choose(x: Tensor, W_enc: Tensor, k: int) -> tuple[Design, Plan | None]:
     """The design of a call, and its plan where it has one."""
-    (N, D), F = x.shape, W_enc.shape[0]
-    if x.dtype == torch.float32 or N <= _FEW_TOKENS:
-        return "rows", None
-    hopper = _is_hopper(x.device)
-    block_n = 256 if hopper else encode_filter.BLOCK_N
-    plan = make_plan(N, D, F, k, num_programs(x.device), block_n)
-    if plan is None:
-        return "rows", None
-    return "hopper" if hopper else "plain", plan
+    design, plan = kind_of(x), None
+    if design != "rows":
+        plan = make_plan(*x.shape, W_enc.shape[0], k, num_programs(x.device))
+    return ("rows" if plan is None else design), plan
+
+
+def matmul_of(design: Design, W_enc: Tensor, b_enc: Tensor, plan: Plan) -> Matmul:
+    """The filter of a design that has a plan."""
+    if design == "plain":
+        return PlainFilter(W_enc, b_enc, plan)
+    # Imported here: Gluon's Hopper part is not in every Triton.
+    from .encode_hopper import HopperFilter
+
+    return HopperFilter(W_enc, b_enc, plan)
 
 
 def filtered_topk(
@@ -105,8 +117,8 @@ def limit_warps(plan: Plan) -> int:
 
 
 def select_warps(plan: Plan) -> int:
-    """That select a row's k largest: registers for eight keys a thread let many rows be at work."""
-    return max(1, min(8, plan.keys // 256))
+    """That select a row's k largest: few, so that many rows are at work."""
+    return max(1, min(8, plan.keys // 512))
 
 
 def select_sizes(plan: Plan, k: int) -> dict[str, int]:
@@ -121,7 +133,7 @@ def select_sizes(plan: Plan, k: int) -> dict[str, int]:
     }
 
 
-def _aligned(t: Tensor) -> Tensor:
+def aligned(t: Tensor) -> Tensor:
     """Contiguous from a 16-byte boundary on, which the copy engine asks for."""
     t = t.contiguous()
     if t.ndim == 2:
@@ -137,7 +149,7 @@ def topk_encode(
     k: int,
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32 descending, [N, k] int32
     """`reference.topk_encode` on a GPU."""
-    x, W_enc, b_enc = _aligned(x), _aligned(W_enc), _aligned(b_enc.float())
+    x, W_enc, b_enc = aligned(x), aligned(W_enc), aligned(b_enc.float())
     design, plan = choose(x, W_enc, k)
     return run(design, plan, x, W_enc, b_enc, k)
 
@@ -148,9 +160,4 @@ def run(
     """`topk_encode` by a design, of inputs from 16-byte boundaries on."""
     if plan is None:
         return encode_rows.topk_encode(x, W_enc, b_enc, k)
-    if design == "plain":
-        return filtered_topk(x, W_enc, b_enc, k, plan, PlainFilter(W_enc, b_enc, plan))
-    # Imported here: Gluon's Hopper part is not in every Triton.
-    from .encode_hopper import HopperFilter
-
-    return filtered_topk(x, W_enc, b_enc, k, plan, HopperFilter(W_enc, b_enc, plan))
+    return filtered_topk(x, W_enc, b_enc, k, plan, matmul_of(design, W_enc, b_enc, plan))

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .encode_plan import BLOCK_M, CELL, Plan, spread
 from .shapes import num_programs, num_stages
 
-BLOCK_N, BLOCK_K = 128, 64
+BLOCK_K = 64
 
 
 @triton.jit
@@ -26,34 +26,61 @@ def _halves(tile):
 
 
 @triton.jit
+def _places(hit, length):
+    """A place for each pair [M, runs, 4] that is hit, behind the `length` entries that each of a
+    row's four lists has, and the lists' new lengths. A thread counts alone: splitting and joining
+    moves nothing."""
+    M: tl.constexpr = hit.shape[0]
+    RUNS: tl.constexpr = hit.shape[1]
+    if RUNS > 1:
+        left, right = hit.reshape(M, 2, RUNS // 2, 4).permute(0, 2, 3, 1).split()
+        left, length = _places(left, length)
+        right, length = _places(right, length)
+        place = tl.join(left, right).permute(0, 3, 1, 2).reshape(M, RUNS, 4)
+    else:
+        place = length[:, None, :]
+        length += tl.sum(hit, 1)
+    return place, length
+
+
+@triton.jit
 def _append(
-    tile, entries, length, capacity, limit, equal_runs, latent, apart, RUN: tl.constexpr,
-    LISTS: tl.constexpr,
+    tile, out_ptr, entries, length, capacity, limit, equal_runs, latent, apart, RUN: tl.constexpr,
+    LISTS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Appends the pairs of a tile of which one exceeds its row's limit, to one of four lists of a
-    row each; returns the lists' new lengths. See encode_epilogue.append_tile."""
-    if tile.shape[1] > 8:
+    row each; returns the lists' new lengths. See encode_epilogue.append_tile.
+
+    In parts of MOST runs: a store moves what it stores to other threads, which for few at a time
+    costs barriers, for many registers."""
+    M: tl.constexpr = tile.shape[0]
+    RUNS: tl.constexpr = tile.shape[1] // 8
+    if RUNS > MOST:
         left, right = _halves(tile)
-        HALF: tl.constexpr = tile.shape[1] // 16
         length = _append(
-            left, entries, length, capacity, limit, equal_runs, latent, apart, RUN, LISTS
-        )
+            left, out_ptr, entries, length, capacity, limit, equal_runs, latent, apart, RUN, LISTS,
+            MOST,
+        )  # fmt: skip
         length = _append(
-            right, entries, length, capacity, limit, equal_runs, latent, apart, RUN + HALF, LISTS
-        )
+            right, out_ptr, entries, length, capacity, limit, equal_runs, latent, apart,
+            RUN + RUNS // 2, LISTS, MOST,
+        )  # fmt: skip
     else:
-        first, second = tile.reshape(tile.shape[0], 4, 2).split()
+        first, second = tile.reshape(M, RUNS, 4, 2).split()
         first = first.to(tl.int32, bitcast=True)
         second = second.to(tl.int32, bitcast=True)
+        run = RUN + tl.arange(0, RUNS)[None, :, None]
         # Where the limit is 0, what ReLU makes 0 equals it.
-        equal = tl.where(limit == 0, -2147483648, limit - 1)
-        hit = tl.maximum(first, second) > tl.where(equal_runs > RUN, equal, limit)
-        there = hit & (length < capacity)
-        entry = entries + length * (3 * LISTS)
-        tl.store(entry, first, mask=there)
-        tl.store(entry + 1, second, mask=there)
-        tl.store(entry + 2, latent + RUN * apart, mask=there)
-        length += hit.to(tl.int32)
+        equal = tl.where(limit == 0, -2147483648, limit - 1)[:, :, None]
+        bound = tl.where(equal_runs[:, :, None] > run, equal, limit[:, :, None])
+        hit = tl.maximum(first, second) > bound
+        place, length = _places(hit.to(tl.int32), length)
+        # Negative where nothing is stored: one number to move from a thread to another less.
+        entry = tl.where(hit & (place < capacity), entries[:, None, :] + place * (3 * LISTS), -1)
+        there = entry >= 0
+        tl.store(out_ptr + entry, first, mask=there)
+        tl.store(out_ptr + entry + 1, second, mask=there)
+        tl.store(out_ptr + entry + 2, latent[:, None, :] + run * apart, mask=there)
     return length
 
 
@@ -96,6 +123,7 @@ def filter_kernel(
     cells (WRITE), or lists of those that pass their rows' limits. A program keeps to a block of
     rows and every PARTS-th position."""
     LISTS: tl.constexpr = 4 * PARTS
+    MOST: tl.constexpr = 8  # runs; 16 are no faster on an H200
     num_m = tl.cdiv(N, BLOCK_M)
     quad = tl.arange(0, 4)[None, :]
     cols = tl.arange(0, BLOCK_N)
@@ -107,7 +135,7 @@ def filter_kernel(
         there = row < N
         limit = tl.load(tau_ptr + row, mask=there & (not WRITE), other=0x7FFFFFFF)
         last = tl.load(last_ptr + row, mask=there & (not WRITE), other=-1)
-        entries = out_ptr + row * pitch + 3 * (part * 4 + quad)
+        entries = rows[:, None] * pitch + 3 * (part * 4 + quad)
         length = tl.zeros((BLOCK_M, 4), tl.int32)
         for position in range(begin + part, end, PARTS):
             tile = tl.where(position < whole, position * spread % whole, whole)
@@ -130,8 +158,9 @@ def filter_kernel(
                 equal_runs = (tl.minimum(last, 0x3FFFFFFF) - first + apart) // apart
                 latent = first + 2 * quad + tl.zeros((BLOCK_M, 4), tl.int32)
                 length = _append(
-                    acc, entries, length, capacity, limit, equal_runs, latent, apart, 0, LISTS
-                )
+                    acc, out_ptr, entries, length, capacity, limit, equal_runs, latent, apart, 0,
+                    LISTS, MOST,
+                )  # fmt: skip
         if not WRITE:
             tl.store(count_ptr + row * LISTS + part * 4 + quad, length, mask=there)
 

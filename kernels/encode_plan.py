@@ -42,6 +42,8 @@ CELL = 4
 # Entries of a list behind which there is no look at whether it is full.
 ROOM = 4
 SCRATCH_BYTES = 62 << 20
+# Of each list that are read at once: the fewest registers. 2 and 8 take up to a third longer.
+_SLOTS = 4
 _MISS_CHANCE = 1e-8
 _OVERFLOW_CHANCE = 1e-7
 
@@ -102,8 +104,8 @@ def spread(whole: int) -> int:
 
 
 def sort_size(k: int) -> int:
-    """Keys that a row's selection sorts."""
-    return max(32, next_power_of_2(k))
+    """Keys that a row's selection sorts: more than k, so that a limit for them is soon found."""
+    return max(32, 2 * next_power_of_2(k))
 
 
 @lru_cache(maxsize=1024)
@@ -158,29 +160,31 @@ def _capacity(stride: float, rank: int, parts: int, rest: int) -> int:
     return max(high, ordered) + ROOM
 
 
-def _candidate(
-    N: int, F: int, k: int, programs: int, block_n: int, sample: int, chunks: int
-) -> Plan | None:
+def _parts(blocks: int, tiles: int, programs: int) -> int:
+    """Programs a block of rows that take the fewest rounds of tiles."""
+    return min(
+        range(1, min(tiles, 32) + 1),
+        key=lambda p: (cdiv(blocks * p, programs) * cdiv(tiles, p), p),
+    )
+
+
+def _candidate(N: int, F: int, k: int, programs: int, sample: int, chunks: int) -> Plan | None:
     """The plan of so large a sample and so many launches, if it is one."""
-    whole, rest = divmod(F, block_n)
+    whole, rest = divmod(F, BLOCK_N)
     stride = whole / sample
     rank = rank_of(k / stride)
     reach = rank + rank // 8
     # A sample tells nothing of which most cells pass; lists of a large part of F hold too much.
-    if reach * stride * 8 > F or 3 * reach > sample * block_n // CELL:
+    if reach * stride * 8 > F or 3 * reach > sample * BLOCK_N // CELL:
         return None
     rows = cdiv(cdiv(N, chunks), BLOCK_M) * BLOCK_M
     blocks, tiles = rows // BLOCK_M, whole - sample + (rest > 0)
-    parts = min(
-        range(1, min(tiles, 32) + 1),
-        key=lambda p: (cdiv(blocks * p, programs) * cdiv(tiles, p), p),
-    )
+    parts = _parts(blocks, tiles, programs)
     capacity = _capacity(stride, rank, parts, rest)
     # Of what passes in most rows eight keys a thread.
     passing = rank * stride * (1 + 1 / math.sqrt(rank))
     keys = next_power_of_2(max(2 * sort_size(k), math.ceil(passing), 256))
-    slots = max(1, keys // next_power_of_2(4 * parts))
-    return Plan(sample, rank, parts, capacity, rows, slots, keys, whole, block_n)
+    return Plan(sample, rank, parts, capacity, rows, _SLOTS, keys, whole)
 
 
 def _cost(plan: Plan, N: int, D: int, F: int, programs: int) -> float:
@@ -201,20 +205,18 @@ def _cost(plan: Plan, N: int, D: int, F: int, programs: int) -> float:
 
 
 @lru_cache(maxsize=256)
-def make_plan(
-    N: int, D: int, F: int, k: int, programs: int = 132, block_n: int = BLOCK_N
-) -> Plan | None:
+def make_plan(N: int, D: int, F: int, k: int, programs: int = 132) -> Plan | None:
     """The sizes of a call, or None where k is too large a part of F for a sample to pay, or the
     copy engine does not take rows of D."""
-    if N == 0 or D % 8 or k > 512 or not 8 <= F // block_n <= 50_000:
+    if N == 0 or D % 8 or k > 512 or not 8 <= F // BLOCK_N <= 50_000:
         return None
     best: tuple[float, Plan] | None = None
     for sample in (1, 2, 4, 8, 16, 32, 64):
-        if sample * 4 > F // block_n:
+        if sample * 4 > F // BLOCK_N:
             break
         fitting = 0
         for chunks in range(1, cdiv(N, BLOCK_M) + 1):
-            plan = _candidate(N, F, k, programs, block_n, sample, chunks)
+            plan = _candidate(N, F, k, programs, sample, chunks)
             if plan is None or fitting == 2:
                 break
             if plan.scratch_bytes() <= SCRATCH_BYTES:
@@ -223,3 +225,24 @@ def make_plan(
                 if best is None or cost < best[0]:
                     best = (cost, plan)
     return None if best is None else best[1]
+
+
+@lru_cache(maxsize=256)
+def flat_plan(N: int, D: int, F: int, mean: float, room: int, programs: int = 132) -> Plan | None:
+    """The sizes of a call that filters all tiles by given limits and keeps up to `room` keys,
+    `mean` a token on the mean; None as in `make_plan`. Lists have room for six times as many."""
+    if N == 0 or D % 8 or mean * 16 > F or not 8 <= F // BLOCK_N <= 50_000:
+        return None
+    whole, rest = divmod(F, BLOCK_N)
+    # Beside the lists there are keys and, a token, counts (encode_flat.Flat).
+    scratch = max(SCRATCH_BYTES // 2, SCRATCH_BYTES - 8 * room - 600 * N)
+    for chunks in range(1, cdiv(N, BLOCK_M) + 1):
+        rows = cdiv(cdiv(N, chunks), BLOCK_M) * BLOCK_M
+        tiles = whole + (rest > 0)
+        parts = _parts(rows // BLOCK_M, tiles, programs)
+        # A thread has 32 pairs of a tile.
+        capacity = min(32 * cdiv(tiles, parts) + ROOM, (scratch // rows - 80) // (48 * parts))
+        if 4 * parts * (capacity - ROOM) >= min(6 * mean, F / 2):
+            keys = next_power_of_2(max(128, 4 * parts))
+            return Plan(0, 0, parts, capacity, rows, 1, keys, whole)
+    return None

@@ -213,6 +213,22 @@ def limit_kernel(
     tl.store(last_ptr + row, last)
 
 
+@triton.jit
+def passing(entries, slot, which, counts, tau, last, F, LISTS: tl.constexpr):
+    """Entries `slot` of a row's lists `which`: bits of both of each pair, its first latent, and
+    whether either reaches the limit."""
+    there = (which < LISTS) & (slot < counts)
+    # Entry s of list l is at s * LISTS + l.
+    entry = entries + (slot * LISTS + which) * 3
+    first = relu_of(tl.load(entry, mask=there, other=0))
+    second = relu_of(tl.load(entry + 1, mask=there, other=0))
+    latent = tl.load(entry + 2, mask=there, other=0)
+    # What the last tile has behind the last latent is no activation.
+    one = there & (latent < F) & reaches(first, latent, tau, last)
+    two = there & (latent + 1 < F) & reaches(second, latent + 1, tau, last)
+    return first, second, latent, one, two
+
+
 @triton.jit(do_not_specialize=["sample_keys", "capacity", "k"])
 def select_kernel(
     tau_ptr,  # [N] int32
@@ -252,15 +268,9 @@ def select_kernel(
     found = tl.zeros([], tl.int32)
     for start in range(0, tl.where(short, 0, longest), SLOTS):
         slot = start + tl.arange(0, SLOTS)[:, None]
-        there = (which < LISTS) & (slot < counts)
-        # Entry s of list l is at s * LISTS + l.
-        entry = entries + (slot * LISTS + which) * 3
-        first = relu_of(tl.load(entry, mask=there, other=0))
-        second = relu_of(tl.load(entry + 1, mask=there, other=0))
-        latent = tl.load(entry + 2, mask=there, other=0)
-        # What the last tile has behind the last latent is no activation.
-        keeps_first = there & (latent < F) & reaches(first, latent, tau, last)
-        keeps_second = there & (latent + 1 < F) & reaches(second, latent + 1, tau, last)
+        first, second, latent, keeps_first, keeps_second = passing(
+            entries, slot, which, counts, tau, last, F, LISTS
+        )
         each = keeps_first.to(tl.int32) + keeps_second.to(tl.int32)
         column = tl.sum(each, 0)
         total = tl.sum(column, 0)

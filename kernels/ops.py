@@ -79,7 +79,7 @@ _threshold_encode = _op(
     partial(eager.encode_list, "threshold_encode"),
     lambda x, W_enc, b_enc, b_dec, threshold, capacity: (
         *_fake_pairs(x, W_enc, capacity),
-        x.new_empty((), dtype=torch.bool),
+        x.new_empty((), dtype=torch.int32),
     ),
 )
 _sparse_decode = _op(
@@ -248,8 +248,8 @@ def threshold_encode(
     and the inference of BatchTopK. threshold is [F], one a latent, or one for all.
 
     As `topk_encode`, but a token may have any number of them, in a list of `capacity` slots; a
-    scalar bool on the device says whether there were more, of which the list has the first. Zeros
-    are never among them, NaN always is. No gradient passes to the threshold.
+    scalar int32 on the device says how many there are: where that is more, the list has the first.
+    Zeros are never among them, NaN always is. No gradient passes to the threshold.
     """
     _check_encode(x, W_enc, b_enc, b_dec)
     limit = torch.as_tensor(threshold, dtype=accumulate_dtype(W_enc.dtype), device=W_enc.device)
@@ -265,8 +265,8 @@ def threshold_encode(
         found = eager.encode("threshold_encode", x, W_enc, b_enc, b_dec, limit, capacity)
     else:
         found = _threshold_encode(x, W_enc, b_enc, b_dec, limit, capacity)
-    values, latents, tokens, offsets, overflowed = found
-    return Pairs(tokens, latents, values, offsets), overflowed
+    values, latents, tokens, offsets, number = found
+    return Pairs(tokens, latents, values, offsets), number
 
 
 def sparse_decode(

@@ -34,6 +34,7 @@ from .reference_dead import mask_dead_grad_ as mask_dead_grad_
 from .reference_dead import pick_digits_ as pick_digits_
 from .reference_dead import select_dead as select_dead
 from .reference_encode import Codes as Codes
+from .reference_encode import Dense as Dense
 from .reference_encode import Pairs as Pairs
 from .reference_encode import Slots as Slots
 from .reference_encode import accumulate_dtype as accumulate_dtype
@@ -49,6 +50,7 @@ from .reference_sparse import centre as centre
 from .reference_sparse import decode_backward as decode_backward
 from .reference_sparse import decode_coefs as decode_coefs
 from .reference_sparse import gathered_dots as gathered_dots
+from .reference_sparse import nested_rows as nested_rows
 from .reference_sparse import order_pairs as order_pairs
 from .reference_sparse import pair_coefs as pair_coefs
 from .reference_sparse import scatter_rows as scatter_rows

@@ -52,7 +52,35 @@ class Pairs(NamedTuple):
         return self.offsets[-1]
 
 
-Codes = Slots | Pairs
+class Dense(NamedTuple):
+    """All latents of each token, those that are not active too: of an architecture that has few of
+    them. Not for the kernels, which gather rows: products of matrices take them.
+    """
+
+    values: Tensor  # [N, F] float32/64
+
+    @property
+    def latents(self) -> Tensor:
+        """[N, F] int32, one row in memory."""
+        latents = torch.arange(self.values.shape[1], dtype=torch.int32, device=self.values.device)
+        return latents.expand_as(self.values)
+
+    @property
+    def tokens(self) -> None:
+        """None: a pair's token is its row."""
+        return
+
+    @property
+    def offsets(self) -> None:
+        """None: each token has all."""
+        return
+
+    def most(self) -> Slots:
+        """Each latent's largest value [1, F]: what counting what fires asks for."""
+        return Slots(self.values.amax(dim=0, keepdim=True), self.latents[:1])
+
+
+Codes = Slots | Pairs | Dense
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -219,12 +247,12 @@ def threshold_encode(
     b_enc: Tensor,  # [F]
     threshold: Tensor,  # [F], or a scalar for all
     capacity: int,
-) -> tuple[Pairs, Tensor]:  # of `capacity` slots; scalar bool, whether there were more
+) -> tuple[Pairs, Tensor]:  # of `capacity` slots; scalar int32, how many pairs there are
     """All pairs whose `relu(x @ W_enc.T + b_enc)` is above their latent's threshold, and not 0, as
     JumpReLU's Heaviside (Rajamanoharan et al. 2024, arXiv 2407.14435), SAELens and
     dictionary_learning have it: strictly.
 
-    Where they are more than the capacity the list has the first of them.
+    Where they are more than the capacity the list has the first of them, and the number says so.
     """
     limit, number = threshold.to(accumulate_dtype(x.dtype)).clamp_min(0), 0
     found = _no_pairs(x)
@@ -233,5 +261,5 @@ def threshold_encode(
         number += len(more[0])
         tokens, latents, values = _joined(found, more)
         found = tokens[:capacity], latents[:capacity], values[:capacity]
-    overflowed = torch.tensor(number > capacity, device=x.device)
-    return _padded(found, len(x), capacity), overflowed
+    there = torch.tensor(min(number, 2**31 - 1), dtype=torch.int32, device=x.device)
+    return _padded(found, len(x), capacity), there

@@ -63,6 +63,25 @@ def gathered_dots(
     return dots.view(top_idx.shape)
 
 
+def nested_rows(
+    parts: Tensor,  # [G, N, D]: what the pairs of each level reconstruct alone
+    b_dec: Tensor,  # [D]
+    x: Tensor,  # [N, D]
+    weights: tuple[float, ...],  # of the levels' squared errors
+    main: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # [G, N, D] and [N, D] in dtype, [any]
+    """Half the gradients by each level's part of the nested reconstructions, whose j-th has the
+    parts up to j: the weighted residuals of levels j and above. The residual of level `main`, and
+    sums of its squares.
+    """
+    wide = accumulate_dtype(b_dec.dtype)
+    residuals = parts.to(wide).cumsum(0) + (b_dec.to(wide) - x.to(wide))
+    weighted = torch.stack([w * r for w, r in zip(weights, residuals, strict=True)])
+    rows = weighted.flip(0).cumsum(0).flip(0).to(dtype)
+    return rows, residuals[main].to(dtype), residuals[main].square().sum().view(1)
+
+
 def _unused(slots: Tensor, offsets: Tensor) -> Tensor:  # [C] bool
     """The slots that a flat list does not use."""
     return torch.arange(len(slots), device=slots.device) >= offsets[-1]

@@ -3,7 +3,8 @@ rows in the same pass: no dense gradient exists.
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k, P pairs.  A program adds a latent's pairs
 as sparse_grad.py says.  W_enc is done in narrow blocks of columns by one warp each, W_dec in whole
-rows, which its constraint needs; apart they take fewer registers than together.  A step reads and
+rows, which its constraint needs (wide ones in several passes); apart they take fewer registers than
+together.  A step reads and
 writes each parameter and moment once: the floor is 24 bytes a parameter with float32 moments, and
 the compute copy.  DENSE adds the rows of listed dead latents, which dense products have formed;
 NORM forms the gradients for their squared norm alone, which clipping needs before any row moves.
@@ -20,7 +21,8 @@ from .reference import AdamOptions, Gradients, HeavySums, LatentRows
 from .shapes import cdiv, next_power_of_2
 from .sparse_grad import first_pairs, heavy_sums, inside_of, latent_gradient
 
-_MAX_D = 16384
+# Wider rows of W_dec than registers hold are done in blocks of columns.
+_MAX_BLOCK, _WIDE_BLOCK = 16384, 4096
 # Of the partial sums for b_dec, a row a program.
 _MAX_SUMS_BYTES = 32 << 20
 
@@ -242,9 +244,95 @@ def _decoder_kernel(
         tl.store(squares_ptr + latent, square)
 
 
+@triton.jit(do_not_specialize=["seed", "first_latent"])
+def _wide_decoder_kernel(
+    order_ptr, offsets_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr, values_ptr,
+    slots_ptr, dense_ptr, dense_bias_ptr, W_ptr, m_ptr, v_ptr, copy_ptr, squares_ptr,
+    scalars_ptr, step_ptr, D, K, one_minus_beta1, beta2, one_minus_beta2, eps, seed, first_latent,
+    weight_decay, LAZY: tl.constexpr, SCALED: tl.constexpr, DENSE: tl.constexpr, NORM: tl.constexpr,
+    DECAYS: tl.constexpr, UNIT_NORM: tl.constexpr, COPIES: tl.constexpr, HEAVY: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """`_decoder_kernel` of a row in blocks of columns. The gradient is formed twice: for its part
+    along the row, then for the update; a third pass scales the row.
+    """
+    latent = tl.program_id(0).to(tl.int64)
+    begin = tl.load(offsets_ptr + latent)
+    end = tl.load(offsets_ptr + latent + 1)
+    moves = (not (LAZY or NORM)) | (begin < end)
+    slot = -1
+    if DENSE:
+        slot = tl.load(slots_ptr + latent)
+        moves = moves | (slot >= 0)
+    squares = tl.zeros([], tl.float32)
+    if moves:
+        along = tl.zeros([], tl.float32)
+        pair = first_pairs(begin, order_ptr, end, PAIRS)
+        if UNIT_NORM:
+            for start in range(0, D, BLOCK_D):
+                cols = start + tl.arange(0, BLOCK_D)
+                inside = inside_of(cols, D, FULL)
+                grad, value = latent_gradient(
+                    pair, begin, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr,
+                    values_ptr, cols, inside, D, K, HEAVY, PAIRS, BLOCK_D,
+                )  # fmt: skip
+                if DENSE:
+                    grad, value = _add_dense(
+                        grad, value, slot, dense_ptr, dense_bias_ptr, cols, inside, D
+                    )
+                w = tl.load(W_ptr + latent * D + cols, mask=inside, other=0.0)
+                along += tl.sum(grad * w, axis=0)
+        for start in range(0, D, BLOCK_D):
+            cols = start + tl.arange(0, BLOCK_D)
+            inside = inside_of(cols, D, FULL)
+            at = latent * D + cols
+            w = tl.load(W_ptr + at, mask=inside, other=0.0)
+            grad, value = latent_gradient(
+                pair, begin, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr, values_ptr,
+                cols, inside, D, K, HEAVY, PAIRS, BLOCK_D,
+            )  # fmt: skip
+            if DENSE:
+                grad, value = _add_dense(
+                    grad, value, slot, dense_ptr, dense_bias_ptr, cols, inside, D
+                )
+            grad -= along * w
+            if NORM:
+                squares += tl.sum(tl.where(inside, grad * grad, 0.0), axis=0)
+            else:
+                if SCALED:
+                    grad *= tl.load(scalars_ptr + 2)
+                m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                w = _decayed(w, scalars_ptr, weight_decay, DECAYS)
+                w, m, v = adam(
+                    w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
+                )  # fmt: skip
+                squares += tl.sum(tl.where(inside, w * w, 0.0), axis=0)
+                tl.store(W_ptr + at, w, mask=inside)
+                row = latent + first_latent
+                _store_moments(m_ptr, v_ptr, at, inside, m, v, seed, step_ptr, 1, row, cols)
+        if (UNIT_NORM or COPIES) and not NORM:
+            # What other threads of this program have stored is read.
+            tl.debug_barrier()
+            scale = 1.0
+            if UNIT_NORM:
+                scale = 1.0 / tl.maximum(tl.sqrt(squares), 1.1754943508222875e-38)
+            for start in range(0, D, BLOCK_D):
+                cols = start + tl.arange(0, BLOCK_D)
+                inside = inside_of(cols, D, FULL)
+                at = latent * D + cols
+                w = tl.load(W_ptr + at, mask=inside, other=0.0) * scale
+                tl.store(W_ptr + at, w, mask=inside)
+                if COPIES:
+                    tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
+    if NORM:
+        tl.store(squares_ptr + latent, squares)
+
+
 def _decoder_blocks(D: int) -> dict[str, int]:
-    if D > _MAX_D:
-        raise ValueError(f"adam_decoder_ takes D up to {_MAX_D}, not {D}; use torch.optim.Adam")
+    if D > _MAX_BLOCK:
+        full = D % _WIDE_BLOCK == 0
+        return {"BLOCK_D": _WIDE_BLOCK, "FULL": full, "PAIRS": 2, "num_warps": 16}
     block_d = next_power_of_2(D)
     # 8 columns a thread: more threads in flight were faster than more columns each (seed shape).
     warps = min(16, max(1, block_d // 256))
@@ -296,7 +384,7 @@ def _encoder(
     *,
     norm: bool,
 ) -> tuple[Tensor, Tensor]:  # [any, D], [any] with norm
-    (F, D), pairs, order = rows.W_dec.shape, grads.pairs, grads.order
+    (F, D), pairs, order = rows.W_enc.shape, grads.pairs, grads.order
     sums = _sums(rows, grads)
     assert sums.enc is not None
     blocks = _encoder_blocks(F, D)
@@ -332,7 +420,8 @@ def _decoder(
     sums = _sums(rows, grads)
     squares = rows.W_dec.new_empty(F if norm else 0, dtype=torch.float32)
     copy = rows.W_dec if rows.copies is None else rows.copies[1]
-    _decoder_kernel[(F,)](
+    kernel = _decoder_kernel if D <= _MAX_BLOCK else _wide_decoder_kernel
+    kernel[(F,)](
         order.order, order.offsets, pairs.dec_coef, pairs.dec_rows, pairs.tokens, sums.dec,
         sums.values,
         *_dense_args(rows, grads, decoder=True),
@@ -369,7 +458,6 @@ def adam_encoder_(
     first_latent: int = 0,
 ) -> Tensor:  # [any, D] float32
     """`reference.adam_encoder_`: one pass over W_enc's rows."""
-    _decoder_blocks(rows.W_dec.shape[1])  # refuses before anything is changed
     return _encoder(rows, grads, scalars, step, options, first_latent, norm=False)[0]
 
 

@@ -167,7 +167,18 @@ def heavy_block(num_pairs: int, D: int, matrices: int) -> int:
 
 
 def heavy_sums(order: PairOrder, pairs: PairGradients, num_latents: int) -> HeavySums:
-    """`reference.heavy_sums`: both gradients' in one pass."""
+    """`reference.heavy_sums`: both gradients' in one pass, where their rows are as wide."""
+    widths, common = {pairs.dec_rows.shape[1], pairs.enc_rows.shape[1]}, (pairs.k, pairs.tokens)
+    if len(widths) > 1:
+        heavy = heavy_block(order.order.numel(), max(widths), 2)
+        dec, enc = (
+            block_sums(order, coef, rows, num_latents, *common, heavy=heavy)
+            for coef, rows in (
+                (pairs.dec_coef, pairs.dec_rows),
+                (pairs.enc_coef, pairs.enc_rows),
+            )
+        )
+        return HeavySums(heavy, dec.dec, enc.dec, enc.values)
     return block_sums(
         order, pairs.dec_coef, pairs.dec_rows, num_latents, pairs.k, pairs.tokens, pairs.enc_coef,
         pairs.enc_rows,
@@ -183,12 +194,13 @@ def block_sums(
     tokens: Tensor | None = None,  # [P], of a flat list
     enc_coef: Tensor | None = None,  # [P]
     enc_rows: Tensor | None = None,  # [N, D]
+    heavy: int | None = None,  # pairs a block
 ) -> HeavySums:
     """Adds the pairs of every aligned block that belongs to one latent, for one gradient or both
     in one pass.
     """
     P, D = order.order.numel(), dec_rows.shape[1]
-    heavy = heavy_block(P, D, 1 if enc_rows is None else 2)
+    heavy = heavy or heavy_block(P, D, 1 if enc_rows is None else 2)
     blocks = P // heavy
     dec = dec_rows.new_empty((blocks, D), dtype=torch.float32)
     enc = torch.empty_like(dec) if enc_rows is not None else None

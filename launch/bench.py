@@ -94,12 +94,28 @@ def _peers(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], An
     return peers
 
 
+def _of_a_batch(
+    x: Tensor, W: Tensor, b: Tensor, k: int, peers: bool
+) -> dict[str, Callable[[], Any]]:
+    """The N k largest of all tokens, and all above their least."""
+    found = ops.batch_topk_encode(x, W, b, k)
+    least, bias = found.values[found.values > 0].min(), b.bfloat16()
+    calls: dict[str, Callable[[], Any]] = {
+        "ours, batch rule": lambda: ops.batch_topk_encode(x, W, b, k),
+        "ours, threshold": lambda: ops.threshold_encode(x, W, b, least, 2 * len(x) * k),
+    }
+    if peers:
+        calls["linear + relu + topk of all"] = lambda: (
+            F.linear(x, W, bias).relu().flatten().topk(len(x) * k, sorted=False)
+        )
+    return calls
+
+
 def _plain(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], Any]]:
     """The filter for GPUs of any kind, where it takes the inputs."""
-    from ..kernels import encode, encode_filter
+    from ..kernels import encode
 
-    shape = (*x.shape, W.shape[0], k, num_programs(x.device), encode_filter.BLOCK_N)
-    if (plan := make_plan(*shape)) is None:
+    if (plan := make_plan(*x.shape, W.shape[0], k, num_programs(x.device))) is None:
         return {}
     return {"ours, plain filter": lambda: encode.run("plain", plan, x, W, b, k)}
 
@@ -120,6 +136,9 @@ def encode(
     ] = None,
     data: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(DATA)}.")] = None,
     peers: Annotated[bool, typer.Option(help="Time other encoders, too.")] = True,
+    batch: Annotated[
+        bool, typer.Option(help="Time the batch rule and the threshold rule, too.")
+    ] = False,
     plain: Annotated[bool, typer.Option(help="Time the filter for other GPUs, too.")] = False,
     kernels: Annotated[bool, typer.Option(help="List the kernels of ours, too.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed calls.")] = 20,
@@ -141,6 +160,8 @@ def encode(
             calls: dict[str, Callable[[], Any]] = {
                 "ours": lambda x=x, W=W, b=b, k=k: ops.topk_encode(x, W, b, k)  # type: ignore[misc]
             }
+            if batch:
+                calls |= _of_a_batch(x, W, b, k, peers)
             if plain:
                 calls |= _plain(x, W, b, k)
             if peers:

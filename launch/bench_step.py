@@ -152,6 +152,14 @@ OURS: dict[str, dict[str, Any]] = {  # options of OurStep
         for share, dead in (("a tenth", 0.1), ("a third", 1 / 3), ("nine tenths", 0.9))
     },
     "ours, autograd and fused Adam": {"engine": "autograd"},
+    **{
+        f"ours, {name}": {"architecture": key}
+        for name, key in (
+            ("BatchTopK", "batch_topk"),
+            ("Matryoshka", "matryoshka"),
+            ("JumpReLU, mean L0 64", "jumprelu"),
+        )
+    },
 }
 
 

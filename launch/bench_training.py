@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import NormalDist
 from typing import Any
 from unittest.mock import patch
 
@@ -15,9 +16,10 @@ import typer
 from torch import Tensor
 
 from .. import TopKSAE
+from ..config.sae import SAEConfig
 from ..config.train import ENGINES
+from ..models import ARCHITECTURES
 from ..models.base import SparseCoder
-from ..models.topk import TopKConfig
 from ..parallel.mesh import Mesh
 from ..training.metrics import PhaseTimer, StepMetrics
 from ..training.step import SAETraining
@@ -36,6 +38,8 @@ SHAPES: dict[str, Shape] = {
 LR = 1e-4
 # Adam's steps would make dead latents fire after some hundred of them at LR.
 LR_DEAD = 1e-5
+# JumpReLU's thresholds let so many latents through on the mean, and steps move nothing.
+MEAN_L0, LR_STILL = 64, 1e-9
 # With dead latents a training begins here: at a multiple of 100, when the list of dead latents is
 # read, and so late that no latent that lives dies while it is timed.
 START_DEAD = 10_000
@@ -114,12 +118,21 @@ def no_graph_(training: SAETraining) -> None:
         engine_of(training).graph = False
 
 
+def sae_of(architecture: str, f: int, k: int) -> SAEConfig:
+    """The config of an SAE; JumpReLU's thresholds let MEAN_L0 of a random batch through."""
+    kind = ARCHITECTURES[architecture].Config
+    if architecture == "jumprelu":
+        return kind(d_sae=f, initial_threshold=NormalDist().inv_cdf(1 - MEAN_L0 / f))  # type: ignore[call-arg]
+    return kind(d_sae=f, k=k)  # type: ignore[call-arg]
+
+
 def make_training(
     shape: Shape,
     mesh: Mesh,
     device: torch.device,
     *,
     dead: float = 0.0,
+    architecture: str = "topk",
     **options: Any,
 ) -> SAETraining:
     """A training at a constant learning rate with TrainConfig's options, `dead` the share of its
@@ -128,11 +141,12 @@ def make_training(
     Their encoder rows are short, which leaves half of their pre-activations positive.
     """
     n, d, f, k = shape
+    sae, lr = sae_of(architecture, f, k), LR_DEAD if dead else LR
     mask = dead_latents(f, dead) if dead else None
     cfg = ENGINES[options.get("engine", "auto")](
         num_tokens=2 * START_DEAD * n,
         batch_tokens=n,
-        lr=LR_DEAD if dead else LR,
+        lr=LR_STILL if architecture == "jumprelu" else lr,
         warmup_steps=0,
         decay_fraction=0,
         dead_after_tokens=(START_DEAD - 1) * n,
@@ -141,7 +155,7 @@ def make_training(
         **({} if dead else {"dead_latents": "none"}) | options,
     )
     with _with_dead(_DEAD_SCALE, mask):
-        training = SAETraining(TopKConfig(k=k, d_sae=f), cfg, d, mesh, device)
+        training = SAETraining(sae, cfg, d, mesh, device)
     if mask is not None:
         silent = _local(mask, training.sae)
         training.dead.tokens_since_fired.masked_fill_(silent, 2 * START_DEAD * n)

@@ -29,6 +29,7 @@ BENCHES = {
     "load": "bench_load",
     "train": "bench_train",
     "stream": "bench_stream",
+    "density": "bench_density",
 }
 VERBS = (
     *("plan", "cache", "train", "grid", "evaluate", "features", "export", "convert"),
@@ -162,7 +163,9 @@ def bench(
     context: typer.Context,
     what: Annotated[
         str,
-        typer.Argument(help="encode, decode, step, parity, shards, cache, load, train or stream"),
+        typer.Argument(
+            help="encode, decode, step, density, parity, shards, cache, load, train or stream"
+        ),
     ] = "",
 ) -> None:
     """Time kernels beside their peers on this machine's GPU, and jobs (cache, load, train, stream)

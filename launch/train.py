@@ -17,8 +17,9 @@ def run(config: Config) -> None:
     and train; with train.source=stream it needs no store: the model runs meanwhile, as model, text
     and cache say.
 
-    sae.architecture is topk, batch_topk, matryoshka, jumprelu, gated, relu or multi_topk;
-    `flash-sae keys sae` lists the keys of each.
+    sae.architecture is topk, batch_topk, matryoshka, jumprelu, gated, relu, multi_topk,
+    topk_crosscoder, batch_topk_crosscoder or relu_crosscoder; `flash-sae keys sae` lists the keys
+    of each. A crosscoder's train.hookpoint joins several by +.
 
     flash-sae train configs/gpt2-small.yaml train.hookpoint=transformer.h.8
 

@@ -23,6 +23,7 @@ for process in "${running[@]}"; do wait "$process" || failed=1; done
 grep -hE "^(FAILED|ERROR|=+ .* in )|^[0-9]+ (passed|skipped|failed)|Error" "$logs"/part.??.log || true
 
 if command -v compute-sanitizer > "$logs/which"; then
+  export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
   compute-sanitizer --tool memcheck --error-exitcode 1 "$python" tests/kernels/small_case.py | tail -n 3 || failed=1
 fi
 exit "$failed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import torch
 from torch import Tensor
 
 from flash_sae_dist.config.base import ConfigError
-from flash_sae_dist.config.train import ENGINES
+from flash_sae_dist.config.sae import SAEConfig
+from flash_sae_dist.config.train import ENGINES, TrainConfig
 from flash_sae_dist.models import ARCHITECTURES, load_sae
 from flash_sae_dist.models.base import SparseCoder
 from flash_sae_dist.models.batch_topk import BatchTopK
+from flash_sae_dist.models.crosscoder import CrosscoderConfig
 from flash_sae_dist.models.jumprelu import JumpReLU
 from flash_sae_dist.models.matryoshka import MatryoshkaConfig
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.defaults import with_defaults
+from flash_sae_dist.training.engines import density
 from flash_sae_dist.training.engines.autograd import AutogradEngine
 from flash_sae_dist.training.engines.fused import FusedEngine
 from flash_sae_dist.training.metrics import PhaseTimer
@@ -45,8 +49,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"sparsity": "quadratic", "target_l0": 6.0, "sparsity_coefficient": 0.01, **JUMP},
     ),
     "jumprelu_tanh": ("jumprelu", {"sparsity": "tanh"}),
+    "topk_crosscoder": ("topk_crosscoder", {"k": 4}),
+    "batch_topk_crosscoder": (
+        "batch_topk_crosscoder",
+        {"k": 4, "threshold_start": 5, "threshold_decay": 0.9},
+    ),
+    "relu_crosscoder": ("relu_crosscoder", {"l1_coefficient": 2.0}),
 }
-FUSED = [case for case in CASES if case != "gated"]
+AUTOGRAD = ("gated", "relu_crosscoder")
+FUSED = [case for case in CASES if case not in AUTOGRAD]
+# Shares of active latents that no SAE has: its steps are sparse from the start.
+SPARSE = (2.0, 2.0)
+# Widths of two hookpoints and root mean squares, of the cases that read several.
+SOURCES, UNITS = (4, 6), (1.5, 2.5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sparse_steps() -> Iterator[None]:
+    """So few latents are dense outside of tests; tests/test_density.py has those."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(density.SHARES, "cpu", SPARSE)
+        yield
 
 
 @functools.cache
@@ -65,7 +88,16 @@ def training(case: str, engine: str = "auto", **options: Any) -> SAETraining:
         num_tokens=STEPS * BATCH, batch_tokens=BATCH, warmup_steps=5, lr=5e-3, engine=engine,
         precision="float64", dead_after_tokens=10 * BATCH, seed=3, **options,
     )  # fmt: skip
-    return SAETraining(sae, cfg, D_IN, Mesh.single(), CPU, rms=2.0)
+    return started(sae, cfg, Mesh.single())
+
+
+def started(sae: SAEConfig, cfg: TrainConfig, mesh: Mesh) -> SAETraining:
+    """On rows of `batch`, whose units are told."""
+    if not isinstance(sae, CrosscoderConfig):
+        return SAETraining(sae, cfg, D_IN, mesh, CPU, rms=2.0)
+    t = SAETraining(sae, cfg, D_IN, mesh, CPU, sources=SOURCES)
+    t.set_source_units(UNITS)
+    return t
 
 
 def run(t: SAETraining, steps: range) -> list[tuple[float, ...]]:
@@ -87,7 +119,10 @@ PARTS = (("micro_batches", 3), ("grad_clip", 0.05))
     ("case", "options"),
     [
         *((case, ()) for case in FUSED),
-        *((case, PARTS) for case in ("matryoshka", "multi_topk", "jumprelu_target")),
+        *(
+            (case, PARTS)
+            for case in ("matryoshka", "multi_topk", "jumprelu_target", "topk_crosscoder")
+        ),
     ],
 )
 def test_the_fused_engine_trains_as_autograd(case: str, options: Any) -> None:
@@ -104,7 +139,7 @@ def test_the_fused_engine_trains_as_autograd(case: str, options: Any) -> None:
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_it_learns(case: str) -> None:
-    t, curve = trained(case, "autograd" if case == "gated" else "fused")
+    t, curve = trained(case, "autograd" if case in AUTOGRAD else "fused")
     fvus = [line[0] for line in curve]
     assert fvus[-1] < 0.7 * fvus[0]
     has_penalty = case.startswith(("jumprelu", "relu", "gated"))
@@ -145,7 +180,7 @@ def test_usual_values_come_with_the_architecture() -> None:
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_it_is_saved_and_loaded(case: str, tmp_path: Path) -> None:
-    t, _ = trained(case, "autograd" if case == "gated" else "fused")
+    t, _ = trained(case, "autograd" if case in AUTOGRAD else "fused")
     t.sae.save(tmp_path, {n: w.to(torch.float32) for n, w in t.final_weights().items()})
     loaded = load_sae(tmp_path)
     assert type(loaded) is type(t.sae)
@@ -261,7 +296,9 @@ def test_training_does_not_depend_on_the_datas_scale() -> None:
             assert ours == pytest.approx(theirs, rel=1e-7, abs=1e-10)
 
 
-@pytest.mark.parametrize("case", ["batch_topk", "jumprelu_target", "gated"])
+@pytest.mark.parametrize(
+    "case", ["batch_topk", "jumprelu_target", "gated", "batch_topk_crosscoder"]
+)
 def test_it_goes_on_bit_for_bit(case: str) -> None:
     t = training(case)
     whole = run(t, range(12))

@@ -214,7 +214,7 @@ def test_keys_list_what_each_architecture_takes(app: Any) -> None:
         assert f"{name}: " in told["sae.architecture"]
         for key in kind.Config.model_fields.keys() - SAEConfig.model_fields.keys():
             assert name in told[f"sae.{key}"]
-    assert told["sae.l1_coefficient"].startswith("gated 1.0; relu 5.0 (architecture gated) ")
+    assert told["sae.l1_coefficient"].startswith("gated 1.0; relu, relu_crosscoder 5.0 (")
     for verb in ("train", "keys"):
         assert RUNNER.invoke(app, [verb, "--help"]).exit_code == 0
     text = " ".join(RUNNER.invoke(app, ["train", "--help"]).output.split())

@@ -27,11 +27,13 @@ ROOT = Path(__file__).parents[1]
 ENDED_AT = json.loads((ROOT / "tests/data/quick_starts.json").read_text())
 NAMES = {
     "dictionary_learning": (
-        "AutoEncoderTopK, BatchTopKSAE, BatchTopKTrainer, TopKTrainer, trainSAE"
+        "AutoEncoderTopK, BatchTopKSAE, BatchTopKTrainer, MatryoshkaBatchTopKSAE, "
+        "MatryoshkaBatchTopKTrainer, TopKTrainer, trainSAE"
     ),
     "sparsify": "SaeConfig, SparseCoder, TrainConfig, Trainer",
     "sae_lens": (
-        "LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig, "
+        "BatchTopKTrainingSAEConfig, JumpReLUTrainingSAEConfig, LanguageModelSAERunnerConfig, "
+        "LanguageModelSAETrainingRunner, LoggingConfig, MatryoshkaBatchTopKTrainingSAEConfig, "
         "TopKTrainingSAEConfig"
     ),
 }
@@ -58,9 +60,14 @@ def swapped(library: str) -> str:
     [
         ("dictionary_learning", []),
         ("dictionary_learning", ["batch_topk"]),
+        ("dictionary_learning", ["matryoshka"]),
         ("sparsify", ["adam"]),
         ("sparsify", ["signum"]),
         ("sae_lens", []),
+        ("sae_lens", ["batch_topk"]),
+        ("sae_lens", ["matryoshka"]),
+        ("sae_lens", ["jumprelu"]),
+        ("sae_lens", ["jumprelu_quadratic"]),
     ],
 )
 def test_a_script_ends_where_its_library_does(
@@ -117,12 +124,36 @@ def test_the_autoencoder_is_one_memory_under_two_names() -> None:
     assert wide.sae.W_enc.dtype == torch.float64
 
 
-@pytest.mark.parametrize("kind", [dl.TopKTrainer, dl.BatchTopKTrainer])
+def test_the_matryoshka_autoencoder_is_one_memory_under_two_names() -> None:
+    ae = dl.MatryoshkaBatchTopKSAE(12, 40, 3, [10, 30])
+    names = ["k", "threshold", "group_sizes", "W_enc", "b_enc", "W_dec", "b_dec"]
+    assert sorted(ae.state_dict()) == sorted(names)
+    wide, x = ae.double(), next(rows(1)).double()
+    with torch.no_grad():
+        wide.sae.W_enc.mul_(2)
+        wide.threshold.fill_(0.5)
+    assert torch.equal(wide.W_enc.T, wide.sae.W_enc)
+    every = torch.relu((x - wide.b_dec) @ wide.W_enc + wide.b_enc)
+    torch.testing.assert_close(wide(x), (every * (every > 0.5)) @ wide.W_dec + wide.b_dec)
+    acts = wide.encode(x, use_threshold=False)
+    assert (acts > 0).sum() == 3 * len(x), "over the batch"
+    wide.active_groups = 1
+    assert torch.equal(wide.encode(x, use_threshold=False)[:, :10], acts[:, :10])
+    assert not wide.encode(x, use_threshold=False)[:, 10:].any()
+    with pytest.raises(ValueError, match=r"group_sizes=\[10, 20\] must be positive and sum to 40"):
+        dl.MatryoshkaBatchTopKSAE(12, 40, 3, [10, 20])
+
+
+@pytest.mark.parametrize(
+    "kind", [dl.TopKTrainer, dl.BatchTopKTrainer, dl.MatryoshkaBatchTopKTrainer]
+)
 def test_trainers_save_as_they_go(tmp_path: Path, kind: Any) -> None:
     config = {
         "trainer": kind, "steps": 30, "activation_dim": 12, "dict_size": 40, "k": 3,
         "layer": 1, "lm_name": "m", "warmup_steps": 2, "threshold_start_step": 5, "device": "cpu",
     }  # fmt: skip
+    if kind is dl.MatryoshkaBatchTopKTrainer:
+        config["group_fractions"] = [0.25, 0.75]
     (trainer,) = dl.trainSAE(
         rows(60), [config], 30, save_dir=str(tmp_path), save_steps=[10], backup_steps=20,
         normalize_activations=False, verbose=True, log_steps=10, device="cpu",
@@ -138,8 +169,9 @@ def test_trainers_save_as_they_go(tmp_path: Path, kind: Any) -> None:
     assert torch.equal(back.W_dec, trainer.ae.sae.W_dec)
     x = next(rows(1, seed=5))
     torch.testing.assert_close(back(x).recon, trainer.ae(x), rtol=1e-5, atol=1e-5)
-    f = trainer.loss(x, step=30, logging=True).f
-    assert (f > 0).sum() <= 3 * len(x)
+    found = trainer.loss(x, step=30, logging=True)
+    assert (found.f > 0).sum() <= 3 * len(x)
+    assert trainer.loss(x, step=30) == pytest.approx(found.losses["l2_loss"], rel=1e-5)
 
 
 def test_scaled_rows_are_undone(tmp_path: Path) -> None:
@@ -156,7 +188,7 @@ def test_scaled_rows_are_undone(tmp_path: Path) -> None:
 
 
 def test_what_is_not_covered_is_refused_by_name() -> None:
-    for name in ("JumpReluTrainer", "MatryoshkaBatchTopKTrainer", "StandardTrainer"):
+    for name in ("JumpReluTrainer", "GatedSAETrainer", "StandardTrainer"):
         with pytest.raises(ImportError, match=f"{name} is not covered"):
             getattr(dl, name)
     with pytest.raises(AttributeError, match="no 'Nothing'"):
@@ -264,9 +296,11 @@ def test_sae_lens_trainer_without_sae_lens(bare: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(interop.load(tmp_path)(x).recon, sae(x), rtol=1e-4, atol=1e-5)
     with pytest.raises(ImportError, match="pip install sae-lens"):
         bare.LanguageModelSAETrainingRunner  # noqa: B018
-    for name in ("GatedTrainingSAEConfig", "JumpReLUTrainingSAEConfig"):
+    for name in ("GatedTrainingSAEConfig", "StandardTrainingSAEConfig"):
         with pytest.raises(ImportError, match="is not covered"):
             getattr(bare, name)
+    with pytest.raises(ImportError, match="JumpReLUTrainingSAEConfig runs on SAELens itself"):
+        bare.JumpReLUTrainingSAEConfig  # noqa: B018
     sae.cfg.normalize_activations = "layer_norm"
     with pytest.raises(NotImplementedError, match="normalize_activations='layer_norm'"):
         bare.SAETrainer(cfg, sae, rows(1))
@@ -319,6 +353,24 @@ def test_sae_lens_batch_topk_ends_where_the_library_does(tmp_path: Path, norm: s
         error = float((back(x).recon - x).square().sum() / (x - x.mean(0)).square().sum())
         found.append((error, float(ended.topk_threshold), float((back.encode_dense(x) > 0).sum())))
     assert found[1] == pytest.approx(found[0], rel=0.02)
+
+
+def test_what_sae_lens_options_are_not_covered() -> None:
+    pytest.importorskip("sae_lens")
+    from flash_sae_dist.compat import sae_lens as lens
+
+    cfg, width = sae_and_config(lens, logger=None)[1], {"d_in": 12, "d_sae": 40}
+    matryoshka = {"k": 3, "matryoshka_widths": [10, 40], "use_matryoshka_aux_loss": True}
+    for name, keys, told in (
+        ("MatryoshkaBatchTopK", matryoshka, "use_matryoshka_aux_loss=True"),
+        ("JumpReLU", {"jumprelu_sparsity_loss_mode": "tanh"}, "loss_mode='tanh'"),
+        ("JumpReLU", {"pre_act_loss_coefficient": 3e-6}, "pre_act_loss_coefficient=3e-06"),
+        ("JumpReLU", {"dtype": "float64"}, "dtype='float64'"),
+    ):
+        config = getattr(lens, f"{name}TrainingSAEConfig")(**width, **keys)
+        sae = getattr(lens, f"{name}TrainingSAE")(config)
+        with pytest.raises(NotImplementedError, match=told):
+            lens.SAETrainer(cfg, sae, rows(1))
 
 
 def test_a_recipe_is_dense_adam_on_the_summed_error() -> None:

@@ -338,7 +338,8 @@ FIELDS = {
     "sae": (
         "architecture d_sae expansion_factor input_norm skip k threshold_decay threshold_start "
         "prefix_widths prefix_losses sparsity sparsity_coefficient sparsity_warmup target_l0 "
-        "tanh_scale bandwidth initial_threshold ste_to_input pre_act_coefficient l1_coefficient"
+        "tanh_scale bandwidth initial_threshold ste_to_input pre_act_coefficient l1_coefficient "
+        "decoder_norms"
     ),
     "train": (
         "hookpoint target source loss fvu_coef buffer_tokens num_tokens batch_tokens optimizer "
@@ -455,23 +456,28 @@ def test_an_architecture_refuses_the_keys_of_others(sae: dict[str, Any], words: 
 
 
 @pytest.mark.parametrize(
-    ("options", "d_in", "engine"),
+    ("options", "architecture", "engine"),
     [
-        ({}, 64, "fused"),
-        ({"engine": "fused", "adam_mode": "lazy"}, 64, "fused"),
-        ({"engine": "autograd"}, 64, "autograd"),
-        ({}, 16385, "autograd"),
-        ({"engine": "fused"}, 16385, "train.engine='fused' needs the fused engine, but"),
-        ({"ema_decay": 0.9}, 16385, "train.ema_decay=0.9 needs the fused engine"),
-        ({"dead_latents": "ghost"}, 16385, "train.dead_latents='ghost' needs the fused engine"),
+        ({}, "topk", "fused"),
+        ({"engine": "fused", "adam_mode": "lazy"}, "topk", "fused"),
+        ({"engine": "autograd"}, "topk", "autograd"),
+        ({}, "gated", "autograd"),
+        ({}, "relu_crosscoder", "autograd"),
+        ({"engine": "fused"}, "gated", "train.engine='fused' needs the fused engine, but"),
+        ({"ema_decay": 0.9}, "gated", "train.ema_decay=0.9 needs the fused engine"),
+        ({"dead_latents": "ghost"}, "gated", "train.dead_latents='ghost' needs the fused engine"),
     ],
 )
-def test_the_engine_is_chosen_in_one_place(options: dict[str, Any], d_in: int, engine: str) -> None:
+def test_the_engine_is_chosen_in_one_place(
+    options: dict[str, Any], architecture: str, engine: str
+) -> None:
     cfg = ENGINES[options.get("engine", "auto")](num_tokens=9, **options)
+    own = {"k": 4} if architecture == "topk" else {}
+    sae = ARCHITECTURES[architecture].Config(architecture=architecture, d_sae=64, **own)
     if engine in ENGINES:
-        choice = choose_engine(cfg, d_in)
+        choice = choose_engine(cfg, sae)
         assert choice.engine == engine
-        assert (choice.reason is not None) == (d_in > 16384)
+        assert (choice.reason is not None) == (engine == "autograd" and not options)
     else:
         with pytest.raises(ConfigError, match=engine):
-            choose_engine(cfg, d_in)
+            choose_engine(cfg, sae)

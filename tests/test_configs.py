@@ -21,7 +21,10 @@ PRESETS = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 64}
 KV: dict[str, Any] = SMALL | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16}
 PYTHIA = (transformers.GPTNeoXConfig, SMALL | {"num_hidden_layers": 6, "intermediate_size": 64})
-ALIKE = ("batch-topk", "matryoshka", "jumprelu", "gated", "relu", "multi-topk", "architectures")
+ALIKE = (
+    *("batch-topk", "matryoshka", "jumprelu", "gated", "relu", "multi-topk", "architectures"),
+    *("topk-crosscoder", "batch-topk-crosscoder", "relu-crosscoder"),
+)
 MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     "gpt2-small": (transformers.GPT2Config, {"n_layer": 12, "n_embd": 32, "n_head": 2}),
     "pythia-70m": PYTHIA,

@@ -83,7 +83,7 @@ def test_mistakes_are_named(tmp_path: Path, text: Any, words: list[str]) -> None
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.json.*No such file.*zero2\.json"):
-        check_engine(config(tmp_path / "none.json"), 8, Mesh.single())
+        check_engine(config(tmp_path / "none.json"), Mesh.single())
 
 
 def test_deepspeed_is_asked_for_where_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +94,6 @@ def test_deepspeed_is_asked_for_where_it_is_absent(monkeypatch: pytest.MonkeyPat
 
 def test_several_groups_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    check_engine(config(), 8, Mesh.single())
+    check_engine(config(), Mesh.single())
     with pytest.raises(ConfigError, match="2 groups of them; raise train.num_replicas"):
-        check_engine(config(), 8, GROUPS)
+        check_engine(config(), GROUPS)

@@ -1,8 +1,7 @@
 """README.md, CONTRIBUTING.md and docs/: links lead somewhere, code parses, commands, keys and files
 that they name exist, the site builds without a warning.
 
-What runs a block to its end stands elsewhere: test_api.py, test_features.py, test_hub.py,
-test_plan.py, launch/quickstart.sh.
+What runs blocks to their end: test_newcomer.py, which names the others.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ import importlib
 import importlib.util
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import typer
@@ -30,9 +28,8 @@ from flash_sae_dist.config.file import apply_override
 from flash_sae_dist.launch.cli import BENCHES, _keys, build
 from flash_sae_dist.launch.entry import words_of
 from flash_sae_dist.training.job import Config, load_config, parse_config
+from tests.pages import PAGES, ROOT, Block, all_blocks, commands, without_files
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Programs of which a block's commands are checked no further than bash does.
 OTHERS = {".", "cat", "cd", "export", "git", "pre-commit", "tensorboard"}
 # Names that stand for a reader's own file.
@@ -46,25 +43,9 @@ NO_KEYS = {
 }
 
 
-class Block(NamedTuple):
-    """A fenced block of a page."""
-
-    where: str
-    language: str
-    text: str
-
-
 def blocks(*languages: str) -> list[Any]:
     """All blocks in these languages, as parameters of a test."""
-    found = []
-    for page in PAGES:
-        text = page.read_text()
-        for match in re.finditer(r"^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
-            line = text[: match.start()].count("\n") + 1
-            block = Block(f"{page.relative_to(ROOT)}:{line}", match[1], match[2])
-            if block.language in languages:
-                found.append(pytest.param(block, id=block.where))
-    return found
+    return [pytest.param(block, id=block.where) for block in all_blocks(*languages)]
 
 
 def inline(page: Path) -> list[str]:
@@ -189,24 +170,6 @@ CHECKS = {
 }
 
 
-def commands(text: str) -> list[list[str]]:
-    """The commands of a shell block, without what is set for them and where their output goes."""
-    found: list[list[str]] = []
-    for line in text.replace("\\\n", " ").splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-        lexer.whitespace_split = True
-        words: list[str] = []
-        for word in [*lexer, ";"]:
-            if set(word) <= set("&|;()"):
-                while words and re.match(r"\w+=", words[0]):
-                    words.pop(0)
-                found += [words] if words else []
-                words = []
-            else:
-                words.append(word)
-    return found
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_blocks_are_told_what_they_are(page: Path) -> None:
     """Output has no language; a block in a language of which nothing is checked is a new one."""
@@ -220,12 +183,7 @@ def test_blocks_are_told_what_they_are(page: Path) -> None:
 def test_commands_of_blocks_exist(block: Block, tmp_path: Path) -> None:
     subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
 
-    def keep(match: re.Match[str]) -> str:
-        (tmp_path / match[1]).write_text(match[3])
-        return ""
-
-    text = re.sub(r"cat > (\S+) <<'(\w+)'\n((?:.*\n)*?)\2\n", keep, block.text)
-    for program, *words in commands(text):
+    for program, *words in commands(without_files(block.text, tmp_path)):
         if program in OTHERS:
             continue
         if program == "mkdocs":
@@ -277,22 +235,6 @@ def test_python_compiles_and_imports_what_there_is(block: Block) -> None:
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 assert importlib.util.find_spec(alias.name) is not None, alias.name
-
-
-def test_the_module_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Smaller, and with another SAE in the quick start's place."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    for size, smaller in (("24576", "96"), ("768", "12"), ("4096", "8"), ("576", "12")):
-        assert size in block
-        block = block.replace(size, smaller)
-    saved = TopKSAE(d_in=12, d_sae=40, k=3)
-    monkeypatch.chdir(tmp_path)
-    saved.save("runs/quickstart/model.layers.8/k=32/sae")
-    names: dict[str, Any] = {}
-    exec(block, names)
-    assert names["out"].codes.latents.shape == (8, 32)
-    assert (names["sae"].d_sae, names["sae"].k) == (40, 3)
-    assert names["loss"].isfinite()
 
 
 @pytest.mark.parametrize("block", blocks("yaml"))

@@ -19,10 +19,12 @@ from flash_sae_dist.config.data import ModelConfig, TextConfig
 from flash_sae_dist.config.train import DeepSpeedTrainConfig, FusedTrainConfig
 from flash_sae_dist.evaluation.loss_recovered import LossMeter
 from flash_sae_dist.grid.runner import JobsFailedError, run_jobs
+from flash_sae_dist.models.relu import ReLUConfig
 from flash_sae_dist.models.saved import read_spec
 from flash_sae_dist.models.topk import TopKConfig, TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.engine import check_engine
+from flash_sae_dist.training.engines import density
 from flash_sae_dist.training.job import parse_config
 from flash_sae_dist.training.member import Member
 from flash_sae_dist.training.metrics import PhaseTimer
@@ -183,8 +185,8 @@ def test_fine_tuning_by_kl_lowers_what_evaluate_measures(root: Path, tmp_path: P
     """Beside as many steps of fvu from the same SAE on the same text."""
     begun, found = begun_sae(root, tmp_path / "begun"), {}
     batch = 2 * SEQUENCES * LENGTH
-    keys: dict[str, Any] = {"num_tokens": 60 * batch, "batch_tokens": batch, "lr": 1e-3}
-    keys |= {"log_every": 20, "checkpoint_every": 1000, "init_from": str(begun / "sae")}
+    keys: dict[str, Any] = {"num_tokens": 24 * batch, "batch_tokens": batch, "lr": 2e-3}
+    keys |= {"log_every": 8, "checkpoint_every": 1000, "init_from": str(begun / "sae")}
     for loss in ("fvu", "kl"):
         more = {"buffer_tokens": 800} if loss == "fvu" else {}
         out = data_in(root, tmp_path / loss, loss=loss, **keys, **more)
@@ -193,8 +195,32 @@ def test_fine_tuning_by_kl_lowers_what_evaluate_measures(root: Path, tmp_path: P
     assert "model_loss" not in lines(found["fvu"])[0]
     assert all(0 < line["model_loss"] < 1 for line in told)
     before, by_fvu, by_kl = (kl_of(root, f) for f in (begun, found["fvu"], found["kl"]))
-    assert (by_kl < by_fvu, by_kl < 0.97 * before) == (True, True), (before, by_fvu, by_kl)
+    assert by_kl < 0.98 * by_fvu, (before, by_fvu, by_kl)
+    assert by_kl < 0.94 * before, (before, by_fvu, by_kl)
     assert read_spec(found["kl"] / "sae")["architecture"] == "topk"
+
+
+def test_dense_steps_take_the_batch_whole(
+    root: Path, packed: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of many active latents go by blocks of tokens, but the model reads whole sequences."""
+    monkeypatch.setitem(density.BLOCK_ELEMENTS, "cpu", 32 * 10)
+    lm = load_language_model(ModelConfig(name=str(root / "model"), dtype="float32"), CPU)
+    cfg = FusedTrainConfig(num_tokens=900, batch_tokens=9, loss="kl", source="stream")
+    spliced = SplicedModel(lm, HOOKPOINT, "kl")
+    t = SAETraining(ReLUConfig(architecture="relu", d_sae=32), cfg, 16, Mesh.single(), CPU, rms=1.0)
+    t.splice(spliced)
+    for _ in range(2):
+        t.step(packed, PhaseTimer(CPU, enabled=False))
+    assert t.engine.density is not None
+    assert t.engine.density.is_dense
+    rows = spliced.begin(packed)
+    assert len(rows) > 2 * t.engine.density.block
+    with torch.no_grad():
+        want = float(spliced.loss(t.sae(rows).recon))
+    metrics = t.step(packed, PhaseTimer(CPU, enabled=False))
+    assert metrics.model_loss is not None
+    assert float(metrics.model_loss) == pytest.approx(want, rel=1e-5)
 
 
 def test_a_run_goes_on_bit_for_bit(
@@ -254,7 +280,7 @@ def test_what_does_not_fit_is_refused(
 def test_shards_and_other_models_are_refused(root: Path, tmp_path: Path) -> None:
     cfg = FusedTrainConfig(num_tokens=9, loss="ce", source="stream")
     with pytest.raises(ConfigError, match="train.num_shards=2 x train.num_replicas=1 split it"):
-        check_engine(cfg, 8, Mesh(0, 1, 0, 1, 0, 2, None, None, None, None))
+        check_engine(cfg, Mesh(0, 1, 0, 1, 0, 2, None, None, None, None))
     with pytest.raises(ValueError, match="train.loss='ce' is not of train.engine='deepspeed'"):
         DeepSpeedTrainConfig(num_tokens=9, engine="deepspeed", loss="ce", source="stream")
     save_bert(tmp_path / "bert")

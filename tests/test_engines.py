@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_sae_dist.kernels import dispatch
+from flash_sae_dist.launch.bench_training import OurStep
 from flash_sae_dist.models.dead_latents import DeadLatents
 from flash_sae_dist.models.losses import (
     auxk_loss,
@@ -282,6 +283,26 @@ def test_a_graph_equals_launches_with_the_fused_encoder(kind: Kind) -> None:
     assert torch.equal(losses[0], losses[1])
     for name, param in saes[0].named_parameters():
         assert torch.equal(param, dict(saes[1].named_parameters())[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka", "jumprelu"])
+def test_architectures_in_a_graph_equal_launches(architecture: str) -> None:
+    """To the bit; also where a list by threshold outgrows its room, or needs far less."""
+    runs = []
+    for graph in (True, False):
+        step = OurStep((1024, 256, 8192, 16), architecture=architecture, graph=graph)
+        gen = torch.Generator().manual_seed(1)
+        metrics = []
+        for i in range(12):
+            x = torch.randn(1024, 256, generator=gen) * {7: 1.3, 9: 0.7, 11: 1.3}.get(i, 1.0)
+            timer = PhaseTimer(step.training.device, enabled=False)
+            metrics.append(torch.stack(step.training.step(x.cuda(), timer)))
+        assert step.training.engine.graph == graph
+        assert bool(step.training.engine._captured) == graph
+        runs.append([torch.stack(metrics), *step.training.sae.parameters()])
+    assert runs[0][0].isfinite().all()
+    assert all(torch.equal(*both) for both in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

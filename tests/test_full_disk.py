@@ -22,7 +22,7 @@ import json, subprocess, sys, time
 from pathlib import Path
 
 disk, made, command = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(disk)], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", str(disk)], check=True)
 
 def fill():
     with (disk / "others").open("wb", buffering=0) as file:
@@ -66,9 +66,9 @@ def test_a_full_disk_is_one_sentence_and_room_mends_it(
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    data = config_data(tmp_path, shard_mib=0.02, num_tokens=60_000)
-    save_text(tmp_path / "text.jsonl", documents=2500)
-    data["train"] |= {"num_tokens": 64_000, "checkpoint_every": 10, "log_every": 50}
+    data = config_data(tmp_path, shard_mib=0.02, num_tokens=20_000)
+    save_text(tmp_path / "text.jsonl", documents=900)
+    data["train"] |= {"num_tokens": 32_000, "checkpoint_every": 10, "log_every": 50}
     options = [f"cache.store={disk / 's.zarr'}", f"output={disk / 'run'}"]
     if verb == "train":
         # Made beforehand, outside.

@@ -531,6 +531,7 @@ OTHER: dict[str, Any] = {
     "sae.sparsity_warmup": 0.5, "sae.target_l0": 9.0, "sae.tanh_scale": 2.0,
     "sae.bandwidth": 0.5, "sae.initial_threshold": 0.5, "sae.ste_to_input": True,
     "sae.pre_act_coefficient": 0.5, "sae.l1_coefficient": 0.5,
+    "sae.decoder_norms": "whole",
 }  # fmt: skip
 # What a key has to stand beside.
 JUMP = {"sae.architecture": "jumprelu"}
@@ -544,6 +545,10 @@ NEEDED: dict[str, Any] = {
     "train.target": {"train.engine": "autograd"},
     "sae.skip": {"train.target": "model.layers.1.mlp"},
     "sae.l1_coefficient": {"sae.architecture": "relu"},
+    "sae.decoder_norms": {
+        "sae.architecture": "topk_crosscoder",
+        "train.hookpoint": "model.layers.0+model.layers.1.mlp",
+    },
     "train.buffer_tokens": {"train.source": "stream"},
     "train.deepspeed_config": {"train.engine": "deepspeed"},
     "train.weight_decay": {"train.optimizer": "adamw"},

@@ -20,6 +20,7 @@ from flash_sae_dist.training.muon import Muon, orthogonalised
 from flash_sae_dist.training.optim import lr_at
 from flash_sae_dist.training.schedule_free import ScheduleFreeSign
 from flash_sae_dist.training.step import SAETraining
+from tests import test_architectures, test_transcoders
 
 CPU = torch.device("cpu")
 D_IN, D_SAE, BATCH = 8, 48, 64
@@ -61,6 +62,33 @@ def test_adamw_is_torchs_on_both_engines() -> None:
     ratio = float((fused.sae.W_enc.norm() / plain.sae.W_enc.norm()).detach())
     assert ratio == pytest.approx(0.98**12, abs=0.05)
     torch.testing.assert_close(norms(fused.sae.W_dec), torch.ones(D_SAE).double())
+
+
+def test_adamw_decays_every_matrix_of_any_step() -> None:
+    """W_skip of a transcoder whose steps are dense, and the rows of a crosscoder."""
+    keys: dict[str, Any] = {"optimizer": "adamw", "weight_decay": 20.0}
+    timer = PhaseTimer(CPU, enabled=False)
+    for skips in (True, False):
+        both = []
+        for engine in ("fused", "autograd"):
+            if skips:
+                t = test_transcoders.training("jumprelu", True, engine, **keys)
+            else:
+                t = test_architectures.training("topk_crosscoder", engine, **keys)
+            for step in range(12):
+                x, *y = test_transcoders.rows(step) if skips else [test_architectures.batch(step)]
+                t.step(x, timer, *y)
+            assert (t.engine.density is not None and t.engine.density.is_dense) == skips
+            both.append(t)
+        fused, dense = (dict(t.sae.named_parameters()) for t in both)
+        assert isinstance(both[0].engine, FusedEngine)
+        assert ("W_skip" in fused) == skips
+        decayed = both[1].optimizer.param_groups[0]["params"]
+        assert {n for n, p in dense.items() if p.ndim == 2} == {
+            n for n, p in dense.items() if any(p is q for q in decayed)
+        }
+        for name, param in fused.items():
+            torch.testing.assert_close(param, dense[name], rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("shape", [(48, 8), (8, 48)])
@@ -152,11 +180,11 @@ def test_resampled_latents_begin_anew() -> None:
 def test_which_engine_steps_them() -> None:
     for optimizer, engine in (("adam", "fused"), ("adamw", "fused"), ("muon", "autograd")):
         cfg = FusedTrainConfig(num_tokens=9, optimizer=optimizer)
-        assert choose_engine(cfg, 8).engine == engine
+        assert choose_engine(cfg).engine == engine
     with pytest.raises(ConfigError, match="train.engine='fused' needs the fused engine, but train"):
-        choose_engine(FusedTrainConfig(num_tokens=9, optimizer="muon", engine="fused"), 8)
+        choose_engine(FusedTrainConfig(num_tokens=9, optimizer="muon", engine="fused"))
     with pytest.raises(ConfigError, match="train.ema_decay=0.9 needs the fused engine"):
-        choose_engine(FusedTrainConfig(num_tokens=9, optimizer="signum", ema_decay=0.9), 8)
+        choose_engine(FusedTrainConfig(num_tokens=9, optimizer="signum", ema_decay=0.9))
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def ours(
     engine = training.engine
     assert isinstance(engine, AutogradEngine)
     target = Y if transcodes else X
-    loss, shown, codes = engine._forward(X, target, engine._shared(X, target))
+    loss, shown, codes, _ = engine._forward(X, target, engine._shared(X, target))
     loss.backward()
     training.sae.observe_([codes])
     grads = {n: p.grad for n, p in training.sae.named_parameters() if p.grad is not None}

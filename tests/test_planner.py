@@ -29,6 +29,7 @@ from flash_sae_dist.parallel.mesh import Mesh, end_groups, make_mesh
 from flash_sae_dist.planner import caching, devices, memory, search, storage, timing, wire
 from flash_sae_dist.planner.devices import GIB, GPUS, Launch
 from flash_sae_dist.planner.memory import Work, memory_of_rank, work_of
+from flash_sae_dist.training.engines import density
 from flash_sae_dist.training.job import Config, parse_config, with_values
 from flash_sae_dist.training.metrics import PhaseTimer
 from flash_sae_dist.training.records import Job
@@ -98,8 +99,8 @@ def test_what_an_engine_keeps_is_exact(options: dict[str, Any]) -> None:
     assert state == storage.checkpoint_bytes(planned)
 
 
-def test_lists_by_threshold_are_planned_for_half_of_all_latents() -> None:
-    """As many as are active at the start: counted, and held by a shard each its own."""
+def test_steps_by_threshold_are_planned_dense_and_for_lists_that_are_not() -> None:
+    """Lists are of as many latents as make a step dense; a dense step is of blocks."""
     data = config_of(256, 4096, 8, precision="bfloat16").model_dump(exclude_unset=True)
     works = {}
     for name in ("topk", "batch_topk", "relu", "jumprelu", "gated"):
@@ -107,19 +108,19 @@ def test_lists_by_threshold_are_planned_for_half_of_all_latents() -> None:
         config = parse_config(data | {"sae": {"architecture": name, "d_sae": 4096, **k}})
         works[name] = work_of("h", config, 64, "float32", on_gpu=True)
         if not k:
-            sae, x = training_of(config, 64, Mesh.single(), CPU).sae, torch.randn(256, 64)
-            pairs = len(sae.candidates(x - x.mean(0)).values)
-            assert pairs == pytest.approx(256 * works[name].most_slots(1), rel=0.1)
-            assert works[name].most_slots(4) == 512
+            assert works[name].most_slots(1) == -(-4096 * density.SHARES["cuda"][0] // 1)
+            assert works[name].most_slots(4) == 21
             assert works[name].slots(1) == 64
     taken = {name: memory.step_bytes(one, 1, 1, 0) for name, one in works.items()}
     assert works["topk"].most_slots(1) == works["batch_topk"].most_slots(1) == 8
-    assert taken["relu"]["pairs"] > 100 * taken["topk"]["pairs"]
-    for name in ("batch_topk", "relu", "jumprelu", "gated"):
-        # A float32 copy of W_enc, and the reference's blocks of pre-activations.
-        assert taken[name]["encoder"] >= 4 * 4096 * 64 + 3 * 4 * 256 * 4096
+    # Both gradients, and pre-activations of all pairs: activations, masks, their gradients.
+    for name in ("relu", "jumprelu"):
+        assert taken[name]["dense step"] >= 4 * (2 * 4096 * 64 + 8 * 256 * 4096)
+    assert taken["gated"]["pairs"] >= 4 * 8 * 256 * 4096
+    # A float32 copy of W_enc, and the reference's blocks of pre-activations.
+    assert taken["batch_topk"]["encoder"] >= 4 * 4096 * 64 + 3 * 4 * 256 * 4096
     several = memory.step_bytes(works["relu"], 4, 1, 0)
-    assert several["pairs"] < taken["relu"]["pairs"] / 3
+    assert sum(several.values()) < sum(taken["relu"].values()) / 3
 
 
 def test_offload_by_deepspeed_fits_where_moments_do_not() -> None:

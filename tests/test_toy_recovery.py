@@ -29,7 +29,7 @@ def mixtures(num_tokens: int, directions: torch.Tensor, generator: torch.Generat
 def test_recovers_known_features(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     directions = normalize(torch.randn(NUM_FEATURES, D_IN, generator=generator), dim=1)
-    steps, batch = 1000, 512
+    steps, batch = 500, 512
     cfg = FusedTrainConfig(
         num_tokens=steps * batch,
         batch_tokens=batch,

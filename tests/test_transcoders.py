@@ -17,11 +17,14 @@ from flash_sae_dist.activations.aligned import AlignedLoaders
 from flash_sae_dist.activations.loader import ActivationLoader
 from flash_sae_dist.activations.store import ActivationStore
 from flash_sae_dist.config.base import ConfigError
-from flash_sae_dist.config.train import AutogradTrainConfig
+from flash_sae_dist.config.train import ENGINES, AutogradTrainConfig
 from flash_sae_dist.launch.cli import build
 from flash_sae_dist.models import ARCHITECTURES, load_sae
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.defaults import with_defaults
+from flash_sae_dist.training.engines import density
+from flash_sae_dist.training.engines.autograd import AutogradEngine
+from flash_sae_dist.training.engines.fused import FusedEngine
 from flash_sae_dist.training.metrics import PhaseTimer
 from flash_sae_dist.training.step import SAETraining
 from tests.tiny_model import config_data, write_config
@@ -32,6 +35,8 @@ KEYS: dict[str, dict[str, Any]] = {
     "topk": {"k": 4},
     "batch_topk": {"k": 4},
     "jumprelu": {"initial_threshold": 0.3, "bandwidth": 0.5},
+    "matryoshka": {"k": 4, "prefix_widths": (10,)},
+    "multi_topk": {"k": 4},
 }
 MAP = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -43,16 +48,59 @@ def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, 30 * torch.tanh(x @ MAP.T / 8) + 5
 
 
-def training(name: str, skip: bool, **options: Any) -> SAETraining:
+def training(name: str, skip: bool, engine: str = "fused", **options: Any) -> SAETraining:
     sae = ARCHITECTURES[name].Config(architecture=name, d_sae=D_SAE, skip=skip, **KEYS[name])
-    cfg = AutogradTrainConfig(
-        num_tokens=100 * BATCH, batch_tokens=BATCH, warmup_steps=3, lr=5e-3, engine="autograd",
-        precision="float64", target="mlp", **options,
+    cfg = ENGINES[engine](
+        num_tokens=100 * BATCH, batch_tokens=BATCH, warmup_steps=3, lr=5e-3, engine=engine,
+        precision="float64", target="mlp", dead_after_tokens=3 * BATCH, **options,
     )  # fmt: skip
     return SAETraining(sae, cfg, D_IN, Mesh.single(), CPU, d_out=D_OUT)
 
 
-@pytest.mark.parametrize("name", list(KEYS))
+@pytest.mark.parametrize(
+    ("name", "skip", "options"),
+    [
+        ("topk", False, {}),
+        ("topk", True, {"micro_batches": 3, "grad_clip": 0.3}),
+        ("batch_topk", True, {}),
+        ("matryoshka", True, {"grad_clip": 0.3}),
+        ("multi_topk", False, {"micro_batches": 2}),
+        ("jumprelu", True, {"dense": True, "dead_latents": "auxk"}),
+        ("jumprelu", True, {"grad_clip": 0.3, "micro_batches": 2}),
+    ],
+    ids=str,
+)
+def test_the_fused_engine_trains_as_autograd(
+    name: str, skip: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other widths on both sides, b_dec that nothing subtracts, decoder rows of any norm; with dead
+    latents from step 100 on.
+    """
+    shares = (0.0, 0.0) if options.pop("dense", False) else (2.0, 2.0)
+    monkeypatch.setitem(density.SHARES, "cpu", shares)
+    both = [training(name, skip, engine, **options) for engine in ("fused", "autograd")]
+    assert [type(t.engine) for t in both] == [FusedEngine, AutogradEngine]
+    timer = PhaseTimer(CPU, enabled=False)
+    found = []
+    for t in both:
+        lines = [t.step(*[rows(n)[0], timer, rows(n)[1]]) for n in range(8)]
+        # Some that never fire are listed and have gradients of their own.
+        t.sae.b_enc.data[::5] = -50.0
+        t.engine.refresh_()
+        t.dead.tokens_since_fired[::5] = 10**6
+        t.step_index = 100
+        lines += [t.step(*[rows(n)[0], timer, rows(n)[1]]) for n in range(8, 12)]
+        found.append([[float(m) for m in line] for line in lines])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-8, abs=1e-11)
+    revives = name != "jumprelu" or "dead_latents" in options
+    assert (found[0][-1][1] > 0) == revives
+    for key, tensor in both[1].sae.state_dict().items():
+        torch.testing.assert_close(both[0].sae.state_dict()[key], tensor, rtol=1e-7, atol=1e-9)
+    assert not torch.allclose(both[0].sae.W_dec.norm(dim=1), torch.ones(D_SAE).double())
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "jumprelu"])
 @pytest.mark.parametrize("options", [{}, {"subtract_mean": True, "normalize": "expected_norm"}])
 def test_it_learns_and_is_written_for_rows_as_they_are(
     name: str, options: dict[str, Any], tmp_path: Path

@@ -24,6 +24,7 @@ from ..parallel import agree
 from ..parallel.mesh import with_index
 from ..progress import progress_bar
 from .documents import documents
+from .growing import grow_
 from .language_model import (
     LanguageModel,
     load_language_model,
@@ -140,15 +141,15 @@ def _fill(
     text = TextParts(writer.records, config.cache.context_length, size)
     origin, parts = shared_origin(lm), shared_parts(config, lm, accelerator)
     parts["hookpoints"] = widths
-    agree.first_checks(lambda: _check_begun(writer, origin, parts, text))
     rows = config.cache.rows_to_store()
+    about = _provenance(config, lm)
+    agree.first_checks(lambda: _take_up(config, writer, about, origin, parts, text))
     with Tokeniser(config, making, text, writer.path, num_rows=rows, first=first) as tokeniser:
         stamp = _first_text(config, writer, tokeniser, lm, widths, accelerator)
         shape, shape_of_text = _shape(config.cache, writer, text, widths)
         agree.first_checks(lambda: _check_space(writer, shape))
         if first:
             identity = {"parts": parts, "stamp": stamp, "versions": versions()}
-            about = _provenance(config, lm)
             writer.create(
                 shape.geometry, widths, shape.dtype, about, origin, identity, shape_of_text
             )
@@ -167,6 +168,21 @@ def _fill(
         _finish(writer, plan, list(widths))
     accelerator.wait_for_everyone()
     return rate
+
+
+def _take_up(
+    config: RunConfig,
+    writer: StoreWriter,
+    about: dict[str, Any],
+    origin: Origin,
+    parts: dict[str, Any],
+    text: TextParts,
+) -> None:
+    """Compares a store that was begun with what there is, and takes back what is to be longer."""
+    _check_begun(writer, origin, parts, text)
+    if writer.grows:
+        assert config.cache is not None
+        grow_(writer, text, config.cache.rows_to_store(), about, content_stamp(config))
 
 
 def _check_begun(

@@ -24,7 +24,7 @@ from .records import Records
 
 # A median of so many is within about 1% of a deviation of the norms.
 SAMPLE_ROWS = 1 << 14
-_NORMS = "norms.json"
+NORMS = "norms.json"
 _ROWS_AT_ONCE = 4096
 Ints = npt.NDArray[np.int64]
 
@@ -59,17 +59,17 @@ class NormLimits(NamedTuple):
     @classmethod
     def read(cls, records: Records) -> NormLimits | None:
         """Those that a store was begun with; None where there are none."""
-        found = records.read(_NORMS)
+        found = records.read(NORMS)
         if found is None:
             return None
         try:
             return cls(*(found[name] for name in cls._fields))
         except KeyError as e:
-            raise records.damaged(_NORMS, f"{e} is missing") from e
+            raise records.damaged(NORMS, f"{e} is missing") from e
 
     def write(self, records: Records) -> None:
         """Records them in a store of which no shard is made."""
-        records.write(_NORMS, self._asdict())
+        records.write(NORMS, self._asdict())
 
     def over(self, norms: Mapping[str, Tensor]) -> dict[str, list[int]]:
         """Rows above the limit of each hookpoint that has one, by their norms [n]."""

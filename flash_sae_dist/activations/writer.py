@@ -46,6 +46,7 @@ from .store import (
 from .stored_rows import StoredRows
 
 _SUM_ROWS = 4096
+NUM_TOKENS = "cache.num_tokens"
 # An object store answers each in its own time.
 _RECORDS_AT_ONCE = 16
 
@@ -60,9 +61,12 @@ def difference(
         if key not in before and asked[key] == _default(key):
             continue
         if before.get(key) != asked.get(key):
+            cure = "name another store, or remove that one"
+            if key == "cache.hookpoints":
+                cure = "cache others into another store, and `flash-sae store merge` both"
             return ConfigError(
                 f"{key}={asked.get(key)!r} differs from {before.get(key)!r} in the store {path}; "
-                "name another store, or remove that one"
+                f"{cure}"
             )
     return None
 
@@ -97,6 +101,8 @@ class StoreWriter:
     def __init__(self, path: str, config: dict[str, Any], create: bool) -> None:
         self.path, self.config = path, config
         self.records = Records(path)
+        # Whether the store is to hold more tokens of its text than it was begun for.
+        self.grows = False
         if create:
             self._check()
 
@@ -113,7 +119,11 @@ class StoreWriter:
             free = {*NAMING_KEYS, "text.streaming"} if self.identity() is not None else ()
             error = difference(self.path, before, self.config, free)
             if error is not None:
-                raise error
+                others = difference(self.path, before, self.config, {*free, NUM_TOKENS})
+                had, asked = before.get(NUM_TOKENS), self.config.get(NUM_TOKENS)
+                self.grows = others is None and bool(had and asked and asked > had)
+                if not self.grows:
+                    raise error
 
     def restore_config(self) -> None:
         """Writes the record of the config where a store has lost it. One process calls it."""
@@ -127,7 +137,8 @@ class StoreWriter:
         shape = Shape.read(self.records)
         complete = self.records.read(COMPLETE)
         if (
-            shape is None
+            self.grows
+            or shape is None
             or complete is None
             or any(damaged_files(self.records, complete.get("files", {})))
             or len(self.records.names("text-")) < complete.get("text_parts", 0)

@@ -1,7 +1,8 @@
-"""dictionary_learning's `trainSAE`, its TopK and BatchTopK trainers and dictionaries:
+"""dictionary_learning's `trainSAE`, its TopK, BatchTopK and Matryoshka trainers and dictionaries:
 
     from flash_sae_dist.compat.dictionary_learning import (
-        AutoEncoderTopK, BatchTopKSAE, BatchTopKTrainer, TopKTrainer, trainSAE)
+        AutoEncoderTopK, BatchTopKSAE, BatchTopKTrainer, MatryoshkaBatchTopKSAE,
+        MatryoshkaBatchTopKTrainer, TopKTrainer, trainSAE)
 
 The library need not be installed but for `ActivationBuffer`, which is its own. A step is the
 library's: mean squared length of the error, AuxK, gradients along decoder rows taken out, their
@@ -15,28 +16,26 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models.base import SAEOutput
-from ..models.batch_topk import BatchTopKConfig
 from ..models.losses import geometric_median
 from ..progress import progress_bar
 from ..training.optim import default_lr
-from .recipe import FusedTraining, Recipe, Watched, WatchedBatch, missing, not_covered, refuse
+from .dictionaries import AutoEncoderTopK, BatchTopKSAE, Dictionary, MatryoshkaBatchTopKSAE
+from .recipe import FusedTraining, Recipe, missing, not_covered, refuse
 
 LossLog = namedtuple("LossLog", ["x", "x_hat", "f", "losses"])
 _ABSENT = {
     name: f"train it by `flash-sae train` with sae.architecture={kind}"
     for name, kind in (
-        ("MatryoshkaBatchTopKTrainer", "matryoshka"),
-        ("MatryoshkaBatchTopKSAE", "matryoshka"),
         ("JumpReluTrainer", "jumprelu"),
         ("StandardTrainer", "relu"),
         ("GatedSAETrainer", "gated"),
@@ -49,132 +48,6 @@ def __getattr__(name: str) -> Any:
         # The library's own loop over a language model.
         return getattr(importlib.import_module("dictionary_learning"), name)
     raise missing("dictionary_learning", _ABSENT, name)
-
-
-class _AutoEncoder(nn.Module):
-    """A dictionary whose parameters are views of an SAE's of this library."""
-
-    k: Tensor
-    threshold: Tensor
-
-    def __init__(self, activation_dim: int, dict_size: int, k: int) -> None:
-        super().__init__()
-        self.activation_dim, self.dict_size = activation_dim, dict_size
-        self.register_buffer("k", torch.tensor(k, dtype=torch.int))
-        self.register_buffer("threshold", torch.tensor(-1.0))
-        # In the library's order, so that a seed gives its weights.
-        self.decoder = nn.Linear(dict_size, activation_dim, bias=False)
-        self.encoder = nn.Linear(activation_dim, dict_size)
-        sae = self._made(activation_dim, dict_size, k)
-        with torch.no_grad():
-            rows = self.decoder.weight.T
-            sae.W_dec.copy_(rows / (rows.norm(dim=1, keepdim=True) + torch.finfo(rows.dtype).eps))
-            sae.W_enc.copy_(sae.W_dec)
-        self.encoder.weight, self.encoder.bias, self.b_dec = sae.W_enc, sae.b_enc, sae.b_dec
-        # In a list, whose modules are not this one's: no parameter twice.
-        self._held = [sae]
-        self._tie()
-
-    @staticmethod
-    def _made(activation_dim: int, dict_size: int, k: int) -> Watched | WatchedBatch:
-        raise NotImplementedError
-
-    @property
-    def sae(self) -> Any:
-        """The SAE that is trained."""
-        return self._held[0]
-
-    def _tie(self) -> None:
-        """Makes the decoder's weight [d_in, d_sae] a view of W_dec."""
-        self.decoder.weight.data = self.sae.W_dec.data.T
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # The encoder's and b_dec are the SAE's own: moved by the module's walk.
-        self.sae.W_dec.data = fn(self.sae.W_dec.data)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._tie()
-        return self
-
-    def decode(self, x: Tensor) -> Tensor:
-        """The reconstruction of dense activations."""
-        out: Tensor = self.decoder(x) + self.b_dec
-        return out
-
-    @torch.no_grad()
-    def scale_biases(self, scale: float) -> None:
-        """Turns weights for rows into those for rows times scale."""
-        self.encoder.bias.mul_(scale)
-        self.b_dec.mul_(scale)
-        if self.threshold >= 0:
-            self.threshold.mul_(scale)
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, k: int | None = None, device: Any = None) -> Self:
-        """Reads an `ae.pt`."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        stored = int(state["k"]) if "k" in state else k
-        if k is not None and stored != k or stored is None:
-            raise ValueError(f"k={k}, but {path} holds k={stored}")
-        d_sae, d_in = state["encoder.weight"].shape
-        found = cls(d_in, d_sae, stored)
-        found.load_state_dict(state)
-        return found if device is None else found.to(device)
-
-
-class AutoEncoderTopK(_AutoEncoder):
-    """dictionary_learning's TopK autoencoder."""
-
-    @staticmethod
-    def _made(activation_dim: int, dict_size: int, k: int) -> Watched:
-        return Watched(activation_dim, dict_size, k, seed=None)
-
-    def encode(
-        self, x: Tensor, return_topk: bool = False, use_threshold: bool = False
-    ) -> Tensor | tuple[Tensor, ...]:
-        """Dense activations; with return_topk also the k's values, indices, and all after ReLU."""
-        if not return_topk and not use_threshold:
-            dense: Tensor = self.sae.encode_dense(x)
-            return dense
-        every = torch.relu(self.encoder(x - self.b_dec))
-        codes = self.sae.encode(x)
-        values, indices = codes.values, codes.latents
-        if use_threshold:
-            acts = every * (every > self.threshold)
-        else:
-            acts = torch.zeros_like(every).scatter(-1, indices.long(), values)
-        return (acts, values, indices, every) if return_topk else acts
-
-    def forward(self, x: Tensor, output_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The reconstruction, with output_features also the dense activations."""
-        out: SAEOutput = self.sae(x)
-        if not output_features:
-            return out.recon
-        return out.recon, self.sae.dense(out.codes)
-
-
-class BatchTopKSAE(_AutoEncoder):
-    """dictionary_learning's BatchTopK autoencoder: at inference what exceeds `threshold`."""
-
-    @staticmethod
-    def _made(activation_dim: int, dict_size: int, k: int) -> WatchedBatch:
-        config = BatchTopKConfig(d_sae=dict_size, k=k)
-        return WatchedBatch(config, activation_dim, seed=None)
-
-    def encode(
-        self, x: Tensor, return_active: bool = False, use_threshold: bool = True
-    ) -> Tensor | tuple[Tensor, ...]:
-        """Dense activations, above the threshold or the batch's k a row; with return_active also
-        which latents fired, and all activations after ReLU."""
-        every = torch.relu(self.encoder(x - self.b_dec))
-        # In training the SAE selects over the batch.
-        acts = every * (every > self.threshold) if use_threshold else self.sae.encode_dense(x)
-        return (acts, acts.sum(0) > 0, every) if return_active else acts
-
-    def forward(self, x: Tensor, output_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The reconstruction at inference, with output_features also the dense activations."""
-        acts = self.encode(x)
-        assert isinstance(acts, Tensor)
-        return (self.decode(acts), acts) if output_features else self.decode(acts)
 
 
 def _schedule(steps: int, warmup_steps: int, decay_start: int | None) -> Callable[[int], float]:
@@ -201,7 +74,7 @@ _TOLD = frozenset(
         "warmup_steps",
     )
     + ("decay_start", "threshold_beta", "threshold_start_step", "seed", "wandb_name")
-    + ("submodule_name",)
+    + ("submodule_name", "group_fractions", "group_weights")
 )
 
 
@@ -210,10 +83,15 @@ class _Trainer:
 
     logging_parameters = ("effective_l0", "dead_features", "pre_norm_auxk_loss")
     trainer_class: str
-    dict_class: type[AutoEncoderTopK] | type[BatchTopKSAE]
+    dict_class: type[Dictionary]
 
     def _begin(
-        self, told: dict[str, Any], dict_class: type, wandb_name: str, device: str | None
+        self,
+        told: dict[str, Any],
+        dict_class: type,
+        wandb_name: str,
+        device: str | None,
+        **more: Any,  # of the dictionary
     ) -> None:
         if dict_class.__name__ != self.dict_class.__name__:
             not_covered(f"dict_class={dict_class.__name__}", "leave it out")
@@ -227,7 +105,8 @@ class _Trainer:
         if told["seed"] is not None:
             torch.manual_seed(told["seed"])
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.ae = self.dict_class(told["activation_dim"], width, told["k"]).to(self.device)
+        dictionary = self.dict_class(told["activation_dim"], width, told["k"], **more)
+        self.ae: Any = dictionary.to(self.device)
         self.ae.sae.watch()
         self._factor = _schedule(told["steps"], told["warmup_steps"], told["decay_start"])
         self._training: FusedTraining | None = None
@@ -349,6 +228,64 @@ class BatchTopKTrainer(_Trainer):
     ) -> None:
         told = {name: value for name, value in locals().items() if name in _TOLD}
         self._begin(told, dict_class, wandb_name, device)
+
+
+class MatryoshkaBatchTopKTrainer(_Trainer):
+    """dictionary_learning's MatryoshkaBatchTopKTrainer on the fused engine; `update` returns the
+    error of the whole width.
+    """
+
+    trainer_class, dict_class = "MatryoshkaBatchTopKTrainer", MatryoshkaBatchTopKSAE
+
+    def __init__(
+        self,
+        steps: int,
+        activation_dim: int,
+        dict_size: int,
+        k: int,
+        layer: int,
+        lm_name: str,
+        group_fractions: list[float],
+        group_weights: list[float] | None = None,
+        dict_class: type = MatryoshkaBatchTopKSAE,
+        lr: float | None = None,
+        auxk_alpha: float = 1 / 32,
+        warmup_steps: int = 1000,
+        decay_start: int | None = None,
+        threshold_beta: float = 0.999,
+        threshold_start_step: int = 1000,
+        seed: int | None = None,
+        device: str | None = None,
+        wandb_name: str = "BatchTopKSAE",
+        submodule_name: str | None = None,
+    ) -> None:
+        told = {name: value for name, value in locals().items() if name in _TOLD}
+        if not math.isclose(sum(group_fractions), 1.0):
+            raise ValueError(f"group_fractions={group_fractions} must sum to 1.0")
+        sizes = [int(part * dict_size) for part in group_fractions[:-1]]
+        sizes.append(dict_size - sum(sizes))
+        weights = group_weights or [1 / len(sizes)] * len(sizes)
+        if len(weights) != len(sizes):
+            raise ValueError(f"group_weights={weights} must be as many as group_fractions")
+        told |= {"group_weights": weights, "group_sizes": sizes}
+        self._begin(told, dict_class, wandb_name, device, group_sizes=sizes)
+        # The library's loss is the mean of weighted ones, not their sum.
+        self.ae.sae.weights = tuple(weight / len(sizes) for weight in weights)
+
+    def loss(self, x: Tensor, step: int | None = None, logging: bool = False) -> Any:
+        """The mean of the weighted losses of all prefixes, without AuxK; see TopKTrainer."""
+        whole = super().loss(x, step, logging=True)
+        sae = self.ae.sae
+        with torch.no_grad():
+            parts = zip(whole.f.split(self._told["group_sizes"], 1), sae.W_dec.split(
+                self._told["group_sizes"]), sae.weights, strict=True)  # fmt: skip
+            recon, total = sae.b_dec, whole.x.new_zeros(())
+            for acts, rows, weight in parts:
+                recon = recon + acts @ rows
+                total = total + weight * (whole.x - recon).square().sum(dim=-1).mean()
+        if not logging:
+            return total
+        return whole._replace(losses={"l2_loss": total.item(), "loss": total.item()})
 
 
 def trainSAE(

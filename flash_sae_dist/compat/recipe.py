@@ -10,6 +10,8 @@ from torch import Tensor
 from ..models.base import Codes, Pairs, Slots, SparseCoder
 from ..models.batch_topk import BatchTopK
 from ..models.dead_latents import CHECK_EVERY_STEPS, DeadLatents
+from ..models.jumprelu import JumpReLU
+from ..models.matryoshka import Matryoshka
 from ..models.topk import TopKSAE
 from ..training.engines.fused import FusedEngine
 from ..training.metrics import StepMetrics
@@ -115,6 +117,28 @@ class WatchedBatch(Counts, BatchTopK):
         if norms is not None:
             found = found._replace(values=found.values / norms[found.latents.long()])
         return found
+
+
+class WatchedMatryoshka(WatchedBatch, Matryoshka):
+    """The same with a loss a prefix of latents; `weights` are those of the losses, the whole's
+    last, where they are not the config's.
+    """
+
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def level_weights(self) -> tuple[float, ...]:
+        """See SparseCoder."""
+        return super().level_weights if self.weights is None else self.weights
+
+
+class WatchedJumpReLU(Counts, JumpReLU):
+    """A JumpReLU SAE with counts; there is no `least`."""
+
+    def observe_(self, active: list[Codes]) -> None:
+        """See SparseCoder."""
+        for codes in active:
+            self.count(codes, self.least)
 
 
 class Watched(Counts, TopKSAE):

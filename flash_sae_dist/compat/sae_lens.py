@@ -1,17 +1,18 @@
-"""SAELens's trainer, and its TopK and BatchTopK SAEs for training:
+"""SAELens's trainer, and its TopK, BatchTopK, Matryoshka and JumpReLU SAEs for training:
 
     from flash_sae_dist.compat.sae_lens import (
         LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig, SAETrainer,
         SAETrainerConfig, TopKTrainingSAE, TopKTrainingSAEConfig)
 
-`SAETrainer` steps on the fused engine; its own classes are used where SAELens is installed, and
-classes of the same fields where it is not. BatchTopKTrainingSAE needs it installed, and
+`SAETrainer` steps on the fused engine; its own classes are used where SAELens is installed, and of
+TopK classes of the same fields where it is not. The other training SAEs need it installed, and
 what runs a language model: `LanguageModelSAETrainingRunner`, its config, and whatever else SAELens
 exports.
 
 Decoder rows keep their norms, and pre-activations are ranked by them, as SAELens does by default.
-Not covered, and refused by name: other architectures, hook_z, apply_b_dec_to_input=False, and
-normalize_activations but none and expected_average_only_in.
+Not covered, and refused by name: other architectures, hook_z, apply_b_dec_to_input=False,
+normalize_activations but none and expected_average_only_in, use_matryoshka_aux_loss, and of
+JumpReLU tanh, pre_act_loss_coefficient and weights but float32.
 """
 
 from __future__ import annotations
@@ -29,18 +30,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import interop
-from ..models.batch_topk import BatchTopKConfig
 from ..progress import progress_bar
-from .recipe import FusedTraining, Recipe, Watched, WatchedBatch, missing, refuse
+from .recipe import FusedTraining, Recipe, missing, refuse
+from .sae_lens_architectures import MAKERS
 
 HAS_LIBRARY = importlib.util.find_spec("sae_lens") is not None
 _ABSENT = {
     name: f"train it by `flash-sae train` with sae.architecture={kind}"
     for name, kind in (
-        ("MatryoshkaBatchTopKTrainingSAE", "matryoshka"),
-        ("MatryoshkaBatchTopKTrainingSAEConfig", "matryoshka"),
-        ("JumpReLUTrainingSAE", "jumprelu"),
-        ("JumpReLUTrainingSAEConfig", "jumprelu"),
         ("StandardTrainingSAE", "relu"),
         ("StandardTrainingSAEConfig", "relu"),
         ("GatedTrainingSAE", "gated"),
@@ -248,7 +245,7 @@ class SAETrainer:
     ) -> None:
         given = {name: getattr(sae.cfg, name, None) for name in (*_COVERED, "architecture")}
         given["architecture"] = sae.cfg.architecture()
-        refuse("SAELens", given, {**_COVERED, "architecture": ("topk", "batchtopk")})
+        refuse("SAELens", given, {**_COVERED, "architecture": tuple(MAKERS)})
         self.cfg, self.sae, self.data_provider = cfg, sae, data_provider
         self.evaluator, self.save_checkpoint_fn = evaluator, save_checkpoint_fn
         self.activation_scaler: Any = Scaler()
@@ -260,7 +257,7 @@ class SAETrainer:
         self.checkpoint_thresholds = list(range(0, cfg.total_training_samples, part))[1:]
         recipe = Recipe(
             cfg.lr, "mse", betas=(cfg.adam_beta1, cfg.adam_beta2), grad_clip=1.0, unit_norm=False,
-            aux_coef=sae.cfg.aux_loss_coefficient, aux_by_loss=True,
+            aux_coef=getattr(sae.cfg, "aux_loss_coefficient", 0.0), aux_by_loss=True,
             dead_after_tokens=cfg.dead_feature_window * cfg.train_batch_size_samples,
         )  # fmt: skip
         dtype = torch.bfloat16 if cfg.autocast else torch.float32
@@ -269,30 +266,25 @@ class SAETrainer:
         factor = _schedule(cfg)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
-    def _tied(self) -> Watched | WatchedBatch:
+    def _tied(self) -> Any:
         """An SAE of this library whose memory is the given one's parameters."""
         sae, cfg = self.sae, self.sae.cfg
-        place: dict[str, Any] = {"dtype": sae.W_dec.dtype, "device": sae.W_dec.device}
-        inner: Watched | WatchedBatch
-        if cfg.architecture() == "batchtopk":
-            refuse("SAELens", {"k": cfg.k}, {"k": round(cfg.k)})
-            config = BatchTopKConfig(d_sae=cfg.d_sae, k=round(cfg.k))
-            inner = WatchedBatch(config, cfg.d_in, seed=None, **place)
-        else:
-            inner = Watched(cfg.d_in, cfg.d_sae, cfg.k, seed=None, **place)
-        inner.watch(ranks_by_norm=cfg.rescale_acts_by_decoder_norm)
+        place = {"seed": None, "dtype": sae.W_dec.dtype, "device": sae.W_dec.device}
+        inner = MAKERS[cfg.architecture()](cfg, place)
+        inner.watch(ranks_by_norm=getattr(cfg, "rescale_acts_by_decoder_norm", False))
         with torch.no_grad():
             inner.W_enc.copy_(sae.W_enc.T)
-        inner.W_dec.data, inner.b_enc.data, inner.b_dec.data = (
-            p.data for p in (sae.W_dec, sae.b_enc, sae.b_dec)
-        )
+        for name, param in inner.named_parameters():
+            if name != "W_enc":
+                param.data = getattr(sae, name).data
         sae.W_enc.data = inner.W_enc.data.T
         return inner
 
     @property
     def act_freq_scores(self) -> Tensor:
         """How often each latent fired since the counts began."""
-        return self._inner.fired
+        fired: Tensor = self._inner.fired
+        return fired
 
     @property
     def n_forward_passes_since_fired(self) -> Tensor:
@@ -346,12 +338,19 @@ class SAETrainer:
         batch = batch.to(self.sae.W_dec.device).reshape(-1, self.sae.cfg.d_in)
         self.n_training_samples += len(batch)
         self.n_frac_active_samples += len(batch)
+        warm = getattr(self.sae.cfg, "l0_warm_up_steps", 0)
+        if self.n_training_steps <= warm:
+            self._training.engine.set_ramp(self.n_training_steps / warm if warm else 1.0)
         metrics = self._training.step(self.activation_scaler(batch))
         self.lr_scheduler.step()
         self._move_threshold()
-        aux = self._training.engine.dead_step.coef * metrics.aux
-        losses = {"mse_loss": metrics.fvu, "auxiliary_reconstruction_loss": aux}
-        return StepOutput(metrics.fvu + aux, losses, metrics.l0)
+        if self.sae.cfg.architecture() == "jumprelu":
+            more = {"l0_loss": metrics.penalty}
+        else:
+            aux = self._training.engine.dead_step.coef * metrics.aux
+            more = {"auxiliary_reconstruction_loss": aux}
+        (also,) = more.values()
+        return StepOutput(metrics.fvu + also, {"mse_loss": metrics.fvu, **more}, metrics.l0)
 
     @torch.no_grad()
     def _move_threshold(self) -> None:

@@ -26,6 +26,8 @@ Folder = Annotated[Text, AfterValidator(expanduser)]
 # What numpy, torch and the kernels all take, with steps added to it.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Hookpoint = Annotated[str, AfterValidator(lambda name: check_hookpoint(name))]
+# One, or several joined by +, whose rows a crosscoder reads side by side.
+Hookpoints = Annotated[str, AfterValidator(lambda name: check_hookpoints(name))]
 # Rows of the dictionary are numbered in 32 bits.
 Latents = Annotated[int, Field(gt=0, lt=2**31)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -55,6 +57,21 @@ def check_hookpoint(name: str) -> str:
             f"hookpoint {name!r} is no module's name; it has parts between dots, no slash, and "
             "may end in :input"
         )
+    return name
+
+
+def sources_of(hookpoint: str) -> list[str]:
+    """The hookpoints that a name joins by +: one, of a crosscoder several."""
+    return hookpoint.split("+")
+
+
+def check_hookpoints(name: str) -> str:
+    """Raises ValueError where a name is neither a hookpoint's nor several joined by +."""
+    names = sources_of(name)
+    for one in names:
+        check_hookpoint(one)
+        if names.count(one) > 1:
+            raise ValueError(f"hookpoint {name!r} has {one!r} twice; drop one")
     return name
 
 

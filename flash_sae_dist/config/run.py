@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .base import ConfigError, Folder, Hookpoint, Latents, StrictModel, from_yaml, nearest_name
+from .base import ConfigError, Folder, Hookpoints, Latents, StrictModel, from_yaml, nearest_name
 from .data import CacheConfig, ModelConfig, TextConfig
 from .train import STEP_IS_GONE
 
@@ -128,7 +128,7 @@ class EvaluateConfig(StrictModel):
     """SAEs to measure in place of those under output: files or folders of any format that
     `flash-sae convert` knows, or owner/name of the hub. On the command line SAE=PATH adds one.
     Without a store the model itself gives the rows, as the sections model, text and cache say."""
-    hookpoint: Hookpoint | None = None
+    hookpoint: Hookpoints | None = None
     """Hookpoint of evaluate.saes whose files do not tell it, or tell another library's name."""
     k: Latents | None = None
     """k of evaluate.saes whose files do not tell it (Qwen-Scope's)."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import Beta, Folder, Hookpoint, Latents, OneOf, Seed, StrictModel, shown
+from .base import Beta, Folder, Hookpoint, Hookpoints, Latents, OneOf, Seed, StrictModel, shown
 
 Precision = Literal["auto", "float64", "float32", "bfloat16"]
 Preload = Literal["auto", "none", "host", "device"]
@@ -44,9 +44,11 @@ STEP_IS_GONE = (
 class TrainConfig(StrictModel):
     """How an SAE is trained: the keys that every engine has."""
 
-    hookpoint: Hookpoint | None = None
+    hookpoint: Hookpoints | None = None
     """Hookpoint of the store (of cache.hookpoints) to train on; needed by `train`, set by the grid
-    for its jobs."""
+    for its jobs. Of a crosscoder several, joined by +, such as `layers.4+layers.8`: it reads and
+    gives the rows of all of them, those of each divided by their root mean square (or as
+    train.normalize says)."""
     target: Hookpoint | None = None
     """Hookpoint that is reconstructed from train.hookpoint, row by row: the SAE is a transcoder,
     such as from `layers.8.mlp:input` to `layers.8.mlp`. Left out, the hookpoint itself. Rows of
@@ -270,8 +272,7 @@ class FusedTrainConfig(TrainConfig):
     engine: Literal["auto", "fused"] = "auto"
     """fused: sparse gradients and Adam in one pass, no dense gradient; autograd: PyTorch's autograd
     and torch.optim.Adam, the same arithmetic; deepspeed: autograd's, under DeepSpeed's ZeRO. auto:
-    fused, or autograd where a hookpoint is too wide for the fused kernels (a log line then says
-    so)."""
+    fused, or autograd where an architecture needs it (a log line then says so)."""
     adam_mode: Literal["exact", "lazy"] = "exact"
     """exact: dense Adam's arithmetic; lazy: only latents that fired are moved, as
     torch.optim.SparseAdam does, which is faster and changes the arithmetic."""

@@ -13,7 +13,7 @@ from ..activations.harvest import store_config
 from ..activations.language_model import LanguageModel
 from ..activations.origin import MODEL_PARTS, loaded_parts, model_parts, row_parts
 from ..activations.store import ActivationStore
-from ..config.base import ConfigError, UserError, nearest_name
+from ..config.base import ConfigError, UserError, nearest_name, sources_of
 from ..files import check_readable
 from ..identity import Difference, difference
 from ..models import load_sae
@@ -42,13 +42,13 @@ class FinishedSAE(NamedTuple):
 
     name: str
     folder: Path
-    hookpoint: str
+    hookpoint: str  # of a crosscoder several, joined by +
     target: str | None = None  # of a transcoder
 
     @property
     def hookpoints(self) -> list[str]:
         """All whose rows it takes or gives."""
-        return [self.hookpoint, *([] if self.target is None else [self.target])]
+        return [*sources_of(self.hookpoint), *([] if self.target is None else [self.target])]
 
     def check_fits(self, store: ActivationStore) -> None:
         """Raises ConfigError where the store's rows are other than those it was trained on: of
@@ -72,10 +72,11 @@ class FinishedSAE(NamedTuple):
         check_readable(self.folder / "sae" / CONFIG_FILE)
         try:
             spec = read_spec(self.folder / "sae")
-            d_in, d_out = spec["d_in"], spec.get("d_out")
+            widths = [*spec.get("sources", [spec["d_in"]]), spec.get("d_out")]
         except (OSError, KeyError, TypeError, ValueError) as e:
             raise ConfigError(f"{self.folder}/sae is damaged ({e}); train it anew") from e
-        for name, own in ((self.hookpoint, d_in), (self.target, d_out)):
+        names = [*sources_of(self.hookpoint), self.target]
+        for name, own in zip(names, widths, strict=True):
             if name is not None and own != (width := store.width(name)):
                 raise ConfigError(
                     f"{self.folder}: the SAE is of width {own}, but {name} in {store.path} "

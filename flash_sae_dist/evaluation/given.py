@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import interop
-from ..config.base import ConfigError, UserError
+from ..config.base import ConfigError, UserError, sources_of
 from ..config.run import EvaluateConfig
 from ..files import checksum
 from ..models.base import SparseCoder
@@ -31,7 +32,7 @@ class GivenSAE(NamedTuple):
     @property
     def hookpoints(self) -> list[str]:
         """All whose rows it takes or gives."""
-        return [self.hookpoint, *([] if self.target is None else [self.target])]
+        return [*sources_of(self.hookpoint), *([] if self.target is None else [self.target])]
 
     @property
     def d_in(self) -> int:
@@ -70,7 +71,8 @@ def given_saes(cfg: EvaluateConfig, output: Path, widths: dict[str, int] | None)
         except ValueError as e:
             raise ConfigError(f"evaluate.saes: {e}") from e
         hookpoint = cfg.hookpoint or contents.about.hookpoint
-        if hookpoint is None or (widths is not None and hookpoint not in widths):
+        names = sources_of(hookpoint or "")
+        if hookpoint is None or (widths is not None and not set(names) <= widths.keys()):
             told = "tells no hookpoint" if hookpoint is None else f"reads {hookpoint!r}"
             known = f"one of {', '.join(widths)}" if widths else "a module's name"
             raise ConfigError(f"evaluate.saes: {path} {told}; set evaluate.hookpoint to {known}")
@@ -84,13 +86,18 @@ def given_saes(cfg: EvaluateConfig, output: Path, widths: dict[str, int] | None)
                 f"evaluate.saes: {path} is a transcoder whose file {told} hookpoint that it gives"
                 f"{known}; convert it with --output-hookpoint"
             )
-        if widths is not None and sae.d_in != widths[hookpoint]:
+        own = contents.keys.get("sources", [sae.d_in])
+        if widths is not None and [*own] != (there := [widths[name] for name in names]):
             raise ConfigError(
-                f"evaluate.saes: {path} is of width {sae.d_in}, but {hookpoint} of "
-                f"{widths[hookpoint]}; set evaluate.hookpoint"
+                f"evaluate.saes: {path} is of width {_added(own)}, but {hookpoint} of "
+                f"{_added(there)}; set evaluate.hookpoint"
             )
         found.append(sae)
     return found
+
+
+def _added(widths: Iterable[int]) -> str:
+    return " + ".join(map(str, widths))
 
 
 def _names(paths: list[Path]) -> list[str]:

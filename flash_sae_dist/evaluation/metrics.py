@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models.base import SparseCoder
+from ..models.crosscoder import Crosscoder
 
 
 class ReconstructionMetrics(NamedTuple):
@@ -23,6 +24,7 @@ class ReconstructionMetrics(NamedTuple):
     l0: float  # mean active latents a token
     dead_fraction: float  # latents that never fired on these tokens, fewer than training counts
     density: Tensor  # [d_sae] float64, the fraction of tokens on which a latent fired
+    source_fvus: tuple[float, ...] = ()  # of a crosscoder, that of each hookpoint's rows
 
     @property
     def explained_variance(self) -> float:
@@ -35,34 +37,36 @@ def measure(
     sae: SparseCoder, batches: Iterable[Tensor] | Iterable[tuple[Tensor, ...]]
 ) -> ReconstructionMetrics:
     """Runs batches [N, d_in] through an SAE and measures it; a transcoder's are (input, target)
-    rows. Raises ValueError where there are no batches.
+    rows, a crosscoder's those of each hookpoint. Its fvu weighs hookpoints as training did, each in
+    units of its own; mse is of rows as they are. Raises ValueError where there are no batches.
     """
     device = sae.W_dec.device
     fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
     total = torch.zeros(sae.d_out, dtype=torch.float64, device=device)
     sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+    columns = torch.zeros((2, sae.d_out), dtype=torch.float64, device=device)
     tokens = 0
     for batch in batches:
-        x, *target = batch if isinstance(batch, tuple) else (batch,)
-        x = x.to(device, sae.W_dec.dtype)
+        x, target = _rows(sae, batch)
         out = sae(x)
         tokens += x.shape[0]
-        recon = out.recon.double()
-        wide = (target[0].to(device) if target else x).double()
+        recon, wide = out.recon.double(), target.double()
         total += wide.sum(dim=0)
         sums += _sums(wide, recon)
+        if sae.sources:
+            columns += torch.stack([(wide - recon).square().sum(dim=0), wide.square().sum(dim=0)])
         codes = out.codes
         fired.index_add_(0, codes.latents.flatten().long(), (codes.values > 0).flatten().long())
     if tokens == 0:
         raise ValueError("there are no activations to measure on; raise evaluate.num_tokens")
     squares, error, cosine, ratio, nonzero, recon_squares, product = sums
-    of_mean = total.square().sum() / tokens
-    # Rows are float32 at most: what is left of equal ones is float64's rounding of the sums.
-    variance = squares - of_mean
-    variance = torch.where(variance > 1e-12 * of_mean, variance, squares)
+    fvu = _fvu(error, squares, total.square().sum() / tokens)
+    source_fvus: tuple[float, ...] = ()
+    if isinstance(sae, Crosscoder):
+        fvu, source_fvus = _of_sources(sae, columns, total.square() / tokens)
     return ReconstructionMetrics(
         tokens,
-        float(error / variance.clamp_min(torch.finfo(variance.dtype).tiny)),
+        float(fvu),
         float(error / tokens),
         float(cosine / tokens),
         float(ratio / nonzero),
@@ -70,7 +74,37 @@ def measure(
         float(fired.sum() / tokens),
         float((fired == 0).double().mean()),
         (fired.double() / tokens).cpu(),
+        source_fvus,
     )
+
+
+def _rows(sae: SparseCoder, batch: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """What an SAE reads and what it is to give."""
+    device, parts = sae.W_dec.device, batch if isinstance(batch, tuple) else (batch,)
+    if sae.sources:
+        parts = (torch.cat(parts, dim=1),)
+    x = parts[0].to(device, sae.W_dec.dtype)
+    return x, parts[1].to(device) if len(parts) > 1 else x
+
+
+def _fvu(error: Tensor, squares: Tensor, of_mean: Tensor) -> Tensor:
+    # Rows are float32 at most: what is left of equal ones is float64's rounding of the sums.
+    variance = squares - of_mean
+    variance = torch.where(variance > 1e-12 * of_mean, variance, squares)
+    return error / variance.clamp_min(torch.finfo(variance.dtype).tiny)
+
+
+def _of_sources(
+    sae: Crosscoder, columns: Tensor, of_mean: Tensor
+) -> tuple[Tensor, tuple[float, ...]]:
+    """FVU of all sources, each in the units that training gave it, and of each alone; from summed
+    squares of errors and rows [2, D] and tokens times the squared mean [D].
+    """
+    widths = list(sae.sources)
+    parts = zip(torch.split(columns, widths, dim=1), torch.split(of_mean, widths), strict=True)
+    sums = torch.stack([torch.stack([*own.sum(dim=1), mean.sum()]) for own, mean in parts])
+    each = [float(_fvu(*of)) for of in sums]
+    return _fvu(*(sums / sae.source_scale.double().square()[:, None]).sum(dim=0)), tuple(each)
 
 
 _SUMS = ("squares", "error", "cosine", "ratio", "nonzero", "recon_squares", "product")

@@ -18,6 +18,7 @@ from ..activations.probe import check_ids
 from ..activations.store import ActivationStore
 from ..activations.text import TokenTable
 from ..config.data import ModelConfig
+from ..training.made_of import rows_made_of
 from .unseen import MeasuredRows
 
 # Another order than any training's.
@@ -90,7 +91,7 @@ class StoreRows:
 
     def made_of(self, hookpoint: str) -> dict[str, Any]:
         """See EvaluationRows."""
-        return self.store.made_of(hookpoint)
+        return rows_made_of(self.store, hookpoint)
 
 
 class ModelRows:

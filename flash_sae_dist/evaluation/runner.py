@@ -22,6 +22,7 @@ from ..activations.probe import probe
 from ..activations.store import ActivationStore, store_of
 from ..activations.text import TokenTable, held_out_table, token_table
 from ..activations.tokenising import making_of
+from ..config.base import sources_of
 from ..config.run import EvaluateConfig
 from ..files import check_writable
 from ..identity import versions
@@ -109,10 +110,14 @@ def _measure_all(
     hookpoints = list(dict.fromkeys(found.hookpoint for found in mine))
     lm, text = None, None
     if with_losses or store is None:
-        tapped = hookpoints if store is not None else [n for sae in mine for n in sae.hookpoints]
+        tapped = [n for name in hookpoints for n in sources_of(name)]
+        if store is None:
+            tapped = [n for sae in mine for n in sae.hookpoints]
         lm, text = _language_model(config, store, device, list(dict.fromkeys(tapped)))
     rows = _rows(config, store, lm, text, mine)
     work = sum(r.count(cfg.num_tokens) for r in rows)
+    # The loss is that of a model with one SAE in it.
+    hookpoints = [name for name in hookpoints if len(sources_of(name)) == 1]
     if with_losses and text is not None:
         work += int(text.ids.size) * (len(mine) + 2 * len(hookpoints))
     records = []
@@ -155,22 +160,22 @@ def _rows(
 
 def _with_losses(config: Config, store: ActivationStore | None, accelerator: Any) -> bool:
     """Whether losses are measured, too. Raises ConfigError where they should be and the config
-    lacks a section; of imported rows they are left out then, which a log line says.
+    lacks a section; of imported rows they are left out then, and where it has none of them, which
+    a log line says.
     """
     if not config.evaluate.loss_sequences:
         return False
     sections = ("model", "text", "cache")
-    if (
-        store is not None
-        and not store.knows_model()
-        and None in (config.model, config.text, config.cache)
-    ):
+    lacks = config.model is None and config.text is None
+    if store is not None and not store.knows_model():
+        lacks = None in (config.model, config.text, config.cache)
+    if store is not None and lacks:
         if accelerator.is_main_process:
             logger.info(
-                "the loss recovered is left out: the rows of %s were imported, and the config has "
-                "no sections %s of the model they are of",
-                store.path,
+                "the loss recovered is left out: the config has no sections %s of the model that "
+                "the rows of %s are of",
                 ", ".join(sections),
+                store.path,
             )
         return False
     config.need(*sections, verb="evaluate")
@@ -247,11 +252,14 @@ def _evaluate(
     with rows.batches(found.hookpoints, num_tokens, cfg.batch_tokens, device) as batches:
         metrics = measure(sae, counted(batches))
     loss = meter.measure(sae) if meter is not None else None
-    if found.target is not None:
-        logger.info("%s is a transcoder: the loss recovered is left out", found.name)
+    kind = "transcoder" if found.target is not None else "crosscoder"
+    if len(found.hookpoints) > 1:
+        logger.info("%s is a %s: the loss recovered is left out", found.name, kind)
     record = evaluation_record(
         found.name, found.hookpoint, getattr(sae.config, "k", None), sae.d_sae, metrics, loss
     )
+    if metrics.source_fvus:
+        record["source_fvus"] = dict(zip(found.hookpoints, metrics.source_fvus, strict=True))
     record |= {"rows": rows.told, "made_of": _made_of(found, rows, meter)}
     write_evaluation(found.folder, record, metrics.density)
     return json.loads(json.dumps(record))  # type: ignore[no-any-return]

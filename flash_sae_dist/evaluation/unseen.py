@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from ..activations.holdout import held_out
 from ..activations.store import ActivationStore
 from ..config.run import EvaluateConfig
-from ..training.made_of import other_rows
+from ..training.made_of import other_rows, rows_made_of
 from .finished import FinishedSAE
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def measured_rows(found: FinishedSAE, store: ActivationStore, cfg: EvaluateConfi
     step = record["step"]
     names = {"names": store.config}
     is_stream = step.get("train.source") == "stream"
-    if not is_stream and other_rows(record["store"], store.made_of(found.hookpoint) | names):
+    if not is_stream and other_rows(record["store"], rows_made_of(store, found.hookpoint) | names):
         return everything._replace(told="all rows of a store that training did not read")
     # Older versions held nothing out.
     share = step.get("train.holdout", 0.0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..activations.sequential import row_blocks
 from ..activations.store import ActivationStore
+from ..config.base import sources_of
 from ..config.run import FeaturesConfig
 from ..models.base import SparseCoder
 from .pairs import ActivePairs, PairSpool, active_pairs
@@ -67,9 +68,14 @@ def collect(
     place[latents] = torch.arange(len(latents), device=device)
     stop = min(cfg.num_tokens, store.rows)
     lost = torch.from_numpy(store.left_out)
-    found = start(latents, cfg, store.root_mean_square(hookpoint) or 1.0)
-    for first, rows in row_blocks(store, hookpoint, stop=stop, batch_tokens=cfg.batch_tokens):
-        x = rows.to(device, sae.W_dec.dtype)
+    names, size = sources_of(hookpoint), cfg.batch_tokens
+    # A crosscoder's activations are of rows in units of their own.
+    unit = (store.root_mean_square(hookpoint) if len(names) == 1 else 1.0) or 1.0
+    found = start(latents, cfg, unit)
+    blocks = [row_blocks(store, name, stop=stop, batch_tokens=size) for name in names]
+    for parts in zip(*blocks, strict=True):
+        first = parts[0].first
+        x = torch.cat([part.rows for part in parts], dim=1).to(device, sae.W_dec.dtype)
         pairs = chosen_pairs(active_pairs(sae.encode(x), first), place)
         absent = lost[(lost >= first) & (lost < first + len(x))].to(device)
         if len(absent):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from .collect import QUANTILE_GROUPS, Collected
 from .directions import Ranked
@@ -32,6 +33,8 @@ class Directions(NamedTuple):
     nearest: Ranked
     raised: Ranked | None  # None without a model
     lowered: Ranked | None
+    sources: tuple[str, ...] = ()  # a crosscoder's hookpoints
+    norms: Tensor | None = None  # [L, S], of each one's decoder rows
 
 
 def latent_records(
@@ -86,10 +89,14 @@ def _directions_of(found: Directions, some: slice, words: Words) -> Iterator[dic
         for name, ranked in (("raised", found.raised), ("lowered", found.lowered))
         if ranked is not None
     }
+    norms = [] if found.norms is None else found.norms[some].tolist()
     for at in range(len(near)):
         record: dict[str, Any] = {
             "nearest": [[n, round(c, _DIGITS)] for n, c in zip(near[at], cosines[at], strict=True)]
         }
+        if norms:
+            of = zip(found.sources, norms[at], strict=True)
+            record["decoder_norms"] = {name: round(norm, _DIGITS) for name, norm in of}
         for name, (ids, logits) in tokens.items():
             texts = words.of(ids[at])
             record[name] = [

@@ -13,17 +13,19 @@ from torch import Tensor
 
 from ..activations.language_model import LanguageModel, load_language_model, load_tokenizer
 from ..activations.store import ActivationStore, store_of
-from ..config.base import ConfigError
+from ..config.base import ConfigError, sources_of
 from ..config.run import FeaturesConfig
 from ..evaluation.finished import FinishedSAE, check_loaded_model, finished_saes, named_saes
 from ..evaluation.results import write_results
 from ..files import check_space, check_writable, locked
 from ..identity import versions
 from ..models.base import SparseCoder
+from ..models.crosscoder import Crosscoder
 from ..models.saved import read_spec
 from ..parallel import agree
 from ..progress import progress_bar
 from ..training.job import Config
+from ..training.made_of import rows_made_of
 from ..training.metrics import read_metrics
 from .collect import Collected, collect
 from .directions import nearest_latents, output_tokens
@@ -193,6 +195,9 @@ def _directions(
             "model's unembedding of %d", found.name, sae.d_out, weight.shape[1],
         )  # fmt: skip
         weight = None
+    if isinstance(sae, Crosscoder):
+        names = tuple(sources_of(found.hookpoint))
+        return Directions(near, None, None, names, sae.decoder_norms(sae.W_dec)[kept.latents])
     if weight is None:
         return Directions(near, None, None)
     rows = sae.W_dec[kept.latents]
@@ -206,7 +211,7 @@ def _summary(
     kept: Collected,
     left_out: list[str],
 ) -> dict[str, Any]:
-    made, rows = found.made_of(), store.made_of(found.hookpoint)
+    made, rows = found.made_of(), rows_made_of(store, found.hookpoint)
     return {
         "sae": found.name,
         "hookpoint": found.hookpoint,

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..config.base import ConfigError, match_names, nearest_name
+from ..config.base import ConfigError, match_names, nearest_name, sources_of
 from ..config.run import GridConfig
 from ..training.job import Config, own_choices, with_values
 from ..training.records import Job
@@ -90,6 +90,9 @@ def _matched(key: str, pattern: str, hookpoints: list[str]) -> list[str]:
     """The hookpoints that a pattern names, as it would name modules in cache.hookpoints:
     `layers.*` are the blocks' outputs alone, `layers.*:input` their inputs.
     """
+    if len(names := sources_of(pattern)) > 1:
+        # A crosscoder's, which are written out.
+        return [pattern] if pattern in hookpoints or set(names) <= set(hookpoints) else []
     stem, colon, side = pattern.partition(":")
     if colon and side not in ("input", "output"):
         raise ConfigError(f"{key}: {pattern!r} must end in :input, :output or nothing")

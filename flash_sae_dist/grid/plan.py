@@ -14,7 +14,7 @@ import torch
 
 from ..activations.store import ActivationStore
 from ..activations.stream import ModelRows, Rows
-from ..config.base import ConfigError, nearest_name
+from ..config.base import ConfigError, nearest_name, sources_of
 from ..config.train import TrainConfig
 from ..files import check_space, check_writable
 from ..models.saved import CONFIG_FILE, check_weights, read_spec
@@ -31,7 +31,7 @@ from ..training.initial import read_initial
 from ..training.job import Config
 from ..training.made_of import check_same_job
 from ..training.member import is_finished
-from ..training.records import Job, hookpoint_of, hookpoints_of
+from ..training.records import Job, hookpoint_of, hookpoints_of, width_of
 from .expansion import expand
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def works_of(
     """What of each job decides what it takes, by its name."""
     return {
         job.name: work_of(
-            job.name, job.config, widths[hookpoint_of(job)], dtype, on_gpu=launch.on_gpu
+            job.name, job.config, width_of(job, widths), dtype, on_gpu=launch.on_gpu
         )
         for job in jobs
     }  # fmt: skip
@@ -150,10 +150,11 @@ def train_job(config: Config, hookpoints: list[str], where: str = "the store") -
         raise ConfigError(
             f"train.hookpoint is missing: name one of {where}: {', '.join(hookpoints)}"
         )
-    if name not in hookpoints:
-        raise ConfigError(
-            f"train.hookpoint={name!r} is not in {where}{nearest_name(name, hookpoints)}"
-        )
+    for one in sources_of(name):
+        if one not in hookpoints:
+            raise ConfigError(
+                f"train.hookpoint={one!r} is not in {where}{nearest_name(one, hookpoints)}"
+            )
     return Job(name, Path(config.output) / name, config)
 
 
@@ -162,13 +163,13 @@ def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:
     for job in jobs:
         assert job.config.sae is not None
         assert job.config.train is not None
-        d_in = widths[hookpoint_of(job)]
+        d_in = width_of(job, widths)
         if (target := job.config.train.target) is not None and target not in widths:
             raise ConfigError(
                 f"train.target={target!r} is no hookpoint here{nearest_name(target, list(widths))}"
             )
         train = with_defaults(job.config.train, job.config.sae, d_in)
-        check_engine(train, d_in, mesh, job.config.sae)
+        check_engine(train, mesh, job.config.sae)
         if train.init_from is not None and not is_finished(job):
             read_initial(train.init_from, job.config.sae, d_in)
         d_sae = job.config.sae.width(d_in)
@@ -317,10 +318,11 @@ def _buffers(rows: ModelRows, memory: int) -> Callable[[Job], int]:
 
     def buffer(job: Job) -> int:
         cfg = _train(job)
-        if (needed := rows.buffer_bytes(hookpoint_of(job), cfg)) > memory:
+        names = sources_of(hookpoint_of(job))
+        if (needed := sum(rows.buffer_bytes(name, cfg) for name in names)) > memory:
             raise ConfigError(
                 f"train.buffer_tokens={cfg.buffer_tokens} takes {needed:,} bytes at width "
-                f"{rows.width(hookpoint_of(job))}, but a process has about {memory:,}; set it to "
+                f"{width_of(job, rows.widths)}, but a process has about {memory:,}; set it to "
                 f"{cfg.buffer_tokens * memory // (2 * needed)} or less"
             )
         return needed

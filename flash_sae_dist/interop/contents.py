@@ -20,7 +20,8 @@ class Contents(NamedTuple):
 
     architecture: str  # as in ARCHITECTURES, or what it would be there
     weights: dict[str, Tensor]  # W_enc and W_dec [d_sae, d_in], b_enc [d_sae], b_dec [d_in], ...
-    keys: dict[str, Any]  # of the config's section sae, but its widths; a transcoder's d_out
+    # Of the config's section sae, but its widths; a transcoder's d_out, a crosscoder's sources.
+    keys: dict[str, Any]
     about: About = About()
 
     @property
@@ -70,7 +71,7 @@ def build(path: Path, contents: Contents) -> SparseCoder:
     d_sae, d_in = check_weights(path, weights, transcodes=contents.transcodes)
     kind = ARCHITECTURES[name]
     keys = {"architecture": name, "d_sae": d_sae, **contents.keys}
-    place = {"d_out": keys.pop("d_out")} if contents.transcodes else {}
+    place = {name: keys.pop(name) for name in ("d_out", "sources") if name in keys}
     config = parse(kind.Config, keys, str(path))
     dtype = weights["W_dec"].dtype
     sae = kind.from_config(config, d_in, **place, dtype=dtype, seed=None)

@@ -8,6 +8,7 @@ import torch
 
 from .base import SparseCoder
 from .batch_topk import BatchTopK
+from .crosscoder import BatchTopKCrosscoder, ReLUCrosscoder, TopKCrosscoder
 from .gated import Gated
 from .jumprelu import JumpReLU
 from .matryoshka import Matryoshka
@@ -25,6 +26,9 @@ ARCHITECTURES: dict[str, type[SparseCoder]] = {
     "gated": Gated,
     "relu": ReLU,
     "multi_topk": MultiTopK,
+    "topk_crosscoder": TopKCrosscoder,
+    "batch_topk_crosscoder": BatchTopKCrosscoder,
+    "relu_crosscoder": ReLUCrosscoder,
 }
 
 

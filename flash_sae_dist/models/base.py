@@ -95,10 +95,9 @@ class SparseCoder(Interventions):
     revivals: ClassVar[frozenset[str]] = frozenset({"auxk", "ghost", "resample", "none"})
     # Whether activations are a function of candidates' values, or there is a penalty.
     is_pairwise: ClassVar[bool] = False
-    # Why its selection syncs with the host, and its fused step is not captured in a CUDA graph.
-    reads_host: ClassVar[str | None] = None
-    # Whether replicas' lists differ in length: those of a selection by threshold.
+    # Whether lists differ in length, as those of a selection by threshold: `select` reads the host.
     varied_lengths: ClassVar[bool] = False
+    sources: tuple[int, ...] = ()  # widths of a crosscoder's hookpoints
 
     def __init__(
         self,
@@ -131,6 +130,8 @@ class SparseCoder(Interventions):
                 f"use d_sae={-(-self.d_sae // self.mesh.num_shards) * self.mesh.num_shards}"
             )
         self.d_sae_local = self.d_sae // self.mesh.num_shards
+        # Pairs a token that a selection by threshold found last, of which the next begins.
+        self.last_pairs = 64.0
         place: dict[str, Any] = {"dtype": dtype, "device": device}
         self.W_enc = nn.Parameter(torch.empty((self.d_sae_local, d_in), **place))
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae_local, **place))
@@ -164,6 +165,12 @@ class SparseCoder(Interventions):
         only where decoder rows are of unit norm, as a transcoder's are not; None where it does not.
         """
         del config
+        return None
+
+    def ranks(self) -> Tensor | None:
+        """What pre-activations are multiplied by, [d_sae_local] > 0, where a selection ranks them;
+        None is 1 for all.
+        """
         return None
 
     @property
@@ -221,7 +228,7 @@ class SparseCoder(Interventions):
         x: Tensor,  # [N, d_in]
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Tokens as the encoder reads them, and their deviations and means [N, 1] where these were
-        taken out (input_norm layer_norm, in OpenAI's form).
+        taken out (input_norm layer_norm, in OpenAI's form); of a crosscoder its sources' [d_in].
         """
         if self.config.input_norm == "none":
             return x, None
@@ -232,7 +239,7 @@ class SparseCoder(Interventions):
 
     def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Codes:
         """`encode_rows` of centred tokens xc [N, d_in] with weights in xc's dtype, without
-        gradients. Collective over the shards; no host sync but where `reads_host` says so.
+        gradients. Collective over the shards; no host sync but for lists of varied lengths.
         """
         raise NotImplementedError
 
@@ -462,10 +469,10 @@ class SparseCoder(Interventions):
             spec = read_spec(path)
             check_weights(path, spec.pop("weights_crc32c", None))
             weights = load_file(path / WEIGHTS_FILE)
-            d_in, d_out = spec.pop("d_in"), spec.pop("d_out", None)
+            d_in = spec.pop("d_in")
+            place = {name: spec.pop(name) for name in ("d_out", "sources") if name in spec}
             about = About(**spec.pop("about", {}))
             config = parse(cls.Config, spec, str(path / CONFIG_FILE))
-            place = {} if d_out is None else {"d_out": d_out}
             sae = cls.from_config(config, d_in, **place, dtype=weights["W_enc"].dtype, seed=None)
             sae.load_state_dict(weights)
         except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as e:

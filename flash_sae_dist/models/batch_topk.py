@@ -18,6 +18,7 @@ from ..kernels.dispatch import implementation
 from ..parallel.collectives import all_reduce_, feed_shards
 from ..parallel.selection import global_batch_mask
 from .base import Codes, Pairs, SparseCoder
+from .ranks import ranked, unranked
 from .threshold import encode_above
 from .topk import TopKConfig
 
@@ -52,7 +53,6 @@ class BatchTopK(SparseCoder):
         "threshold_steps": "whole",
     }
     in_data_units = SparseCoder.in_data_units | {"threshold", "mean_threshold"}
-    reads_host = "there is no kernel yet that selects over a batch, plain PyTorch does it"
     threshold: Tensor
     mean_threshold: Tensor
     threshold_steps: Tensor
@@ -69,7 +69,8 @@ class BatchTopK(SparseCoder):
         """See SparseCoder."""
         if not self.training:
             return encode_above(self, x, self.threshold)
-        return self.selected(x)
+        ranks = self.ranks()
+        return unranked(self.selected(x, ranks), ranks)
 
     def selected(self, x: Tensor, per: Tensor | None = None) -> Pairs:
         """The N k largest activations of a batch x [N/R, d_in], or of their products with `per`
@@ -79,15 +80,17 @@ class BatchTopK(SparseCoder):
         W_enc: Tensor = self.compute(self.W_enc)
         b_enc: Tensor = self.b_enc
         if per is not None:
-            W_enc, b_enc = W_enc * per[:, None].to(W_enc.dtype), b_enc * per
+            W_enc, b_enc = ranked(W_enc, b_enc, per)
         return self._kept(
             ops.batch_topk_encode(fed, W_enc, b_enc, self._offered, b_dec=b_dec), len(x)
         )
 
     def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Pairs:
         """The same for the fused engine; see SparseCoder."""
+        if (ranks := self.ranks()) is not None:
+            W_enc, b_enc = ranked(W_enc, b_enc, ranks)
         encode = implementation("batch_topk_encode", W_enc)
-        return self._kept(encode(xc, W_enc, b_enc, self._offered), len(xc))
+        return unranked(self._kept(encode(xc, W_enc, b_enc, self._offered), len(xc)), ranks)
 
     @property
     def _offered(self) -> int:
@@ -101,10 +104,12 @@ class BatchTopK(SparseCoder):
 
     @torch.no_grad()
     def observe_(self, active: list[Codes]) -> None:
-        """See SparseCoder: the threshold's moving average."""
-        least = self.mean_threshold.new_full((), torch.inf)
+        """See SparseCoder: the threshold's moving average, of activations as they are ranked."""
+        least, ranks = self.mean_threshold.new_full((), torch.inf), self.ranks()
         for codes in active:
             used = codes.values.detach().to(least.dtype)
+            if ranks is not None:
+                used = used * ranks[codes.latents.long()]
             least = torch.minimum(least, used.masked_fill(used <= 0, torch.inf).amin())
         all_reduce_(least, self.mesh.member_group, self.mesh.members, dist.ReduceOp.MIN)
         late = self.threshold_steps > self.config.threshold_start
@@ -113,4 +118,4 @@ class BatchTopK(SparseCoder):
         # A batch without any activation has no least one.
         self.mean_threshold.copy_(torch.where(least.isfinite(), mean, self.mean_threshold))
         self.threshold_steps.add_(1)
-        self.threshold.copy_(self.mean_threshold.expand_as(self.threshold))
+        self.threshold.copy_(self.mean_threshold / (1 if ranks is None else ranks))

@@ -73,8 +73,10 @@ class Gated(ThresholdCoder):
 
     def activate(self, found: Codes) -> Codes:
         """See SparseCoder. Values that are found are the gate's."""
-        of = found.latents.long()
-        scaled = (found.values - self.b_enc[of]) * self.r_mag[of].exp() + self.b_mag[of]
+        gate, scale, bias = (
+            self.of_pairs(rows, found, 0.0) for rows in (self.b_enc, self.r_mag.exp(), self.b_mag)
+        )
+        scaled = (found.values - gate) * scale + bias
         return found._replace(values=scaled.relu() * (found.values > 0))
 
     def penalty(self, x: Tensor, found: Codes, codes: Codes, batch: Batch) -> Tensor:

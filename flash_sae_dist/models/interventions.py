@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..kernels.reference import Codes, Slots
+from ..kernels.reference import Codes, Dense, Slots
 
 if TYPE_CHECKING:
     from ..parallel.mesh import Mesh
@@ -63,6 +63,7 @@ class Interventions(nn.Module):
     d_out: int
     d_sae: int
     transcodes: bool
+    sources: tuple[int, ...]
     mesh: Mesh
     b_dec: nn.Parameter
     W_dec: nn.Parameter
@@ -121,12 +122,13 @@ class Interventions(nn.Module):
         """Puts the reconstruction in place of what a module of a model gives, `model.layers.12`, or
         of what goes into it, `model.layers.12:input`, as long as the context lasts.
 
-        Raises ValueError where the model has no such module, or for a transcoder.
+        Raises ValueError where the model has no such module, or for a transcoder or a crosscoder.
         """
-        if self.transcodes:
-            raise ValueError(
-                "spliced is for SAEs: a transcoder does not read what it gives; call it yourself"
-            )
+        if self.transcodes or len(self.sources) > 1:
+            kind = "crosscoder reads several modules"
+            if self.transcodes:
+                kind = "transcoder does not read what it gives"
+            raise ValueError(f"spliced is for SAEs: a {kind}; call it yourself")
         name, _, side = hookpoint.partition(":")
         modules = dict(model.named_modules())
         if name not in modules or side not in ("", "input", "output"):
@@ -164,6 +166,8 @@ class Interventions(nn.Module):
 
     def dense(self, codes: Codes) -> Tensor:
         """Codes as activations: [..., d_sae] of Slots [..., K], [N, d_sae] of Pairs."""
+        if isinstance(codes, Dense):
+            return codes.values
         values, latents = codes.values, codes.latents.long()
         # Summed: an unused slot's 0 must not cover what another slot of the same latent holds.
         if isinstance(codes, Slots):

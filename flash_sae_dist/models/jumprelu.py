@@ -109,6 +109,7 @@ class JumpReLU(ThresholdCoder):
     # The paper's: 7e-5 and no momentum.
     defaults = TrainDefaults(lr=7e-5, adam_betas=(0.0, 0.999), dead_latents="none")
     revivals = frozenset({"auxk", "ghost", "resample", "none"})
+    idle = -NEVER
     config: JumpReLUConfig
 
     def __init__(self, config: SAEConfig, d_in: int, **place: Any) -> None:

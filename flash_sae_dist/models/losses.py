@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -72,6 +74,30 @@ def residual_sums(residual: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
     both = torch.cat([sums.sum(dim=0), squares.sum().view(1)])
     collectives.all_reduce_(both, mesh.replica_group, mesh.num_replicas)
     return both[:-1], both[-1]
+
+
+@torch.no_grad()
+def source_sums(residual: Tensor, x: Tensor, sources: Sequence[int]) -> Tensor:  # [2 S + D]
+    """What `source_fvus` is made of, of some tokens' residuals and rows [n, D]: both's summed
+    squares a source, and the rows' sums.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    columns = [t.to(dtype).square().sum(dim=0) for t in (residual, x)]
+    squares = torch.stack([of.sum() for part in columns for of in torch.split(part, list(sources))])
+    return torch.cat([squares, x.sum(dim=0, dtype=dtype)])
+
+
+@torch.no_grad()
+def source_fvus(sums: Tensor, sources: Sequence[int], tokens: int, mesh: Mesh) -> Tensor:  # [S]
+    """FVU of each source's rows, from the sums of this replica's tokens. Collective over the
+    replicas.
+    """
+    collectives.all_reduce_(sums, mesh.replica_group, mesh.num_replicas)
+    error, squares = sums[: 2 * len(sources)].view(2, -1)
+    columns = torch.split(sums[2 * len(sources) :].square() / tokens, list(sources))
+    variance = squares - torch.stack([of.sum() for of in columns])
+    fvus: Tensor = error * inverted(variance)
+    return fvus
 
 
 def auxk_loss(

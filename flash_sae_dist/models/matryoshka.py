@@ -75,6 +75,7 @@ class Matryoshka(BatchTopK):
     def __init__(self, config: SAEConfig, d_in: int, **place: Any) -> None:
         super().__init__(config, d_in, **place)
         self.widths = self.config.widths(d_in)
+        self._bounds = torch.tensor(self.widths[:-1], dtype=torch.int32) - self.first_latent
 
     @property
     def level_weights(self) -> tuple[float, ...]:
@@ -84,8 +85,6 @@ class Matryoshka(BatchTopK):
 
     def levels(self, codes: Codes) -> Tensor:
         """See SparseCoder: the first width that a pair's latent is within."""
-        found = torch.zeros_like(codes.latents)
-        # Compared one by one: a captured graph takes no tensor from the host.
-        for width in self.widths[:-1]:
-            found += codes.latents >= width - self.first_latent
-        return found
+        # Kept on the device: a captured graph takes no tensor from the host.
+        self._bounds = self._bounds.to(codes.latents.device)
+        return torch.bucketize(codes.latents, self._bounds, out_int32=True, right=True)

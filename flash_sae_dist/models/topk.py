@@ -16,6 +16,7 @@ from ..parallel.collectives import feed_shards
 from ..parallel.mesh import Mesh
 from ..parallel.selection import global_topk_mask
 from .base import Slots, SparseCoder
+from .ranks import ranked, unranked
 
 
 class TopKConfig(SAEConfig):
@@ -94,19 +95,20 @@ class TopKSAE(SparseCoder):
         """See SparseCoder: values [N, k] and local latents [N, k] int32. On several shards a value
         is 0 wherever the selection left this rank's candidate out.
         """
-        top = ops.topk_encode(
-            feed_shards(x, self.mesh),
-            self.compute(self.W_enc),
-            self.b_enc,
-            self._local_k,
-            b_dec=self.fed_centre(),
-        )
-        return self._over_shards(*top)
+        W_enc: Tensor = self.compute(self.W_enc)
+        b_enc: Tensor = self.b_enc
+        if (ranks := self.ranks()) is not None:
+            W_enc, b_enc = ranked(W_enc, b_enc, ranks)
+        fed, b_dec = feed_shards(x, self.mesh), self.fed_centre()
+        top = ops.topk_encode(fed, W_enc, b_enc, self._local_k, b_dec=b_dec)
+        return unranked(self._over_shards(*top), ranks)
 
     def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Slots:
         """The same for the fused engine; see SparseCoder."""
+        if (ranks := self.ranks()) is not None:
+            W_enc, b_enc = ranked(W_enc, b_enc, ranks)
         top = implementation("topk_encode", W_enc)(xc, W_enc, b_enc, self._local_k)
-        return self._over_shards(*top)
+        return unranked(self._over_shards(*top), ranks)
 
     def _over_shards(self, values: Tensor, latents: Tensor) -> Slots:
         keep = global_topk_mask(values, latents, self.k, self.first_latent, self.mesh)

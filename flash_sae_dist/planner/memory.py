@@ -12,6 +12,7 @@ lists take, and DeepSpeed for its sums, are estimates.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from ..config.deepspeed import ZeroOptimization, zero_of
 from ..config.sae import SAEConfig
 from ..config.train import DeepSpeedTrainConfig, TrainConfig
 from ..models import ARCHITECTURES
+from ..models.crosscoder import Crosscoder
 from ..models.dead_latents import padded
 from ..models.matryoshka import MatryoshkaConfig
 from ..models.multi_topk import MultiTopK, MultiTopKConfig
@@ -31,6 +33,7 @@ from ..models.topk import TopKSAE
 from ..training.defaults import with_defaults
 from ..training.engine import choose_engine
 from ..training.engines.dead_step import MAX_BLOCK_BYTES
+from ..training.engines.density import BLOCK_ELEMENTS, SHARES
 from ..training.job import Config
 from ..training.step import resolve_precision
 
@@ -43,9 +46,9 @@ _ENCODER_BYTES = 63 << 20
 _REFERENCE_ELEMENTS, _REFERENCE_COPIES = 1 << 25, 3
 # What the loader stages on a GPU: parts of 16 MiB, a block more, indices.
 _STAGED_BYTES = 18 << 20
-# cuBLAS's workspaces, 32 MiB a stream on Hopper: what four runs of `train` took beyond all else was
-# 56 to 118 MiB (tests/dist/test_planner_gpu.py).
-_LIBRARY_BYTES = 64 << 20
+# What a captured step keeps of its batch, bytes an element: fitted to five runs of `train`, which
+# took 1 to 13 beyond all else (docs/notes/planner.md).
+_CAPTURED_BYTES = 8
 # A latent's share that is dead, for figures that need one.
 DEAD_SHARE = 0.1
 # What a stream's rows are called among what its model takes.
@@ -80,6 +83,7 @@ class Work(NamedTuple):
     levels: int = 1  # nested reconstructions
     widest: int = 1  # candidates for each of the k
     pairwise: bool = False  # whether its activations are functions of pre-activations
+    crosses: bool = False  # whether rows of several hookpoints are put side by side
 
     @property
     def offloads(self) -> bool:
@@ -125,9 +129,10 @@ class Work(NamedTuple):
         return min(most, self.d_sae // num_shards)
 
     def most_slots(self, num_shards: int, num_replicas: int = 1) -> int:
-        """The same where it is largest: above thresholds are about half of all at the start."""
+        """The same where it is largest: where more are above thresholds, steps are dense."""
         if self.rule == "threshold":
-            return max(1, self.d_sae // 2 // num_shards)
+            enter, _ = SHARES["cuda" if self.on_gpu else "cpu"]
+            return max(1, math.ceil(enter * self.d_sae / num_shards))
         return self.slots(num_shards, num_replicas)
 
     def listed(self, num_shards: int, share: float) -> int:
@@ -156,7 +161,7 @@ def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -
         d_sae,
         min(getattr(sae, "k", _SLOTS), d_sae),
         train,
-        choose_engine(train, d_in, sae).engine,
+        choose_engine(train, sae).engine,
         resolve_precision(train.precision, device),
         float_dtype(dtype).itemsize,
         on_gpu,
@@ -166,6 +171,7 @@ def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -
         levels=_levels(sae, d_in),
         widest=MultiTopK.times if issubclass(kind, MultiTopK) else 1,
         pairwise=kind.is_pairwise,
+        crosses=issubclass(kind, Crosscoder),
     )
 
 
@@ -245,12 +251,17 @@ def step_bytes(work: Work, num_shards: int, num_replicas: int, dead: float) -> d
 def _batch_bytes(work: Work, num_replicas: int) -> int:
     """The batch as the step takes it, centred in the compute dtype, and its residual."""
     n, D = work.train.batch_tokens // num_replicas, work.d_in
-    divided = work.master if work.train.normalize != "none" else 0
-    given = max(work.row_bytes, divided)
-    return n * D * (given * (2 if divided else 1) + 2 * work.compute.itemsize)
+    divided = work.master if work.train.normalize != "none" or work.crosses else 0
+    given = max(work.row_bytes, divided) * (2 if divided else 1)
+    given += work.row_bytes if work.crosses else 0
+    return n * D * (given + 2 * work.compute.itemsize)
 
 
 def _encoder_bytes(work: Work, F: int, n: int) -> int:
+    if work.crosses and work.rule != "threshold":
+        # Its rows multiplied by the decoder's norms.
+        plain = _encoder_bytes(work._replace(crosses=False), F, n)
+        return plain + F * work.d_in * work.compute.itemsize
     if work.rule == "token" and work.on_gpu and work.compute.itemsize < 8:
         return _ENCODER_BYTES
     # The reference, which has kernels for a token's k largest alone, multiplies in float32.
@@ -273,9 +284,20 @@ def _fused_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
         # Everyone's candidates, gathered, in order, as sort keys; partial reconstructions.
         gathered = 0 if work.rule != "token" else 10 * wide * part * K * P
         encode = max(encode, gathered, 2 * wide * part * D)
+    if work.rule == "threshold":
+        dense = found["batch"] + _dense_step(work, F, n)
+        if dense > sum(found.values()) + encode:
+            return {"batch": found["batch"], "dense step": dense - found["batch"]}
     if not M:
         return found | {"encoder": encode}
     return found | {"encoder and dead latents": max(encode, _dead_bytes(work, n, M))}
+
+
+def _dense_step(work: Work, F: int, n: int) -> int:
+    """All pairs of a block of tokens, and both gradients of a block beside their sums."""
+    block = min(n * F, max(BLOCK_ELEMENTS["cuda" if work.on_gpu else "cpu"], F))
+    gradients = 2 * F * work.d_in * work.master
+    return 10 * block * work.master + gradients * (1 if block == n * F else 2)
 
 
 def dead_block(work: Work, M: int) -> int:
@@ -297,12 +319,17 @@ def _autograd_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
     D, F, K = work.d_in, work.d_sae // P, work.most_slots(P, R)
     n, wide, narrow = work.train.batch_tokens // R, work.master, work.compute.itemsize
     part = -(-n // work.train.micro_batches)
-    found = {"batch": _batch_bytes(work, R) + 4 * part * D * wide, "pairs": 8 * n * K * wide}
+    pairs = 8 * n * K * wide
+    if work.rule == "threshold":
+        block = max(BLOCK_ELEMENTS["cuda" if work.on_gpu else "cpu"], F)
+        block = min(part * F, block) if work.train.loss == "fvu" else part * F
+        pairs = max(pairs, 10 * wide * block)
+    found = {"batch": _batch_bytes(work, R) + 4 * part * D * wide, "pairs": pairs}
     encode = _encoder_bytes(work, F, part)
     if P > 1 and work.rule == "token":
         encode = max(encode, 10 * wide * part * K * P)
-    # Copies that autocast makes and one's gradient, or a gradient's part along the decoder rows.
-    copies = 3 * F * D * narrow if narrow != wide else 0
+    # Copies that autocast makes, or a gradient's part along the decoder rows.
+    copies = 2 * F * D * narrow if narrow != wide else 0
     more = F * D * wide * (2 if work.train.micro_batches > 1 else 1)
     dense = max(copies, more)
     if work.train.optimizer == "muon":
@@ -314,18 +341,22 @@ def _autograd_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
         split = F * D * wide * (work.zero.stage - 1) * (2 if work.offloads else 1)
         dense = max(copies + split, 0 if work.offloads else 2 * F * D * wide // R)
     if M:
-        # Pre-activations and masks are saved; the gradient of picked rows is as large as all.
-        dense += 2 * M * D * (wide + narrow) + 4 * part * M * wide + F * D * wide
+        # Pre-activations and masks are saved. The gradient of picked rows is as large as all, but
+        # is gone where copies are made (measured on a GPU).
+        dense += 2 * M * D * (wide + narrow) + 4 * part * M * wide
+        dense += 0 if copies else F * D * wide
     return found | {"encoder": encode, "dense products": dense}
 
 
 def feed_bytes(work: Work, num_replicas: int, preloaded: int = 0) -> dict[str, int]:
     """Batches ahead of the step; preloaded are the bytes of rows that stay on the device."""
-    batch = work.train.batch_tokens // num_replicas * work.d_in * work.row_bytes
+    elements = work.train.batch_tokens // num_replicas * work.d_in
+    batch = elements * work.row_bytes
     if not work.on_gpu:
         return {"batches ahead": batch}
     staged = 0 if work.train.source == "stream" else _STAGED_BYTES
-    feed = {"batches ahead": num_buffers(batch) * batch + staged, "libraries": _LIBRARY_BYTES}
+    captured = _CAPTURED_BYTES * elements
+    feed = {"batches ahead": num_buffers(batch) * batch + staged, "captured steps": captured}
     return feed | {"rows": preloaded} if preloaded else feed
 
 

@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..activations.aligned import AlignedLoaders
 from ..activations.loader import ActivationLoader
 from ..activations.store import ActivationStore
 from ..activations.stream import Rows
+from ..config.base import sources_of
 from ..config.train import TrainConfig
 from ..models.base import Pairs
 from ..models.batch_topk import BatchTopK
@@ -53,11 +55,11 @@ def calibrate_(sae: BatchTopK, batches: Callable[[], Iterable[Tensor]]) -> bool:
     lets k latents a token through on the mean: the least activation in units of thresholds that the
     batch rule takes. A latent that these rows leave silent has the batches' least activation.
     """
-    mesh, count = sae.mesh, 0
+    mesh, count, ranks = sae.mesh, 0, sae.ranks()
     cuts = torch.zeros((), dtype=torch.float64, device=sae.b_dec.device)
     own, fired = (torch.zeros_like(sae.threshold, dtype=torch.float64) for _ in range(2))
     for x in batches():
-        least = _least(sae.selected(x.to(sae.b_dec)), sae.d_sae_local, mesh)
+        least = _least(sae.selected(x.to(sae.b_dec), ranks), sae.d_sae_local, mesh)
         cuts += _cut(least, mesh).log()
         active = least.isfinite()
         own += least.clamp(_TINY, 1 / _TINY).log() * active
@@ -67,6 +69,8 @@ def calibrate_(sae: BatchTopK, batches: Callable[[], Iterable[Tensor]]) -> bool:
         return False
     mean = cuts / count
     logs = torch.where(fired > 0, (mean + own / fired.clamp_min(1)) / 2, mean)
+    # Thresholds are of pre-activations themselves, these logarithms of what they are ranked by.
+    logs = logs if ranks is None else logs - ranks.double().log()
     per = (-logs).exp().to(sae.threshold.dtype)
     ratios = torch.zeros_like(cuts)
     for x in batches():
@@ -85,10 +89,12 @@ def held_out_batches(
     if not isinstance(rows, ActivationStore) or not cfg.holdout:
         return None
 
-    def loader(num_steps: int) -> ActivationLoader:
+    names = sources_of(hookpoint)
+
+    def loader(name: str, num_steps: int) -> ActivationLoader:
         return ActivationLoader(
             rows,
-            hookpoint,
+            name,
             batch_tokens=cfg.batch_tokens,
             seed=cfg.seed,
             num_steps=num_steps,
@@ -100,13 +106,14 @@ def held_out_batches(
         )
 
     try:
-        held = loader(1).order.rows
+        held = loader(names[0], 1).order.rows
     except ValueError:
         return None
     num_steps = -(-min(held, MAX_ROWS) // cfg.batch_tokens)
 
     def batches() -> Iterable[Tensor]:
-        with loader(num_steps) as found:
-            yield from found
+        with AlignedLoaders(lambda name: loader(name, num_steps), names) as found:
+            for first, *others in found:
+                yield torch.cat([first, *others], dim=1) if others else first
 
     return batches

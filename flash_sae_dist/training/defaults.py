@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from ..config.base import ConfigError
+from ..config.base import ConfigError, sources_of
 from ..config.sae import SAEConfig
 from ..config.train import TrainConfig
 from ..models import ARCHITECTURES
+from ..models.crosscoder import Crosscoder, CrosscoderConfig
 from .optim import default_lr, optimizer_lr
 
 _Train = TypeVar("_Train", bound=TrainConfig)
@@ -36,6 +37,7 @@ def with_defaults(train: _Train, sae: SAEConfig, d_in: int) -> _Train:
             "matryoshka, multi_topk or jumprelu with sae.sparsity=l0, target or quadratic and no "
             "sae.pre_act_coefficient, or drop train.target"
         )
+    _check_hookpoint(train, sae)
     if sae.skip and train.target is None:
         raise ConfigError(
             "sae.skip=True is of transcoders alone; name their target as train.target, or drop it"
@@ -50,3 +52,34 @@ def with_defaults(train: _Train, sae: SAEConfig, d_in: int) -> _Train:
             "dead_latents": usual.dead_latents if chosen is None else chosen,
         }
     )
+
+
+def _check_hookpoint(train: TrainConfig, sae: SAEConfig) -> None:
+    """Raises ConfigError where several hookpoints meet no crosscoder, or one meets one."""
+    crosses, count = isinstance(sae, CrosscoderConfig), len(sources_of(train.hookpoint or ""))
+    if crosses and train.target is not None:
+        raise ConfigError(
+            f"train.target={train.target!r} is of transcoders, and sae.architecture="
+            f"{sae.architecture!r} gives the rows that it reads; drop it"
+        )
+    if crosses and train.loss != "fvu":
+        raise ConfigError(
+            f"train.loss={train.loss!r} puts the rows of one hookpoint back into the model, and "
+            f"sae.architecture={sae.architecture!r} gives those of several; set train.loss=fvu"
+        )
+    if crosses and train.init_from is not None:
+        raise ConfigError(
+            f"train.init_from={train.init_from!r} begins SAEs alone, not sae.architecture="
+            f"{sae.architecture!r}; drop it"
+        )
+    if crosses and train.hookpoint is not None and count == 1:
+        raise ConfigError(
+            f"sae.architecture={sae.architecture!r} reads several hookpoints, and train.hookpoint="
+            f"{train.hookpoint!r} is one; join them by +, as layers.4+layers.8"
+        )
+    if count > 1 and not crosses:
+        kinds = [name for name, of in ARCHITECTURES.items() if issubclass(of, Crosscoder)]
+        raise ConfigError(
+            f"train.hookpoint={train.hookpoint!r} joins hookpoints, which sae.architecture="
+            f"{sae.architecture!r} cannot read; choose one of {', '.join(kinds)}"
+        )

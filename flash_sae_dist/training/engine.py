@@ -23,9 +23,6 @@ from .sparse_adam import SparseAdam
 
 logger = logging.getLogger(__name__)
 
-# Widest row of kernels/sparse_adam.py.
-_MAX_WIDTH = 16384
-
 
 class EngineChoice(NamedTuple):
     """The engine of a training, and why it is not the fused one where auto had to leave it."""
@@ -34,9 +31,9 @@ class EngineChoice(NamedTuple):
     reason: str | None = None
 
 
-def choose_engine(cfg: TrainConfig, d_in: int, sae: SAEConfig | None = None) -> EngineChoice:
-    """auto is the fused engine unless something really needs autograd: the width, or what the
-    section sae asks for.
+def choose_engine(cfg: TrainConfig, sae: SAEConfig | None = None) -> EngineChoice:
+    """auto is the fused engine unless something really needs autograd: what the section sae asks
+    for, an optimizer of dense gradients, or a loss of the model.
 
     Raises ConfigError where a key that only the fused engine has meets something that needs
     autograd.
@@ -48,10 +45,6 @@ def choose_engine(cfg: TrainConfig, d_in: int, sae: SAEConfig | None = None) -> 
         reason = f"train.optimizer={cfg.optimizer!r} steps from dense gradients"
     if cfg.loss != "fvu":
         reason = f"the gradient of train.loss={cfg.loss!r} comes through the model"
-    if cfg.target is not None:
-        reason = "a transcoder's encoder and decoder have other rows"
-    if d_in > _MAX_WIDTH:
-        reason = f"its kernels take widths up to {_MAX_WIDTH}, not {d_in}"
     if reason is None:
         return EngineChoice("fused")
     if key := _fused_only(cfg):
@@ -71,11 +64,11 @@ def check_installed(cfg: TrainConfig) -> None:
         )
 
 
-def check_engine(cfg: TrainConfig, d_in: int, mesh: Mesh, sae: SAEConfig | None = None) -> None:
+def check_engine(cfg: TrainConfig, mesh: Mesh, sae: SAEConfig | None = None) -> None:
     """Raises ConfigError as `choose_engine`, and where DeepSpeed is told or given what it cannot
     do.
     """
-    choose_engine(cfg, d_in, sae)
+    choose_engine(cfg, sae)
     if cfg.loss != "fvu" and mesh.members > 1:
         raise ConfigError(
             f"train.loss={cfg.loss!r} runs the model with one whole SAE in it, but "
@@ -110,13 +103,13 @@ def make_engine(
     """The engine that a config asks for, whose keys that an architecture decides are filled in; one
     log line where auto is not the fused one. Raises ConfigError as `check_engine`.
     """
-    check_engine(cfg, sae.d_in, sae.mesh, sae.config)
-    assert cfg.lr is not None
+    check_engine(cfg, sae.mesh, sae.config)
+    lr = cfg.lr
+    assert lr is not None
     assert cfg.adam_betas is not None
     assert cfg.dead_latents is not None
-    lr = cfg.lr
     k_aux = min(cfg.k_aux or max(1, sae.d_in // 2), sae.d_sae)
-    engine, reason = choose_engine(cfg, sae.d_in, sae.config)
+    engine, reason = choose_engine(cfg, sae.config)
     if reason is not None and sae.mesh.is_lead:
         logger.info("train.engine=auto is autograd, which is slower than fused: %s", reason)
     if isinstance(cfg, DeepSpeedTrainConfig):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ..activations.stream import Rows
-from ..config.base import ConfigError, section_models
+from ..config.base import ConfigError, section_models, sources_of
 from ..config.train import TrainConfig
 from ..files import read_json, write_json
 from ..identity import (
@@ -56,7 +56,7 @@ def step_values(config: Config, d_in: int, device: torch.device) -> dict[str, An
     flat |= {
         "sae.d_sae": d_sae,
         "train.k_aux": min(train.k_aux or max(1, d_in // 2), d_sae),
-        "train.engine": choose_engine(train, d_in, sae).engine,
+        "train.engine": choose_engine(train, sae).engine,
         "train.precision": str(resolve_precision(train.precision, device)).removeprefix("torch."),
     }
     if train.init_from is not None:
@@ -83,12 +83,30 @@ def _defaults() -> dict[str, Any]:
     return found | _BEFORE
 
 
+class _MadeOf(Protocol):
+    def made_of(self, hookpoint: str) -> dict[str, Any]: ...
+
+
+def rows_made_of(rows: _MadeOf, hookpoint: str) -> dict[str, Any]:
+    """What the rows of a hookpoint are, as `ActivationStore.made_of`, or of all that it joins."""
+    first, *others = [rows.made_of(name) for name in sources_of(hookpoint)]
+    if not others:
+        return first
+    parts = first["parts"]
+    if parts:
+        named = [found["parts"]["hookpoints"] for found in (first, *others)]
+        parts = parts | {"hookpoints": {name: w for of in named for name, w in of.items()}}
+    sums = [found["rows"] for found in (first, *others)]
+    return first | {"parts": parts, "rows": None if None in sums else digest(sums)}
+
+
 def made_of(config: Config, rows: Rows, device: torch.device) -> dict[str, Any]:
     """What an SAE of a config and of the rows that it is trained on is made of."""
     assert config.train is not None
     hookpoint = str(config.train.hookpoint)
-    train, found = config.train, rows.made_of(hookpoint)
-    step = step_values(config, rows.width(hookpoint), device)
+    names = sources_of(hookpoint)
+    train, found = config.train, rows_made_of(rows, hookpoint)
+    step = step_values(config, sum(rows.width(name) for name in names), device)
     record: dict[str, Any] = {
         "step": step,
         "store": {"parts": found["parts"], "rows": found["rows"], "names": rows.config},

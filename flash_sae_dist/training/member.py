@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import ending
 from ..activations.store import ActivationStore
 from ..activations.stream import ModelRows, Rows
+from ..config.base import sources_of
 from ..models.base import SparseCoder
 from ..parallel import agree
 from ..parallel.mesh import Mesh
@@ -24,13 +25,6 @@ from .spliced import SplicedModel
 from .step import SAETraining
 
 logger = logging.getLogger(__name__)
-
-
-def _mean_of(rows: Rows, hookpoint: str) -> Tensor | None:
-    """The mean row of a hookpoint [d_in]; None of a stream, which knows none yet."""
-    if not isinstance(rows, ActivationStore):
-        return None
-    return torch.from_numpy(rows.mean(hookpoint))
 
 
 class Member:
@@ -48,22 +42,22 @@ class Member:
         self.made_of = made_of.made_of(job.config, rows, device)
         step = self.saved = checkpoint.newest_step(self.checkpoints, mesh)
         self.published = step or 0
-        d_in, rms = rows.width(hookpoint), rows.root_mean_square(hookpoint)
+        names, crosses = sources_of(hookpoint), len(sources_of(hookpoint)) > 1
+        sources = [rows.width(name) for name in names]
         self.training = SAETraining(
             job.config.sae,
             self.cfg,
-            d_in,
+            sum(sources),
             mesh,
             device,
             d_out=None if self.cfg.target is None else rows.width(self.cfg.target),
-            rms=rms,
-            mean=_mean_of(rows, hookpoint) if self.cfg.subtract_mean else None,
+            sources=sources if crosses else (),
+            rms=None if crosses else rows.root_mean_square(hookpoint),
+            mean=None if crosses else self._mean_of(rows, hookpoint),
             drawn=step is None,
         )
-        self._set_target_units(rows)
-        if self.cfg.loss != "fvu":
-            assert isinstance(rows, ModelRows)
-            self.training.splice(SplicedModel(rows.lm, hookpoint, self.cfg.loss))
+        self._set_other_units(rows, names if crosses else [])
+        self._splice(rows, hookpoint)
         logged = 0 if step is None else self._resume(step)
         ending.keeps(self.kept())
         curve = job.folder / "metrics.jsonl"
@@ -77,12 +71,30 @@ class Member:
             self.cfg.keep_checkpoints, share, self._is_published,
         )  # fmt: skip
 
-    def _set_target_units(self, rows: Rows) -> None:
+    def _mean_of(self, rows: Rows, hookpoint: str) -> Tensor | None:
+        """The mean row of a hookpoint [d_in] where it is to be subtracted; None of a stream, which
+        knows none yet.
+        """
+        if not self.cfg.subtract_mean or not isinstance(rows, ActivationStore):
+            return None
+        return torch.from_numpy(rows.mean(hookpoint))
+
+    def _set_other_units(self, rows: Rows, sources: list[str]) -> None:
+        """Those of a transcoder's target, or of a crosscoder's hookpoints."""
+        if sources:
+            rms = [rows.root_mean_square(name) for name in sources]
+            means = [self._mean_of(rows, name) for name in sources]
+            self.training.set_source_units(rms, means)
         if (target := self.cfg.target) is None:
             return
-        mean = _mean_of(rows, target) if self.cfg.subtract_mean else None
-        if (rms := rows.root_mean_square(target)) is not None:
-            self.training.set_target_rms(rms, mean)
+        if (known := rows.root_mean_square(target)) is not None:
+            self.training.set_target_rms(known, self._mean_of(rows, target))
+
+    def _splice(self, rows: Rows, hookpoint: str) -> None:
+        """Gives the model to a training by what it loses."""
+        if self.cfg.loss != "fvu":
+            assert isinstance(rows, ModelRows)
+            self.training.splice(SplicedModel(rows.lm, hookpoint, self.cfg.loss))
 
     def _resume(self, step: int) -> int:
         """Goes on from the checkpoint of a step; returns the last step that it has a metrics line
@@ -126,7 +138,7 @@ class Member:
         """One step on the replica's batch, which has the rows of each hookpoint."""
         assert self.cfg.hookpoint is not None
         y = None if self.cfg.target is None else rows[self.cfg.target]
-        return self.training.step(rows[self.cfg.hookpoint], timer, y)
+        return self.training.step(side_by_side(rows, self.cfg.hookpoint), timer, y)
 
     def fail(self, reason: str, step: int) -> None:
         """Ends this job, which failed at a step, and lets the others go on."""
@@ -169,6 +181,12 @@ class Member:
         self.writer.wait()
         agree.by_lead(lambda: made_of.write(folder, self.made_of), self.mesh)
         self.write_status()
+
+
+def side_by_side(rows: Mapping[str, Tensor], hookpoint: str) -> Tensor:
+    """The rows of a hookpoint, or of all that it joins."""
+    first, *others = [rows[name] for name in sources_of(hookpoint)]
+    return torch.cat([first, *others], dim=1) if others else first
 
 
 def is_finished(job: Job) -> bool:

@@ -115,14 +115,18 @@ class LoggedStep(NamedTuple):
     step: int
     lr: float
     d_sae: int
-    scalars: HostCopy  # those of StepMetrics, then the number of dead latents
+    # Those of StepMetrics, a crosscoder's FVUs by hookpoint, then the number of dead latents.
+    scalars: HostCopy
+    sources: tuple[str, ...]  # a crosscoder's hookpoints
     phases: tuple[PhaseTimer, ...]  # of this step
     pace: Pace  # since the step logged before
 
     def values(self) -> dict[str, float]:
         """What is logged, by name. Waits for this step where the device has not made it yet."""
         *metrics, dead = self.scalars.read()
-        values = dict(zip(StepMetrics._fields, metrics, strict=False))
+        count = len(metrics) - len(self.sources)
+        names = [*StepMetrics._fields[:count], *(f"fvu/{name}" for name in self.sources)]
+        values = dict(zip(names, metrics, strict=True))
         values |= {"dead_fraction": dead / self.d_sae, "lr": self.lr}
         values |= {"tokens_per_s": self.pace.tokens_per_s()}
         for timer in self.phases:

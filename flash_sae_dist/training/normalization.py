@@ -25,16 +25,34 @@ class Normalization:
     norm, the first batch's.
     """
 
-    def __init__(self, cfg: TrainConfig, mesh: Mesh, width: int, device: torch.device) -> None:
-        """Rows of a transcoder's input and target are divided in any case: their units differ."""
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        mesh: Mesh,
+        width: int,
+        device: torch.device,
+        *,
+        divides: bool = False,
+    ) -> None:
+        """Rows of a transcoder's input and target, and of a crosscoder's hookpoints (divides), are
+        divided in any case: their units differ.
+        """
         # Stands in checkpoints for a mean that is not known yet.
         self.start = torch.zeros(width if cfg.subtract_mean else 0, dtype=torch.float64).to(device)
-        divides = cfg.target is not None and cfg.normalize == "none"
+        divides = (divides or cfg.target is not None) and cfg.normalize == "none"
         self.kind = "unit_mean_square" if divides else cfg.normalize
         self.centres, self.mesh = cfg.subtract_mean, mesh
         self.rms: float | None = None  # of the rows as they are stored
         self.mean: Tensor | None = None  # [d_in]
         self.mean_norm: float | None = None  # of the rows without their mean
+
+    @classmethod
+    def none(cls, mesh: Mesh) -> Normalization:
+        """Of rows that are in units of their own already."""
+        found = cls.__new__(cls)
+        found.kind, found.centres, found.mesh = "none", False, mesh
+        found.rms, found.mean, found.mean_norm = 1.0, None, None
+        return found
 
     @property
     def missing(self) -> bool:
@@ -143,9 +161,10 @@ class Normalization:
 
     def state(self, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint keeps: tensors and plain values, their names with a prefix."""
-        # Tensors of a checkpoint are the same before the first batch.
-        mean = self.start if self.mean is None else self.mean
-        tensors = {"subtracted_mean": mean} if self.centres else {}
+        tensors = {}
+        if self.centres:
+            # Tensors of a checkpoint are the same before the first batch.
+            tensors["subtracted_mean"] = self.start if self.mean is None else self.mean
         values = {"rms": self.rms, "mean_norm": self.mean_norm}
         tensors = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
         known = {name: value for name, value in values.items() if value is not None}

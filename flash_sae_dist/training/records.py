@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from ..config.base import UserError
+from ..config.base import UserError, sources_of
 from ..ending import sentence_of
 from ..files import check_seal, read_json, write_json, write_text, yaml_text
 from ..models.saved import CONFIG_FILE
@@ -32,7 +33,7 @@ class Job(NamedTuple):
 
 
 def hookpoint_of(job: Job) -> str:
-    """The hookpoint that a job trains on."""
+    """The hookpoint that a job trains on; of a crosscoder several, joined by +."""
     assert job.config.train is not None
     assert job.config.train.hookpoint is not None
     return job.config.train.hookpoint
@@ -42,7 +43,12 @@ def hookpoints_of(job: Job) -> list[str]:
     """All hookpoints whose rows a job trains on: a transcoder's target is one, too."""
     assert job.config.train is not None
     target = job.config.train.target
-    return [hookpoint_of(job), *([target] if target is not None else [])]
+    return [*sources_of(hookpoint_of(job)), *([target] if target is not None else [])]
+
+
+def width_of(job: Job, widths: Mapping[str, int]) -> int:
+    """d_in of a job, from the widths of hookpoints."""
+    return sum(widths[name] for name in sources_of(hookpoint_of(job)))
 
 
 class Status(NamedTuple):

@@ -72,15 +72,18 @@ class SparseAdam(torch.optim.Optimizer):
     unit, and clipping counts their gradients times unit. With the data's root mean square as unit
     training does not depend on the data's scale. A captured graph holds it as a constant.
 
-    decay is AdamW's: W_enc and W_dec are multiplied by 1 - lr * decay before each step, biases and
-    what else an architecture has are not.
+    decay is AdamW's: the matrices are multiplied by 1 - lr * decay before each step, biases and
+    what else is a vector are not.
 
-    unit_norm=False leaves decoder rows and their gradients as they are, for recipes that do.
+    unit_norm=False leaves decoder rows and their gradients as they are, as transcoders do and some
+    recipes.
 
     state_dict, param_groups and lr schedulers work as with torch.optim.Adam (the states bear its
     names); loading copies in place. All parameters share one group. The learning rate reaches the
     device by `sync_group_`, so that a captured graph follows a schedule.
     """
+
+    gradients: LatentGradients | None = None
 
     def __init__(
         self,
@@ -102,11 +105,11 @@ class SparseAdam(torch.optim.Optimizer):
         if moment_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"moment_dtype={moment_dtype} is neither float32 nor bfloat16")
         self.lazy, self.seed, self.ema_decay, self.grad_clip = lazy, seed, ema_decay, grad_clip
-        self.gradients: LatentGradients | None = None
-        self._lr_value, self.unit, self.unit_norm, self.decay = lr, unit, unit_norm, decay
+        self._lr_value, self.unit, self.decay = lr, unit, decay
+        self.unit_norm = unit_norm and not sae.transcodes
         self.side = SideStream(sae.W_dec.device)
         self._mesh, self._first_latent = sae.mesh, sae.first_latent
-        self._own = _own_of(sae)
+        self._own, self._centres = _own_of(sae), not sae.transcodes
         matrices = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
         self._params = (*matrices, *(own.param for own in self._own))
         super().__init__(self._params, {"lr": lr, "betas": betas, "eps": eps})
@@ -215,7 +218,9 @@ class SparseAdam(torch.optim.Optimizer):
         weighted = implementation("adam_encoder_", W_dec)(rows, grads, *constants)
         with self.side.beside():
             if grad_b_dec is None:
-                grad_b_dec = given.b_dec - self._over_shards(weighted)
+                grad_b_dec = given.b_dec
+                if self._centres:
+                    grad_b_dec = grad_b_dec - self._over_shards(weighted)
             self._update_b_dec(grad_b_dec, options)
         implementation("adam_decoder_", W_dec)(rows, decoder, *constants)
         self._update_own(given.own, options)
@@ -249,7 +254,9 @@ class SparseAdam(torch.optim.Optimizer):
             torch.sum(found, 0, out=squares[1])
         parts, weighted = implementation("encoder_squares", rows.W_enc)(rows, grads[0], options)
         torch.sum(parts, 0, out=squares[0])
-        over_encoder = self._over_shards(weighted)
+        over_encoder = torch.zeros_like(b_dec)
+        if self._centres:
+            over_encoder = self._over_shards(weighted)
         self.side.meet()  # b_dec's part is made there, too
         whole = squares.new_zeros(())
         for own, found in zip(self._own, given.own, strict=True):
@@ -267,9 +274,12 @@ class SparseAdam(torch.optim.Optimizer):
 
     def _update_own(self, grads: tuple[Tensor, ...], options: AdamOptions) -> None:
         for own, grad in zip(self._own, grads, strict=True):
+            if options.decay and own.param.ndim == 2:
+                own.param.detach().mul_(1 - options.decay * self._scalars[3])
             moments = (self.state[own.param][name] for name in ("exp_avg", "exp_avg_sq"))
+            whole = (t.detach().view(-1) for t in (own.param, *moments, grad.contiguous()))
             implementation("adam_vector_", own.param)(
-                own.param.detach(), *moments, grad.contiguous(), self._scalars,
+                *whole, self._scalars,
                 options._replace(unit=self._unit_of(own)),
             )  # fmt: skip
 

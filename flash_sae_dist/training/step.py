@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..config.sae import SAEConfig
 from ..config.train import Precision, TrainConfig
 from ..models import ARCHITECTURES
 from ..models.batch_topk import BatchTopK
+from ..models.crosscoder import Crosscoder
 from ..models.dead_latents import DeadLatents
 from ..parallel import collectives
 from ..parallel.mesh import Mesh
@@ -59,27 +60,24 @@ class SAETraining:
         device: torch.device,
         *,
         d_out: int | None = None,
+        sources: Sequence[int] = (),
         rms: float | None = None,
         mean: Tensor | None = None,
         drawn: bool = True,
     ) -> None:
         """rms is the root mean square of the data's elements, mean [d_in] what may be subtracted;
-        left out, those of the first batch. d_out is the width of a transcoder's target. Without
+        left out, those of the first batch. d_out is the width of a transcoder's target, sources
+        are those of a crosscoder's hookpoints, whose units `set_source_units` tells. Without
         initial weights drawn it waits for `load_state`.
         """
         self.cfg = cfg = with_defaults(cfg, sae_cfg, d_in)
         self.mesh, self.device = mesh, device
         self.compute_dtype = resolve_precision(cfg.precision, device)
         self.master_dtype = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
-        self.sae = ARCHITECTURES[sae_cfg.architecture].from_config(
-            sae_cfg,
-            d_in,
-            d_out=d_out,
-            mesh=mesh,
-            dtype=self.master_dtype,
-            device=device,
-            seed=cfg.seed if drawn and cfg.init_from is None else None,
-        )
+        place: dict[str, Any] = {"sources": sources} if sources else {"d_out": d_out}
+        place |= {"mesh": mesh, "dtype": self.master_dtype, "device": device}
+        place["seed"] = cfg.seed if drawn and cfg.init_from is None else None
+        self.sae = ARCHITECTURES[sae_cfg.architecture].from_config(sae_cfg, d_in, **place)
         if drawn and cfg.init_from is not None:
             begin_from_(self.sae, cfg.init_from)
         self.dead = DeadLatents(self.sae.d_sae_local, cfg.dead_after_tokens, mesh, device)
@@ -88,9 +86,11 @@ class SAETraining:
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self.total_steps = -(-cfg.num_tokens // cfg.batch_tokens)
         self.step_index = 0
-        self.normalization = Normalization(cfg, mesh, d_in, device)
+        own = Normalization.none(mesh) if sources else Normalization(cfg, mesh, d_in, device)
+        self.normalization = own
         self.target = None if d_out is None else Normalization(cfg, mesh, d_out, device)
-        if self.sae.config.input_norm != "none":
+        self.sources = [Normalization(cfg, mesh, n, device, divides=True) for n in sources]
+        if self.sources or self.sae.config.input_norm != "none":
             rms = 1.0  # of the rows that the engine gets
         if rms is not None:
             self.set_rms(rms, mean)
@@ -127,7 +127,7 @@ class SAETraining:
 
     def has_rms(self) -> bool:
         """Whether the data's root mean square is known."""
-        return self.normalization.rms is not None
+        return all(n.rms is not None for n in [self.normalization, *self.sources])
 
     def set_rms(self, rms: float, mean: Tensor | None = None) -> None:
         """Tells the data's root mean square, by which parameters in its units take their steps, and
@@ -147,6 +147,24 @@ class SAETraining:
         self.target.rms = rms if 0 < rms < math.inf else 1.0
         if self.target.centres and mean is not None:
             self.target.mean = mean.to(self.device, torch.float64)
+
+    def set_source_units(
+        self, rms: Sequence[float | None], means: Sequence[Tensor | None] | None = None
+    ) -> None:
+        """`set_rms` of each of a crosscoder's hookpoints, as far as they are known."""
+        for n, own, mean in zip(self.sources, rms, means or [None] * len(rms), strict=True):
+            if own is not None:
+                n.rms = own if 0 < own < math.inf else 1.0
+            if n.centres and mean is not None:
+                n.mean = mean.to(self.device, torch.float64)
+        self._set_sources()
+
+    def _set_sources(self) -> None:
+        if not any(n.missing for n in self.sources):
+            assert isinstance(self.sae, Crosscoder)
+            widths, means = self.sae.sources, [n.mean for n in self.sources]
+            scales = [n.divisor(width) for n, width in zip(self.sources, widths, strict=True)]
+            self.sae.set_sources_(scales, means)
 
     def _set_units(self) -> None:
         self.engine.set_unit(self._unit)
@@ -216,6 +234,11 @@ class SAETraining:
         if self.normalization.missing:
             self.normalization.measure(x)
             self._set_units()
+        if any(n.missing for n in self.sources):
+            parts = torch.split(x, list(self.sae.sources), dim=1)
+            for n, part in zip(self.sources, parts, strict=True):
+                n.measure(part)
+            self._set_sources()
         x, self._of_tokens = self.sae.normalise(x)
         x = self.normalization(x, self.master_dtype)
         if self.target is not None:
@@ -233,6 +256,7 @@ class SAETraining:
             self.dead.refresh(self.step_index, self.step_index * self.cfg.batch_tokens)
         self.engine.set_lr(self.lr)
         self.engine.set_ramp(self.ramp)
+        self.engine.choose_form(self.step_index)
         metrics = self.engine.step(x, timer, y)
         self.step_index += 1
         return metrics
@@ -285,8 +309,9 @@ class SAETraining:
 
     def _normalizations(self) -> list[tuple[Normalization, str]]:
         """Each with what its names begin with in a checkpoint."""
-        target = [] if self.target is None else [(self.target, "target_")]
-        return [(self.normalization, ""), *target]
+        others = [(n, f"source{at}_") for at, n in enumerate(self.sources)]
+        others += [] if self.target is None else [(self.target, "target_")]
+        return [(self.normalization, ""), *others]
 
     def state(self) -> TrainingState:
         """All that a resumed run needs, by reference: parameters, Adam's moments, counters,
@@ -305,6 +330,8 @@ class SAETraining:
             "step": self.step_index,
             "d_sae": self.sae.d_sae,
         }
+        if (density := self.engine.density) is not None:
+            whole["l0_share"], info["is_dense"] = density.share, density.is_dense
         for normalization, prefix in self._normalizations():
             tensors, values = normalization.state(prefix)
             whole |= tensors
@@ -321,6 +348,9 @@ class SAETraining:
         self.engine.load_state(state.rows | state.whole, state.info["step"])
         for name, buffer in self.sae.named_buffers():
             buffer.copy_((state.rows | state.whole)[name])
+        if (density := self.engine.density) is not None and "l0_share" in state.whole:
+            density.share.copy_(state.whole["l0_share"])
+            density.is_dense = state.info["is_dense"]
         self.dead.tokens_since_fired.copy_(state.rows["tokens_since_fired"])
         listed = state.rows.get("listed_dead")
         if listed is None:

@@ -20,7 +20,7 @@ from ..activations.store import ActivationStore
 from ..activations.stream import ModelRows, Rows
 from ..activations.stream_buffer import StreamedBatches
 from ..activations.token_batches import TokenBatches
-from ..config.base import UserError
+from ..config.base import UserError, sources_of
 from ..parallel.mesh import Mesh
 from ..progress import progress_bar
 from .calibration import held_out_batches
@@ -185,8 +185,11 @@ class Trainer:
     def _set_units(self, source: StreamedBatches) -> None:
         for member in self.members:
             with self._fails_alone(member.job, member):
-                rms = source.root_mean_square(hookpoint_of(member.job))
-                if rms is not None and not member.training.has_rms():
+                names = sources_of(hookpoint_of(member.job))
+                rms, *others = [source.root_mean_square(name) for name in names]
+                if others and not member.training.has_rms():
+                    member.training.set_source_units([rms, *others])
+                elif rms is not None and not member.training.has_rms():
                     member.training.set_rms(rms)
                 target = member.cfg.target
                 rms = None if target is None else source.root_mean_square(target)
@@ -264,8 +267,13 @@ class Trainer:
         for member, metrics, timer in results:
             if member.error is None:
                 t = member.training
-                scalars, phases = HostCopy([*metrics.scalars(), t.dead.count()]), (data, timer)
-                logged = LoggedStep(step, t.last_lr, t.sae.d_sae, scalars, phases, pace)
+                fvus = () if t.engine.source_fvus is None else t.engine.source_fvus
+                scalars = HostCopy([*metrics.scalars(), *fvus, t.dead.count()])
+                names = sources_of(hookpoint_of(member.job)) if t.sae.sources else []
+                phases = (data, timer)
+                logged = LoggedStep(
+                    step, t.last_lr, t.sae.d_sae, scalars, tuple(names), phases, pace
+                )
                 self.unread.append((member, logged))
 
     def _read_logged(self) -> None:

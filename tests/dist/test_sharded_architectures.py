@@ -18,12 +18,16 @@ CASES = {
     2: [
         *("batch_topk-fused-1", "matryoshka-fused-2", "multi_topk-fused-1", "relu-fused-2"),
         *("jumprelu_target-autograd-2", "jumprelu_quadratic-fused-1", "jumprelu_tanh-fused-2"),
-        *("gated-autograd-1", "matryoshka-autograd-1", "topk+adamw-fused-1"),
+        *("gated-autograd-1", "matryoshka-autograd-1", "topk_crosscoder-fused-1"),
+        *("relu_crosscoder-autograd-1", "batch_topk_crosscoder-autograd-2"),
+        *("jumprelu_target-fused-1-dense", "gated-autograd-2-dense"),
+        *("transcoder_jumprelu+adamw-fused-1-dense", "topk+adamw-fused-1"),
         *("topk+muon-autograd-1", "gated+muon-autograd-2", "topk+signum-autograd-1"),
     ],
     4: [
         *("batch_topk-fused-2", "matryoshka-fused-4", "multi_topk-fused-2"),
-        *("jumprelu_target-fused-2", "gated-autograd-2", "topk+muon-autograd-2"),
+        *("jumprelu_target-fused-2", "gated-autograd-2", "batch_topk_crosscoder-fused-2"),
+        *("relu-fused-2-dense", "transcoder_topk-fused-2", "topk+muon-autograd-2"),
     ],
 }
 
@@ -33,8 +37,9 @@ CASES = {
 def test_sharded_equals_one_process(world: int, tmp_path: Path) -> None:
     single = {}
     for case in CASES[world]:
-        name, engine, _ = case.split("-")
-        single[case] = run(str(STEPS), f"{name}-{engine}-1")[f"{name}-{engine}-1"]
+        name, engine, _, *form = case.split("-")
+        alone = "-".join([name, engine, "1", *form])
+        single[case] = run(str(STEPS), alone)[alone]
     for rank in run_ranks(
         "tests.dist.architecture_worker", world, tmp_path, str(STEPS), *CASES[world]
     ):

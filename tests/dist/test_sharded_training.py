@@ -14,8 +14,8 @@ import torch
 from tests.dist.ranks import run_ranks
 
 WORKER = "tests.dist.train_worker"
-# Dead latents are looked for every 100 steps.
-STEPS = 130
+# Dead latents are listed every 25 steps there.
+STEPS = 60
 VARIANTS = ("auxk", "ghost", "clipped", "normalized")
 # By number of processes what one launch trains: precision, engine, replicas and variant.
 CASES = {

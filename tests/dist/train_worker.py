@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flash_sae_dist.config.train import ENGINES
+from flash_sae_dist.models import dead_latents
 from flash_sae_dist.models.topk import TopKConfig
 from flash_sae_dist.parallel import collectives
 from flash_sae_dist.parallel.mesh import Mesh, make_mesh
@@ -18,6 +19,8 @@ from flash_sae_dist.training.step import SAETraining
 from tests.dist.ranks import worker
 
 D_IN, D_SAE, K, BATCH = 16, 64, 6, 48
+# Of a step in milliseconds the usual hundred are long to wait for.
+LISTED_EVERY = 25
 # "cuda" is each rank's own GPU.
 DEVICE = torch.device(os.environ.get("TRAIN_WORKER_DEVICE", "cpu"))
 if str(DEVICE) == "cuda":
@@ -47,6 +50,8 @@ def global_selection(training: SAETraining, x: torch.Tensor, mesh: Mesh) -> torc
 
 def run(steps: str, *cases: str) -> dict[str, Any]:
     """By case, which is its precision, engine, replicas and variant, as `float64-fused-1-auxk`."""
+    if DEVICE.type == "cpu":
+        dead_latents.CHECK_EVERY_STEPS = LISTED_EVERY
     return {case: train(int(steps), *case.split("-")) for case in cases}
 
 

@@ -24,7 +24,9 @@ from flash_sae_dist.kernels import (
     dead_products,
     dense_grad,
     encode,
+    encode_candidates,
     encode_filter,
+    encode_flat,
     encode_hopper,
     encode_plan,
     encode_rows,
@@ -86,7 +88,7 @@ def portable_encoder(say: Callable[[str, Any], None], num_stages: int) -> None:
     bf16 = torch.empty(256, 768, dtype=torch.bfloat16)
     f32, i32 = torch.empty(64), torch.empty(64, dtype=torch.int32)
     i64 = torch.empty(64, dtype=torch.int64)
-    m, n, d = encode_plan.BLOCK_M, encode_filter.BLOCK_N, encode_filter.BLOCK_K
+    m, n, d = encode_plan.BLOCK_M, encode_plan.BLOCK_N, encode_filter.BLOCK_K
     x = TensorDescriptor.from_tensor(bf16, [m, d])
     runs = TensorDescriptor.from_tensor(bf16.view(n // 8, -1, 768), [n // 8, 8, d])
     rest = TensorDescriptor.from_tensor(bf16, [n, d])
@@ -113,6 +115,7 @@ def portable_encoder(say: Callable[[str, Any], None], num_stages: int) -> None:
             **encode.select_sizes(plan, k), num_warps=encode.select_warps(plan), grid=(1,),
         )  # fmt: skip
         say(f"select-{F}-{k}", kernel)
+    flat_encoder(say)
     kernel = encode_select.mend_kernel.warmup(
         bf16, bf16, f32, i32, i32, f32, i32, 1600, 4096, 24576, 768, 32, 32, 32, 32, 64,
         num_warps=8, grid=(1,),
@@ -126,6 +129,37 @@ def portable_encoder(say: Callable[[str, Any], None], num_stages: int) -> None:
             sizes.groups_pow2, sizes.size, sizes.k_pow2, num_warps=sizes.num_warps, grid=(1,),
         )  # fmt: skip
         say(f"groups-{F}", kernel)
+
+
+def flat_encoder(say: Callable[[str, Any], None]) -> None:
+    """The batch rule's and the threshold rule's."""
+    bf16 = torch.empty(256, 768, dtype=torch.bfloat16)
+    f32, i32 = torch.empty(64), torch.empty(64, dtype=torch.int32)
+    i64 = torch.empty(64, dtype=torch.int64)
+    c, f = encode_candidates, encode_flat
+    N, D, F, k = 4096, 768, 24576, 32
+    sample = f.sample_of(N, F, k)
+    kernel = c.limit_kernel.warmup(
+        f32, f32, i32, i32, i32, N, sample.size, sample.step, sample.rank, N * k, sample.group, 128,
+        num_warps=4, grid=(1, 1),
+    )  # fmt: skip
+    say("flat-limit", kernel)
+    plan = encode_plan.flat_plan(N, D, F, 2.5 * k, 6 * N * k)
+    assert plan is not None
+    pow2 = encode_plan.next_power_of_2(plan.lists)
+    kernel = c.collect_kernel.warmup(
+        i32, i32, i32, i64, i32, i32, i32, i32, plan.pitch, plan.capacity, 6 * N * k, 0, N, F,
+        plan.lists, pow2, plan.keys // pow2, True, num_warps=1, grid=(1,),
+    )  # fmt: skip
+    say("flat-collect", kernel)
+    for given in (False, True):
+        for mode, name in enumerate(("round", "count", "emit")):
+            kernel = c.flat_kernel.warmup(
+                bf16, bf16, f32, f32, i64, i32, i32, f32, i32, i32, i32, i32, i32, f32, i32, i32, 1,
+                N * k, 512, 0, 0, 500, 776, N, F, D, mode, given, f._TOKENS, 128, f._SPANS, f._ROWS,
+                f._COLS, 64, "tf32", num_warps=4, grid=(1,),
+            )  # fmt: skip
+            say(f"flat-{name}-{given}", kernel)
 
 
 def hopper_encoder() -> None:
@@ -218,6 +252,11 @@ def main() -> None:
                 **sparse_decode._dots_blocks(D, 64), grid=(1, 1),
             )  # fmt: skip
             report(f"dots-{D}{what}", kernel)
+        kernel = sparse_decode._nested_kernel.warmup(
+            bf16, f32, f32, bf16, bf16, f32, 1024, D, (0.2,) * 5, 4,
+            sparse_decode.next_power_of_2(D), num_warps=4, grid=(1,),
+        )  # fmt: skip
+        report(f"nested-{D}", kernel)
     for M, k in ((832, 384), (13120, 2048), (43712, 2048)):
         block = min(dead_products._MAX_BLOCK, dead_products.next_power_of_2(M))
         for search in (True, False):

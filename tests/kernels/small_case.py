@@ -12,7 +12,7 @@ from flash_sae_dist.kernels import (
     decode_backward,
     dense_grad,
     encode,
-    encode_filter,
+    encode_flat,
     encode_plan,
     encode_rows,
     pair_order,
@@ -81,6 +81,18 @@ def adam(F: int, D: int, K: int, M: int, *, flat: bool = False) -> None:
                 sparse_adam.adam_decoder_(latents, grads, scalars, step, options, 7)
 
 
+def flat_rules(design: encode.Design, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> None:
+    """The batch rule and the threshold rule, also with lists and buffers that are too short."""
+    room = 6 * N * K + 4096
+    plan = None if design == "rows" else encode_plan.flat_plan(N, D, F, 2.5 * K, room)
+    encode_flat.by_batch(x, W, b, design, plan, K, room)
+    encode_flat.by_threshold(x, W, b, design, plan, b.abs(), N * K)
+    encode_flat.by_batch(x, torch.zeros_like(W), torch.ones_like(b), design, plan, K, room)
+    if plan is not None:
+        encode_flat.by_batch(x, W, b, design, plan._replace(capacity=5), K, room)
+        encode_flat.by_batch(x, W, b, design, plan, K, N * K // 2)
+
+
 def flat_lists(x: torch.Tensor, W: torch.Tensor) -> None:
     """A list with unused slots, tokens without pairs, one with many."""
     counts = torch.tensor([0, 37, 0, 901, *[3] * (N - 6), 0, 5], device="cuda")
@@ -103,8 +115,8 @@ def main() -> None:
     b, b_dec = torch.randn(F, device="cuda"), torch.zeros(D, device="cuda")
     values, indices = encode_rows.topk_encode(x, W, b, K)
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    for design, block_n in (("plain", encode_filter.BLOCK_N), ("hopper", encode_plan.BLOCK_N)):
-        plan = encode_plan.make_plan(N, D, F, K, block_n=block_n)
+    plan = encode_plan.make_plan(N, D, F, K)
+    for design in ("plain", "hopper"):
         assert plan is not None
         if design == "plain" or hopper:
             encode.run(design, plan, x, W, b, K)
@@ -113,6 +125,8 @@ def main() -> None:
             encode.run(design, plan._replace(capacity=5), x, W, b, K)
             # Equal activations.
             encode.run(design, plan, x, torch.zeros_like(W), torch.ones_like(b), K)
+            flat_rules(design, x, W, b)
+    flat_rules("rows", x, W, b)
     scale = torch.tensor(0.1, device="cuda")
     sparse_decode.decode_coefs(values, indices, W, b_dec, x.float(), scale)
     dense_grad.scatter_rows(values, indices, x, F)

@@ -253,11 +253,10 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("block_n", [128, 256])
-def test_plans_keep_to_the_memory_bar(shape: tuple[int, int, int, int], block_n: int) -> None:
+def test_plans_keep_to_the_memory_bar(shape: tuple[int, int, int, int]) -> None:
     """All that a call allocates beside its results, and that what is read and kept fits."""
     N, _, F, k = shape
-    plan = encode_plan.make_plan(*shape, 132, block_n)
+    plan = encode_plan.make_plan(*shape)
     if plan is None:
         assert k == 512, "no sample of so few latents tells of so large a part of them"
         return
@@ -269,7 +268,7 @@ def test_plans_keep_to_the_memory_bar(shape: tuple[int, int, int, int], block_n:
     sizes = encode.select_sizes(plan, k)
     assert plan.keys >= 2 * sizes["SORT"], "what is cut back leaves room for as many"
     assert plan.keys >= plan.sample_keys
-    assert encode_plan.make_plan.__wrapped__(*shape, 132, block_n) == plan, "the same on all ranks"
+    assert encode_plan.make_plan.__wrapped__(*shape) == plan, "the same on all ranks"
 
 
 @pytest.mark.parametrize(("whole", "sample", "parts"), [(96, 8, 4), (9, 2, 3), (257, 16, 16)])
@@ -309,8 +308,7 @@ def on_gpu(
         pytest.skip("for Hopper GPUs")
     if design == "rows":
         return encode_rows.topk_encode(x, W, b, k)
-    block_n = 256 if design == "hopper" else encode_filter.BLOCK_N
-    plan = encode_plan.make_plan(*x.shape, W.shape[0], k, 132, block_n)
+    plan = encode_plan.make_plan(*x.shape, W.shape[0], k)
     if plan is None:
         pytest.skip("no plan for the shape")
     return encode.run(design, plan._replace(**changes), x, W, b, k)  # type: ignore[arg-type]
@@ -357,7 +355,7 @@ def test_odd_shapes_on_the_gpu(N: int, D: int, F: int, k: int, dtype: torch.dtyp
     out = ops.topk_encode(x, W, b, k)
     # float64 of the whole matrix takes memory.
     some = torch.randperm(N, device="cuda")[:64]
-    assert_exact(x[some], W, b, k, out.values[some], out.indices[some])
+    assert_exact(x[some], W, b, k, out.values[some], out.latents[some])
 
 
 @pytest.mark.gpu
@@ -422,7 +420,7 @@ def test_memory_graph_and_compile_on_the_gpu() -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out = ops.topk_encode(x, W, b, 32)
-    extra = torch.cuda.max_memory_allocated() - before - out.values.nbytes - out.indices.nbytes
+    extra = torch.cuda.max_memory_allocated() - before - out.values.nbytes - out.latents.nbytes
     assert extra <= 64 << 20, f"{extra / 2**20:.1f} MiB"
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -466,8 +464,8 @@ def test_one_row_with_an_odd_stride() -> None:
     x = torch.randn(24, 1).t()
     assert x.is_contiguous()
     assert x.stride() == (1, 1)
-    assert encode._aligned(x).stride() == (24, 1)
-    assert torch.equal(encode._aligned(x), x)
+    assert encode.aligned(x).stride() == (24, 1)
+    assert torch.equal(encode.aligned(x), x)
 
 
 @pytest.mark.gpu

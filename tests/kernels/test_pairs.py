@@ -88,9 +88,9 @@ def test_one_token_may_hold_all_and_others_none() -> None:
     assert listed(nothing) == []
     assert int(nothing.num_pairs) == 0
     assert ops.batch_topk_encode(torch.empty(0, 12), pre, pre[:, 0], 3).offsets.tolist() == [0]
-    none, overflowed = ops.threshold_encode(torch.empty(0, 12), pre, pre[:, 0], 0.0, 0)
+    none, number = ops.threshold_encode(torch.empty(0, 12), pre, pre[:, 0], 0.0, 0)
     assert none.offsets.tolist() == [0]
-    assert not overflowed
+    assert number == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -116,9 +116,8 @@ def test_nan_comes_first(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert int(batch.num_pairs) == 10
     few = ops.batch_topk_encode(x, W.fill_(torch.nan), torch.zeros(9), 1)
     assert [p[:2] for p in listed(few)] == [(0, f) for f in range(5)]
-    above, overflowed = ops.threshold_encode(x, W, torch.zeros(9), 1e9, 45)
-    assert int(above.num_pairs) == 45
-    assert not overflowed
+    above, number = ops.threshold_encode(x, W, torch.zeros(9), 1e9, 45)
+    assert int(above.num_pairs) == number == 45
 
 
 @pytest.mark.parametrize("block", [7, 1 << 20])
@@ -133,13 +132,13 @@ def test_the_threshold_rule_takes_all_strictly_above(
     want = [(t, f, acts[t, f].item()) for t, f in acts.nonzero().tolist()]
     given_limit = each if limit == "each" else float(limit)
     for capacity in (len(want) + 3, len(want)):
-        pairs, overflowed = ops.threshold_encode(*of_pre(pre), given_limit, capacity)
+        pairs, number = ops.threshold_encode(*of_pre(pre), given_limit, capacity)
         assert listed(pairs) == want
-        assert not overflowed
-    pairs, overflowed = ops.threshold_encode(*of_pre(pre), given_limit, len(want) - 1)
+        assert number == len(want)
+    pairs, number = ops.threshold_encode(*of_pre(pre), given_limit, len(want) - 1)
     assert listed(pairs) == want[:-1]
-    assert overflowed.dtype == torch.bool
-    assert overflowed
+    assert number.dtype == torch.int32
+    assert number == len(want)
 
 
 def case(

@@ -453,9 +453,75 @@ def test_centre(dtype: torch.dtype) -> None:
     torch.testing.assert_close(variance, want_variance, rtol=1e-5, atol=0)
 
 
-def test_wide_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="16384"):
-        kernels._decoder_blocks(20000)
+@pytest.mark.parametrize("M", [0, 4])
+def test_encoder_and_decoder_of_other_widths(M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transcoder's, blocks of a frequent latent's pairs too."""
+    monkeypatch.setattr(sparse_grad, "_MIN_HEAVY", 8)
+    F, into, out = 9, 40, 20
+    a, b = make_rows(F, into, torch.float32), make_rows(F, out, torch.float32)
+    assert a.copies is not None
+    assert b.copies is not None
+    moments = [(*one[:2], other[2]) for one, other in zip(a[3:5], b[3:5], strict=True)]
+    want = LatentRows(a.W_enc, a.b_enc, b.W_dec, *moments, (a.copies[0], b.copies[1]))
+    got, options = clone(want), AdamOptions(unit_norm=False)
+    for step in (1, 2):
+        wide, narrow = (make_grads(Case(40, D, F, 2, M, "every-token"), step) for D in (into, out))
+        pairs = wide.pairs._replace(dec_rows=narrow.pairs.dec_rows)
+        dense = None
+        if wide.dense is not None and narrow.dense is not None:
+            dense = wide.dense._replace(dec=narrow.dense.dec)
+        grads = Gradients(pairs, wide.order, dense)
+        both = ((reference, want), (kernels, got))
+        sums = [step_(ops, rows, grads, step, options) for ops, rows in both]
+        torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(flat(got), flat(want), strict=True):
+        tol = 2.0**-7 if theirs.dtype == torch.bfloat16 else 2e-5
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=tol, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("M", "scale", "lazy", "decay"),
+    [(0, 1.0, False, 40.0), (4, 0.25, True, 0.0)],
+)
+@pytest.mark.parametrize("unit_norm", [True, False])
+def test_wide_rows_are_done_in_blocks(
+    M: int,
+    scale: float,
+    lazy: bool,
+    decay: float,
+    unit_norm: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks that do not fill the row, and bfloat16 moments, which are rounded by their place; with
+    AdamW's decay a tenth or so a step.
+    """
+    monkeypatch.setattr(kernels, "_MAX_BLOCK", 16)
+    monkeypatch.setattr(kernels, "_WIDE_BLOCK", 16)
+    case = Case(21, 40, 9, 2, M, "every-token")
+    options = AdamOptions(lazy=lazy, seed=3, scaled=scale != 1, unit_norm=unit_norm, decay=decay)
+    want = make_rows(9, 40, torch.bfloat16)
+    got = clone(want)
+    run(reference, want, 2, options, case, scale)
+    run(kernels, got, 2, options, case, scale)
+    for a, b in zip(flat(got), flat(want), strict=True):
+        tol = 2.0**-7 if b.dtype == torch.bfloat16 else 2e-5
+        torch.testing.assert_close(a.float(), b.float(), rtol=tol, atol=2e-5)
+    assert_squares(kernels, case, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [20480, 36000])
+def test_wide_rows(D: int) -> None:
+    case, options = Case(64, D, 128, 8, 30, "every-token"), AdamOptions()
+    want = make_rows(128, D, torch.float32)
+    got = clone(want)
+    run(reference, want, 2, options, case)
+    run(kernels, got, 2, options, case)
+    for a, b in zip(flat(got), flat(want), strict=True):
+        tol = 2.0**-7 if b.dtype == torch.bfloat16 else 2e-4
+        wrong = (a.float() - b.float()).abs() > 5e-5 + tol * b.float().abs()
+        assert wrong.float().mean() < 2e-5
+    assert_squares(kernels, case, options)
 
 
 @pytest.mark.gpu

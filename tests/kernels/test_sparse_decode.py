@@ -53,6 +53,21 @@ def test_decode_and_dots_equal_the_reference(
     close(kernels.gathered_dots(grad, idx, W), want_dots, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d", "main"), [(3, 40, 2), (5, 129, 0), (0, 8, 1)])
+def test_nested_rows_equal_the_reference(n: int, d: int, main: int, dtype: torch.dtype) -> None:
+    gen = torch.Generator().manual_seed(d)
+    parts = torch.randn(3, n, d, generator=gen).to(DEVICE, dtype)
+    b_dec, x = (torch.randn(size, generator=gen).to(DEVICE) for size in ((d,), (n, d)))
+    args = (parts, b_dec, x, (0.5, 1.0, 0.25), main, dtype)
+    got, want = kernels.nested_rows(*args), reference.nested_rows(*args)
+    if n:
+        for ours, theirs in zip(got[:2], want[:2], strict=True):
+            close(ours, theirs, dtype)
+        close(got[2].sum(), want[2].sum(), torch.float32)
+    assert got[0].shape == want[0].shape
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", REAL, ids=lambda s: "N{}-D{}-F{}-K{}".format(*s))
 def test_real_shapes(shape: tuple[int, int, int, int]) -> None:

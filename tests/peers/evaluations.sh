@@ -11,7 +11,15 @@ peer sae_dashboard sae-dashboard==0.8.0 'pyarrow<20'
 "$PEERS/sae_dashboard/bin/pip" uninstall -qy torchvision torchaudio
 
 PYTHONPATH=. "$PEERS/sae_bench/bin/python" tests/peers/run_sae_bench.py "$work"
-python -c "
-from flash_sae_dist import TopKSAE, interop
-interop.save(TopKSAE(12, 48, 5), '$work/ours/dashboard', 'sae_lens', interop.About('model.layers.0'))"
+python - "$work/ours" <<'PYTHON'
+import sys
+
+from flash_sae_dist import interop
+from flash_sae_dist.models import ARCHITECTURES
+
+for name, keys in {"topk": {"k": 5}, "batch_topk": {"k": 5}, "jumprelu": {}, "relu": {}, "gated": {}}.items():
+    kind = ARCHITECTURES[name]
+    sae = kind.from_config(kind.Config(d_sae=48, **keys), 12).eval()
+    interop.save(sae, f"{sys.argv[1]}/{name}", "sae_lens", interop.About("model.layers.0"))
+PYTHON
 "$PEERS/sae_dashboard/bin/python" tests/peers/run_sae_dashboard.py "$work"

@@ -13,14 +13,20 @@ PYTHONPATH=. python -c "from pathlib import Path; from tests.tiny_model import s
 scripts=tests/peers/scripts
 {
   echo "dictionary_learning $(stubbed $scripts/dictionary_learning_quick_start.py "$work/model" "$work/dl" | tail -1)"
-  found=$(stubbed $scripts/dictionary_learning_quick_start.py "$work/model" "$work/dl-batch" batch_topk)
-  echo "dictionary_learning batch_topk $(tail -1 <<<"$found")"
+  for rule in batch_topk matryoshka; do
+    found=$(stubbed $scripts/dictionary_learning_quick_start.py "$work/model" "$work/dl-$rule" "$rule")
+    echo "dictionary_learning $rule $(tail -1 <<<"$found")"
+  done
   for optimizer in adam signum; do
     # Without triton, as here, it decodes by PyTorch.
     found=$("$PEERS/sparsify/bin/python" $scripts/sparsify_quick_start.py "$work/model" "$work/sp-$optimizer" "$optimizer")
     echo "sparsify $optimizer $(tail -1 <<<"$found")"
   done
   echo "sae_lens $("$PEERS/sae_lens/bin/python" $scripts/sae_lens_quick_start.py "$work/model" "$work/sl" | tail -1)"
+  for rule in batch_topk matryoshka jumprelu jumprelu_quadratic; do
+    found=$("$PEERS/sae_lens/bin/python" $scripts/sae_lens_quick_start.py "$work/model" "$work/sl-$rule" "$rule")
+    echo "sae_lens $rule $(tail -1 <<<"$found")"
+  done
 } | tee "$work/found"
 python - "$work/found" <<'PYTHON'
 import json

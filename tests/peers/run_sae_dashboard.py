@@ -1,6 +1,6 @@
-"""SAEDashboard on an export of this library, offline, on a small model.
+"""SAEDashboard on exports of this library, offline, on a small model.
 
-ENVIRONMENT/bin/python tests/peers/run_sae_dashboard.py DIR    (DIR/ours/dashboard is the export)
+ENVIRONMENT/bin/python tests/peers/run_sae_dashboard.py DIR    (DIR/ours holds the exports)
 """
 
 from __future__ import annotations
@@ -32,10 +32,8 @@ def small_model() -> HookedSAETransformer:
     return HookedSAETransformer(cfg, tokenizer=PreTrainedTokenizerFast.from_pretrained(folder))
 
 
-def main() -> None:
-    root = Path(sys.argv[1])
-    model = small_model()
-    sae = SAE.load_from_disk(str(root / "ours/dashboard"), device="cpu")
+def run(model: HookedSAETransformer, folder: Path) -> None:
+    sae = SAE.load_from_disk(str(folder), device="cpu")
     if hasattr(sae, "fold_W_dec_norm"):
         # What its runner for Neuronpedia does first, and refuses where norms are not counted.
         sae.fold_W_dec_norm()
@@ -47,8 +45,14 @@ def main() -> None:
     )  # fmt: skip
     data = SaeVisRunner(cfg).run(encoder=sae, model=model, tokens=tokens)
     found = data.feature_data_dict
-    print(f"SAEDashboard: pages of {len(found)} latents")
+    print(f"SAEDashboard: pages of {len(found)} latents of {folder.name}")
     assert sorted(found) == list(range(6))
+
+
+def main() -> None:
+    model = small_model()
+    for folder in sorted((Path(sys.argv[1]) / "ours").iterdir()):
+        run(model, folder)
 
 
 if __name__ == "__main__":

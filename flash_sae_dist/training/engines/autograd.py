@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...config.train import TrainConfig
 from ...kernels.dispatch import implementation
+from ...kernels.reference import Dense
 from ...models.base import Codes, SparseCoder
 from ...models.dead_latents import DeadLatents
 from ...models.losses import (
@@ -21,9 +22,12 @@ from ...models.losses import (
     inverse_variance,
     inverted,
     residual_sums,
+    source_fvus,
+    source_sums,
     total_variance,
 )
 from ...models.sparsity import Batch
+from ...models.threshold import ThresholdCoder
 from ...parallel.collectives import all_reduce_
 from ...parallel.selection import global_limits
 from ..dense_optimizers import make_optimizer, moments_of
@@ -36,6 +40,7 @@ from ..optim import (
 )
 from ..schedule_free import ScheduleFreeSign
 from .base import Engine
+from .density import Density
 
 
 class Shared(NamedTuple):
@@ -43,6 +48,15 @@ class Shared(NamedTuple):
 
     batch: Batch
     inverse_residual: Tensor | None  # scalar, AuxK's normaliser; None where nothing is revived
+
+
+class Losses(NamedTuple):
+    """What a micro-batch comes to."""
+
+    loss: Tensor  # scalar, with its graph
+    shown: Tensor  # [4 or 5] of StepMetrics, shares of the batch's
+    active: Codes
+    of_sources: Tensor | None  # source_sums, of a crosscoder
 
 
 class AutogradEngine(Engine):
@@ -65,6 +79,7 @@ class AutogradEngine(Engine):
         # What the model loses with a reconstruction, of rows as the engine gets them.
         self.end_loss: Callable[[Tensor], Tensor] | None = None
         self.ramp = torch.ones_like(sae.b_dec[0], requires_grad=False)
+        self.density = Density.of(sae)
 
     def set_unit(self, unit: float) -> None:
         """See Engine."""
@@ -114,15 +129,17 @@ class AutogradEngine(Engine):
         shared = self._shared(x, y)
         self._begin()
         shown = torch.zeros(4 + (self.end_loss is not None), dtype=x.dtype, device=x.device)
+        of_sources: list[Tensor] = []
         active: list[Codes] = []
         parts = self._parts(x, y)
         for number, part in enumerate(parts, 1):
-            loss, terms, codes = self._forward(*part, shared)
+            loss, terms, codes, own = self._forward(*part, shared)
             timer.mark("forward")
             self._backward(loss, is_last=number == len(parts))
             timer.mark("backward")
             shown += terms
             active.append(codes)
+            of_sources += [] if own is None else [own]
         self._update()
         self.sae.observe_(active)
         values = torch.cat([codes.values for codes in active])
@@ -130,8 +147,13 @@ class AutogradEngine(Engine):
         self.dead.update_(values, latents, x.shape[0] * mesh.num_replicas)
         all_reduce_(shown, mesh.replica_group, mesh.num_replicas)
         all_reduce_(shown[2], mesh.shard_group, mesh.num_shards)
+        if self.density is not None:
+            self.density.saw_(shown[2])
         timer.mark("optimizer")
-        return StepMetrics(*shown)
+        if of_sources:
+            sums, tokens = torch.stack(of_sources).sum(dim=0), shared.batch.tokens
+            shown = torch.cat([shown, source_fvus(sums, sae.sources, tokens, mesh).to(shown)])
+        return self.shown(shown)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.compute_dtype == self.sae.b_dec.dtype:
@@ -142,8 +164,19 @@ class AutogradEngine(Engine):
         return self.cfg.dead_latents == "auxk" and self.dead.any_listed
 
     def _parts(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The micro-batches, of a dense step also blocks that its memory allows; what the model
+        loses is of the whole batch.
+        """
         count = self.cfg.micro_batches
+        if self.density is not None and self.density.is_dense and self.end_loss is None:
+            count = max(count, -(-len(x) // self.density.block))
         return list(zip(x.chunk(count), y.chunk(count), strict=True))
+
+    def _candidates(self, x: Tensor) -> Codes:
+        if self.density is not None and self.density.is_dense:
+            assert isinstance(self.sae, ThresholdCoder)
+            return self.sae.dense_candidates(x)
+        return self.sae.candidates(x)
 
     def _shared(self, x: Tensor, y: Tensor) -> Shared:
         sae, tokens = self.sae, x.shape[0] * self.sae.mesh.num_replicas
@@ -156,9 +189,9 @@ class AutogradEngine(Engine):
     def _l0(self, x: Tensor) -> Tensor:
         """Active latents of the whole batch, which take a pass of their own. Collective."""
         mesh, total = self.sae.mesh, torch.zeros((), dtype=x.dtype, device=x.device)
-        for part in x.chunk(self.cfg.micro_batches):
+        for part, _ in self._parts(x, x):
             with self._autocast():
-                total += (self.sae.activate(self.sae.candidates(part)).values > 0).sum()
+                total += (self.sae.activate(self._candidates(part)).values > 0).sum()
         all_reduce_(total, mesh.member_group, mesh.members)
         return total
 
@@ -170,22 +203,20 @@ class AutogradEngine(Engine):
         sums, squares = torch.zeros_like(y[0]), torch.zeros((), dtype=x.dtype, device=x.device)
         for part, target in self._parts(x, y):
             with self._autocast():
-                codes = self.sae.activate(self.sae.candidates(part))
+                codes = self.sae.activate(self._candidates(part))
                 residual = target - self.sae.decode(self.sae.main_codes(codes), part)
             found = residual_sums(residual, self.sae.mesh)
             sums, squares = sums + found[0], squares + found[1]
         return inverse_variance(sums, squares, x.shape[0] * self.sae.mesh.num_replicas)
 
-    def _forward(self, x: Tensor, y: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Codes]:
-        """Loss of a micro-batch x with target rows y, its StepMetrics as shares of the batch's, and
-        its codes.
-        """
+    def _forward(self, x: Tensor, y: Tensor, shared: Shared) -> Losses:
+        """A micro-batch x with target rows y."""
         with self._autocast():
             return self._losses(x, y, shared)
 
-    def _losses(self, x: Tensor, y: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Codes]:
+    def _losses(self, x: Tensor, y: Tensor, shared: Shared) -> Losses:
         sae, batch = self.sae, shared.batch
-        found = sae.candidates(x)
+        found = self._candidates(x)
         codes = sae.activate(found)
         recons = sae.nested(codes, x)
         fvus = torch.stack([fvu_loss(y, recon, batch.inverse) for recon in recons])
@@ -205,8 +236,14 @@ class AutogradEngine(Engine):
         codes = sae.main_codes(codes)
         l0 = (codes.values > 0).sum().to(x.dtype) / batch.tokens
         shown = torch.stack([fvus[sae.main_level], aux, l0, penalty, *of_model]).detach()
-        active = codes._replace(values=codes.values.detach())
-        return loss + penalty + self.cfg.aux_coef * aux, shown, active
+        active: Codes = codes._replace(values=codes.values.detach())
+        if isinstance(active, Dense):
+            active = active.most()
+        own = None
+        if sae.sources:
+            rows = y.detach() - sae.b_dec.detach()
+            own = source_sums(y - recons[sae.main_level].detach(), rows, sae.sources)
+        return Losses(loss + penalty + self.cfg.aux_coef * aux, shown, active, own)
 
     def _aux_recon(self, x: Tensor) -> Tensor:
         """What each token's k_aux best listed latents make of the residual [N, d_in], no b_dec."""

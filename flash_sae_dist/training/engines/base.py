@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...models.base import SparseCoder
 from ..metrics import PhaseTimer, StepMetrics
+from .density import Density
 
 # State that begins as a copy of its parameter, not at zero.
 COPIES = ("z",)
@@ -31,6 +32,15 @@ class Engine(ABC):
         captured.
         """
 
+    def shown(self, values: Tensor) -> StepMetrics:
+        """A step's metrics: four, and behind them the model's loss where there is one, or of a
+        crosscoder those by hookpoint [S], which are kept here.
+        """
+        if self.sae.sources:
+            self.source_fvus = values[4:]
+            values = values[:4]
+        return StepMetrics(*values)
+
     @property
     def averages(self) -> bool:
         """Whether `weights` are an average, and not the parameters."""
@@ -49,6 +59,16 @@ class Engine(ABC):
         the biases go with 1/s: theirs is lr * unit, with eps / unit. To be called before the first
         step and before `load_state`.
         """
+
+    source_fvus: Tensor | None = None
+    """FVU of each of a crosscoder's hookpoints [S] in the last step, on the device."""
+    density: Density | None = None
+    """Whether steps are dense or sparse; None where they are always sparse."""
+
+    def choose_form(self, step: int) -> None:
+        """Decides whether a step is dense or sparse; see Density."""
+        if self.density is not None:
+            self.density.choose(step)
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the coming steps, for data of root mean square 1."""

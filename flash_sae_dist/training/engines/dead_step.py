@@ -28,7 +28,7 @@ from ..side_stream import SideStream
 MAX_BLOCK_BYTES = 1500 << 20
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` accumulated and returned in float32 (float64 for float64)."""
     dtype = accumulate_dtype(a.dtype)
     if a.dtype == dtype:
@@ -135,7 +135,7 @@ class DeadStep:
     def _forward(self, xc: Tensor, listed: Listed) -> tuple[Tensor, Tensor]:
         """Activations [n, M] of each token's k_aux best, and what they reconstruct [n, D]."""
         mesh = self.sae.mesh
-        pre = _product(xc, listed.W_enc.T)
+        pre = product(xc, listed.W_enc.T)
         if self.ghost and self.unit != 1:
             pre /= self.unit
         k = self.k_aux if self._selects() else None
@@ -145,7 +145,7 @@ class DeadStep:
         select = implementation("select_dead", xc)
         acts = select(pre, listed.bias, k, self.ghost, xc.dtype, limits)
         del pre
-        recon = _product(acts, listed.W_dec)
+        recon = product(acts, listed.W_dec)
         all_reduce_(recon, mesh.shard_group, mesh.num_shards)
         return acts, recon
 
@@ -166,7 +166,7 @@ class DeadStep:
         rows, losses = implementation("aux_rows", xc)(residual, recon, scale, self.ghost, xc.dtype)
         grad = rows @ listed.W_dec.T
         sums = implementation("mask_dead_grad_", xc)(grad, acts, self.ghost).sum(dim=0)
-        enc = _product(grad.T, xc)
+        enc = product(grad.T, xc)
         if unit != 1:
             enc, sums, losses = enc / unit, sums / unit, losses * unit**2
-        return [enc, _product(acts.T, rows), sums], losses
+        return [enc, product(acts.T, rows), sums], losses

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from ...config.base import UserError
 from ...config.deepspeed import read_deepspeed
 from ...config.train import DeepSpeedTrainConfig
-from ...models.base import Codes, SparseCoder
+from ...models.base import SparseCoder
 from ...models.dead_latents import DeadLatents
 from ...parallel.collectives import all_reduce_
 from ...parallel.mesh import Mesh, real_groups
 from ..optim import project_rows_, renormalise_decoder_
-from .autograd import AutogradEngine, Shared
+from .autograd import AutogradEngine, Losses, Shared
 
 # Of a decoder's gradient that are projected at once.
 _ROWS = 1 << 13
@@ -50,6 +50,8 @@ class DeepSpeedEngine(AutogradEngine):
         compute_dtype: torch.dtype,
     ) -> None:
         super().__init__(sae, dead, cfg, lr=lr, k_aux=k_aux, compute_dtype=compute_dtype)
+        # ZeRO counts the parts of a step: they stay train.micro_batches.
+        self.density = None
         mesh, device = sae.mesh, sae.W_dec.device
         groups = _Groups(mesh, *real_groups(mesh, device))
         deepspeed = _import_deepspeed(device)
@@ -89,8 +91,8 @@ class DeepSpeedEngine(AutogradEngine):
     def _begin(self) -> None:
         """ZeRO drops gradients itself; those of its flat tensors it uses again."""
 
-    def _forward(self, x: Tensor, y: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Codes]:
-        out: tuple[Tensor, Tensor, Codes] = self.zero(x, y, shared)
+    def _forward(self, x: Tensor, y: Tensor, shared: Shared) -> Losses:
+        out: Losses = self.zero(x, y, shared)
         return out
 
     def _backward(self, loss: Tensor, *, is_last: bool) -> None:

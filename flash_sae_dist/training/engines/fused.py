@@ -7,64 +7,58 @@ Each replica encodes and decodes its tokens, in micro-batches; a batch's (token,
 what each adds to its latent's gradients, are gathered over the replicas; then every rank steps its
 shard's rows from all of them. Dead latents' gradients come from dense products over their compacted
 rows (`dead_step.py`). On CUDA the step is captured in a graph, its collectives too. No host sync
-but after a capture, to hear whether all ranks made one, and where the architecture's selection has
-some (`SparseCoder.reads_host`), which a warning tells.
+but after a capture, to hear whether all ranks made one.
+
+Lists of varied lengths (a selection by threshold) get a fixed room, and their step two graphs: one
+to the end of the selection, after which the host reads whether all pairs had room, and the rest.
+Where they had not, nothing was changed yet, and the step is made eagerly, with more room.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.dispatch import has_triton, implementation, on_device, use_kernels
-from ...kernels.reference import DenseRows, PairGradients, PairOrder
+from ...kernels.reference import DenseRows, PairOrder
 from ...models.base import Codes, SparseCoder
-from ...models.dead_latents import DeadLatents
-from ...models.losses import inverse_variance
+from ...models.dead_latents import DeadLatents, padded
+from ...models.losses import inverse_variance, source_fvus, source_sums
 from ...models.sparsity import Batch
+from ...models.threshold import ThresholdCoder
 from ...parallel.collectives import all_gather, all_reduce_
 from ..metrics import PhaseTimer, StepMetrics
 from ..sparse_adam import LatentGradients, SparseAdam
 from .base import Engine
-from .dead_step import AuxLoss, DeadStep, Listed
+from .dead_step import AuxLoss, DeadStep, Listed, product
+from .dense_step import DenseStep
+from .density import Density
 from .pair_forward import (
     Forward,
     gather,
+    gather_pairs,
     has_gradient,
     is_general,
     join,
+    join_pairs,
+    joined,
     pair_forward,
     same_length,
+    with_skip,
 )
+from .step_batch import Begun, Captured, Rows, StepBatch, Totals
 
 logger = logging.getLogger(__name__)
 # Calls of one kind made eagerly before its graph is captured: kernels compile, libraries warm up.
 _EAGER_CALLS = 2
-
-
-class _Captured(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    x: Tensor
-    metrics: Tensor
-
-
-class _Batch(NamedTuple):
-    """What all micro-batches of a step share."""
-
-    xc: Tensor  # [N, D] centred, in the compute dtype
-    xc_all: Tensor  # [N * R, D], of all replicas, once the streams have met
-    inverse: Tensor  # scalar, 1 / variance of all replicas' tokens; 0 where these are all equal
-    scale: Tensor  # scalar, 2 * inverse
-    tokens: int  # N * R
-    kept: tuple[Tensor, ...]  # read by the side stream: not freed before the streams meet
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+# Slots of a captured step's lists for each pair of the longest that was seen.
+_MORE_ROOM = 1.3
 
 
 class FusedEngine(Engine):
@@ -107,9 +101,12 @@ class FusedEngine(Engine):
         self.side = optimizer.side
         self.ramp = torch.ones_like(sae.b_dec[0], requires_grad=False)
         self.is_general = is_general(sae)
+        self.density = Density.of(sae)
+        self.dense_step = DenseStep.of(sae, dead, self.density, self.dead_step)
+        self._room = 0  # slots of a captured step's lists, where their lengths vary
         self._calls: dict[tuple[object, ...], int] = {}
         self._warm: set[tuple[object, ...]] = set()
-        self._captured: dict[tuple[object, ...], _Captured] = {}
+        self._captured: dict[tuple[object, ...], Captured] = {}
         if optimizer.ema_decay is not None:
             self.moments = (*self.moments, "ema")
 
@@ -125,8 +122,6 @@ class FusedEngine(Engine):
             )
         if not use_kernels(W_dec):
             return f"the reference, which serves {W_dec.dtype}, reads the host"
-        if (reason := self.sae.reads_host) is not None:
-            return reason
         if mesh.members > 1 and (backend := dist.get_backend(mesh.member_group)) != "nccl":
             return f"collectives of {backend} cannot be captured, only NCCL's"
         return None
@@ -146,12 +141,13 @@ class FusedEngine(Engine):
         self.optimizer.refresh_copies_()
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters, or their running average with decoder rows at unit norm."""
+        """The parameters, or their running average, an SAE's decoder rows at unit norm."""
         if self.optimizer.ema_decay is None:
             return super().weights()
         state = self.optimizer.state
         weights: dict[str, Tensor] = {n: state[p]["ema"] for n, p in self.sae.named_parameters()}
-        weights["W_dec"] = torch.nn.functional.normalize(weights["W_dec"], dim=1)
+        if not self.sae.transcodes:
+            weights["W_dec"] = torch.nn.functional.normalize(weights["W_dec"], dim=1)
         return weights
 
     @torch.no_grad()
@@ -172,48 +168,64 @@ class FusedEngine(Engine):
         """See Engine. The timer's phases are encode, decode and optimizer, or fused_step where a
         graph is replayed, which is one piece to the host.
         """
-        assert y is None, "transcoders are trained by autograd"
         timer = timer or PhaseTimer(x.device, enabled=False)
         # The kernels read any type; the reference computes in that of its input.
         x = x if x.is_cuda else x.to(self.sae.b_dec.dtype)
+        y = x if y is None else y if y.is_cuda else y.to(self.sae.b_dec.dtype)
         with on_device(self.sae.W_dec):
-            return self._train(x, timer)
+            return self._train(Rows(x, y), timer)
 
-    def _train(self, x: Tensor, timer: PhaseTimer) -> StepMetrics:
+    def _train(self, rows: Rows, timer: PhaseTimer) -> StepMetrics:
         if self.optimizer.sync_group_():
             self._captured.clear()
         revives = self.kind != "none" and self.dead.any_listed
+        if self.density is not None and self.density.is_dense:
+            return self.shown(self._dense_work(rows, revives, timer))
         if not self.graph:
-            return StepMetrics(*self._step(x, revives, timer))
-        kind = (x.shape, x.dtype, revives)
-        key = (*kind, self.dead_step.shape() if revives else None)
+            return self.shown(self._step(rows, revives, timer))
+        kind = (rows.x.shape, rows.x.dtype, revives)
+        key = (*kind, self.dead_step.shape() if revives else None, self._room)
         if key not in self._captured:
             # Another list of dead latents may need kernels of other sizes: one call warms them up.
             self._calls[key] = self._calls.get(key, 0) + 1
             eager = 1 if kind in self._warm else _EAGER_CALLS
-            if self._calls[key] <= eager or not self._capture(x, revives, key):
-                return StepMetrics(*self._step(x, revives, timer))
+            if self._calls[key] <= eager or not self._capture(rows, revives, key):
+                return self.shown(self._step(rows, revives, timer))
             self._warm.add(kind)
         captured = self._captured[key]
-        captured.x.copy_(x)
+        captured.rows.copy_(rows)
         captured.graph.replay()
+        if captured.rest is not None:
+            assert captured.number is not None
+            if not self._fits(int(captured.number)):
+                return self.shown(self._step(rows, revives, timer))
+            captured.rest.replay()
         timer.mark("fused_step")
-        return StepMetrics(*captured.metrics.clone())
+        return self.shown(captured.metrics.clone())
 
-    def _capture(self, x: Tensor, revives: bool, key: tuple[object, ...]) -> bool:
+    def _capture(self, rows: Rows, revives: bool, key: tuple[object, ...]) -> bool:
         """Captures a step, or says why it cannot be and gives graphs up, on all members alike."""
         # Only the newest list of dead latents is used again.
         for old in [k for k in self._captured if k[:3] == key[:3]]:
             del self._captured[old]
-        static, error = torch.empty_like(x), ""
+        static, error, device = rows.copied(), "", rows.x.device
         graph = torch.cuda.CUDAGraph()
         try:
             # The loader's threads pin memory meanwhile, which a global capture takes for its own.
+            timer = PhaseTimer(device, enabled=False)
+            rest, number = None, None
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                metrics = self._step(static, revives, PhaseTimer(x.device, enabled=False))
+                if self.sae.varied_lengths:
+                    begun, number = self._within(static)
+                else:
+                    metrics = self._step(static, revives, timer)
+            if number is not None:
+                rest = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(rest, graph.pool(), capture_error_mode="thread_local"):
+                    metrics = self._finish(begun, revives, timer)
         except (RuntimeError, torch.OutOfMemoryError) as e:
             error = " ".join(str(e).split())[:200]
-        failed = torch.tensor(float(bool(error)), device=x.device)
+        failed = torch.tensor(float(bool(error)), device=device)
         mesh = self.sae.mesh
         all_reduce_(failed, mesh.member_group, mesh.members, dist.ReduceOp.MAX)
         if bool(failed):
@@ -224,35 +236,80 @@ class FusedEngine(Engine):
                     error or "another process could not capture it",
                 )
             return False
-        self._captured[key] = _Captured(graph, static, metrics)
+        self._captured[key] = Captured(graph, static, metrics, rest, number)
         return True
 
-    def _step(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4]
+    def _fits(self, longest: int) -> bool:
+        """Whether lists had room for all pairs; chooses that of the steps to come, anew where it
+        was too little or is more than twice what is needed. The same on all members.
+        """
+        fits = longest <= self._room
+        if not fits or 2 * _MORE_ROOM * longest < self._room:
+            self._room = padded(math.ceil(_MORE_ROOM * longest))
+        return fits
+
+    def _within(self, rows: Rows) -> tuple[Begun, Tensor]:
+        """A step up to the selection, into lists of the room that there is; pairs of the longest
+        list of all members.
+        """
+        sae, mesh = self.sae, self.sae.mesh
+        assert isinstance(sae, ThresholdCoder)
+        batch, _ = self._begin(rows)
+        lists = [
+            sae.select_within(xc, self.encoder_weights, sae.b_enc.detach(), self._room)
+            for xc in batch.xc.chunk(self.micro_batches)
+        ]
+        number = torch.stack([number for _, number in lists]).amax()
+        all_reduce_(number, mesh.member_group, mesh.members, dist.ReduceOp.MAX)
+        self.side.meet()
+        return Begun(batch, None, [found for found, _ in lists], True), number
+
+    def _step(self, rows: Rows, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
         try:
-            return self._work(x, revives, timer)
+            return self._work(rows, revives, timer)
         finally:
             # Even where memory ran out midway: what crosses streams is freed after this.
             self.side.meet()
 
-    def _work(self, x: Tensor, revives: bool, timer: PhaseTimer) -> Tensor:  # [4]
-        batch, ready = self._begin(x)
+    def _work(self, rows: Rows, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
+        batch, ready = self._begin(rows)
+        found: list[Codes] = []
+        if self.is_general:
+            found = [
+                self.sae.select(xc, self.encoder_weights, self.sae.b_enc.detach())
+                for xc in batch.xc.chunk(self.micro_batches)
+            ]
+            timer.mark("encode")
+        if self.graph and self.sae.varied_lengths:
+            longest = torch.tensor(
+                max(len(codes.latents) for codes in found), device=batch.xc.device
+            )
+            mesh = self.sae.mesh
+            all_reduce_(longest, mesh.member_group, mesh.members, dist.ReduceOp.MAX)
+            self._fits(int(longest))
+        return self._finish(Begun(batch, ready, found, False), revives, timer)
+
+    def _finish(self, begun: Begun, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
+        """A step from the selection on."""
+        batch, ready, found, within = begun
+        if self.sae.varied_lengths:
+            self.optimizer.advance_()
         listed: Listed | None = None
         if revives:
             with self.side.beside():
                 listed = self.dead_step.begin(self.optimizer.compute_weights)
                 ready = self.side.mark()
-        parts, order, ordered = self._forward(x, batch, ready, timer)
-        local, more = self._join(parts, batch.xc), join(parts)
-        dense: DenseRows | None = None
-        aux: AuxLoss | None = None
+        parts, order, ordered = self._forward(batch, ready, found, timer)
+        local, more = join_pairs(parts, batch.xc), join(parts)
+        of_dead: tuple[DenseRows | None, AuxLoss | None] = (None, None)
         if listed is not None:
-            dense, aux = self.dead_step(local, listed, batch.inverse, self.side)
+            of_dead = self.dead_step(local, listed, batch.inverse, self.side)
             # The side stream's memory: what it is given next waits for the products that read it.
             del listed
             timer.mark("dead")
-        if self.sae.varied_lengths:
+        if self.sae.varied_lengths and not within:
             local, more = same_length(local, more, self.sae.mesh)
-        pairs = self._gather(local, batch.xc_all)
+        pairs = gather_pairs(local, batch.xc_all, self.sae.mesh)
         if more is not None:
             more = gather(more, self.sae.mesh)
             order = self._order(pairs.latents, has_gradient(pairs))
@@ -261,22 +318,46 @@ class FusedEngine(Engine):
             order = self._order(pairs.latents, pairs.dec_coef)
             self._count_fired(pairs.latents, pairs.dec_coef, batch.tokens)
         with self.side.beside():
-            rows = pairs.dec_rows if more is None else more.first_rows
-            b_dec = rows.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
-            metrics = self._metrics(parts, aux, batch)
+            given = pairs.dec_rows if more is None else more.first_rows
+            b_dec = given.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
+            metrics = self._metrics(self._totals(parts), of_dead[1], batch)
         self.side.wait(ordered)
         assert order is not None
-        decoder, own = (None, ()) if more is None else (more.decoder(pairs), more.grads)
-        self.optimizer.gradients = LatentGradients(pairs, order, b_dec, dense, decoder, own)
-        self.optimizer.step()
-        self.sae.project_()
-        self.sae.observe_([part.codes for part in parts])
-        self.side.meet()
+        decoder, grads = (None, ()) if more is None else (more.decoder(pairs), more.grads)
+        own = with_skip(self.sae, grads, given, pairs.enc_rows, batch.scale)
+        self._update(LatentGradients(pairs, order, b_dec, of_dead[0], decoder, own), parts)
         timer.mark("optimizer")
         return metrics
 
+    def _dense_work(self, rows: Rows, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
+        """A step as dense products, all on the current stream."""
+        batch, _ = self._begin(rows)
+        self.side.meet()
+        self.optimizer.advance_()
+        assert self.dense_step is not None
+        shared = Batch(batch.inverse, batch.tokens, self.optimizer.unit, self.ramp)
+        found, gradients, aux = self.dense_step(batch.y, batch.xc, shared, revives, self.optimizer)
+        timer.mark("forward")
+        totals = Totals(found.squares, found.active, found.penalty, found.residual)
+        metrics = self._metrics(totals, aux, batch)
+        self._update(gradients)
+        timer.mark("optimizer")
+        return metrics
+
+    def _update(self, gradients: LatentGradients, parts: Sequence[Forward] = ()) -> None:
+        self.optimizer.gradients = gradients
+        self.optimizer.step()
+        self.sae.project_()
+        if parts:
+            self.sae.observe_([part.codes for part in parts])
+        self.side.meet()
+
     def _forward(
-        self, x: Tensor, batch: _Batch, ready: torch.cuda.Event | None, timer: PhaseTimer
+        self,
+        batch: StepBatch,
+        ready: torch.cuda.Event | None,
+        found: list[Codes],
+        timer: PhaseTimer,
     ) -> tuple[list[Forward], PairOrder | None, torch.cuda.Event | None]:
         """Encodes and decodes the micro-batches. The order of pairs is made beside the decoder
         where these are all pairs of the step: one micro-batch, one replica.
@@ -284,8 +365,8 @@ class FusedEngine(Engine):
         sae, parts, order, ordered, at = self.sae, [], None, None, 0
         if self.is_general:
             self.side.wait(ready)
-            return self._forward_general(x, batch, timer), None, None
-        for part in x.chunk(self.micro_batches):
+            return self._forward_general(batch, found, timer), None, None
+        for part in batch.y.chunk(self.micro_batches):
             xc = batch.xc[at : at + len(part)]
             codes = sae.select(xc, self.encoder_weights, sae.b_enc.detach())
             timer.mark("encode")
@@ -300,15 +381,12 @@ class FusedEngine(Engine):
             at += len(part)
         return parts, order, ordered
 
-    def _forward_general(self, x: Tensor, batch: _Batch, timer: PhaseTimer) -> list[Forward]:
+    def _forward_general(
+        self, batch: StepBatch, found: list[Codes], timer: PhaseTimer
+    ) -> list[Forward]:
         """The same where pairs are more than selected pre-activations."""
-        sae, mesh, parts = self.sae, self.sae.mesh, x.chunk(self.micro_batches)
+        sae, mesh, parts = self.sae, self.sae.mesh, batch.y.chunk(self.micro_batches)
         shared = Batch(batch.inverse, batch.tokens, self.optimizer.unit, self.ramp)
-        found = [
-            sae.select(xc, self.encoder_weights, sae.b_enc.detach())
-            for xc in torch.split(batch.xc, [len(part) for part in parts])
-        ]
-        timer.mark("encode")
         if sae.needs_l0:
             l0 = torch.stack([(sae.activate(codes).values > 0).sum() for codes in found]).sum()
             l0 = l0.to(batch.scale.dtype)
@@ -325,16 +403,22 @@ class FusedEngine(Engine):
     def _count_active(self, parts: list[Forward], tokens: int) -> None:
         """Counts which latents fire, of all replicas."""
         active = [part.more.active for part in parts if part.more is not None]
-        values = torch.cat([codes.values for codes in active])
-        self.dead.update_(values, torch.cat([codes.latents for codes in active]), tokens)
+        values = joined([codes.values for codes in active])
+        latents = joined([codes.latents for codes in active])
+        if self.sae.mesh.num_replicas == 1:
+            self._count_fired(latents, values, tokens)
+        else:
+            self.dead.update_(values, latents, tokens)
 
-    def _begin(self, x: Tensor) -> tuple[_Batch, torch.cuda.Event | None]:
+    def _begin(self, rows: Rows) -> tuple[StepBatch, torch.cuda.Event | None]:
         """Centres the batch; its variance and Adam's scalars are made on the side stream."""
-        sae, mesh = self.sae, self.sae.mesh
-        xc, sums, squares = implementation("centre", sae.W_dec)(
-            x, sae.b_dec.detach(), self.encoder_weights.dtype
-        )
-        tokens = len(x) * mesh.num_replicas
+        sae, mesh, (x, y) = self.sae, self.sae.mesh, rows
+        dtype, tokens = self.encoder_weights.dtype, len(x) * mesh.num_replicas
+        xc, sums, squares = implementation("centre", sae.W_dec)(y, sae.b_dec.detach(), dtype)
+        if sae.transcodes:
+            xc = x.to(dtype).contiguous()
+        if sae.W_skip is not None:
+            y = y.to(sae.b_dec.dtype) - product(xc, sae.W_skip.detach().to(dtype).T)
         with self.side.beside():
             xc_all = all_gather(xc, mesh.replica_group, mesh.num_replicas).flatten(0, 1)
             both = torch.cat([sums.sum(dim=0), squares.sum().view(1)])
@@ -345,8 +429,9 @@ class FusedEngine(Engine):
             else:
                 inverse = torch.full_like(both[-1], 1 / tokens)
             scale = 2 * inverse
-            self.optimizer.advance_()
-        return _Batch(xc, xc_all, inverse, scale, tokens, (sums, squares)), self.side.mark()
+            if not self.sae.varied_lengths:
+                self.optimizer.advance_()
+        return StepBatch(xc, xc_all, y, inverse, scale, tokens, (sums, squares)), self.side.mark()
 
     def _order(self, latents: Tensor, coef: Tensor) -> PairOrder:
         order: PairOrder = implementation("order_pairs", self.sae.W_dec)(
@@ -359,78 +444,50 @@ class FusedEngine(Engine):
             self.dead.tokens_since_fired, acts, latents, tokens
         )
 
-    def _decode(self, x: Tensor, codes: Codes, batch: _Batch) -> Forward:
-        """`recon - x`, and what each pair adds to its latent's rows of W_dec and W_enc."""
+    def _decode(self, y: Tensor, codes: Codes, batch: StepBatch) -> Forward:
+        """`recon - y`, and what each pair adds to its latent's rows of W_dec and W_enc."""
         sae, W_dec = self.sae, self.optimizer.compute_weights[1]
         b_dec = sae.b_dec.detach()
         flat = (codes.tokens, codes.offsets)
         if sae.mesh.num_shards == 1:
             residual, squares, dec, enc = implementation("decode_coefs", W_dec)(
-                codes.values, codes.latents, W_dec, b_dec, x, batch.scale, *flat
+                codes.values, codes.latents, W_dec, b_dec, y, batch.scale, *flat
             )
         else:
             partial = implementation("sparse_decode", W_dec)(
                 codes.values, codes.latents, W_dec, *flat
             ).to(b_dec.dtype)
             all_reduce_(partial, sae.mesh.shard_group, sae.mesh.num_shards)
-            exact = partial + b_dec - x.to(b_dec.dtype)
+            exact = partial + b_dec - y.to(b_dec.dtype)
             residual, squares = exact.to(W_dec.dtype), exact.square().sum().view(1)
             dec, enc = implementation("pair_coefs", W_dec)(
                 codes.values, codes.latents, W_dec, residual, batch.scale, *flat
             )
         return Forward(codes, dec, enc, residual, squares)
 
-    def _join(self, parts: list[Forward], xc: Tensor) -> PairGradients:
-        """The pairs of all micro-batches, tokens in the order of the batch."""
-        tokens, first = [], 0
-        for part in parts:
-            if part.codes.tokens is not None:
-                tokens.append(part.codes.tokens + first if first else part.codes.tokens)
-            first += len(part.residual)
-        latents = _cat([part.codes.latents for part in parts])
-        return PairGradients(
-            latents.flatten(),
-            _cat([part.dec_coef for part in parts]).flatten(),
-            _cat([part.enc_coef for part in parts]).flatten(),
-            _cat([part.residual for part in parts]),
-            xc,
-            latents.shape[-1],
-            _cat(tokens) if tokens else None,
-        )
-
-    def _gather(self, local: PairGradients, xc_all: Tensor) -> PairGradients:
-        """The pairs of all replicas, tokens in the order of the whole batch: a rank contributes
-        N * (12 K + 4 D) bytes where rows are bfloat16, or 16 C + 4 N D of a flat list, whose
-        unused slots travel too. Collective over the replicas.
-        """
-        mesh = self.sae.mesh
-        if mesh.num_replicas == 1:
-            return local
-        group, size = mesh.replica_group, mesh.num_replicas
-        # float64 pairs travel with their indices as int64.
-        bits = torch.int64 if local.dec_coef.dtype == torch.float64 else torch.int32
-        coefs = (local.dec_coef.view(bits), local.enc_coef.view(bits))
-        tokens = local.tokens
-        flat = [] if tokens is None else [tokens + mesh.replica * len(local.dec_rows)]
-        packed = torch.stack([*(t.to(bits) for t in (local.latents, *flat)), *coefs])
-        gathered = all_gather(packed, group, size).transpose(0, 1).flatten(1).contiguous()
-        latents, *flat = (row.to(torch.int32) for row in gathered[:-2])
-        dec, enc = (row.view(local.dec_coef.dtype) for row in gathered[-2:])
-        residual = all_gather(local.dec_rows, group, size).flatten(0, 1)
-        return PairGradients(latents, dec, enc, residual, xc_all, local.k, *flat)
-
-    def _metrics(self, parts: list[Forward], aux: AuxLoss | None, batch: _Batch) -> Tensor:  # [4]
-        """FVU, the dead latents' loss and L0 of the whole batch. Collective over the members."""
-        mesh = self.sae.mesh
+    def _totals(self, parts: list[Forward]) -> Totals:
         squares = torch.stack([part.squares.sum() for part in parts]).sum()
         codes = [part.codes if part.more is None else part.more.active for part in parts]
         active = torch.stack([(found.values > 0).sum() for found in codes]).sum()
-        active = active.to(squares.dtype)
-        all_reduce_(active, mesh.shard_group, mesh.num_shards)
-        loss = torch.zeros_like(squares) if aux is None else aux.total()
         penalties = [part.more.penalty for part in parts if part.more is not None]
         penalty = torch.stack(penalties).sum() if penalties else torch.zeros_like(squares)
-        fields = [squares * batch.inverse, loss, active / batch.tokens, penalty]
+        return Totals(squares, active, penalty, joined([part.residual for part in parts]))
+
+    def _metrics(self, totals: Totals, aux: AuxLoss | None, batch: StepBatch) -> Tensor:  # [4 + S]
+        """FVU, the dead latents' loss, L0 and the penalty of the whole batch, and a crosscoder's
+        FVU of each hookpoint. Collective over the members.
+        """
+        mesh, squares = self.sae.mesh, totals.squares
+        active = totals.active.to(squares.dtype)
+        all_reduce_(active, mesh.shard_group, mesh.num_shards)
+        loss = torch.zeros_like(squares) if aux is None else aux.total()
+        fields = [squares * batch.inverse, loss, active / batch.tokens, totals.penalty]
         metrics = torch.stack([field.to(squares.dtype) for field in fields])
         all_reduce_(metrics, mesh.replica_group, mesh.num_replicas)
+        if sources := self.sae.sources:
+            sums = source_sums(totals.residual, batch.xc, sources)
+            fvus = source_fvus(sums, sources, batch.tokens, mesh)
+            metrics = torch.cat([metrics, fvus.to(metrics.dtype)])
+        if self.density is not None:
+            self.density.saw_(metrics[2])
         return metrics

@@ -4,6 +4,10 @@ import sys
 
 import torch
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE, BatchTopKTrainer
+from dictionary_learning.trainers.matryoshka_batch_top_k import (
+    MatryoshkaBatchTopKSAE,
+    MatryoshkaBatchTopKTrainer,
+)
 from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
 from dictionary_learning.training import trainSAE
 from transformers import AutoModelForCausalLM
@@ -12,6 +16,8 @@ folder, out, *rule = sys.argv[1:]
 trainer, dictionary = TopKTrainer, AutoEncoderTopK
 if rule == ["batch_topk"]:
     trainer, dictionary = BatchTopKTrainer, BatchTopKSAE
+if rule == ["matryoshka"]:
+    trainer, dictionary = MatryoshkaBatchTopKTrainer, MatryoshkaBatchTopKSAE
 model = AutoModelForCausalLM.from_pretrained(folder)
 rows = []
 module = model.base_model.layers[1]
@@ -49,6 +55,8 @@ trainer_cfg = {
     "seed": 0,
     "device": "cpu",
 }
+if rule == ["matryoshka"]:
+    trainer_cfg["group_fractions"] = [1 / 8, 1 / 8, 1 / 4, 1 / 2]
 trainSAE(data=buffer(), trainer_configs=[trainer_cfg], steps=200, save_dir=out, device="cpu")
 ae = dictionary.from_pretrained(out + "/trainer_0/ae.pt")
 generator.manual_seed(99)
