@@ -336,10 +336,10 @@ FIELDS = {
         "skip_first_tokens max_norm_ratio shard_mib memory_gib dtype seed"
     ),
     "sae": (
-        "architecture d_sae expansion_factor input_norm skip k threshold_decay threshold_start "
-        "prefix_widths prefix_losses sparsity sparsity_coefficient sparsity_warmup target_l0 "
-        "tanh_scale bandwidth initial_threshold ste_to_input pre_act_coefficient l1_coefficient "
-        "decoder_norms"
+        "architecture d_sae expansion_factor input_norm skip k search threshold_decay "
+        "threshold_start prefix_widths prefix_losses sparsity sparsity_coefficient sparsity_warmup "
+        "target_l0 tanh_scale bandwidth initial_threshold ste_to_input pre_act_coefficient "
+        "l1_coefficient decoder_norms"
     ),
     "train": (
         "hookpoint target source buffer_tokens num_tokens batch_tokens lr schedule "
