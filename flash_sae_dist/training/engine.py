@@ -119,12 +119,12 @@ def make_engine(
         # Only here: most who install this have no DeepSpeed.
         from .engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(sae, dead, cfg, lr=lr, k_aux=k_aux, compute_dtype=compute_dtype)
+        return DeepSpeedEngine(sae, dead, cfg, lr=cfg.lr, k_aux=k_aux, compute_dtype=compute_dtype)
     if engine == "autograd" or not isinstance(cfg, FusedTrainConfig):
-        return AutogradEngine(sae, dead, cfg, lr=lr, k_aux=k_aux, compute_dtype=compute_dtype)
+        return AutogradEngine(sae, dead, cfg, lr=cfg.lr, k_aux=k_aux, compute_dtype=compute_dtype)
     optimizer = SparseAdam(
         sae,
-        lr,
+        cfg.lr,
         betas=cfg.adam_betas,
         eps=cfg.adam_eps,
         lazy=cfg.adam_mode == "lazy",
