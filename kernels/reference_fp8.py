@@ -30,7 +30,7 @@ def quantise_rows(
     rows: Tensor,  # [M, D]
 ) -> tuple[Tensor, Tensor]:  # [M, D] float8_e4m3fn, [M] float32
     """Rows in e4m3 and each one's scale, by which it is multiplied: its largest is LARGEST. A row
-    that is not finite becomes NaN, its scale, too."""
+    that is not finite has a scale of NaN."""
     exact = rows.float()
     largest = exact.abs().amax(dim=1)
     scale = (largest / LARGEST).clamp_min(LEAST_SCALE)
