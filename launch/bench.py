@@ -136,7 +136,7 @@ def _found(call: Callable[[], Any], latents: Tensor) -> float:
     own = call()[1].long()
     hits = [
         (part[:, :, None] == want[:, None]).any(1).sum()
-        for part, want in zip(own.split(256), latents.long().split(256), strict=True)
+        for part, want in zip(torch.split(own, 256), torch.split(latents.long(), 256), strict=True)
     ]
     return float(torch.stack(hits).sum()) / latents.numel()
 

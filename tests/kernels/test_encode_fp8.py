@@ -153,3 +153,19 @@ def test_the_portable_filter_finds_as_much_on_the_gpu(monkeypatch: pytest.Monkey
     monkeypatch.setattr(encode, "_is_hopper", lambda device: False)
     _, indices = encode_fp8.fp8_topk_encode(x, W, b, 32)
     assert found(indices, ops.topk_encode(x, W, b, 32).latents) >= 0.999
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_not_hidden_on_the_gpu(
+    bad: float, hopper: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, W, b = case(300, 768, 20_000, "cuda")
+    x, W = x.bfloat16(), W.bfloat16()
+    x[3, 5] = bad
+    if not hopper:
+        monkeypatch.setattr(encode, "_is_hopper", lambda device: False)
+    values, _ = encode_fp8.fp8_topk_encode(x, W, b, 32)
+    assert not values[3].isfinite().all()
+    assert values[torch.arange(300, device="cuda") != 3].isfinite().all()
