@@ -11,10 +11,22 @@ from ..config.train import TrainConfig
 from ..models.base import SparseCoder
 from ..parallel import collectives
 
+# The steps of Gao et al.'s larger runs, 40 billion tokens in batches of 131,072.
+_USUAL_STEPS = 300_000
+_MOST_LR = 3e-3
+
 
 def default_lr(d_sae: int) -> float:
     """`2e-4 / sqrt(d_sae / 2**14)`, the field's scaling with width (Gao et al. 2024)."""
     return float(2e-4 / (d_sae / 2**14) ** 0.5)
+
+
+def budget_lr(d_sae: int, steps: int) -> float:
+    """`default_lr`, which is of runs of about 300,000 steps, times sqrt(300,000 / steps) in shorter
+    ones, but no more than 3e-3, beyond which latents die: docs/notes/quality.md has the trials.
+    """
+    usual = default_lr(d_sae)
+    return max(usual, min(_MOST_LR, usual * math.sqrt(_USUAL_STEPS / steps)))
 
 
 def lr_at(step: int, total_steps: int, peak: float, cfg: TrainConfig) -> float:
