@@ -36,6 +36,7 @@ from ..models import ARCHITECTURES
 from ..parallel.mesh import Mesh
 from ..training.defaults import with_defaults
 from ..training.metrics import PhaseTimer
+from ..training.optim import warmup_steps
 from ..training.step import SAETraining
 from .bench_quality_data import (
     MIXTURE,
@@ -93,8 +94,9 @@ def train_ours(data: Data, run: Run, keys_of_train: dict[str, Any]) -> dict[str,
     cfg = FusedTrainConfig.model_validate(given)
     lr = with_defaults(cfg, sae, data.rows.shape[1]).lr
     assert lr is not None
+    given |= {"lr": lr * run.factor, "warmup_steps": warmup_steps(size.steps, cfg)}
     given.pop("lr_rule", None)
-    cfg = FusedTrainConfig.model_validate({**given, "lr": lr * run.factor})
+    cfg = FusedTrainConfig.model_validate(given)
     rms = float(data.rows.square().mean().sqrt())
     training = SAETraining(sae, cfg, data.rows.shape[1], Mesh.single(), CPU, rms=rms)
     for x in batches(data.rows, size.batch, size.steps, run.seed):

@@ -57,9 +57,9 @@ class TrainConfig(StrictModel):
     (dictionary_learning's) and relu (Anthropic's of April 2024)."""
     lr_rule: Literal["width", "budget"] = "width"
     """What lr stands for where it is left out. width: see lr, the same for any number of steps.
-    budget: that of the TopK family times sqrt(300,000 / steps) in shorter runs, 3e-3 at most; short
-    runs end at a far lower error with it (docs/notes/quality.md). A run that is trained for longer
-    later keeps its rate only where lr says it."""
+    budget: that of the TopK family times sqrt(300,000 / steps) in shorter runs, 8 at the most, with
+    a warm-up of a twentieth of the steps at the most: short runs end at a far lower error
+    (docs/notes/quality.md). A run that may be trained for longer needs lr itself."""
     schedule: Literal["warmup_stable_decay", "linear", "cosine", "constant"] = "warmup_stable_decay"
     """The learning rate after its warm-up, by the names of transformers: warmup_stable_decay stays
     and falls linearly to zero over the last part of the steps (decay_fraction); linear and cosine
