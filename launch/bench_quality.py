@@ -148,6 +148,10 @@ def score(data: Data, run: Run, weights: dict[str, Tensor], seconds: float) -> S
     return Score(fvu, *matched(data.features, kept["W_dec"]), seconds)
 
 
+class PeerFailed(Exception):
+    """A library's process ended with an error."""
+
+
 class Peers:
     """The libraries that can be imported, each by its own Python, and the processes that run
     them.
@@ -168,7 +172,7 @@ class Peers:
                 self.missing.append(library)
 
     def _process(self, library: str, job: dict[str, Any]) -> Iterator[str]:
-        """Lines of a peer's process. Raises RuntimeError where it fails."""
+        """Lines of a peer's process. Raises PeerFailed."""
         file = self.folder / f"{library}.json"
         file.write_text(json.dumps(job | {"threads": self.threads}))
         log = self.folder / f"{library}.log"
@@ -184,7 +188,7 @@ class Peers:
             yield from process.stdout
         if process.returncode:
             last = " ".join(log.read_text().split()[-60:])
-            raise RuntimeError(f"{library} failed: {last}")
+            raise PeerFailed(f"{library} failed: {last}")
 
     def synthetic_rows(self, size: Size) -> dict[str, Tensor]:
         """Those of SAELens's benchmark."""
@@ -249,10 +253,14 @@ def _all(
     """Every library's trainings on some rows, a line of output each."""
     found: dict[Run, Score] = {}
     for own in runs.values():
-        for run, got in _scores(data, own, peers, keys) if own else ():
-            found[run] = got
-            what = f"{data.name}: {run.library} {run.architecture} lr x {run.factor:g}"
-            typer.echo(f"{what} seed {run.seed}: FVU {got.fvu:.5f}, {got.seconds:.1f} s")
+        try:
+            for run, got in _scores(data, own, peers, keys) if own else ():
+                found[run] = got
+                what = f"{data.name}: {run.library} {run.architecture} lr x {run.factor:g}"
+                typer.echo(f"{what} seed {run.seed}: FVU {got.fvu:.5f}, {got.seconds:.1f} s")
+        except PeerFailed as e:
+            # The others' figures are worth having all the same.
+            typer.echo(f"{data.name}: {e}", err=True)
     return found
 
 
@@ -334,6 +342,10 @@ def _data(
     store: str | None, hookpoint: str | None, peers: Peers, steps: int | None, names: list[str]
 ) -> Iterator[Data]:
     """The sets of rows, of which those are left out that are not asked for."""
+    if unknown := [name for name in names if name not in DATA]:
+        raise ConfigError(f"--data {unknown[0]} is none of {', '.join(DATA)}")
+    if names == ["store"] and store is None:
+        raise ConfigError("--data store needs a STORE; name one")
     small = MIXTURE if steps is None else MIXTURE._replace(steps=steps)
     if "mixture" in names:
         yield mixture(small)

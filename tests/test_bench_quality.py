@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,27 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(typer.BadParameter, match="no KEY=VALUE"):
         bench._train_keys(["lr"])
     assert bench._train_keys(["lr=1.0e-3"]) == {"lr": 1e-3}
+    for args, word in (
+        (["--data", "store"], "needs a STORE"),
+        (["--data", "toy"], "--data toy is none of mixture, sae_lens, store"),
+        (["--data", "mixture", "--train", "lr=-1"], "lr"),
+    ):
+        done = CliRunner().invoke(bench.app, ["quality", *args, "--steps", "20"])
+        assert done.exit_code == 2
+        assert word in done.output
+
+
+def test_a_library_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit('it does not run')\n")
+    peers = bench.Peers({}, 1, tmp_path)
+    peers.script, peers.pythons = broken, {"sparsify": sys.executable}
+    runs = {name: [bench.Run(name, "topk", 1.0, 0)] for name in ("sparsify", "ours")}
+    found = bench._all(mixture(SIZE), runs, peers, {})
+    assert [run.library for run in found] == ["ours"]
+    assert "sparsify failed: it does not run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
