@@ -165,7 +165,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="encode, decode, step, density, parity, shards, cache, load, train, stream or quality"
+            help="encode, decode, step, density, parity, shards, cache, load, train, stream or "
+            "quality"
         ),
     ] = "",
 ) -> None:

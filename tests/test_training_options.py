@@ -12,6 +12,7 @@ from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.config.train import ENGINES, FusedTrainConfig
 from flash_sae_dist.kernels import reference
 from flash_sae_dist.models import ARCHITECTURES
+from flash_sae_dist.models.crosscoder import TopKCrosscoderConfig
 from flash_sae_dist.models.relu import ReLUConfig
 from flash_sae_dist.models.topk import TopKConfig, TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh
@@ -243,6 +244,7 @@ def test_an_encoder_that_cannot_be_scaled_is_refused() -> None:
     cfg = FusedTrainConfig(num_tokens=9, encoder_scale="least_squares")
     for config, given, word in (
         (ReLUConfig(d_sae=D_SAE), cfg, "active above a threshold"),
+        (TopKCrosscoderConfig(k=K, d_sae=D_SAE), cfg, "crosscoders such as"),
         (TopKConfig(k=K, d_sae=D_SAE), cfg.model_copy(update={"target": "y"}), "begins at zero"),
         (TopKConfig(k=K, d_sae=D_SAE), cfg.model_copy(update={"init_from": "x"}), "is given"),
     ):

@@ -43,7 +43,7 @@ def with_defaults(train: _Train, sae: SAEConfig, d_in: int) -> _Train:
         raise ConfigError(
             "sae.skip=True is of transcoders alone; name their target as train.target, or drop it"
         )
-    _check_start(train, kind)
+    _check_start(train, kind, sae.architecture)
     return train.model_copy(
         update={
             "lr": _usual_lr(train, usual.lr, sae.architecture, sae.width(d_in)),
@@ -93,7 +93,7 @@ def _usual_lr(train: TrainConfig, own: float | None, architecture: str, d_sae: i
     return default_lr(d_sae) if own is None else own
 
 
-def _check_start(train: TrainConfig, kind: type[SparseCoder]) -> None:
+def _check_start(train: TrainConfig, kind: type[SparseCoder], architecture: str) -> None:
     """Raises ConfigError where train.encoder_scale scales nothing."""
     if train.encoder_scale == "unit":
         return
@@ -102,6 +102,8 @@ def _check_start(train: TrainConfig, kind: type[SparseCoder]) -> None:
         what = f"train.init_from={train.init_from!r}, whose encoder is given"
     elif train.target is not None:
         what = f"train.target={train.target!r}: a transcoder's decoder begins at zero"
+    elif issubclass(kind, Crosscoder):
+        what = f"crosscoders such as sae.architecture={architecture!r}"
     elif kind.is_pairwise:
         what = "latents that are active above a threshold, of which half are at the start"
     if what is not None:
