@@ -33,7 +33,7 @@ STEP_KEYS = frozenset(
         *("hookpoint", "batch_tokens", "seed", "lr", "warmup_steps", "decay_fraction", "grad_clip"),
         *("adam_betas", "adam_eps", "adam_mode", "moment_dtype", "ema_decay", "engine"),
         *("precision", "dead_latents", "aux_coef", "k_aux", "dead_after_tokens", "normalize"),
-        *("subtract_mean", "target", "schedule"),
+        *("subtract_mean", "target", "schedule", "encoder_scale"),
         *("holdout", "source", "buffer_tokens", "init_from"),
     )
 )
@@ -60,6 +60,8 @@ FREE_KEYS = frozenset(
         for key in ("checkpoint_minutes", "rendezvous_timeout_s", "heartbeat_s", "preload")
     ]
     + ["train.deepspeed_config"]
+    # The learning rate that it comes to is compared.
+    + ["train.lr_rule"]
     + ["text.streaming", "cache.store", "cache.memory_gib", "store", "output", "trackers"]
     + ["store_cache.folder", "store_cache.gib"]
     + ["model.trust_remote_code", "model.device_map"]

@@ -342,12 +342,12 @@ FIELDS = {
         "l1_coefficient decoder_norms"
     ),
     "train": (
-        "hookpoint target source buffer_tokens num_tokens batch_tokens lr schedule "
-        "warmup_steps decay_fraction adam_betas adam_eps normalize subtract_mean engine "
+        "hookpoint target source buffer_tokens num_tokens batch_tokens lr lr_rule "
+        "schedule warmup_steps decay_fraction adam_betas adam_eps normalize subtract_mean engine "
         "grad_clip micro_batches dead_latents aux_coef k_aux dead_after_tokens precision "
-        "num_shards num_replicas init_from seed holdout preload log_every checkpoint_every "
-        "checkpoint_minutes keep_checkpoints rendezvous_timeout_s heartbeat_s adam_mode "
-        "moment_dtype ema_decay deepspeed_config"
+        "num_shards num_replicas encoder_scale init_from seed holdout preload log_every "
+        "checkpoint_every checkpoint_minutes keep_checkpoints rendezvous_timeout_s heartbeat_s "
+        "adam_mode moment_dtype ema_decay deepspeed_config"
     ),
     "grid": "hookpoints values points exclude overrides",
     "evaluate": "rows saes hookpoint k num_tokens batch_tokens loss_sequences",

@@ -11,19 +11,40 @@ from ..config.train import TrainConfig
 from ..models.base import SparseCoder
 from ..parallel import collectives
 
+# The steps of Gao et al.'s larger runs, 40 billion tokens in batches of 131,072.
+_USUAL_STEPS = 300_000
+# Beyond, latents die that short runs do not revive.
+_MOST_TIMES = 8
+
 
 def default_lr(d_sae: int) -> float:
     """`2e-4 / sqrt(d_sae / 2**14)`, the field's scaling with width (Gao et al. 2024)."""
     return float(2e-4 / (d_sae / 2**14) ** 0.5)
 
 
+def budget_lr(d_sae: int, steps: int) -> float:
+    """`default_lr`, which is of runs of about 300,000 steps, times sqrt(300,000 / steps) in shorter
+    ones, 8 at the most: docs/notes/quality.md has the trials.
+    """
+    times = max(1.0, min(_MOST_TIMES, math.sqrt(_USUAL_STEPS / steps)))
+    return default_lr(d_sae) * times
+
+
+def warmup_steps(total_steps: int, cfg: TrainConfig) -> int:
+    """Steps of linear warm-up: with train.lr_rule=budget a twentieth of all at the most."""
+    if cfg.lr_rule == "budget":
+        return min(cfg.warmup_steps, total_steps // 20)
+    return cfg.warmup_steps
+
+
 def lr_at(step: int, total_steps: int, peak: float, cfg: TrainConfig) -> float:
     """Learning rate of a step, counted from 0: linear warm-up, then as train.schedule says."""
-    warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+    rising = warmup_steps(total_steps, cfg)
+    warm = min(1.0, (step + 1) / rising) if rising else 1.0
     if cfg.schedule == "constant":
         return peak * warm
     if cfg.schedule in ("linear", "cosine"):
-        after = max(0, step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)
+        after = max(0, step - rising) / max(1, total_steps - rising)
         left = 1 - after if cfg.schedule == "linear" else (1 + math.cos(math.pi * after)) / 2
         return peak * warm * max(0.0, left)
     decay_steps = round(total_steps * cfg.decay_fraction)
