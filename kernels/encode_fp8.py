@@ -9,6 +9,8 @@ products from bias / (s t) on, t the latent's scale, and multiplies by t at the 
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +29,7 @@ from .sparse_decode import gathered_dots
 if TYPE_CHECKING:
     from .encode_hopper import HopperFilter
 
+logger = logging.getLogger(__name__)
 _BLOCK = 4096
 _BLOCK_K = 128
 
@@ -134,6 +137,16 @@ def rescored(
     return values, indices
 
 
+@lru_cache(maxsize=64)
+def _tell_exact(N: int, D: int, F: int, k: int) -> None:
+    """Once a shape."""
+    logger.warning(
+        "fp8 products do not serve %d tokens of width %d, %d latents and k=%d, which are searched "
+        "exactly: they need more than 256 tokens, a width that 16 divides, k of 256 at the most",
+        N, D, F, k,
+    )  # fmt: skip
+
+
 def fp8_topk_encode(
     x: Tensor,  # [N, D] bf16, fp16 or fp32
     W_enc: Tensor,  # [F, D] of the same dtype; or e4m3 with its scale
@@ -149,6 +162,7 @@ def fp8_topk_encode(
     wide = num_candidates(k, len(W_enc))
     design, plan = encode.choose(x, W_enc, wide, fp8=True)
     if plan is None:
+        _tell_exact(*x.shape, len(W_enc), k)
         return encode_rows.topk_encode(x, W_enc, b_enc, k, scale)
     rows, scales = quantise_rows(W_enc) if scale is None else (W_enc, scale)
     args = (rows, b_enc / scales, plan)
