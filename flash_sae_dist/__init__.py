@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .models.base import SAEOutput
+    from .models.quantized import quantize
     from .models.topk import TopKSAE
 
 if sys.platform == "win32":
@@ -15,13 +16,14 @@ if sys.platform == "win32":
     )
 
 __version__ = "0.1.0"
-__all__ = ["SAEOutput", "TopKSAE", "__version__"]
+__all__ = ["SAEOutput", "TopKSAE", "__version__", "quantize"]
 
 
 def __getattr__(name: str) -> object:
     # Loaded on first use: `flash-sae --help` need not wait for torch.
-    if name in ("SAEOutput", "TopKSAE"):
-        from .models import base, topk
+    if name in ("SAEOutput", "TopKSAE", "quantize"):
+        from .models import base, quantized, topk
 
-        return base.SAEOutput if name == "SAEOutput" else topk.TopKSAE
+        home = {"SAEOutput": base, "TopKSAE": topk, "quantize": quantized}[name]
+        return getattr(home, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,7 +34,7 @@ STEP_KEYS = frozenset(
         *("adam_betas", "adam_eps", "adam_mode", "moment_dtype", "ema_decay", "engine"),
         *("precision", "dead_latents", "aux_coef", "k_aux", "dead_after_tokens", "normalize"),
         *("subtract_mean", "target", "schedule", "schedule_cycles", "min_lr_rate"),
-        *("optimizer", "weight_decay", "loss", "fvu_coef"),
+        *("optimizer", "weight_decay", "loss", "fvu_coef", "encoder_scale"),
         *("holdout", "source", "buffer_tokens", "init_from"),
     )
 )
@@ -61,6 +61,8 @@ FREE_KEYS = frozenset(
         for key in ("checkpoint_minutes", "rendezvous_timeout_s", "heartbeat_s", "preload")
     ]
     + ["train.deepspeed_config"]
+    # The learning rate that it comes to is compared.
+    + ["train.lr_rule"]
     + ["text.streaming", "cache.store", "cache.memory_gib", "store", "output", "trackers"]
     + ["store_cache.folder", "store_cache.gib"]
     + ["model.trust_remote_code", "model.device_map"]

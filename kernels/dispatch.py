@@ -20,6 +20,8 @@ KERNEL_FILES: dict[str, str] = {
     "topk_encode": "encode",
     "batch_topk_encode": "encode_flat",
     "threshold_encode": "encode_flat",
+    "fp8_topk_encode": "encode_fp8",
+    "quantise_rows": "encode_fp8",
     "sparse_decode": "sparse_decode",
     "decode_coefs": "sparse_decode",
     "decode_backward": "decode_backward",
@@ -59,6 +61,21 @@ def use_kernels(x: Tensor) -> bool:
     triton installed.
     """
     return x.is_cuda and x.dtype in _KERNEL_DTYPES and has_triton()
+
+
+@cache
+def fp8_obstacle(device: torch.device) -> str | None:
+    """Why a device has no e4m3 products; None where it has, or is a CPU, which emulates them."""
+    if device.type == "cpu":
+        return None
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) >= (8, 9):
+            return None
+        return (
+            f"fp8 needs a GPU of compute capability 8.9 or newer (Ada, Hopper), not {major}.{minor}"
+        )
+    return f"fp8 needs a GPU of NVIDIA's since Ada, not {device.type}"
 
 
 def on_device(like: Tensor) -> AbstractContextManager[Any]:

@@ -44,16 +44,16 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def kind_of(x: Tensor) -> Design:
-    """The design that tokens take where there is a plan."""
-    if x.dtype == torch.float32 or len(x) <= _FEW_TOKENS:
+def kind_of(x: Tensor, *, fp8: bool = False) -> Design:
+    """The design that tokens take, or a search by e4m3 products, where there is a plan."""
+    if (x.shape[1] % 16 if fp8 else x.dtype == torch.float32) or len(x) <= _FEW_TOKENS:
         return "rows"
     return "hopper" if _is_hopper(x.device) else "plain"
 
 
-def choose(x: Tensor, W_enc: Tensor, k: int) -> tuple[Design, Plan | None]:
+def choose(x: Tensor, W_enc: Tensor, k: int, *, fp8: bool = False) -> tuple[Design, Plan | None]:
     """The design of a call, and its plan where it has one."""
-    design, plan = kind_of(x), None
+    design, plan = kind_of(x, fp8=fp8), None
     if design != "rows":
         plan = make_plan(*x.shape, W_enc.shape[0], k, num_programs(x.device))
     return ("rows" if plan is None else design), plan
@@ -76,6 +76,7 @@ def filtered_topk(
     k: int,
     plan: Plan,
     matmul: Matmul,
+    scale: Tensor | None = None,  # [F] float32 of e4m3 rows
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32 descending, [N, k] int32
     """The k largest by a filter, with the sizes of a plan."""
     (N, D), F, device = x.shape, W_enc.shape[0], x.device
@@ -105,7 +106,7 @@ def filtered_topk(
         )  # fmt: skip
         each = next_power_of_2(cdiv(size, num_programs(device)))
         mend_kernel[(cdiv(size, each),)](
-            part, W_enc, b_enc, short, scratch, *out, plan.pitch, size, F, D, k, each,
+            part, W_enc, b_enc, scale, short, scratch, *out, plan.pitch, size, F, D, k, each,
             sizes["SORT"], 32, 64, num_warps=8,
         )  # fmt: skip
     return values, indices

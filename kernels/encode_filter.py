@@ -86,11 +86,12 @@ def _append(
 
 @triton.jit
 def _multiply(
-    x_desc, w_desc, rest_desc, bias_ptr, m0, tile, whole, F, D, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    x_desc, w_desc, rest_desc, bias_ptr, inverse_ptr, scale_ptr, m0, tile, whole, N, F, D,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile [BLOCK_M, BLOCK_N], bias included: 8 neighbours of each of the latents' parts, or, of
-    the tile behind the `whole`, the last latents."""
+    the tile behind the `whole`, the last latents. Of scaled operands (encode_fp8.py) bias times a
+    row's `inverse`, and then all times a latent's `scale`."""
     cols = tl.arange(0, BLOCK_N)
     scattered = tile < whole
     latent = tl.where(
@@ -98,7 +99,12 @@ def _multiply(
     )
     bias = tl.load(bias_ptr + latent, mask=latent < F, other=float("-inf"))
     # + 0: a pre-activation of -0 would have a negative number's bits.
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias[None, :]
+    if scale_ptr is None:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias[None, :]
+    else:
+        rows = m0 + tl.arange(0, BLOCK_M)
+        inverse = tl.load(inverse_ptr + rows, mask=rows < N, other=1.0)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias[None, :] * inverse[:, None]
     if scattered:
         for d0 in range(0, D, BLOCK_K):
             a = x_desc.load([m0, d0])
@@ -109,15 +115,17 @@ def _multiply(
             a = x_desc.load([m0, d0])
             b = rest_desc.load([whole * BLOCK_N, d0])
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + latent, mask=latent < F, other=1.0)[None, :]
     return acc
 
 
 @triton.jit(do_not_specialize=["capacity", "spread", "begin", "end"])
 def filter_kernel(
-    x_desc, w_desc, rest_desc, bias_ptr, tau_ptr, last_ptr, out_ptr, count_ptr, pitch, capacity, N,
-    F, D, whole, spread, begin, end, PARTS: tl.constexpr, WRITE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    CELL: tl.constexpr,
+    x_desc, w_desc, rest_desc, bias_ptr, tau_ptr, last_ptr, out_ptr, count_ptr, inverse_ptr,
+    scale_ptr, pitch, capacity, N, F, D, whole, spread, begin, end, PARTS: tl.constexpr,
+    WRITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, CELL: tl.constexpr,
 ):  # fmt: skip
     """Tiles of the positions from `begin` to `end`: their pre-activations and the largest of their
     cells (WRITE), or lists of those that pass their rows' limits. A program keeps to a block of
@@ -140,8 +148,8 @@ def filter_kernel(
         for position in range(begin + part, end, PARTS):
             tile = tl.where(position < whole, position * spread % whole, whole)
             acc = _multiply(
-                x_desc, w_desc, rest_desc, bias_ptr, m0, tile, whole, F, D, BLOCK_M, BLOCK_N,
-                BLOCK_K, PRECISION,
+                x_desc, w_desc, rest_desc, bias_ptr, inverse_ptr, scale_ptr, m0, tile, whole, N, F,
+                D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
             if WRITE:
                 out = out_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
@@ -175,10 +183,12 @@ class PlainFilter:
         plan: Plan,
         block_k: int = BLOCK_K,
         block_m: int = BLOCK_M,
+        scale: Tensor | None = None,  # [F] float32: see encode_fp8.py
     ) -> None:
         (F, D), n = W_enc.shape, plan.block_n
         runs = W_enc[: plan.whole * n].view(n // 8, plan.whole * 8, D)
         self.plan, self.F, self.bias, self.block = plan, F, b_enc, (block_m, n, block_k)
+        self.scale, self.inverse = scale, scale  # the latter of each block of rows
         self.w = TensorDescriptor.from_tensor(runs, [n // 8, 8, block_k])
         self.rest = TensorDescriptor.from_tensor(W_enc, [n, block_k])
         # 16-bit inputs are exact in the tensor cores' fp32 sums whatever is named here.
@@ -204,7 +214,8 @@ class PlainFilter:
         parts = self.plan.sample if write else self.plan.parts
         filter_kernel[(num_programs(x.device),)](
             TensorDescriptor.from_tensor(x, [m, k]), self.w, self.rest, self.bias, tau, last,
-            scratch, count, scratch.stride(0), plan.capacity, N, self.F, D, plan.whole,
-            spread(plan.whole), begin, end, parts, write, m, n, k, self.precision, CELL,
+            scratch, count, self.inverse, self.scale, scratch.stride(0), plan.capacity, N, self.F,
+            D, plan.whole, spread(plan.whole), begin, end, parts, write, m, n, k, self.precision,
+            CELL,
             num_warps=8 if m > 64 else 4, num_stages=self.stages,
         )  # fmt: skip

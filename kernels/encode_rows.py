@@ -26,6 +26,8 @@ from .shapes import cdiv, next_power_of_2
 
 _BLOCK_BYTES = 56 << 20
 _INDEX_BITS = 0x7FFFFFFF
+# Of e4m3 rows that are products' operands at once.
+_DECODED_ELEMENTS = 1 << 22
 # Of one pre-activation: float32 values, their bits, and an int64 key.
 _BYTES_EACH = 4 + 4 + 8
 # Entries of the groups that are read again, of one row.
@@ -142,7 +144,14 @@ def select_rows(
     )  # fmt: skip
 
 
-def _products(x: Tensor, W_enc: Tensor) -> Tensor:
+def _products(x: Tensor, W_enc: Tensor, scale: Tensor | None = None) -> Tensor:
+    if scale is not None:
+        pre = torch.empty(len(x), len(W_enc), dtype=torch.float32, device=x.device)
+        step = max(1, _DECODED_ELEMENTS // x.shape[1])
+        for at in range(0, len(W_enc), step):
+            part = slice(at, at + step)
+            pre[:, part] = _products(x, W_enc[part].to(x.dtype)) * scale[part]
+        return pre
     if x.dtype == torch.float32:
         return x @ W_enc.T
     return torch.mm(x, W_enc.T, out_dtype=torch.float32)
@@ -164,15 +173,17 @@ def _row_bytes(F: int, sizes: GroupSizes | None) -> int:
     return 4 * F + 4 * cdiv(F, sizes.size) + (4 + 2 * 8) * sizes.k_pow2
 
 
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`reference.topk_encode`, rows in blocks; b_enc is float32."""
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`reference.topk_encode`, rows in blocks; b_enc is float32, and so a scale of e4m3 rows."""
     values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
     indices = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
     sizes = group_sizes(W_enc.shape[0], k)
     rows = max(1, _BLOCK_BYTES // _row_bytes(W_enc.shape[0], sizes))
     for start in range(0, x.shape[0], rows):
         part = slice(start, start + rows)
-        pre = _products(x[part], W_enc)
+        pre = _products(x[part], W_enc, scale)
         if sizes:
             select_rows(pre, b_enc, sizes, values[part], indices[part])
         else:

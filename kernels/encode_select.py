@@ -131,7 +131,7 @@ def best_keys(row_keys, values_row, indices_row, k, num_keys, POW2: tl.constexpr
 
 @triton.jit
 def stream_row(
-    x_row, w_ptr, bias_ptr, row_keys, F, D, k,
+    x_row, w_ptr, bias_ptr, scale_ptr, row_keys, F, D, k,
     KEYS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The exact slow path: all activations of one row in chunks, cut back to k whenever full.
@@ -149,6 +149,8 @@ def stream_row(
             x = tl.load(x_row + d0 + depth, mask=inside, other=0.0).to(tl.float32)
             w = tl.load(w_rows + (d0 + depth)[None, :], mask=inside[None, :], other=0.0)
             total += tl.sum(w.to(tl.float32) * x[None, :], 1)
+        if scale_ptr is not None:
+            total *= tl.load(scale_ptr + f, mask=f < F, other=1.0)
         v = total + tl.load(bias_ptr + f, mask=f < F, other=0.0)
         keys = tl.where(f < F, key_of(relu_bits(v), f), -1)
         tl.store(row_keys + count + tl.arange(0, CHUNK), keys)
@@ -308,6 +310,7 @@ def mend_kernel(
     x_ptr,  # [N, D]
     w_ptr,  # [F, D]
     bias_ptr,  # [F] float32
+    scale_ptr,  # [F] float32 of e4m3 rows, or None
     short_ptr,  # [N] int32
     scratch_ptr,  # [N, pitch] int32
     values_ptr,  # [N, K]
@@ -333,5 +336,7 @@ def mend_kernel(
             if tl.load(short_ptr + row, mask=row < N, other=0) > 0:
                 row_keys = (scratch_ptr + row * pitch).to(tl.pointer_type(tl.int64), bitcast=True)
                 x_row = x_ptr + row * D
-                stream_row(x_row, w_ptr, bias_ptr, row_keys, F, D, k, 2 * SORT, CHUNK, BLOCK_K)
+                stream_row(
+                    x_row, w_ptr, bias_ptr, scale_ptr, row_keys, F, D, k, 2 * SORT, CHUNK, BLOCK_K
+                )  # fmt: skip
                 best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, k, SORT)

@@ -248,7 +248,7 @@ def threshold_encode(
     and the inference of BatchTopK. threshold is [F], one a latent, or one for all.
 
     As `topk_encode`, but a token may have any number of them, in a list of `capacity` slots; a
-    scalar int32 on the device says how many there are: where that is more, the list has the first.
+    scalar int32 on the device says how many there are: where that is more, the list has some.
     Zeros are never among them, NaN always is. No gradient passes to the threshold.
     """
     _check_encode(x, W_enc, b_enc, b_dec)

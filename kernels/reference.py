@@ -2,8 +2,9 @@
 must equal.
 
 W_enc and W_dec are both [F, D]: a latent is a row. The operations stand in `reference_encode.py`
-(selection), `reference_sparse.py` (decoder and gradients), `reference_dead.py` (dead latents) and
-`reference_adam.py` (the optimizer); this file is their index.
+(selection), `reference_fp8.py` (the same by e4m3 products), `reference_sparse.py` (decoder and
+gradients), `reference_dead.py` (dead latents) and `reference_adam.py` (the optimizer); this file is
+their index.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ from .reference_encode import sort_key as sort_key
 from .reference_encode import sort_keys as sort_keys
 from .reference_encode import threshold_encode as threshold_encode
 from .reference_encode import topk_encode as topk_encode
+from .reference_fp8 import fp8_topk_encode as fp8_topk_encode
+from .reference_fp8 import num_candidates as num_candidates
+from .reference_fp8 import quantise_rows as quantise_rows
 from .reference_sparse import PairOrder as PairOrder
 from .reference_sparse import centre as centre
 from .reference_sparse import decode_backward as decode_backward

@@ -252,7 +252,8 @@ def threshold_encode(
     JumpReLU's Heaviside (Rajamanoharan et al. 2024, arXiv 2407.14435), SAELens and
     dictionary_learning have it: strictly.
 
-    Where they are more than the capacity the list has the first of them, and the number says so.
+    Where they are more than the capacity the number says so and the list has some of them: here the
+    first.
     """
     limit, number = threshold.to(accumulate_dtype(x.dtype)).clamp_min(0), 0
     found = _no_pairs(x)

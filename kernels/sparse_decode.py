@@ -251,7 +251,9 @@ def sparse_decode(
     """`reference.sparse_decode`; a row of W_dec whose activation is 0 is never read."""
     del tokens
     (N, K), D = _sizes(top_idx, offsets), W_dec.shape[1]
-    out = W_dec.new_empty((N, D))
+    # Rows of e4m3 are weights; what they make is not rounded to it.
+    narrow = W_dec.element_size() == 1
+    out = W_dec.new_empty((N, D), dtype=torch.float32 if narrow else W_dec.dtype)
     if N:
         top_acts, top_idx, W_dec = top_acts.contiguous(), top_idx.contiguous(), W_dec.contiguous()
         blocks = _decode_blocks(D)

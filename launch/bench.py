@@ -19,6 +19,7 @@ import typer
 from torch import Tensor
 
 from ..kernels import ops
+from ..kernels.dispatch import implementation
 from ..kernels.encode_plan import make_plan
 from ..kernels.shapes import num_programs
 from .bench_timing import host_ms, kernel_us, median_ms, print_table, write_json
@@ -120,6 +121,26 @@ def _plain(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], An
     return {"ours, plain filter": lambda: encode.run("plain", plan, x, W, b, k)}
 
 
+def _fp8(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], Any]]:
+    """The search by e4m3 products, from W_enc and from its e4m3 copy alone."""
+    rows, scale = implementation("quantise_rows", W)(W)
+    search = implementation("fp8_topk_encode", W)
+    return {
+        "ours, fp8 search": lambda: search(x, W, b, k),
+        "ours, quantized": lambda: search(x, rows, b, k, scale),
+    }
+
+
+def _found(call: Callable[[], Any], latents: Tensor) -> float:
+    """The share of the exact selection that a search's has."""
+    own = call()[1].long()
+    hits = [
+        (part[:, :, None] == want[:, None]).any(1).sum()
+        for part, want in zip(torch.split(own, 256), torch.split(latents.long(), 256), strict=True)
+    ]
+    return float(torch.stack(hits).sum()) / latents.numel()
+
+
 def _extra_mib(call: Callable[[], Any]) -> float:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -140,6 +161,9 @@ def encode(
         bool, typer.Option(help="Time the batch rule and the threshold rule, too.")
     ] = False,
     plain: Annotated[bool, typer.Option(help="Time the filter for other GPUs, too.")] = False,
+    fp8: Annotated[
+        bool, typer.Option(help="Time the search by fp8, too, and count what of the k it finds.")
+    ] = False,
     kernels: Annotated[bool, typer.Option(help="List the kernels of ours, too.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed calls.")] = 20,
     json: Annotated[Path | None, typer.Option(help="Write the table here, too.")] = None,
@@ -164,6 +188,8 @@ def encode(
                 calls |= _of_a_batch(x, W, b, k, peers)
             if plain:
                 calls |= _plain(x, W, b, k)
+            searches = _fp8(x, W, b, k) if fp8 else {}
+            calls |= searches
             if peers:
                 calls |= _peers(x, W, b, k)
             table.append({"shape": name, "data": kind, "what": "matmul", "ms": bare, "ratio": 1.0})
@@ -171,6 +197,8 @@ def encode(
                 ms = median_ms(call, repeats, ahead=True)
                 row = {"shape": name, "data": kind, "what": what, "ms": ms, "ratio": ms / bare}
                 table.append({**row, "host ms": host_ms(call), "extra MiB": _extra_mib(call)})
+                if what in searches:
+                    table[-1]["found"] = _found(call, calls["ours"]().latents)
                 if kernels and what.startswith("ours"):
                     rows = [{"kernel": n[:60], "us": us} for n, us in kernel_us(call).items()]
                     print_table(f"{what}, {name}, {kind}", rows)

@@ -141,6 +141,7 @@ OURS: dict[str, dict[str, Any]] = {  # options of OurStep
     EXACT: {},
     "ours, fused, exact, no graph": {"graph": False},
     "ours, fused, one latent on every token": {"everywhere": True},
+    "ours, fused, fp8 search": {"search": "fp8"},
     "ours, fused, lazy": {"adam_mode": "lazy"},
     "ours, fused, bf16 moments": _BF16,
     "ours, fused, lazy, bf16 moments": {"adam_mode": "lazy"} | _BF16,

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -133,6 +133,7 @@ def make_training(
     *,
     dead: float = 0.0,
     architecture: str = "topk",
+    search: Literal["exact", "fp8"] = "exact",
     **options: Any,
 ) -> SAETraining:
     """A training at a constant learning rate with TrainConfig's options, `dead` the share of its
@@ -142,6 +143,8 @@ def make_training(
     """
     n, d, f, k = shape
     sae, lr = sae_of(architecture, f, k), LR_DEAD if dead else LR
+    if search != "exact":
+        sae = sae.model_copy(update={"search": search})
     mask = dead_latents(f, dead) if dead else None
     cfg = ENGINES[options.get("engine", "auto")](
         num_tokens=2 * START_DEAD * n,

@@ -30,6 +30,7 @@ BENCHES = {
     "train": "bench_train",
     "stream": "bench_stream",
     "density": "bench_density",
+    "quality": "bench_quality",
 }
 VERBS = (
     *("plan", "cache", "train", "grid", "evaluate", "features", "export", "convert"),
@@ -164,12 +165,14 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="encode, decode, step, density, parity, shards, cache, load, train or stream"
+            help="encode, decode, step, density, parity, shards, cache, load, train, stream or "
+            "quality"
         ),
     ] = "",
 ) -> None:
     """Time kernels beside their peers on this machine's GPU, and jobs (cache, load, train, stream)
-    beside their limits: `flash-sae bench encode --help`."""
+    beside their limits: `flash-sae bench encode --help`. quality, which needs no GPU, trains SAEs
+    beside other libraries' at equal tokens."""
     if what in ("", "--help"):
         typer.echo(context.get_help())
         typer.echo(f"WHAT is one of {', '.join(BENCHES)}; each has a --help of its own.")
@@ -177,7 +180,7 @@ def bench(
     if what not in BENCHES:
         typer.echo(f"error: bench {what!r} is none of {', '.join(BENCHES)}", err=True)
         raise typer.Exit(2)
-    if not {"--help", "--cpu"} & set(context.args) and not _has_gpu():
+    if what != "quality" and not {"--help", "--cpu"} & set(context.args) and not _has_gpu():
         typer.echo("error: a bench times a GPU, and torch finds none on this machine", err=True)
         raise typer.Exit(2)
     module = importlib.import_module(f"{__package__}.{BENCHES[what]}")

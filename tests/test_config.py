@@ -336,19 +336,19 @@ FIELDS = {
         "skip_first_tokens max_norm_ratio shard_mib memory_gib dtype seed"
     ),
     "sae": (
-        "architecture d_sae expansion_factor input_norm skip k threshold_decay threshold_start "
-        "prefix_widths prefix_losses sparsity sparsity_coefficient sparsity_warmup target_l0 "
-        "tanh_scale bandwidth initial_threshold ste_to_input pre_act_coefficient l1_coefficient "
-        "decoder_norms"
+        "architecture d_sae expansion_factor input_norm skip k search threshold_decay "
+        "threshold_start prefix_widths prefix_losses sparsity sparsity_coefficient sparsity_warmup "
+        "target_l0 tanh_scale bandwidth initial_threshold ste_to_input pre_act_coefficient "
+        "l1_coefficient decoder_norms"
     ),
     "train": (
         "hookpoint target source loss fvu_coef buffer_tokens num_tokens batch_tokens optimizer "
-        "weight_decay lr schedule schedule_cycles min_lr_rate warmup_steps decay_fraction "
+        "weight_decay lr lr_rule schedule schedule_cycles min_lr_rate warmup_steps decay_fraction "
         "adam_betas adam_eps normalize subtract_mean engine grad_clip micro_batches "
         "dead_latents aux_coef k_aux dead_after_tokens precision num_shards num_replicas "
-        "init_from seed holdout preload log_every checkpoint_every checkpoint_minutes "
-        "keep_checkpoints rendezvous_timeout_s heartbeat_s adam_mode moment_dtype ema_decay "
-        "deepspeed_config"
+        "encoder_scale init_from seed holdout preload log_every checkpoint_every "
+        "checkpoint_minutes keep_checkpoints rendezvous_timeout_s heartbeat_s adam_mode "
+        "moment_dtype ema_decay deepspeed_config"
     ),
     "grid": "hookpoints values points exclude overrides",
     "evaluate": "rows saes hookpoint k num_tokens batch_tokens loss_sequences",

@@ -509,7 +509,7 @@ def test_every_key_of_a_config_is_of_one_kind() -> None:
 
 # Another valid value of each key of sae and train.
 OTHER: dict[str, Any] = {
-    "sae.k": 3, "sae.d_sae": 32, "sae.input_norm": "layer_norm",
+    "sae.k": 3, "sae.search": "fp8", "sae.d_sae": 32, "sae.input_norm": "layer_norm",
     "train.hookpoint": "model.layers.1.mlp", "train.num_tokens": 9999,
     "train.batch_tokens": 32, "train.lr": 0.5, "train.warmup_steps": 6,
     "train.decay_fraction": 0.5, "train.schedule": "cosine", "train.adam_betas": [0.5, 0.9],
@@ -523,7 +523,7 @@ OTHER: dict[str, Any] = {
     "train.ema_decay": 0.9, "train.normalize": "unit_mean_square", "train.subtract_mean": True,
     "train.checkpoint_minutes": 5.0, "train.rendezvous_timeout_s": 30, "train.holdout": 0.5,
     "train.preload": "host", "train.heartbeat_s": 9, "train.source": "stream",
-    "train.buffer_tokens": 4096,
+    "train.buffer_tokens": 4096, "train.encoder_scale": "least_squares",
     "train.deepspeed_config": "other.json",
     "train.target": "model.layers.1.mlp", "sae.skip": True,
     "sae.threshold_decay": 0.5, "sae.threshold_start": 5, "sae.prefix_widths": [4, 9],
@@ -565,6 +565,8 @@ def test_the_digest_covers_a_key_or_the_key_is_free(base: Path) -> None:
     # One width under two keys; the architecture is the one that there is.
     keys = {k for k in all_keys(Config) if k.startswith(("sae.", "train."))}
     keys -= {"sae.architecture", "sae.expansion_factor"}
+    # It counts by the learning rate that it comes to.
+    keys -= {"train.lr_rule"}
     # A file's content counts, so it has to be there.
     TopKSAE(16, 64, 4).save(base / "given")
     others = {**OTHER, "train.init_from": str(base / "given")}
@@ -588,3 +590,13 @@ def test_what_is_left_out_is_what_it_comes_to(base: Path) -> None:
         made_of.made_of(c, store, CPU)["digest"] for c in (plain, with_values(plain, values))
     ]
     assert digests[0] == digests[1]
+    before, after = (
+        made_of.made_of(
+            with_values(parse_config(data_in(base, lr=None)), {"sae.d_sae": 4096, **rule}),
+            store,
+            CPU,
+        )
+        for rule in ({}, {"train.lr_rule": "budget"})
+    )
+    with pytest.raises(ConfigError, match=r"train\.lr="):
+        made_of.check_same("it", before, after)

@@ -212,6 +212,9 @@ def test_what_is_left_out_has_a_source() -> None:
     assert {name: cfg.lr for name, cfg in found.items()} == pytest.approx(rates)
     decays = {"adam": None, "adamw": 0.01, "muon": 0.0, "signum": None}
     assert {name: cfg.weight_decay for name, cfg in found.items()} == decays
+    cfg = FusedTrainConfig(num_tokens=9, optimizer="muon", lr_rule="budget")
+    with pytest.raises(ConfigError, match="with Adam, not of train.optimizer='muon', whose rate"):
+        with_defaults(cfg, sae, 8)
 
 
 def test_an_sae_of_muon_loads(tmp_path: Any) -> None:

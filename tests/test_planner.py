@@ -99,6 +99,18 @@ def test_what_an_engine_keeps_is_exact(options: dict[str, Any]) -> None:
     assert state == storage.checkpoint_bytes(planned)
 
 
+def test_a_search_by_fp8_is_planned_with_its_copy_of_the_encoder() -> None:
+    config = config_of(4096, 131_072, 64)
+    assert config.sae is not None
+    searched = config.model_copy(update={"sae": config.sae.model_copy(update={"search": "fp8"})})
+    exact, fp8 = (
+        sum(memory.step_bytes(work_of("h", c, 768, "float32", on_gpu=True), 1, 1, 0.0).values())
+        for c in (config, searched)
+    )
+    copies = (131_072 + 4096) * 768
+    assert copies < fp8 - exact < 1.2 * copies
+
+
 def test_steps_by_threshold_are_planned_dense_and_for_lists_that_are_not() -> None:
     """Lists are of as many latents as make a step dense; a dense step is of blocks."""
     data = config_of(256, 4096, 8, precision="bfloat16").model_dump(exclude_unset=True)

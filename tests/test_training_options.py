@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.config.train import ENGINES, FusedTrainConfig
 from flash_sae_dist.kernels import reference
+from flash_sae_dist.models import ARCHITECTURES
+from flash_sae_dist.models.crosscoder import TopKCrosscoderConfig
+from flash_sae_dist.models.relu import ReLUConfig
 from flash_sae_dist.models.topk import TopKConfig, TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh
+from flash_sae_dist.training.defaults import with_defaults
 from flash_sae_dist.training.metrics import PhaseTimer
-from flash_sae_dist.training.optim import clip_grads_, default_lr, lr_at
+from flash_sae_dist.training.optim import budget_lr, clip_grads_, default_lr, lr_at
 from flash_sae_dist.training.sparse_adam import SparseAdam
 from flash_sae_dist.training.step import SAETraining
 
@@ -190,6 +195,61 @@ def test_schedule() -> None:
     assert rates[99] == pytest.approx(0.05)
     assert default_lr(2**14) == pytest.approx(2e-4)
     assert default_lr(2**16) == pytest.approx(1e-4)
+
+
+def test_the_learning_rate_of_a_budget() -> None:
+    assert budget_lr(2**14, 3000) == pytest.approx(1.6e-3), "the most"
+    assert budget_lr(2**14, 75_000) == pytest.approx(4e-4)
+    assert budget_lr(2**12, 75_000) == pytest.approx(8e-4)
+    assert budget_lr(2**14, 10**6) == default_lr(2**14), "never less than the usual"
+    cfg = {"num_tokens": 3000 * BATCH, "batch_tokens": BATCH, "lr_rule": "budget"}
+    t = SAETraining(TopKConfig(k=K, d_sae=2**14), FusedTrainConfig(**cfg), D_IN, Mesh.single(), CPU)
+    assert t.peak_lr == pytest.approx(1.6e-3)
+    rates = [lr_at(step, 3000, 1.0, t.cfg) for step in (74, 149, 2000)]
+    assert rates == pytest.approx([0.5, 1, 1]), "a twentieth of the steps is warm-up"
+    assert lr_at(500, 10**5, 1.0, t.cfg) == pytest.approx(0.501), "1000 steps at the most"
+    with pytest.raises(ValueError, match="says nothing beside train.lr=0.1"):
+        FusedTrainConfig(**cfg, lr=0.1)
+    with pytest.raises(ConfigError, match="with Adam, not of sae.architecture='relu'"):
+        with_defaults(FusedTrainConfig(**cfg), ReLUConfig(d_sae=D_SAE), D_IN)
+
+
+@pytest.mark.parametrize("engine", ["fused", "autograd"])
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka", "multi_topk"])
+def test_the_encoder_starts_at_the_scale_of_least_squares(engine: str, architecture: str) -> None:
+    made = []
+    for scale in ("unit", "least_squares"):
+        cfg = ENGINES[engine](
+            engine=engine, num_tokens=BATCH, batch_tokens=BATCH, precision="float64",
+            encoder_scale=scale,
+        )  # fmt: skip
+        kind = ARCHITECTURES[architecture]
+        t = SAETraining(kind.Config(k=K, d_sae=D_SAE), cfg, D_IN, Mesh.single(), CPU)
+        t.init_b_dec(batch(0))
+        made.append(t.sae)
+    unit, scaled = made
+    ratio = (scaled.W_enc / unit.W_enc).detach()
+    torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio))
+    torch.testing.assert_close(scaled.W_dec, unit.W_dec)
+    assert 0.1 < float(ratio[0, 0]) < 0.99, "unit rows of few dimensions overshoot"
+    # The best scale of least squares: the error is orthogonal to the reconstruction.
+    x = batch(0)
+    found = scaled.main_codes(scaled.activate(scaled.candidates(x)))
+    recon = scaled.combine(found).detach()
+    error = x - scaled.b_dec.detach() - recon
+    assert abs(float((error * recon).sum())) < 1e-9 * float(recon.square().sum())
+
+
+def test_an_encoder_that_cannot_be_scaled_is_refused() -> None:
+    cfg = FusedTrainConfig(num_tokens=9, encoder_scale="least_squares")
+    for config, given, word in (
+        (ReLUConfig(d_sae=D_SAE), cfg, "active above a threshold"),
+        (TopKCrosscoderConfig(k=K, d_sae=D_SAE), cfg, "crosscoders such as"),
+        (TopKConfig(k=K, d_sae=D_SAE), cfg.model_copy(update={"target": "y"}), "begins at zero"),
+        (TopKConfig(k=K, d_sae=D_SAE), cfg.model_copy(update={"init_from": "x"}), "is given"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            with_defaults(given, config, D_IN)
 
 
 def test_b_dec_starts_at_the_geometric_median() -> None:

@@ -85,6 +85,11 @@ class TrainConfig(StrictModel):
     TopK family (Gao et al. 2024), 7e-5 for jumprelu (its paper's), 5e-5 for gated
     (dictionary_learning's) and relu (Anthropic's of April 2024). With other optimizers sparsify's:
     2e-3 for muon, 5e-3 / sqrt(d_sae / 2**14) for signum."""
+    lr_rule: Literal["width", "budget"] = "width"
+    """What lr stands for where it is left out. width: see lr, the same for any number of steps.
+    budget: that of the TopK family times sqrt(300,000 / steps) in shorter runs, 8 at the most, with
+    a warm-up of a twentieth of the steps at the most: short runs end at a far lower error
+    (docs/notes/quality.md). A run that may be trained for longer needs lr itself."""
     schedule: Schedule = "warmup_stable_decay"
     """The learning rate after its warm-up, by the names of transformers: warmup_stable_decay stays
     and falls linearly to zero over the last part of the steps (decay_fraction); linear and cosine
@@ -147,6 +152,10 @@ class TrainConfig(StrictModel):
     replicas as go with them where num_replicas is left out, too."""
     num_replicas: int = Field(default=1, gt=0)
     """Copies of the sharded SAE that split each batch."""
+    encoder_scale: Literal["unit", "least_squares"] = "unit"
+    """Norm of the encoder's rows at the start, for latents that are chosen by rank (the TopK
+    family). unit: 1, as the decoder's. least_squares: the one at which the first batch's
+    reconstruction is neither too long nor too short, in the sense of least squares."""
     init_from: Folder | None = None
     """SAE to begin from in place of random weights: a file or folder of any format that
     `flash-sae convert` knows, or owner/name of the hub. The section sae says its architecture and
@@ -190,6 +199,14 @@ class TrainConfig(StrictModel):
                 "train.k_aux=0 revives no latents; set train.dead_latents=none, or leave k_aux out"
             )
         return data
+
+    @model_validator(mode="after")
+    def _one_lr(self) -> Self:
+        if self.lr_rule == "budget" and self.lr is not None:
+            raise ValueError(
+                f"train.lr_rule='budget' says nothing beside train.lr={self.lr:g}; drop one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _schedule_has_its_keys(self) -> Self:

@@ -31,6 +31,7 @@ from ..training.initial import read_initial
 from ..training.job import Config
 from ..training.made_of import check_same_job
 from ..training.member import is_finished
+from ..training.optim import warmup_steps
 from ..training.records import Job, hookpoint_of, hookpoints_of, width_of
 from .expansion import expand
 
@@ -203,7 +204,7 @@ def check_schedule(job: Job) -> None:
     """Raises ConfigError where a new job would end before its learning rate is up."""
     cfg = _train(job)
     steps = -(-cfg.num_tokens // cfg.batch_tokens)
-    if cfg.warmup_steps > steps:
+    if warmup_steps(steps, cfg) > steps:
         raise ConfigError(
             f"train.warmup_steps={cfg.warmup_steps} exceeds the {steps} steps of "
             f"train.num_tokens={cfg.num_tokens} at train.batch_tokens={cfg.batch_tokens}, so the "

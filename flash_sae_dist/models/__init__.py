@@ -13,6 +13,7 @@ from .gated import Gated
 from .jumprelu import JumpReLU
 from .matryoshka import Matryoshka
 from .multi_topk import MultiTopK
+from .quantized import quantize as quantize
 from .relu import ReLU
 from .saved import check_sae_folder, read_spec
 from .topk import TopKSAE

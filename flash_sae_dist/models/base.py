@@ -429,7 +429,7 @@ class SparseCoder(Interventions):
 
     def spec(self) -> dict[str, Any]:
         """What `save` writes beside the weights: the architecture, widths and its own keys."""
-        own = self.config.model_dump(mode="json", exclude={"d_sae", "expansion_factor"})
+        own = self.config.model_dump(mode="json", exclude={"d_sae", "expansion_factor", "search"})
         if own["input_norm"] == "none":
             del own["input_norm"]
         head = {"architecture": own.pop("architecture"), "d_in": self.d_in, "d_sae": self.d_sae}

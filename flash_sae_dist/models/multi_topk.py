@@ -54,7 +54,7 @@ class MultiTopK(TopKSAE):
     def select(self, xc: Tensor, W_enc: Tensor, b_enc: Tensor) -> Slots:
         """The same for the fused engine; see SparseCoder."""
         k = min(self._most, self.d_sae_local)
-        return self._kept(*implementation("topk_encode", W_enc)(xc, W_enc, b_enc, k))
+        return self._kept(*implementation(self.search, W_enc)(xc, W_enc, b_enc, k))
 
     def _kept(self, values: Tensor, latents: Tensor) -> Slots:
         keep = global_topk_mask(values, latents, self._most, self.first_latent, self.mesh)

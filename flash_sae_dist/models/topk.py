@@ -26,12 +26,22 @@ class TopKConfig(SAEConfig):
     """topk: the k largest pre-activations of a token are active."""
     k: Latents
     """Active latents a token."""
+    search: Literal["exact", "fp8"] = "exact"
+    """How the fused engine's steps find a token's largest latents. fp8: products of rows rounded to
+    e4m3 find about 2 k candidates, whose exact activations pick k; a latent that is no candidate is
+    missed. For wide SAEs, on GPUs since Ada and Hopper; topk and multi_topk alone."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> Self:
         if self.d_sae is not None and self.k > self.d_sae:
             raise ValueError(
                 f"sae.k={self.k} exceeds sae.d_sae={self.d_sae}; lower k or widen the dictionary"
+            )
+        if self.search != "exact" and self.architecture not in ("topk", "multi_topk"):
+            raise ValueError(
+                f"sae.search={self.search!r} finds each token's own k largest, and "
+                f"sae.architecture={self.architecture!r} selects otherwise; drop sae.search, or "
+                "use topk or multi_topk"
             )
         return self
 
@@ -62,6 +72,7 @@ class TopKSAE(SparseCoder):
         *,
         input_norm: InputNorm = "none",
         skip: bool = False,
+        search: Literal["exact", "fp8"] = "exact",
         d_out: int | None = None,
         mesh: Mesh | None = None,
         dtype: torch.dtype = torch.float32,
@@ -71,17 +82,20 @@ class TopKSAE(SparseCoder):
         if not 1 <= k <= d_sae:
             raise ValueError(f"k={k} is outside 1..d_sae={d_sae}; lower k or widen the dictionary")
         config = self.Config.model_validate(
-            {"d_sae": d_sae, "k": k, "input_norm": input_norm, "skip": skip}
+            {"d_sae": d_sae, "k": k, "input_norm": input_norm, "skip": skip, "search": search}
         )
         place: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "device": device, "seed": seed}
         super().__init__(config, d_in, d_out=d_out, **place)
         self.k = k
+        self.search = "topk_encode" if search == "exact" else "fp8_topk_encode"
 
     @classmethod
     def from_config(cls, config: SAEConfig, d_in: int, **place: Any) -> Self:
         """An SAE of what a config's section `sae` says; place is mesh, dtype, device and seed."""
         assert isinstance(config, TopKConfig)
         own: dict[str, Any] = {"input_norm": config.input_norm, "skip": config.skip}
+        if config.search != "exact":
+            own["search"] = config.search
         return cls(d_in, config.width(d_in), config.k, **own, **place)
 
     @property
@@ -107,7 +121,7 @@ class TopKSAE(SparseCoder):
         """The same for the fused engine; see SparseCoder."""
         if (ranks := self.ranks()) is not None:
             W_enc, b_enc = ranked(W_enc, b_enc, ranks)
-        top = implementation("topk_encode", W_enc)(xc, W_enc, b_enc, self._local_k)
+        top = implementation(self.search, W_enc)(xc, W_enc, b_enc, self._local_k)
         return unranked(self._over_shards(*top), ranks)
 
     def _over_shards(self, values: Tensor, latents: Tensor) -> Slots:

@@ -23,6 +23,7 @@ from ..activations.stored_rows import float_dtype
 from ..config.deepspeed import ZeroOptimization, zero_of
 from ..config.sae import SAEConfig
 from ..config.train import DeepSpeedTrainConfig, TrainConfig
+from ..kernels.reference import num_candidates
 from ..models import ARCHITECTURES
 from ..models.crosscoder import Crosscoder
 from ..models.dead_latents import padded
@@ -84,6 +85,7 @@ class Work(NamedTuple):
     widest: int = 1  # candidates for each of the k
     pairwise: bool = False  # whether its activations are functions of pre-activations
     crosses: bool = False  # whether rows of several hookpoints are put side by side
+    searches_fp8: bool = False
 
     @property
     def offloads(self) -> bool:
@@ -172,6 +174,7 @@ def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -
         widest=MultiTopK.times if issubclass(kind, MultiTopK) else 1,
         pairwise=kind.is_pairwise,
         crosses=issubclass(kind, Crosscoder),
+        searches_fp8=getattr(sae, "search", "exact") != "exact",
     )
 
 
@@ -263,11 +266,17 @@ def _encoder_bytes(work: Work, F: int, n: int) -> int:
         plain = _encoder_bytes(work._replace(crosses=False), F, n)
         return plain + F * work.d_in * work.compute.itemsize
     if work.rule == "token" and work.on_gpu and work.compute.itemsize < 8:
-        return _ENCODER_BYTES
+        return _ENCODER_BYTES + (_fp8_bytes(work, F, n) if work.searches_fp8 else 0)
     # The reference, which has kernels for a token's k largest alone, multiplies in float32.
     copy = F * work.d_in * work.master if work.compute.itemsize < work.master else 0
     block = min(n * F, max(_REFERENCE_ELEMENTS, F))
     return _REFERENCE_COPIES * block * work.master + copy
+
+
+def _fp8_bytes(work: Work, F: int, n: int) -> int:
+    """e4m3 copies of W_enc and of the tokens, scales and what comes of them, candidates."""
+    wide = num_candidates(min(work.k * work.widest, F), F)
+    return (F + n) * work.d_in + 3 * 4 * (F + n) + n * wide * 3 * 4
 
 
 def _fused_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:

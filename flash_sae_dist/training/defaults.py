@@ -8,8 +8,9 @@ from ..config.base import ConfigError, sources_of
 from ..config.sae import SAEConfig
 from ..config.train import TrainConfig
 from ..models import ARCHITECTURES
+from ..models.base import SparseCoder
 from ..models.crosscoder import Crosscoder, CrosscoderConfig
-from .optim import default_lr, optimizer_lr
+from .optim import budget_lr, default_lr, optimizer_lr
 
 _Train = TypeVar("_Train", bound=TrainConfig)
 
@@ -42,11 +43,11 @@ def with_defaults(train: _Train, sae: SAEConfig, d_in: int) -> _Train:
         raise ConfigError(
             "sae.skip=True is of transcoders alone; name their target as train.target, or drop it"
         )
-    lr = optimizer_lr(train.optimizer, sae.width(d_in)) or usual.lr or default_lr(sae.width(d_in))
+    _check_start(train, kind, sae.architecture)
     decay = {"adamw": 0.01, "muon": 0.0}.get(train.optimizer)
     return train.model_copy(
         update={
-            "lr": lr if train.lr is None else train.lr,
+            "lr": _usual_lr(train, usual.lr, sae.architecture, sae.width(d_in)),
             "weight_decay": decay if train.weight_decay is None else train.weight_decay,
             "adam_betas": usual.adam_betas if train.adam_betas is None else train.adam_betas,
             "dead_latents": usual.dead_latents if chosen is None else chosen,
@@ -83,3 +84,39 @@ def _check_hookpoint(train: TrainConfig, sae: SAEConfig) -> None:
             f"train.hookpoint={train.hookpoint!r} joins hookpoints, which sae.architecture="
             f"{sae.architecture!r} cannot read; choose one of {', '.join(kinds)}"
         )
+
+
+def _usual_lr(train: TrainConfig, own: float | None, architecture: str, d_sae: int) -> float:
+    """train.lr, or what it stands for where it is left out: the optimizer's own, or else that of
+    the architecture.
+    """
+    if train.lr is not None:
+        return train.lr
+    whose = f"sae.architecture={architecture!r}"
+    if (rate := optimizer_lr(train.optimizer, d_sae)) is not None:
+        own, whose = rate, f"train.optimizer={train.optimizer!r}"
+    if train.lr_rule == "budget":
+        if own is not None:
+            raise ConfigError(
+                f"train.lr_rule='budget' is of the TopK family with Adam, not of {whose}, whose "
+                f"rate is {own:g}; give train.lr, or drop it"
+            )
+        return budget_lr(d_sae, -(-train.num_tokens // train.batch_tokens))
+    return default_lr(d_sae) if own is None else own
+
+
+def _check_start(train: TrainConfig, kind: type[SparseCoder], architecture: str) -> None:
+    """Raises ConfigError where train.encoder_scale scales nothing."""
+    if train.encoder_scale == "unit":
+        return
+    what = None
+    if train.init_from is not None:
+        what = f"train.init_from={train.init_from!r}, whose encoder is given"
+    elif train.target is not None:
+        what = f"train.target={train.target!r}: a transcoder's decoder begins at zero"
+    elif issubclass(kind, Crosscoder):
+        what = f"crosscoders such as sae.architecture={architecture!r}"
+    elif kind.is_pairwise:
+        what = "latents that are active above a threshold, of which half are at the start"
+    if what is not None:
+        raise ConfigError(f"train.encoder_scale={train.encoder_scale!r} is not for {what}; drop it")

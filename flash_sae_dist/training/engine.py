@@ -12,6 +12,7 @@ from ..config.base import ConfigError
 from ..config.deepspeed import read_deepspeed
 from ..config.sae import SAEConfig
 from ..config.train import DeepSpeedTrainConfig, FusedTrainConfig, TrainConfig
+from ..kernels.dispatch import fp8_obstacle
 from ..models import ARCHITECTURES
 from ..models.base import SparseCoder
 from ..models.dead_latents import DeadLatents
@@ -68,7 +69,12 @@ def check_engine(cfg: TrainConfig, mesh: Mesh, sae: SAEConfig | None = None) -> 
     """Raises ConfigError as `choose_engine`, and where DeepSpeed is told or given what it cannot
     do.
     """
-    choose_engine(cfg, sae)
+    engine = choose_engine(cfg, sae).engine
+    if engine != "fused" and getattr(sae, "search", "exact") != "exact":
+        raise ConfigError(
+            f"sae.search='fp8' is the fused engine's, and this training's is {engine}; drop "
+            "sae.search, or set train.engine=fused"
+        )
     if cfg.loss != "fvu" and mesh.members > 1:
         raise ConfigError(
             f"train.loss={cfg.loss!r} runs the model with one whole SAE in it, but "
@@ -97,6 +103,13 @@ def _fused_only(cfg: FusedTrainConfig) -> str | None:
     return next((key for key in sorted(own) if getattr(cfg, key) != fields[key].default), None)
 
 
+def _check_device(sae: SparseCoder) -> None:
+    """Raises ConfigError where its device lacks what the section sae asks for."""
+    obstacle = fp8_obstacle(sae.W_dec.device)
+    if obstacle is not None and getattr(sae.config, "search", "exact") != "exact":
+        raise ConfigError(f"sae.search='fp8' cannot be here: {obstacle}; drop sae.search")
+
+
 def make_engine(
     sae: SparseCoder, dead: DeadLatents, cfg: TrainConfig, compute_dtype: torch.dtype
 ) -> Engine:
@@ -104,8 +117,8 @@ def make_engine(
     log line where auto is not the fused one. Raises ConfigError as `check_engine`.
     """
     check_engine(cfg, sae.mesh, sae.config)
-    lr = cfg.lr
-    assert lr is not None
+    _check_device(sae)
+    assert cfg.lr is not None
     assert cfg.adam_betas is not None
     assert cfg.dead_latents is not None
     k_aux = min(cfg.k_aux or max(1, sae.d_in // 2), sae.d_sae)
@@ -116,11 +129,11 @@ def make_engine(
         # Only here: most who install this have no DeepSpeed.
         from .engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(sae, dead, cfg, lr=lr, k_aux=k_aux, compute_dtype=compute_dtype)
+        return DeepSpeedEngine(sae, dead, cfg, lr=cfg.lr, k_aux=k_aux, compute_dtype=compute_dtype)
     if engine == "autograd" or not isinstance(cfg, FusedTrainConfig):
-        return AutogradEngine(sae, dead, cfg, lr=lr, k_aux=k_aux, compute_dtype=compute_dtype)
+        return AutogradEngine(sae, dead, cfg, lr=cfg.lr, k_aux=k_aux, compute_dtype=compute_dtype)
     optimizer = SparseAdam(
-        sae, lr, betas=cfg.adam_betas, eps=cfg.adam_eps,
+        sae, cfg.lr, betas=cfg.adam_betas, eps=cfg.adam_eps,
         lazy=cfg.adam_mode == "lazy",
         moment_dtype=getattr(torch, cfg.moment_dtype),
         compute_dtype=compute_dtype,

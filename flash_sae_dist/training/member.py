@@ -96,6 +96,15 @@ class Member:
             assert isinstance(rows, ModelRows)
             self.training.splice(SplicedModel(rows.lm, hookpoint, self.cfg.loss))
 
+    def beside(self) -> dict[str, Tensor]:
+        """What the last step measured beside StepMetrics, scalars on the device by name."""
+        engine = self.training.engine
+        found = {} if engine.model_loss is None else {"model_loss": engine.model_loss}
+        if engine.source_fvus is not None:
+            names = [f"fvu/{name}" for name in sources_of(self.cfg.hookpoint or "")]
+            found |= dict(zip(names, engine.source_fvus, strict=True))
+        return found
+
     def _resume(self, step: int) -> int:
         """Goes on from the checkpoint of a step; returns the last step that it has a metrics line
         of."""

@@ -24,11 +24,6 @@ class StepMetrics(NamedTuple):
     aux: Tensor  # scalar, AuxK or ghost loss over all replicas; 0 while none is listed as dead
     l0: Tensor  # scalar, mean active latents a token
     penalty: Tensor  # scalar, what sparsity costs beside FVU; 0 for the TopK family
-    model_loss: Tensor | None = None  # scalar, of train.loss ce and kl alone
-
-    def scalars(self) -> list[Tensor]:
-        """Those that there are, in order."""
-        return [value for value in self if value is not None]
 
 
 class PhaseTimer:
@@ -115,18 +110,16 @@ class LoggedStep(NamedTuple):
     step: int
     lr: float
     d_sae: int
-    # Those of StepMetrics, a crosscoder's FVUs by hookpoint, then the number of dead latents.
+    # Those of StepMetrics, those beside them, then the number of dead latents.
     scalars: HostCopy
-    sources: tuple[str, ...]  # a crosscoder's hookpoints
+    beside: tuple[str, ...]  # names, as of `Member.beside`
     phases: tuple[PhaseTimer, ...]  # of this step
     pace: Pace  # since the step logged before
 
     def values(self) -> dict[str, float]:
         """What is logged, by name. Waits for this step where the device has not made it yet."""
         *metrics, dead = self.scalars.read()
-        count = len(metrics) - len(self.sources)
-        names = [*StepMetrics._fields[:count], *(f"fvu/{name}" for name in self.sources)]
-        values = dict(zip(names, metrics, strict=True))
+        values = dict(zip([*StepMetrics._fields, *self.beside], metrics, strict=True))
         values |= {"dead_fraction": dead / self.d_sae, "lr": self.lr}
         values |= {"tokens_per_s": self.pace.tokens_per_s()}
         for timer in self.phases:

@@ -11,6 +11,11 @@ from ..config.train import Optimizer, TrainConfig
 from ..models.base import SparseCoder
 from ..parallel import collectives
 
+# The steps of Gao et al.'s larger runs, 40 billion tokens in batches of 131,072.
+_USUAL_STEPS = 300_000
+# Beyond, latents die that short runs do not revive.
+_MOST_TIMES = 8
+
 
 def default_lr(d_sae: int) -> float:
     """`2e-4 / sqrt(d_sae / 2**14)`, the field's scaling with width (Gao et al. 2024)."""
@@ -26,27 +31,43 @@ def optimizer_lr(optimizer: Optimizer, d_sae: int) -> float | None:
     return 2e-3 if optimizer == "muon" else None
 
 
+def budget_lr(d_sae: int, steps: int) -> float:
+    """`default_lr`, which is of runs of about 300,000 steps, times sqrt(300,000 / steps) in shorter
+    ones, 8 at the most: docs/notes/quality.md has the trials.
+    """
+    times = max(1.0, min(_MOST_TIMES, math.sqrt(_USUAL_STEPS / steps)))
+    return default_lr(d_sae) * times
+
+
+def warmup_steps(total_steps: int, cfg: TrainConfig) -> int:
+    """Steps of linear warm-up: with train.lr_rule=budget a twentieth of all at the most."""
+    if cfg.lr_rule == "budget":
+        return min(cfg.warmup_steps, total_steps // 20)
+    return cfg.warmup_steps
+
+
 def lr_at(step: int, total_steps: int, peak: float, cfg: TrainConfig) -> float:
     """Learning rate of a step, counted from 0: linear warm-up, then as train.schedule says, or as
     it is with a schedule-free optimizer.
     """
-    if step < cfg.warmup_steps and cfg.schedule != "warmup_stable_decay":
-        return peak * (step + 1) / cfg.warmup_steps
-    warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+    rising = warmup_steps(total_steps, cfg)
+    warm = min(1.0, (step + 1) / rising) if rising else 1.0
     if cfg.schedule == "constant" or cfg.optimizer == "signum":
         return peak * warm
     if cfg.schedule == "warmup_stable_decay":
         decay_steps = round(total_steps * cfg.decay_fraction)
         cool = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
         return peak * warm * cool
-    return peak * _left(step - cfg.warmup_steps, total_steps - cfg.warmup_steps, cfg)
+    if step < rising:
+        return peak * warm
+    return peak * _left(step - rising, total_steps - rising, rising, cfg)
 
 
-def _left(step: int, total_steps: int, cfg: TrainConfig) -> float:
-    """Part of the peak at a step behind the warm-up, by the formulas of transformers."""
+def _left(step: int, total_steps: int, rising: int, cfg: TrainConfig) -> float:
+    """Part of the peak at a step behind a warm-up of so many, by the formulas of transformers."""
     if cfg.schedule == "inverse_sqrt":
         # It begins where the rise over the warm-up ends; 10,000 steps stand for none.
-        scale = cfg.warmup_steps or 10_000
+        scale = rising or 10_000
         return 1 / math.sqrt(1 + step / scale)
     after = min(1.0, step / max(1, total_steps))
     if cfg.schedule == "linear":

@@ -187,10 +187,25 @@ class SAETraining:
             for part in (x, x if y is None else y)
         )
         self.sae.begin_(rows, target, self._unit)
+        if self.cfg.encoder_scale == "least_squares":
+            self._scale_encoder(x.to(self.master_dtype))
         if "ema" in self.engine.moments:
             for param in self.sae.parameters():
                 self.optimizer.state[param]["ema"].copy_(param)
         self.engine.refresh_()
+
+    @torch.no_grad()
+    def _scale_encoder(self, x: Tensor) -> None:
+        """Scales W_enc so that the reconstruction of the first batch is as long as fits best.
+        Collective over the members.
+        """
+        sae, mesh = self.sae, self.mesh
+        recon = sae.combine(sae.main_codes(sae.activate(sae.candidates(x))))
+        sums = torch.stack([((x - sae.b_dec) * recon).sum(), recon.square().sum()])
+        collectives.all_reduce_(sums, mesh.replica_group, mesh.num_replicas)
+        scale = sums[0] / sums[1]
+        # Rows that are all alike have no direction to reconstruct.
+        sae.W_enc.mul_(torch.where(scale.isfinite() & (scale > 0), scale, 1.0))
 
     @torch.no_grad()
     def _into_units(self) -> None:

@@ -267,12 +267,10 @@ class Trainer:
         for member, metrics, timer in results:
             if member.error is None:
                 t = member.training
-                fvus = () if t.engine.source_fvus is None else t.engine.source_fvus
-                scalars = HostCopy([*metrics.scalars(), *fvus, t.dead.count()])
-                names = sources_of(hookpoint_of(member.job)) if t.sae.sources else []
-                phases = (data, timer)
+                beside, phases = member.beside(), (data, timer)
+                scalars = HostCopy([*metrics, *beside.values(), t.dead.count()])
                 logged = LoggedStep(
-                    step, t.last_lr, t.sae.d_sae, scalars, tuple(names), phases, pace
+                    step, t.last_lr, t.sae.d_sae, scalars, tuple(beside), phases, pace
                 )
                 self.unread.append((member, logged))
 

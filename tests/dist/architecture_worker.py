@@ -5,6 +5,7 @@ latents are active by the end.
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -24,12 +25,16 @@ def run(steps: str, *cases: str) -> dict[str, Any]:
     and `topk+muon-autograd-2`; with `-dense` its steps begin as dense ones, as they do outside of
     tests.
     """
-    return {case: train(int(steps), *case.split("-")) for case in cases}
+    found = {}
+    for case in cases:
+        name, engine, replicas, *form = case.split("-")
+        with patch.dict(density.SHARES, cpu=(0.4, 0.35) if form else SPARSE):
+            found[case] = train(int(steps), name, engine, replicas)
+    return found
 
 
-def train(steps: int, case: str, engine: str, replicas: str, form: str = "") -> dict[str, Any]:
+def train(steps: int, case: str, engine: str, replicas: str) -> dict[str, Any]:
     """Losses of each step, thresholds and decoder rows of all shards."""
-    density.SHARES["cpu"] = (0.4, 0.35) if form else SPARSE
     mesh = make_mesh(None, int(replicas), device=CPU)
     case, _, optimizer = case.partition("+")
     # The batch rule selects within a micro-batch: replicas cut other ones.

@@ -58,7 +58,10 @@ def run(steps: str, *cases: str) -> dict[str, Any]:
 VARIANTS: dict[str, dict[str, Any]] = {
     "auxk": {},
     "ghost": {"dead_latents": "ghost", "k_aux": 2},
-    "clipped": {"grad_clip": 0.05, "micro_batches": 3, "k_aux": 2},
+    "clipped": {
+        **{"grad_clip": 0.05, "micro_batches": 3, "k_aux": 2},
+        "encoder_scale": "least_squares",
+    },
     "normalized": {"normalize": "unit_mean_square"},
 }
 

@@ -6,6 +6,7 @@ other GPUs the name alone.
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 import subprocess
@@ -27,6 +28,7 @@ from flash_sae_dist.kernels import (
     encode_candidates,
     encode_filter,
     encode_flat,
+    encode_fp8,
     encode_hopper,
     encode_plan,
     encode_rows,
@@ -83,8 +85,8 @@ def code_bytes(cubin: bytes) -> int:
     return sum(length for *_, flags, _, _, length in sections if flags & 4)
 
 
-def portable_encoder(say: Callable[[str, Any], None], num_stages: int) -> None:
-    """The encoder's kernels for GPUs of any kind."""
+def portable_encoder(say: Callable[[str, Any], None], num_stages: int, *, fp8: bool) -> None:
+    """The encoder's kernels for GPUs of any kind, and those that need e4m3 products."""
     bf16 = torch.empty(256, 768, dtype=torch.bfloat16)
     f32, i32 = torch.empty(64), torch.empty(64, dtype=torch.int32)
     i64 = torch.empty(64, dtype=torch.int64)
@@ -92,13 +94,30 @@ def portable_encoder(say: Callable[[str, Any], None], num_stages: int) -> None:
     x = TensorDescriptor.from_tensor(bf16, [m, d])
     runs = TensorDescriptor.from_tensor(bf16.view(n // 8, -1, 768), [n // 8, 8, d])
     rest = TensorDescriptor.from_tensor(bf16, [n, d])
-    for write in (True, False):
+    filters = [("", (x, runs, rest), None, d)]
+    if fp8:
+        e4m3, d = bf16.to(torch.float8_e4m3fn), 2 * d
+        x = TensorDescriptor.from_tensor(e4m3, [m, d])
+        runs = TensorDescriptor.from_tensor(e4m3.view(n // 8, -1, 768), [n // 8, 8, d])
+        rest = TensorDescriptor.from_tensor(e4m3, [n, d])
+        filters.append(("-fp8", (x, runs, rest), f32, d))
+        kernel = encode_fp8.quantise_kernel.warmup(
+            bf16, e4m3, f32, 768, encode_fp8.LARGEST, encode_fp8.LEAST_SCALE, 1024, num_warps=4,
+            grid=(1,),
+        )  # fmt: skip
+        say("quantise", kernel)
+        for scale in (None, f32):
+            kernel = encode_fp8.pick_kernel.warmup(
+                f32, i32, f32, scale, f32, i32, 128, 64, 128, num_warps=1, grid=(1,)
+            )
+            say(f"pick-{scale is None}", kernel)
+    for (what, operands, scale, d), write in itertools.product(filters, (True, False)):
         kernel = encode_filter.filter_kernel.warmup(
-            x, runs, rest, f32, i32, i32, i32, i32, 2928, 50, 4096, 24576, 768, 192, 7, 4, 192,
-            4, write, m, n, d, "tf32", encode_plan.CELL, num_warps=8, num_stages=num_stages,
+            *operands, f32, i32, i32, i32, i32, scale, scale, 2928, 50, 4096, 24576, 768, 192, 7, 4,
+            192, 4, write, m, n, d, "tf32", encode_plan.CELL, num_warps=8, num_stages=num_stages,
             grid=(132,),
         )  # fmt: skip
-        say("write" if write else "filter", kernel)
+        say(("write" if write else "filter") + what, kernel)
     for N, D, F, k in ((4096, 768, 24576, 32), (1024, 4096, 65536, 64), (4096, 2304, 16384, 256)):
         plan = encode_plan.make_plan(N, D, F, k)
         assert plan is not None
@@ -117,7 +136,7 @@ def portable_encoder(say: Callable[[str, Any], None], num_stages: int) -> None:
         say(f"select-{F}-{k}", kernel)
     flat_encoder(say)
     kernel = encode_select.mend_kernel.warmup(
-        bf16, bf16, f32, i32, i32, f32, i32, 1600, 4096, 24576, 768, 32, 32, 32, 32, 64,
+        bf16, bf16, f32, None, i32, i32, f32, i32, 1600, 4096, 24576, 768, 32, 32, 32, 32, 64,
         num_warps=8, grid=(1,),
     )  # fmt: skip
     say("mend", kernel)
@@ -166,19 +185,23 @@ def hopper_encoder() -> None:
     """Both forms of the filter that is for Hopper alone."""
     i32, bias = torch.empty(64, dtype=torch.int32), torch.empty(520)
     h, n = encode_hopper, encode_plan.BLOCK_N
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         W = torch.empty(520, 768, dtype=dtype)
-        weights = (
-            h.descriptor(W[:512].view(n // 8, 16, 768), n // 8, 8, h.BLOCK_K),
-            h.descriptor(W, n, h.BLOCK_K),
+        block_k, scale = 128 // W.element_size(), bias if W.element_size() == 1 else None
+        vectors = (
             h.descriptor(bias[:512].view(n // 8, 16), n // 8, 8, swizzle=False),
             h.descriptor(bias, n),
         )
+        weights = (
+            h.descriptor(W[:512].view(n // 8, 16, 768), n // 8, 8, block_k),
+            h.descriptor(W, n, block_k),
+            *vectors, *((None, None) if scale is None else vectors),
+        )  # fmt: skip
         for write in (True, False):
             kernel = h.hopper_kernel.warmup(
-                h.descriptor(W, 64, h.BLOCK_K), *weights, i32, i32, i32, i32, 1600, 50, 256, 768, 2,
-                1, 1, 3, 4, write, encode_plan.BLOCK_M, n, h.BLOCK_K, h.STAGES, h.LEAD,
-                num_warps=4, grid=(132,),
+                h.descriptor(W, 64, block_k), *weights, i32, i32, i32, i32, scale, 1600, 50,
+                256, 768, 2, 1, 1, 3, 4, write, encode_plan.BLOCK_M, n, block_k, h.STAGES,
+                h.LEAD, num_warps=4, grid=(132,),
             )  # fmt: skip
             report(f"hopper-{'write' if write else 'filter'}-{dtype}", kernel)
 
@@ -186,13 +209,14 @@ def hopper_encoder() -> None:
 def main() -> None:
     for target in OTHERS:
         driver.set_active(Driver(target))
-        portable_encoder(lambda name, _, at=target.arch: print(f"{at}-{name}"), 2)
+        fp8 = target.arch in (89, 100)
+        portable_encoder(lambda name, _, at=target.arch: print(f"{at}-{name}"), 2, fp8=fp8)
     driver.set_active(Driver(GPUTarget("cuda", 90, 32)))
     bf16 = torch.empty(256, 768, dtype=torch.bfloat16)
     f32, i32 = torch.empty(64), torch.empty(64, dtype=torch.int32)
     i64 = torch.empty(64, dtype=torch.int64)
     hopper_encoder()
-    portable_encoder(report, 4)
+    portable_encoder(report, 4, fp8=True)
     kernel = pair_order._count_kernel.warmup(
         i32, f32, i32, i32, 65536, 65536, HAS_COEF=True, BLOCK=256, grid=(1,)
     )

@@ -31,8 +31,8 @@ def test_kernels_compile_for_hopper_without_a_gpu() -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [line.split() for line in run.stdout.splitlines() if line]
     others = [line for line in lines if len(line) == 1]
-    assert len(others) == 4 * 19, "the encoder's portable kernels for four other GPUs"
-    assert len(lines) == len(others) + 4 + 19 + 49
+    assert len(others) == 4 * 19 + 2 * 5, "the encoder's portable kernels for four other GPUs"
+    assert len(lines) == len(others) + 6 + 19 + 5 + 49
     for name, stack, shared, _, code in (line for line in lines if len(line) > 1):
         # The filter keeps what it knows of its lists aside while it multiplies.
         most = 160 if name.startswith("hopper-filter") else 32
@@ -41,4 +41,6 @@ def test_kernels_compile_for_hopper_without_a_gpu() -> None:
         assert int(stack) <= most, f"{name} spills {stack} bytes"
         assert int(shared) <= SHARED_BYTES, name
         if name.startswith("hopper"):
-            assert int(code) <= CODE_BYTES, f"{name} has {code} bytes of instructions"
+            # Scales are another 512 products, in line.
+            bound = CODE_BYTES + (4096 if "float8" in name else 0)
+            assert int(code) <= bound, f"{name} has {code} bytes of instructions"

@@ -54,7 +54,7 @@ class Losses(NamedTuple):
     """What a micro-batch comes to."""
 
     loss: Tensor  # scalar, with its graph
-    shown: Tensor  # [4 or 5] of StepMetrics, shares of the batch's
+    shown: Tensor  # [4] of StepMetrics, shares of the batch's, and the model's loss if there is one
     active: Codes
     of_sources: Tensor | None  # source_sums, of a crosscoder
 

@@ -38,8 +38,9 @@ class Engine(ABC):
         """
         if self.sae.sources:
             self.source_fvus = values[4:]
-            values = values[:4]
-        return StepMetrics(*values)
+        elif len(values) > 4:
+            self.model_loss = values[4]
+        return StepMetrics(*values[:4])
 
     @property
     def averages(self) -> bool:
@@ -62,6 +63,8 @@ class Engine(ABC):
 
     source_fvus: Tensor | None = None
     """FVU of each of a crosscoder's hookpoints [S] in the last step, on the device."""
+    model_loss: Tensor | None = None
+    """What the model lost in the last step, a scalar on the device; of train.loss ce and kl."""
     density: Density | None = None
     """Whether steps are dense or sparse; None where they are always sparse."""
 
