@@ -106,6 +106,16 @@ def sae_of_sae_lens(root: Path, names: dict[str, Any], said: str) -> None:
     assert type(interop.load(root / "out")) is TopKSAE
 
 
+def tuned(root: Path, names: dict[str, Any], said: str) -> None:
+    (trained,) = finished(root, "runs/kl")
+    lines = (root / f"runs/kl/{trained}/metrics.jsonl").read_text().splitlines()
+    assert all(0 < json.loads(line)["model_loss"] < 9 for line in lines)
+    kept, begun = (
+        interop.load(root / f"runs/{run}/{trained}/sae").W_dec for run in ("kl", "pythia-70m")
+    )
+    assert 0 < (kept - begun).norm() < 0.5 * begun.norm()
+
+
 def steered(root: Path, names: dict[str, Any], said: str) -> None:
     plain = names["model"].generate(**names["inputs"], max_new_tokens=20, do_sample=False)
     assert names["steered"].shape == plain.shape
@@ -208,7 +218,7 @@ TASKS = [
     ),
     Task(
         "no store",
-        [("docs/guide.md", "train.source=stream", {
+        [("docs/guide.md", "output=runs/gpt2-stream", {
             "transformer.h.*": "transformer.h.7, transformer.h.8",
             " \\\n": " \"grid.values={sae.k: [4]}\" \\\n"})],
         streamed,
@@ -221,6 +231,12 @@ TASKS = [
             "Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50/layer12": "SAE-L0_4/layer8",
             "sae.d_sae=16384 sae.k=32": "sae.d_sae=64 sae.k=4"})],
         sae_of_sae_lens,
+    ),
+    Task(
+        "an SAE is tuned by what the model predicts with it",
+        [("docs/guide.md", "train.loss=kl", {
+            "train.num_tokens=1000000": "train.num_tokens=480 train.batch_tokens=48 sae.k=4"})],
+        tuned,
     ),
     Task(
         "a latent steers the model",
