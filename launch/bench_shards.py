@@ -9,8 +9,8 @@ the same weights and batches. `ms`: wall time of a step in a synchronised loop, 
 median of blocks. `eager`: a step without a CUDA graph in which each collective is waited for;
 `wire`: what it spends in collectives, the wait for slower ranks included; `compute`: the rest.
 `sent`: bytes that a rank contributes to collectives in a step, counted around torch.distributed,
-beside the planner's figure. `losses`: largest relative difference from one
-process's over the first 20 steps.
+beside the planner's figure. `losses`: largest relative difference from one process's over the first
+20 steps. With `--weak` the latents grow with the shards: `x one` is 1 where nothing is lost.
 """
 
 from __future__ import annotations
@@ -93,6 +93,12 @@ class _Run(NamedTuple):
     blocks: int
     dead: float
     options: dict[str, Any]  # of TrainConfig
+    weak: bool = False
+
+    def at(self, place: _Place) -> _Run:
+        """The same in a place: with `weak` each shard has as many latents as one process."""
+        n, d, f, k = self.shape
+        return self._replace(shape=(n, d, f * place.shards, k)) if self.weak else self
 
 
 class _Found(NamedTuple):
@@ -127,7 +133,8 @@ def _mesh(place: _Place, device: torch.device) -> Mesh:
     """Made once: the communicators of a mesh serve all shapes."""
     if place.replicas * place.shards == 1:
         return Mesh.single()
-    return make_mesh(place.shards, place.replicas, device=device)
+    # Of several groups the first alone is measured.
+    return make_mesh(place.shards, place.replicas, device=device, several_groups=True)
 
 
 def _sync(device: torch.device) -> None:
@@ -205,7 +212,7 @@ def _measured(run: _Run, place: _Place) -> tuple[list[_Found], str]:
     found: _Found | None = None
     remark = ""
     training: SAETraining | None = None
-    inside = mesh.members > 1 or _rank() == 0
+    inside = mesh.group == 0 if mesh.members > 1 else _rank() == 0
     if inside:
         training, remark = _attempt(
             lambda: make_training(run.shape, mesh, run.device, dead=run.dead, **run.options)
@@ -261,7 +268,7 @@ def _row(run: _Run, place: _Place, found: list[_Found], one: _Found | None) -> d
     if place.replicas * place.shards > 1:
         formula = formula_bytes(run.shape, place, run.dead, run.device.type != "cuda")
         row |= {"formula MB": formula / 1e6, "diff %": 100 * (first.sent.bytes / formula - 1)}
-        if one is not None:
+        if one is not None and not run.weak:
             row["losses"] = f"{max(difference(f.losses, one.losses) for f in found):.1e}"
     if any(f.woken for f in found):
         row["remark"] = f"{sum(f.woken for f in found)} dead latents fired"
@@ -276,9 +283,10 @@ def _shape_rows(
     wire: list[dict[str, Any]] = []
     one: _Found | None = None
     for place in places:
-        found, remark = _measured(run, place)
+        here = run.at(place)
+        found, remark = _measured(here, place)
         if found:
-            rows.append(_row(run, place, found, one))
+            rows.append(_row(here, place, found, one))
             wire += [
                 {
                     "where": str(place),
@@ -345,6 +353,9 @@ def shards(
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of a timed block.")] = 30,
     blocks: Annotated[int, typer.Option(help="Timed blocks.")] = 5,
+    weak: Annotated[
+        bool, typer.Option(help="As many latents a shard as the shape has, not in all.")
+    ] = False,
     cpu: Annotated[bool, typer.Option(help="On CPUs through gloo, in float64.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the tables here, too.")] = None,
 ) -> None:
@@ -360,7 +371,7 @@ def shards(
         with processes(Config(output=".")) as accelerator:
             device = torch.device(accelerator.device)
             runs = {
-                name: _Run(size, device, steps, blocks, dead, options)
+                name: _Run(size, device, steps, blocks, dead, options, weak)
                 for name, size in sizes.items()
             }
             _bench(runs, _places(mesh), json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..models import ARCHITECTURES, load_sae
+from ..models.crosscoder import Crosscoder
 from ..models.saved import CONFIG_FILE, WEIGHTS_FILE
 from .contents import Contents, build, contents_of
 from .format import Format
@@ -33,5 +34,8 @@ FORMAT = Format(
     write,
     lambda names: {CONFIG_FILE, WEIGHTS_FILE} <= names,
     layer_norm=True,
-    transcoders=frozenset(ARCHITECTURES),
+    # A crosscoder gives the rows that it reads.
+    transcoders=frozenset(
+        n for n, kind in ARCHITECTURES.items() if not issubclass(kind, Crosscoder)
+    ),
 )

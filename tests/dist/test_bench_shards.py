@@ -50,6 +50,14 @@ def test_two_processes_beside_one(two: tuple[Rows, str]) -> None:
     assert "Collectives of an eager step: tiny" in printed
 
 
+def test_latents_may_grow_with_the_shards(tmp_path: Path) -> None:
+    """What is sent does not: it is the tokens' candidates and reconstructions."""
+    rows, _ = bench(2, tmp_path, "--weak", "--mesh", "1x2")
+    assert list(rows) == ["one process", "2 shards"]
+    assert rows["2 shards"]["diff %"] == 0
+    assert "losses" not in rows["2 shards"], "of another SAE than one process's"
+
+
 def test_shards_send_what_the_formula_says(two: tuple[Rows, str]) -> None:
     assert two[0]["2 shards"]["diff %"] == 0
 
