@@ -195,21 +195,22 @@ def _pick(state_ptr, bins_ptr, lo, hi, left, shift):
 def _sum_up(state_ptr, above_ptr, offsets_ptr, left, N, capacity, BLOCK: tl.constexpr):
     """How many equal keys each row takes, lowest rows first; where its pairs begin."""
     equal_ptr, take_ptr = above_ptr + N, above_ptr + 2 * N
-    passed = tl.zeros([], tl.int32)
-    total = tl.zeros([], tl.int32)
+    # All of an untrained SAE's pairs may be more than 32 bits count.
+    passed = tl.zeros([], tl.int64)
+    total = tl.zeros([], tl.int64)
     for start in range(0, N, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        above = tl.load(above_ptr + row, mask=row < N, other=0, cache_modifier=".cg")
-        equal = tl.load(equal_ptr + row, mask=row < N, other=0, cache_modifier=".cg")
+        above = tl.load(above_ptr + row, mask=row < N, other=0, cache_modifier=".cg").to(tl.int64)
+        equal = tl.load(equal_ptr + row, mask=row < N, other=0, cache_modifier=".cg").to(tl.int64)
         before = passed + tl.cumsum(equal, 0) - equal
         take = tl.maximum(tl.minimum(left - before, equal), 0)
         end = total + tl.cumsum(above + take, 0)
-        tl.store(take_ptr + row, take, mask=row < N)
-        tl.store(offsets_ptr + 1 + row, tl.minimum(end, capacity), mask=row < N)
+        tl.store(take_ptr + row, take.to(tl.int32), mask=row < N)
+        tl.store(offsets_ptr + 1 + row, tl.minimum(end, capacity).to(tl.int32), mask=row < N)
         passed += tl.sum(equal, 0)
         total += tl.sum(above + take, 0)
     tl.store(offsets_ptr, tl.zeros([], tl.int32))
-    tl.store(state_ptr + PAIRS, total)
+    tl.store(state_ptr + PAIRS, tl.minimum(total, 0x7FFFFFFF).to(tl.int32))
     tl.store(state_ptr + STALE, 1)
 
 
@@ -348,7 +349,8 @@ def _dense_rows(
             if MODE == ROUND:
                 _count_bins(bits, bits > 0, lo, hi, shift, bins_ptr)
             else:
-                same = (bits == lo).to(tl.int32)
+                # Zeros are no pairs, and of many rows their number has more than 32 bits.
+                same = ((bits == lo) & (bits > 0)).to(tl.int32)
                 if MODE == EMIT:
                     rank = equal[:, None] + tl.cumsum(same, 1) - same
                     taken = (same > 0) & (rank < take[:, None])

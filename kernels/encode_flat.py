@@ -147,9 +147,9 @@ class Flat:
             return
         parts = self.x.split(self.block_rows)
         products = torch.empty(0)
-        for mode in modes:
+        for turn, mode in enumerate(modes):
             for i, part in enumerate(parts):
-                if len(parts) > 1 or mode is modes[0]:
+                if len(parts) > 1 or turn == 0:
                     products = _products(part, self.W_enc)
                 self._launch(mode, products, 0, len(part), i * self.block_rows, 0, len(parts))
 

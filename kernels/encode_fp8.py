@@ -142,7 +142,8 @@ def _tell_exact(N: int, D: int, F: int, k: int) -> None:
     """Once a shape."""
     logger.warning(
         "fp8 products do not serve %d tokens of width %d, %d latents and k=%d, which are searched "
-        "exactly: they need more than 256 tokens, a width that 16 divides, k of 256 at the most",
+        "exactly: they need more than 256 tokens, a width that 16 divides, k of 256 "
+        "(multi_topk: 64) at the most, and some 40 times as many latents",
         N, D, F, k,
     )  # fmt: skip
 

@@ -201,9 +201,10 @@ def _nested_kernel(
         e = base
         # Those below are in the cache.
         for level in tl.static_range(G - back):
-            e += tl.load(parts_ptr + level * N * D + at, mask=inside, other=0.0).to(tl.float32)
+            part = parts_ptr + (level * N + row) * D + cols
+            e += tl.load(part, mask=inside, other=0.0).to(tl.float32)
         above += e * WEIGHTS[G - 1 - back]
-        to = rows_ptr + (G - 1 - back) * N * D + at
+        to = rows_ptr + ((G - 1 - back) * N + row) * D + cols
         tl.store(to, above.to(rows_ptr.dtype.element_ty), mask=inside)
         if G - 1 - back == MAIN:
             tl.store(main_ptr + at, e.to(main_ptr.dtype.element_ty), mask=inside)

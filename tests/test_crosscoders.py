@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,12 @@ from flash_sae_dist.config.train import ENGINES
 from flash_sae_dist.launch.cli import build
 from flash_sae_dist.models import ARCHITECTURES, load_sae
 from flash_sae_dist.models.crosscoder import Crosscoder
+from flash_sae_dist.models.dead_latents import DeadLatents
 from flash_sae_dist.models.sparsity import Batch
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.defaults import with_defaults
 from flash_sae_dist.training.metrics import PhaseTimer
+from flash_sae_dist.training.resample import resample_
 from flash_sae_dist.training.step import SAETraining
 from tests.test_architectures import BATCH, CPU, SOURCES, UNITS, batch, run, training
 from tests.tiny_model import config_data, write_config
@@ -277,3 +280,25 @@ def test_it_goes_through_the_verbs(tmp_path: Path) -> None:
     assert "is of width 16 + 32" in told
     told = verb("train", "sae.architecture=topk_crosscoder", f"train.hookpoint={one}+x", code=2)
     assert "train.hookpoint='x' is not in the store" in told
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_resampling_draws_by_errors_of_rows_as_the_engine_gets_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of rows that are divided by their sources' scales a second time."""
+    sae, x = crosscoder(name), torch.randn(N, D, dtype=torch.float64)
+    sae.source_scale.copy_(torch.tensor([20.0, 0.1, 3.0]))
+    dead = DeadLatents(F, 100, Mesh.single(), torch.device("cpu"))
+    found: list[Tensor] = []
+    dead.tokens_since_fired[:3] = 1000
+
+    def drawn(weights: Tensor, number: int, **_: object) -> Tensor:
+        found.append(weights)
+        return torch.arange(number)
+
+    errors = (x - sae.decode(sae.encode_rows(x))).detach().square().sum(dim=1)
+    monkeypatch.setattr(torch, "multinomial", drawn)
+    engine: Any = SimpleNamespace(sae=sae, forget_=lambda mask: None, refresh_=lambda: None)
+    assert resample_(engine, dead, x, 0) == 3
+    torch.testing.assert_close(found[0], errors.square().cpu())

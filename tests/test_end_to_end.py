@@ -277,6 +277,12 @@ def test_what_does_not_fit_is_refused(
         run(data_in(root, tmp_path, **keys))
 
 
+def test_batches_of_a_grid_are_whole_sequences(root: Path, tmp_path: Path) -> None:
+    data = data_in(root, tmp_path) | {"grid": {"values": {"train.batch_tokens": [96, 100]}}}
+    with pytest.raises(ConfigError, match="train.batch_tokens=100 is no multiple of cache.conte"):
+        run(data, grid=True)
+
+
 def test_shards_and_other_models_are_refused(root: Path, tmp_path: Path) -> None:
     cfg = FusedTrainConfig(num_tokens=9, loss="ce", source="stream")
     with pytest.raises(ConfigError, match="train.num_shards=2 x train.num_replicas=1 split it"):

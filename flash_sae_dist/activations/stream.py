@@ -229,12 +229,6 @@ def _check_loss(config: RunConfig, lm: LanguageModel) -> None:
             f"{key} is of what a causal language model predicts, and this one is none; set "
             "train.loss=fvu"
         )
-    if train.batch_tokens % cache.context_length:
-        near = max(1, round(train.batch_tokens / cache.context_length)) * cache.context_length
-        raise ConfigError(
-            f"{key} takes whole sequences, but train.batch_tokens={train.batch_tokens} is no "
-            f"multiple of cache.context_length={cache.context_length}; set it to {near}"
-        )
 
 
 def _check_text(config: RunConfig, lm: LanguageModel) -> None:

@@ -159,6 +159,20 @@ def train_job(config: Config, hookpoints: list[str], where: str = "the store") -
     return Job(name, Path(config.output) / name, config)
 
 
+def _check_sequences(job: Job) -> None:
+    """Raises ConfigError where a batch of the model's own loss is no whole sequences."""
+    train, cache = job.config.train, job.config.cache
+    if train is None or train.loss == "fvu" or cache is None:
+        return
+    batch, length = train.batch_tokens, cache.context_length
+    if batch % length:
+        raise ConfigError(
+            f"train.loss={train.loss!r} takes whole sequences, but train.batch_tokens={batch} is "
+            f"no multiple of cache.context_length={length}; set it to "
+            f"{max(1, round(batch / length)) * length}"
+        )
+
+
 def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:
     """Raises ConfigError where a job does not fit the mesh, its hookpoint or its engine."""
     for job in jobs:
@@ -186,6 +200,7 @@ def check_fit(jobs: list[Job], widths: dict[str, int], mesh: Mesh) -> None:
                 f"train.batch_tokens={batch} is not divisible by the {mesh.members} processes of "
                 f"one SAE; use {-(-batch // mesh.members) * mesh.members}"
             )
+        _check_sequences(job)
 
         rows = batch // mesh.num_replicas
         if job.config.train.micro_batches > rows:

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..kernels.dispatch import fp8_obstacle, implementation
+from ..kernels.dispatch import fp8_obstacle
+from ..kernels.eager import compute as run_op
 from .base import Codes, Slots, SparseCoder
 from .topk import TopKConfig, TopKSAE
 
@@ -46,7 +47,7 @@ class QuantizedTopK(TopKSAE):
                 setattr(self, name, nn.Parameter(whole.detach().clone(), requires_grad=False))
         for name in ("W_enc", "W_dec"):
             weights = getattr(sae, name).detach()
-            rows, scale = implementation("quantise_rows", weights)(weights)
+            rows, scale = run_op("quantise_rows", weights, weights)
             delattr(self, name)
             self.register_buffer(name, rows)
             self.register_buffer(f"{name}_scale", scale)
@@ -64,17 +65,16 @@ class QuantizedTopK(TopKSAE):
         x = x.to(self.b_dec.dtype)
         xc = x if self.centre is None else x - self.centre
         xc = xc.to(torch.bfloat16) if x.is_cuda else xc
-        encode = implementation("fp8_topk_encode", xc)
-        return Slots(*encode(xc, self.W_enc, self.b_enc, self.k, self.W_enc_scale))
+        given = (xc, self.W_enc, self.b_enc, self.k, self.W_enc_scale)
+        return Slots(*run_op("fp8_topk_encode", xc, *given))
 
     @torch.no_grad()
     def combine(self, codes: Codes, W_dec: Tensor | None = None) -> Tensor:
         """See SparseCoder; of its own W_dec alone."""
         assert W_dec is None
         values = codes.values * self.W_dec_scale[codes.latents.long()]
-        recon: Tensor = implementation("sparse_decode", self.b_dec)(
-            values, codes.latents, self.W_dec, codes.tokens, codes.offsets
-        )
+        given = (values, codes.latents, self.W_dec, codes.tokens, codes.offsets)
+        recon: Tensor = run_op("sparse_decode", self.b_dec, *given)
         return recon.to(self.b_dec.dtype)
 
     @torch.no_grad()

@@ -260,14 +260,18 @@ def _batch_bytes(work: Work, num_replicas: int) -> int:
     return n * D * (given + 2 * work.compute.itemsize)
 
 
-def _encoder_bytes(work: Work, F: int, n: int) -> int:
+def _encoder_bytes(work: Work, F: int, n: int, slots: int) -> int:
     if work.crosses and work.rule != "threshold":
         # Its rows multiplied by the decoder's norms.
-        plain = _encoder_bytes(work._replace(crosses=False), F, n)
+        plain = _encoder_bytes(work._replace(crosses=False), F, n, slots)
         return plain + F * work.d_in * work.compute.itemsize
-    if work.rule == "token" and work.on_gpu and work.compute.itemsize < 8:
-        return _ENCODER_BYTES + (_fp8_bytes(work, F, n) if work.searches_fp8 else 0)
-    # The reference, which has kernels for a token's k largest alone, multiplies in float32.
+    if work.on_gpu and work.compute.itemsize < 8:
+        more = _fp8_bytes(work, F, n) if work.searches_fp8 else 0
+        if work.rule != "token":
+            # Keys, counts a token, a sample's products (kernels/encode_flat.py).
+            more += 8 * (6 * n * slots + 4096) + (600 + 4 * 512) * n
+        return _ENCODER_BYTES + more
+    # The reference multiplies in float32.
     copy = F * work.d_in * work.master if work.compute.itemsize < work.master else 0
     block = min(n * F, max(_REFERENCE_ELEMENTS, F))
     return _REFERENCE_COPIES * block * work.master + copy
@@ -288,7 +292,7 @@ def _fused_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
         pairs += N * K * 3 * wide * 2 + 2 * N * D * narrow
     found = {"batch": _batch_bytes(work, R), "pairs": pairs}
     part = -(-n // work.train.micro_batches)
-    encode = _encoder_bytes(work, F, part)
+    encode = _encoder_bytes(work, F, part, K)
     if P > 1:
         # Everyone's candidates, gathered, in order, as sort keys; partial reconstructions.
         gathered = 0 if work.rule != "token" else 10 * wide * part * K * P
@@ -334,7 +338,7 @@ def _autograd_step(work: Work, P: int, R: int, M: int) -> dict[str, int]:
         block = min(part * F, block) if work.train.loss == "fvu" else part * F
         pairs = max(pairs, 10 * wide * block)
     found = {"batch": _batch_bytes(work, R) + 4 * part * D * wide, "pairs": pairs}
-    encode = _encoder_bytes(work, F, part)
+    encode = _encoder_bytes(work, F, part, K)
     if P > 1 and work.rule == "token":
         encode = max(encode, 10 * wide * part * K * P)
     # Copies that autocast makes, or a gradient's part along the decoder rows.

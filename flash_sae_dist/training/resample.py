@@ -42,7 +42,8 @@ def resample_(
     # Replicas hold different batches: all take the first replica's, so that they stay equal.
     x = collectives.all_gather(x, mesh.replica_group, mesh.num_replicas)[0]
     # Per unit: the draw does not depend on the data's scale.
-    errors = ((x - sae(x).recon) / unit).square().sum(dim=1).double()
+    # Rows are as the engine gets them: `forward` would standardise a crosscoder's again.
+    errors = (x - sae.decode(sae.encode_rows(x), x)).div(unit).square().sum(dim=1).double()
     # Where a batch is selected from together, equal tokens of replicas fare differently.
     errors = collectives.all_gather(errors, mesh.replica_group, mesh.num_replicas)[0].cpu()
     if not bool(errors.isfinite().all()):

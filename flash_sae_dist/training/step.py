@@ -347,6 +347,8 @@ class SAETraining:
         }
         if (density := self.engine.density) is not None:
             whole["l0_share"], info["is_dense"] = density.share, density.is_dense
+        if self.engine.room:
+            info["room"] = self.engine.room
         for normalization, prefix in self._normalizations():
             tensors, values = normalization.state(prefix)
             whole |= tensors
@@ -366,6 +368,7 @@ class SAETraining:
         if (density := self.engine.density) is not None and "l0_share" in state.whole:
             density.share.copy_(state.whole["l0_share"])
             density.is_dense = state.info["is_dense"]
+        self.engine.room = int(state.info.get("room", 0))
         self.dead.tokens_since_fired.copy_(state.rows["tokens_since_fired"])
         listed = state.rows.get("listed_dead")
         if listed is None:

@@ -219,7 +219,8 @@ def test_rows_keep_to_the_memory_bar(F: int, k: int, monkeypatch: pytest.MonkeyP
             blocks[-1].append(out.nbytes)
         return out
 
-    def products(x: Tensor, W: Tensor) -> Tensor:
+    def products(x: Tensor, W: Tensor, scale: Tensor | None) -> Tensor:
+        assert scale is None
         blocks.append([])
         return counted(x.shape[0], W.shape[0], dtype=torch.float32, device="meta")
 

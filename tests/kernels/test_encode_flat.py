@@ -39,6 +39,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode_flat, "_SPANS", 2)
 
 
+def dense_of(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    return (x @ W.T + b).relu()
+
+
 def by_batch(x: Tensor, W: Tensor, b: Tensor, k: int, plan: Plan | None, room: int = 4000) -> Pairs:
     return encode_flat.by_batch(x, W, b, "plain" if plan else "rows", plan, k, room)
 
@@ -57,6 +61,17 @@ def assert_same(got: Pairs, want: Pairs) -> None:
 def test_the_batch_rule_equals_the_reference(kind: str, plan: Plan | None) -> None:
     x, W, b = make(kind, 20, 16, F, torch.float32, "cpu")
     assert_same(by_batch(x, W, b, 4, plan), reference.batch_topk_encode(x, W, b, 4))
+
+
+@interpreted
+def test_zeros_of_dense_rows_are_not_counted() -> None:
+    """N * F of them would be more than 32 bits hold."""
+    x, W, b = make("few", 20, 16, F, torch.float32, "cpu")
+    call = encode_flat.Flat(x, W, b, b.new_zeros(()), 4000, 4000, "rows", None)
+    call.steps(encode_flat.COUNT, encode_flat.EMIT)
+    above, equal, _ = call.above.view(3, 20)
+    assert int(above.sum()) == int((dense_of(x, W, b) > 0).sum())
+    assert not equal.any()
 
 
 @interpreted

@@ -22,6 +22,8 @@ class Engine(ABC):
     moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     sae: SparseCoder
     optimizer: torch.optim.Optimizer
+    room = 0
+    """Slots of captured steps' lists, where their lengths vary; a checkpoint keeps it."""
     ramp: Tensor
     """Scalar on the device: the part of the sparsity's coefficient that its schedule gives."""
 

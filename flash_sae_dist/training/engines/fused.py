@@ -103,7 +103,6 @@ class FusedEngine(Engine):
         self.is_general = is_general(sae)
         self.density = Density.of(sae)
         self.dense_step = DenseStep.of(sae, dead, self.density, self.dead_step)
-        self._room = 0  # slots of a captured step's lists, where their lengths vary
         self._calls: dict[tuple[object, ...], int] = {}
         self._warm: set[tuple[object, ...]] = set()
         self._captured: dict[tuple[object, ...], Captured] = {}
@@ -184,7 +183,7 @@ class FusedEngine(Engine):
         if not self.graph:
             return self.shown(self._step(rows, revives, timer))
         kind = (rows.x.shape, rows.x.dtype, revives)
-        key = (*kind, self.dead_step.shape() if revives else None, self._room)
+        key = (*kind, self.dead_step.shape() if revives else None, self.room)
         if key not in self._captured:
             # Another list of dead latents may need kernels of other sizes: one call warms them up.
             self._calls[key] = self._calls.get(key, 0) + 1
@@ -243,9 +242,9 @@ class FusedEngine(Engine):
         """Whether lists had room for all pairs; chooses that of the steps to come, anew where it
         was too little or is more than twice what is needed. The same on all members.
         """
-        fits = longest <= self._room
-        if not fits or 2 * _MORE_ROOM * longest < self._room:
-            self._room = padded(math.ceil(_MORE_ROOM * longest))
+        fits = longest <= self.room
+        if not fits or 2 * _MORE_ROOM * longest < self.room:
+            self.room = padded(math.ceil(_MORE_ROOM * longest))
         return fits
 
     def _within(self, rows: Rows) -> tuple[Begun, Tensor]:
@@ -256,7 +255,7 @@ class FusedEngine(Engine):
         assert isinstance(sae, ThresholdCoder)
         batch, _ = self._begin(rows)
         lists = [
-            sae.select_within(xc, self.encoder_weights, sae.b_enc.detach(), self._room)
+            sae.select_within(xc, self.encoder_weights, sae.b_enc.detach(), self.room)
             for xc in batch.xc.chunk(self.micro_batches)
         ]
         number = torch.stack([number for _, number in lists]).amax()
@@ -272,6 +271,8 @@ class FusedEngine(Engine):
             self.side.meet()
 
     def _work(self, rows: Rows, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
+        if self.graph and self.sae.varied_lengths:
+            return self._finish(self._fitting(rows), revives, timer)
         batch, ready = self._begin(rows)
         found: list[Codes] = []
         if self.is_general:
@@ -280,14 +281,17 @@ class FusedEngine(Engine):
                 for xc in batch.xc.chunk(self.micro_batches)
             ]
             timer.mark("encode")
-        if self.graph and self.sae.varied_lengths:
-            longest = torch.tensor(
-                max(len(codes.latents) for codes in found), device=batch.xc.device
-            )
-            mesh = self.sae.mesh
-            all_reduce_(longest, mesh.member_group, mesh.members, dist.ReduceOp.MAX)
-            self._fits(int(longest))
         return self._finish(Begun(batch, ready, found, False), revives, timer)
+
+    def _fitting(self, rows: Rows) -> Begun:
+        """A step up to the selection in the room that a replay has: sums over lists of other
+        lengths round otherwise.
+        """
+        self.room = self.room or padded(1)
+        while True:
+            begun, number = self._within(rows)
+            if self._fits(int(number)):
+                return begun
 
     def _finish(self, begun: Begun, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
         """A step from the selection on."""
