@@ -121,3 +121,16 @@ def test_the_bench_times_both_forms(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "sparse / dense" in out
     assert "32.000" in out
+
+
+def test_a_checkpoint_keeps_the_room_of_captured_steps() -> None:
+    """Sums over lists of another length round otherwise. Older checkpoints tell none."""
+    t = training("jumprelu", "fused")
+    assert "room" not in t.state().info, "none on a CPU"
+    t.engine.room = 192
+    state, other = t.state(), training("jumprelu", "fused")
+    other.load_state(state)
+    assert other.engine.room == 192
+    del state.info["room"]
+    other.load_state(state)
+    assert other.engine.room == 0
