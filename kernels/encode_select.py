@@ -69,9 +69,12 @@ def kth(bits, latent, k, slack, low=0):
 @triton.jit
 def near(bits, k):
     """A limit to begin with: two octaves under the largest of the bits if k of them reach that, as
-    most often, else 0."""
+    most often, or eight, as in a trained SAE, else 0."""
     limit = tl.maximum(tl.max(bits) - (2 << 23), 0)
-    return tl.where(tl.sum((bits >= limit).to(tl.int32)) >= k, limit, 0)
+    if _reaching(bits, limit) < k:
+        limit = tl.maximum(limit - (6 << 23), 0)
+        limit = tl.where(_reaching(bits, limit) < k, 0, limit)
+    return limit
 
 
 @triton.jit
@@ -181,7 +184,8 @@ def limit_kernel(
     """A row's limit: what the rank-th largest reaches of the largest activations of its sample's
     cells, CELL neighbours each. That many of the sample reach it at least, and hardly more, since
     few cells hold two. It is these bits, of equal ones up to the latent `last`. Cells that reach
-    it, at most rank + slack, are kept as keys."""
+    it, at most rank + slack, are kept as keys. Zeros are no candidates, since most activations of a
+    trained SAE are: where fewer than rank are positive, all of these reach the limit."""
     CELLS: tl.constexpr = TILE // CELL
     row = tl.program_id(0).to(tl.int64)
     sample_row = sample_ptr + row * pitch
@@ -193,7 +197,8 @@ def limit_kernel(
     largest = tl.where(there, relu_of(largest), -1)
     # A tile has 8 neighbours of each part of the latents. A cell's last latent stands for it.
     latent = turn * spread % whole * 8 + cell * CELL // 8 * (whole * 8) + cell * CELL % 8 + CELL - 1
-    tau, last, count = kth(largest, latent, rank, slack, near(largest, rank))
+    low = tl.maximum(near(largest, rank), 1)
+    tau, last, count = kth(largest, latent, rank, slack, low)
     keeps = reaches(largest, latent, tau, last)
     # First the numbers of the cells that are kept, where their keys will be; then their keys.
     kept_ptr = row_keys.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -229,6 +234,22 @@ def passing(entries, slot, which, counts, tau, last, F, LISTS: tl.constexpr):
     one = there & (latent < F) & reaches(first, latent, tau, last)
     two = there & (latent + 1 < F) & reaches(second, latent + 1, tau, last)
     return first, second, latent, one, two
+
+
+@triton.jit
+def _fill_with_zeros(row_keys, found, k, POW2: tl.constexpr):
+    """Appends zeros of the lowest latents to a row's keys, which are all of its positive
+    activations, until there are k."""
+    # Of the first k latents at least k - found are not among the keys.
+    latent = tl.arange(0, POW2)
+    free = latent < k
+    for at in range(0, found):
+        free = free & (latent != 0x7FFFFFFF - (tl.load(row_keys + at) & 0x7FFFFFFF).to(tl.int32))
+    to = found + tl.cumsum(free.to(tl.int32), 0) - 1
+    tl.debug_barrier()
+    tl.store(row_keys + to, key_of(latent * 0, latent), mask=free & (to < k))
+    tl.debug_barrier()
+    return k
 
 
 @triton.jit(do_not_specialize=["sample_keys", "capacity", "k"])
@@ -301,6 +322,8 @@ def select_kernel(
     found += tl.sum(keeps.to(tl.int32), 0)
     tl.debug_barrier()
     found = keep_largest(row_keys, tl.where(short, 0, found), k, SORT, KEYS)
+    if (found < k) & (tau == 1) & (last == 0x7FFFFFFF) & (not short):
+        found = _fill_with_zeros(row_keys, found, k, SORT)
     tl.store(short_ptr + row, (found < k).to(tl.int32))
     best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, found, SORT)
 

@@ -38,7 +38,7 @@ SHAPES = {  # N, D, F, k
     "few-512": (512, 2304, 16384, 20),
     "few-gpt2": (512, 768, 24576, 32),
 }
-DATA = ("normal", "heavy", "sorted", "equal", "group")
+DATA = ("normal", "trained", "heavy", "sorted", "equal", "group")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -72,6 +72,10 @@ def _inputs(shape: tuple[int, int, int, int], data: str) -> tuple[Tensor, Tensor
     b = 0.1 * torch.randn(f, device="cuda")
     if data == "heavy":
         W *= 1 / torch.randn(f, 1, device="cuda").abs().clamp_min(1e-2).bfloat16()
+    elif data == "trained":
+        # As in an SAE on a language model: some hundred of a row's activations are positive.
+        x *= torch.exp(0.25 * torch.randn(n, 1, device="cuda")).bfloat16()
+        b -= 2.6
     elif data == "sorted":
         b = torch.linspace(0, 100, f, device="cuda")
     elif data == "equal":

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flash_sae_dist.config.train import FusedTrainConfig
+from flash_sae_dist.models.dead_latents import DeadLatents
 from flash_sae_dist.models.topk import TopKConfig
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training import checkpoint
@@ -172,7 +173,29 @@ def test_dead_latents_are_listed_as_before_after_a_resume(tmp_path: Path) -> Non
     second = training()
     resume(tmp_path, second)
     assert torch.equal(second.dead.listed(), first.dead.listed())
+    assert len(second.dead.rows) == len(first.dead.rows)
     assert before + advance(second, 15) == whole
+
+
+def test_the_lists_memory_stays_while_its_length_goes_up_and_down() -> None:
+    """Other memory is another captured graph, which takes as long as many steps."""
+    dead = DeadLatents(4096, 10, Mesh.single(), torch.device("cpu"))
+    first = dead.generation
+
+    def listed(number: int) -> int:
+        dead.list_(torch.arange(4096) % 4096 < number)
+        assert dead.num_listed == number == int((dead.slots >= 0).sum())
+        assert torch.equal(dead.rows[:number], torch.arange(number))
+        assert not dead.rows[number:].any()
+        dead.tokens_since_fired.fill_(11)
+        assert int(dead.left_out().sum()) == len(dead.rows) - number
+        return len(dead.rows)
+
+    assert [listed(number) for number in (0, 3, 0, 40, 1, 64)] == [0, 64, 64, 64, 64, 64]
+    assert dead.generation == first + 1
+    assert [listed(number) for number in (1000, 900, 1024, 769, 0, 1000)] == [1024] * 6
+    assert dead.generation == first + 2
+    assert [listed(number) for number in (700, 1, 500)] == [704, 64, 512]
 
 
 def test_checkpoints_of_the_first_version_go_on() -> None:

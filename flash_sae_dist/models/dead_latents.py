@@ -16,6 +16,9 @@ from ..parallel.mesh import Mesh
 CHECK_EVERY_STEPS = 100
 # cuBLAS took six times as long for a product over 13107 latents as over the next multiple of 64.
 _MULTIPLE = 64
+# Another list's length makes another graph. Products over so few take at most 3% of a step at
+# 4096 x 768 x 24576 however many of them are dead.
+_FEW = 512
 
 
 class DeadLatents:
@@ -24,7 +27,9 @@ class DeadLatents:
     The list is made every CHECK_EVERY_STEPS steps and stays as it is in between, so that shapes
     and captured graphs do too; a listed latent that fires again is left out at once, by `bias`.
     `rows` [M] int64 are the listed rows, padded with 0 to the same M on all shards; `slots` [F]
-    int32 is each latent's place among them or -1; `num_listed` counts them over all shards.
+    int32 is each latent's place among them or -1; `num_listed` counts them over all shards. M
+    stays, too, while numbers go up and down a little, or to none: see `_has_room`. It follows from
+    the numbers that were, so a checkpoint keeps it.
     """
 
     def __init__(
@@ -93,16 +98,26 @@ class DeadLatents:
         mine = dead.sum().reshape(1)
         counts = all_gather(mine, self.mesh.shard_group, self.mesh.num_shards).flatten().tolist()
         self.num_listed = sum(counts)
-        capacity = padded(max(counts)) if self.num_listed else 0
-        if capacity != len(self.rows):
-            self.rows = self.rows.new_empty(capacity)
-            self._padding = self._padding.new_empty(capacity)
-            self.generation += 1
+        if not self._has_room(max(counts)):
+            self.make_room(padded(max(counts)))
         rows = dead.nonzero().squeeze(1)
         self.rows.zero_()[: len(rows)] = rows
         self._padding.fill_(True)[: len(rows)] = False
         self.slots.fill_(-1)
         self.slots[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+
+    def _has_room(self, number: int) -> bool:
+        """Whether the list's memory does for a number of latents: it is enough, and small or not
+        a third more than is needed.
+        """
+        there = len(self.rows)
+        return number <= there and (there <= _FEW or 4 * padded(number) >= 3 * there or not number)
+
+    def make_room(self, capacity: int) -> None:
+        """Gives the list memory for a number of latents, empty."""
+        self.rows = self.rows.new_zeros(capacity)
+        self._padding = torch.ones_like(self.rows, dtype=torch.bool)
+        self.generation += 1
 
     def bias(self, b_enc: Tensor) -> Tensor:
         """[M]: the listed latents' b_enc, -inf for those that have fired since and for padding."""

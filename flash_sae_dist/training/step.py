@@ -349,6 +349,8 @@ class SAETraining:
             whole["l0_share"], info["is_dense"] = density.share, density.is_dense
         if self.engine.room:
             info["room"] = self.engine.room
+        if len(self.dead.rows):
+            info["dead_room"] = len(self.dead.rows)
         for normalization, prefix in self._normalizations():
             tensors, values = normalization.state(prefix)
             whole |= tensors
@@ -375,5 +377,6 @@ class SAETraining:
             # Checkpoints of 0.1.0 have no list: the dead latents of the last look are near those of
             # now.
             listed = self.dead.mask() & bool(state.info.get("any_dead"))
+        self.dead.make_room(int(state.info.get("dead_room", 0)))
         self.dead.list_(listed.to(self.device))
         self.step_index = state.info["step"]

@@ -18,7 +18,8 @@ triton = pytest.importorskip("triton")
 from flash_sae_dist.kernels import encode, encode_filter, encode_rows, encode_select  # noqa: E402
 
 KINDS = [
-    "normal", "heavy", "ascending", "descending", "equal", "group", "few", "negative", "twins",
+    "normal", "heavy", "ascending", "descending", "equal", "group", "few", "trained", "negative",
+    "twins",
 ]  # fmt: skip
 
 
@@ -42,6 +43,11 @@ def make(kind: str, N: int, D: int, F: int, dtype: torch.dtype, device: str) -> 
     elif kind == "twins":
         # Where one of a pair of neighbours passes, both do.
         W, b = (t[torch.arange(F) // 2] for t in (W, b))
+    elif kind == "trained":
+        # As in an SAE on a language model: of most rows some hundred are positive, of some fewer
+        # than k, of some thousands.
+        x *= torch.exp(0.25 * torch.randn(N, 1, generator=g))
+        b -= 2.6
     elif kind == "few":
         b -= 4.5
     elif kind == "negative":
@@ -112,6 +118,48 @@ def test_the_filter_equals_the_reference(kind: str, F: int, redone: list[int]) -
     assert torch.equal(indices, want_indices)
     torch.testing.assert_close(values, want, rtol=1e-5, atol=1e-5)
     assert not redone
+
+
+class Marks:
+    """In mend_kernel's place: which rows it would compute anew."""
+
+    def __init__(self) -> None:
+        self.short = 0
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return self._count
+
+    def _count(self, x: Tensor, *args: Tensor, **_: int) -> None:
+        self.short += int(args[3][: len(x)].sum())
+
+
+@interpreted
+def test_no_row_of_a_trained_sae_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would take longer than the rest of a step. With the sizes of a call on a GPU."""
+    marks = Marks()
+    monkeypatch.setattr(encode, "mend_kernel", marks)
+    x, W, b = make("trained", 8, 24, 16_384, torch.float32, "cpu")
+    positive = (x @ W.T + b > 0).sum(1)
+    assert (positive < 32).any()
+    assert (positive > 200).any()
+    plan = encode_plan.make_plan(4096, 576, 16_384, 32, 132)
+    assert plan is not None
+    matmul = encode_filter.PlainFilter(W, b, plan, block_k=32, block_m=16)
+    _, indices = encode.filtered_topk(x, W, b, 32, plan._replace(block_rows=128), matmul)
+    assert torch.equal(indices, reference.topk_encode(x, W, b, 32)[1])
+    assert not marks.short
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [32, 128])
+def test_no_row_of_a_trained_sae_is_computed_anew_on_the_gpu(
+    k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks = Marks()
+    monkeypatch.setattr(encode, "mend_kernel", marks)
+    x, W, b = make("trained", 4096, 768, 24_576, torch.bfloat16, "cuda")
+    assert_exact(x, W, b, k, *encode.topk_encode(x, W, b, k))
+    assert not marks.short
 
 
 @interpreted
