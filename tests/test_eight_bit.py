@@ -141,6 +141,8 @@ def test_latents_that_begin_anew_have_no_moments() -> None:
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="a row of width 24 is no multiple"):
         training(24)
+    with pytest.raises(ConfigError, match="131072 x 32768 has more than the 2147483647 elements"):
+        eight_bit.check_eight_bit(training().cfg, (F, D), (131_072, 32_768))
     for options in ({"optimizer": "muon"}, {"precision": "float64"}):
         with pytest.raises(ValueError, match="is of adam and adamw in float32, not of"):
             training(**options)

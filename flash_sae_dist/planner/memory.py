@@ -153,7 +153,7 @@ def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -
     assert train is not None
     d_sae = sae.width(d_in)
     train = with_defaults(train, sae, d_in)
-    check_eight_bit(train, d_in)
+    check_eight_bit(train, (1, d_in))
     device = torch.device("cuda" if on_gpu else "cpu")
     kind = ARCHITECTURES[sae.architecture]
     by_batch: Literal["threshold", "batch"] = (

@@ -39,7 +39,7 @@ def make_optimizer(sae: SparseCoder, cfg: TrainConfig, lr: float) -> torch.optim
                 rows[param] = (sae.d_sae, sae.mesh) if split else (param.shape[0], None)
         return Muon(groups, lr, rows_of=rows, betas=betas, eps=eps, decay=decay)
     if wants_eight_bit(cfg):
-        check_eight_bit(cfg, *(p.shape[1] for p in sae.parameters() if p.ndim == 2))
+        check_eight_bit(cfg, *(p.shape for p in sae.parameters() if p.ndim == 2))
         return eight_bit_adam(groups, lr=lr, betas=betas, eps=eps)
     kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=lr, betas=betas, eps=eps, fused=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ..config.base import ConfigError
 from ..config.train import TrainConfig
 
 BLOCK = 256
+_MOST = 2**31 - 1  # its kernels count elements in 32 bits
 _SCALES = ("absmax1", "absmax2")
 _LIBRARY = "bitsandbytes"
 
@@ -26,18 +28,24 @@ def wants_eight_bit(cfg: TrainConfig) -> bool:
     return getattr(cfg, "moment_dtype", "float32") == "8bit"
 
 
-def check_eight_bit(cfg: TrainConfig, *widths: int) -> None:
-    """Raises ConfigError where it is asked for and cannot be: rows that are no whole blocks, or the
-    library is not there.
+def check_eight_bit(cfg: TrainConfig, *shapes: Sequence[int]) -> None:
+    """Raises ConfigError where it is asked for and cannot be for matrices of these shapes: rows
+    that are no whole blocks, more elements than the library counts, or it is not there.
     """
     if not wants_eight_bit(cfg):
         return
-    if odd := [width for width in widths if width % BLOCK]:
-        raise ConfigError(
-            f"train.moment_dtype='8bit' keeps a scale of {BLOCK} elements, and a row of width "
-            f"{odd[0]} is no multiple of that; set train.moment_dtype=float32, or bfloat16 with "
-            "train.engine=fused"
-        )
+    other = "set train.moment_dtype=float32, or bfloat16 with train.engine=fused"
+    for rows, width in shapes:
+        if width % BLOCK:
+            raise ConfigError(
+                f"train.moment_dtype='8bit' keeps a scale of {BLOCK} elements, and a row of width "
+                f"{width} is no multiple of that; {other}"
+            )
+        if rows * width > _MOST:
+            raise ConfigError(
+                f"train.moment_dtype='8bit': a matrix of {rows} x {width} has more than the "
+                f"{_MOST} elements that bitsandbytes counts; raise train.num_shards, or {other}"
+            )
     if importlib.util.find_spec(_LIBRARY) is None:
         raise ConfigError(
             "train.moment_dtype='8bit' needs bitsandbytes; pip install "
