@@ -7,9 +7,11 @@ fp32 master weights, bf16 compute; medians of CUDA event times of the device alo
 that keeps it busy, L2 emptied before each: of a graph's replay where a step is captured. Peers are
 dense PyTorch (eager and compiled), sparsify where it is installed, and a Triton decoder in the
 style of OpenAI's sparse_autoencoder (bench_openai.py); all train with fused Adam, remove the
-gradient along decoder rows and renormalise them.
+gradient along decoder rows and renormalise them. By architecture: SAELens's training classes and
+sparsify's transcoders, where they are installed (`--peers "'s "`; bench_peers.py).
 
-`x exact`: beside the row "ours, fused, exact" of the same run. `extra MiB`: most allocated in an
+`x exact`: beside the row "ours, fused, exact" of the same run. `x ours`: a peer beside ours of its
+architecture. `extra MiB`: most allocated in an
 eager step above what is allocated between steps; `more`: less the exact row's. `graph MiB`: what
 is reserved but not allocated once a step is captured: the graph's pool, held between steps.
 """
@@ -17,7 +19,6 @@ is reserved but not allocated once a step is captured: the graph's pool, held be
 from __future__ import annotations
 
 import gc
-import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -31,17 +32,23 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..training.optim import project_decoder_grad_, renormalise_decoder_
 from .bench_against import compare
+from .bench_peers import BY_ARCHITECTURE, Step, fused_adam, sparsify_step
 from .bench_timing import host_ms, kernel_us, median_ms, print_table, write_json
-from .bench_training import LR, SHAPES, OurStep, Shape, no_graph_, random_sae, shape_of
+from .bench_training import SHAPES, OurStep, Shape, no_graph_, random_sae, shape_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 ShapeOption = Annotated[
     list[str] | None, typer.Option(help=f"{', '.join(SHAPES)}, or nN-dD-fF-kK.")
 ]
-PeersOption = Annotated[str, typer.Option(help="Only rows whose name contains this word.")]
+PeersOption = Annotated[
+    str,
+    typer.Option(
+        help="Only rows whose name contains this; of another library's class (SAELens's, "
+        "sparsify's) also the row of ours of its architecture. `'s ` means all of these."
+    ),
+]
 JsonOption = Annotated[Path | None, typer.Option(help="Write the table here, too.")]
-Step = Callable[[], Any]
 
 
 def _batch(n: int, d: int) -> Tensor:
@@ -55,8 +62,7 @@ def _autocast() -> torch.autocast:
 def _dense_step(shape: Shape, compiled: bool) -> Step:
     n, d, f, k = shape
     sae = random_sae(shape)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=LR, eps=6.25e-10, fused=True)
-    x = _batch(n, d)
+    optimizer, x = fused_adam(sae), _batch(n, d)
 
     def loss_of(x: Tensor) -> Tensor:
         pre = F.linear(x - sae.b_dec, sae.W_enc, sae.b_enc).relu()
@@ -91,7 +97,7 @@ def _openai_step(shape: Shape) -> Step:
 
     n, d, f, k = shape
     sae, x = random_sae(shape), _batch(n, d)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=LR, eps=6.25e-10, fused=True)
+    optimizer = fused_adam(sae)
 
     def loss_of() -> Tensor:
         centred = (x - sae.b_dec).bfloat16()
@@ -100,28 +106,6 @@ def _openai_step(shape: Shape) -> Step:
         return (x - recon).square().sum() / (x - x.mean(0)).square().sum()
 
     return _autograd_step(sae, optimizer, loss_of)
-
-
-def sparsify_step(shape: Shape, device: str = "cuda") -> Step:
-    """A step of sparsify's SparseCoder with fused Adam, as its trainer makes it."""
-    if device == "cpu":
-        # Read where it is imported: without it its decoder asks Triton for a GPU.
-        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
-    from sparsify import SparseCoder, SparseCoderConfig
-
-    n, d, f, k = shape
-    coder = SparseCoder(d, SparseCoderConfig(num_latents=f, k=k), device=device)
-    optimizer = torch.optim.Adam(coder.parameters(), lr=LR, eps=6.25e-10, fused=True)
-    x = torch.randn(n, d, device=device)
-
-    def step() -> None:
-        coder.set_decoder_norm_to_unit_norm()
-        coder(x).fvu.backward()
-        coder.remove_gradient_parallel_to_decoder_directions()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
 
 
 def _fused_step(shape: Shape) -> OurStep:
@@ -134,6 +118,7 @@ PEERS: dict[str, Callable[[Shape], Step]] = {
     "dense PyTorch, compiled": lambda s: _dense_step(s, compiled=True),
     "sparsify, fused Adam": sparsify_step,
     "OpenAI-style Triton, fused Adam": _openai_step,
+    **{name: make for name, (_, make) in BY_ARCHITECTURE.items()},
 }
 EXACT = "ours, fused, exact"
 _BF16: dict[str, Any] = {"moment_dtype": "bfloat16"}
@@ -159,8 +144,12 @@ OURS: dict[str, dict[str, Any]] = {  # options of OurStep
             ("BatchTopK", "batch_topk"),
             ("Matryoshka", "matryoshka"),
             ("JumpReLU, mean L0 64", "jumprelu"),
+            ("ReLU, mean L0 64", "relu"),
+            ("Gated, mean L0 64", "gated"),
         )
     },
+    "ours, transcoder": {"transcodes": True},
+    "ours, skip transcoder": {"transcodes": True, "skip": True},
 }
 
 
@@ -199,23 +188,33 @@ def _measure(make: Callable[[], Step], repeats: int) -> dict[str, Any]:
         return {"ms": float("nan"), "remark": f"{type(e).__name__}: {e}"[:80]}
 
 
+def _chosen(word: str) -> list[str]:
+    """Rows of ours to time: the exact one, those whose name contains the word, and those of the
+    architectures of other libraries' classes whose name does.
+    """
+    beside = {ours for peer, (ours, _) in BY_ARCHITECTURE.items() if word in peer}
+    return [name for name in OURS if name == EXACT or word in name or name in beside]
+
+
 def _rows(shape: Shape, word: str, repeats: int) -> list[dict[str, Any]]:
     """Rows whose name contains the word, ours beside the exact one, which is always among them."""
     rows: list[dict[str, Any]] = []
-    for name, make in PEERS.items():
-        if word in name:
-            rows.append({"implementation": name, **_alone(lambda m=make: m(shape), repeats)})  # type: ignore[misc]
     exact: dict[str, Any] = {}
-    for name, options in OURS.items():
-        if word not in name and name != EXACT:
-            continue
-        found = _alone(lambda o=options: OurStep(shape, **o), repeats)  # type: ignore[misc]
-        exact = exact or found
+    ours: dict[str, float] = {}
+    for name in _chosen(word):
+        found = _alone(lambda o=OURS[name]: OurStep(shape, **o), repeats)  # type: ignore[misc]
+        exact, ours[name] = exact or found, found["ms"]
         row: dict[str, Any] = {"implementation": name, "ms": found["ms"]}
         row["x exact"] = found["ms"] / exact["ms"]
         if "extra MiB" in found and "extra MiB" in exact:
             row |= {"extra MiB": 0.0, "more": found["extra MiB"] - exact["extra MiB"]}
         rows.append(row | found)
+    for name, make in PEERS.items():
+        if word in name:
+            found = _alone(lambda m=make: m(shape), repeats)  # type: ignore[misc]
+            beside = BY_ARCHITECTURE[name][0] if name in BY_ARCHITECTURE else EXACT
+            row = {"implementation": name, "ms": found["ms"], "x ours": found["ms"] / ours[beside]}
+            rows.append(row | found)
     return rows
 
 

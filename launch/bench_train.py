@@ -26,7 +26,7 @@ import typer
 from ..training.job import parse_config
 from ..training.metrics import read_metrics
 from .bench_load import load_rate, store_for
-from .bench_step import sparsify_step
+from .bench_peers import sparsify_step
 from .bench_timing import print_table, write_json
 from .bench_training import SHAPES, OurStep, Shape, shape_of
 

@@ -38,7 +38,8 @@ SHAPES: dict[str, Shape] = {
 LR = 1e-4
 # Adam's steps would make dead latents fire after some hundred of them at LR.
 LR_DEAD = 1e-5
-# JumpReLU's thresholds let so many latents through on the mean, and steps move nothing.
+# Of these so many latents are active on the mean, and steps move nothing.
+BY_THRESHOLD = ("jumprelu", "relu", "gated")
 MEAN_L0, LR_STILL = 64, 1e-9
 # With dead latents a training begins here: at a multiple of 100, when the list of dead latents is
 # read, and so late that no latent that lives dies while it is timed.
@@ -118,12 +119,19 @@ def no_graph_(training: SAETraining) -> None:
         engine_of(training).graph = False
 
 
-def sae_of(architecture: str, f: int, k: int) -> SAEConfig:
+def sae_of(architecture: str, f: int, k: int, **options: Any) -> SAEConfig:
     """The config of an SAE; JumpReLU's thresholds let MEAN_L0 of a random batch through."""
     kind = ARCHITECTURES[architecture].Config
     if architecture == "jumprelu":
-        return kind(d_sae=f, initial_threshold=NormalDist().inv_cdf(1 - MEAN_L0 / f))  # type: ignore[call-arg]
-    return kind(d_sae=f, k=k)  # type: ignore[call-arg]
+        options["initial_threshold"] = threshold_of(f)
+    elif architecture not in BY_THRESHOLD:
+        options["k"] = k
+    return kind(d_sae=f, **options)
+
+
+def threshold_of(f: int) -> float:
+    """What MEAN_L0 of f standard normal pre-activations exceed in the mean, half at the most."""
+    return NormalDist().inv_cdf(1 - min(0.5, MEAN_L0 / f))
 
 
 def make_training(
@@ -134,31 +142,37 @@ def make_training(
     dead: float = 0.0,
     architecture: str = "topk",
     search: Literal["exact", "fp8"] = "exact",
+    transcodes: bool = False,
+    skip: bool = False,
     **options: Any,
 ) -> SAETraining:
     """A training at a constant learning rate with TrainConfig's options, `dead` the share of its
-    latents that are dead from its first step on.
+    latents that are dead from its first step on; a transcoder's target is as wide as its input.
 
     Their encoder rows are short, which leaves half of their pre-activations positive.
     """
     n, d, f, k = shape
-    sae, lr = sae_of(architecture, f, k), LR_DEAD if dead else LR
+    sae = sae_of(architecture, f, k, **({"skip": True} if skip else {}))
     if search != "exact":
         sae = sae.model_copy(update={"search": search})
     mask = dead_latents(f, dead) if dead else None
     cfg = ENGINES[options.get("engine", "auto")](
         num_tokens=2 * START_DEAD * n,
         batch_tokens=n,
-        lr=LR_STILL if architecture == "jumprelu" else lr,
+        lr=LR_STILL if architecture in BY_THRESHOLD else LR_DEAD if dead else LR,
         warmup_steps=0,
         decay_fraction=0,
         dead_after_tokens=(START_DEAD - 1) * n,
         num_shards=mesh.num_shards,
         num_replicas=mesh.num_replicas,
+        target="target" if transcodes else None,
         **({} if dead else {"dead_latents": "none"}) | options,
     )
     with _with_dead(_DEAD_SCALE, mask):
-        training = SAETraining(sae, cfg, d, mesh, device)
+        training = SAETraining(sae, cfg, d, mesh, device, d_out=d if transcodes else None)
+    if architecture in ("relu", "gated"):
+        # Pre-activations of random rows are standard normal.
+        training.sae.b_enc.data.fill_(-threshold_of(f))
     if mask is not None:
         silent = _local(mask, training.sae)
         training.dead.tokens_since_fired.masked_fill_(silent, 2 * START_DEAD * n)
@@ -191,10 +205,11 @@ class OurStep:
         if not graph:
             no_graph_(self.training)
         self.x = torch.randn(shape[0], shape[1], device=device)
+        self.y = None if self.training.target is None else torch.randn_like(self.x)
         self._timer = PhaseTimer(self.training.device, enabled=False)
 
     def __call__(self) -> StepMetrics:
-        return self.training.step(self.x, self._timer)
+        return self.training.step(self.x, self._timer, self.y)
 
     def about(self) -> dict[str, str]:
         """The kind of its steps, and a remark where latents that must be dead have fired."""

@@ -12,10 +12,11 @@ import typer
 
 from flash_sae_dist.activations.loader import ActivationLoader
 from flash_sae_dist.activations.store import ActivationStore
-from flash_sae_dist.launch import bench_cache, bench_stream
+from flash_sae_dist.launch import bench_cache, bench_step, bench_stream
 from flash_sae_dist.launch.bench_against import compare
 from flash_sae_dist.launch.bench_load import HOOKPOINT, load, load_rate, make_store, read_rate
-from flash_sae_dist.launch.bench_step import EXACT, OURS
+from flash_sae_dist.launch.bench_peers import BY_ARCHITECTURE, sae_lens_step, sparsify_step
+from flash_sae_dist.launch.bench_step import EXACT, OURS, PEERS
 from flash_sae_dist.launch.bench_train import train
 from flash_sae_dist.launch.bench_training import (
     SHAPES,
@@ -118,6 +119,46 @@ def test_checkouts_are_timed_in_turns(tmp_path: Path) -> None:
 
 def test_the_exact_row_is_first() -> None:
     assert next(iter(OURS)) == EXACT
+
+
+def test_rows_by_threshold_have_their_mean_l0() -> None:
+    for name in (name for name in OURS if "mean L0 64" in name):
+        assert 54 < float(OurStep(TINY, CPU, **OURS[name])().l0) < 74
+
+
+@pytest.mark.parametrize(
+    "architecture", ["TopK", "BatchTopK", "MatryoshkaBatchTopK", "JumpReLU", "Standard", "Gated"]
+)
+def test_sae_lens_classes_train(architecture: str) -> None:
+    pytest.importorskip("sae_lens")
+    step = sae_lens_step(TINY, architecture, "cpu")
+    losses = [float(step()) for _ in range(4)]
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"transcode": True, "skip_connection": True}], ids=str)
+def test_sparsify_coder_trains(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
+    pytest.importorskip("sparsify")
+    step = sparsify_step(TINY, "cpu", **options)
+    losses = [float(step()) for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+def test_peers_stand_beside_ours_of_their_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {ours for ours, _ in BY_ARCHITECTURE.values()} <= OURS.keys()
+    times = iter(range(1, 99))
+    monkeypatch.setattr(bench_step, "_alone", lambda make, repeats: {"ms": float(next(times))})
+    rows = {row["implementation"]: row for row in bench_step._rows(TINY, "SAELens's B", 1)}
+    assert list(rows) == [EXACT, "ours, BatchTopK", "SAELens's BatchTopK"]
+    assert rows["ours, BatchTopK"]["x exact"] == 2
+    assert rows["SAELens's BatchTopK"]["x ours"] == 1.5
+    rows = {row["implementation"]: row for row in bench_step._rows(TINY, "sparsify", 1)}
+    peers = [name for name in PEERS if "sparsify" in name]
+    assert list(rows) == [EXACT, "ours, transcoder", "ours, skip transcoder", *peers]
+    assert rows["sparsify, fused Adam"]["x ours"] == (
+        rows["sparsify, fused Adam"]["ms"] / rows[EXACT]["ms"]
+    )
 
 
 def test_the_store_that_is_made_is_whole_and_its_documents_differ(tmp_path: Path) -> None:

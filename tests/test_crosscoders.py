@@ -274,6 +274,10 @@ def test_it_goes_through_the_verbs(tmp_path: Path) -> None:
     assert "of architecture 'topk_crosscoder', which SAELens cannot hold" in told.replace(
         "batch_topk_crosscoder", "topk_crosscoder"
     )
+    verb("export", "export.formats=[flash_sae_dist,dictionary_learning]")
+    written = tmp_path / "run/export/flash_sae_dist" / folders[0].relative_to(tmp_path / "run")
+    assert interop.load(written).spec() == load_sae(folders[0] / "sae").spec()
+    assert not (tmp_path / "run/export/dictionary_learning").exists(), "of two widths"
     words = (f"SAE={folders[0] / 'sae'}", f"output={tmp_path / 'o'}", "evaluate.rows=all")
     verb("evaluate", f"evaluate.hookpoint={joined}", *words)
     told = verb("evaluate", f"evaluate.hookpoint={two}+{one}", *words, code=2)

@@ -25,6 +25,7 @@ from flash_sae_dist.interop import FORMATS, About, delphi, hook_names
 from flash_sae_dist.launch.cli import build
 from flash_sae_dist.models import ARCHITECTURES
 from flash_sae_dist.models.base import SparseCoder
+from flash_sae_dist.models.crosscoder import Crosscoder
 from flash_sae_dist.models.jumprelu import JumpReLU, JumpReLUConfig
 
 ABOUT = About("model.layers.3", "EleutherAI/pythia-70m", 64)
@@ -99,6 +100,9 @@ def made_of(architecture: str, **place: int) -> SparseCoder:
     )
     sae = perturbed(kind.from_config(config, D_IN, **place).eval())
     with torch.no_grad():
+        if issubclass(kind, Crosscoder):
+            # Others' are made so, which multiplies activations.
+            sae.W_dec.copy_(torch.nn.functional.normalize(sae.W_dec, dim=1))
         if "threshold" in dict(sae.named_buffers()):
             sae.threshold.copy_(0.2 + torch.rand(D_SAE))
     return sae

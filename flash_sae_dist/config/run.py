@@ -12,6 +12,7 @@ from .data import CacheConfig, ModelConfig, TextConfig
 from .train import STEP_IS_GONE
 
 ExportFormat = Literal[
+    "flash_sae_dist",
     "sae_lens",
     "sparsify",
     "dictionary_learning",

@@ -330,6 +330,20 @@ class AutogradTrainConfig(_DenseTrainConfig):
 
     engine: Literal["autograd"]
     """PyTorch's autograd and an optimizer over dense gradients, such as torch.optim.Adam."""
+    moment_dtype: Literal["float32", "8bit"] = "float32"
+    """Adam's moments. 8bit: those of the matrices are kept in 8 bits with a scale of 256 elements
+    each, by bitsandbytes (optimizer adam or adamw, rows of a width that 256 divides)."""
+
+    @model_validator(mode="after")
+    def _eight_bit_is_adams(self) -> Self:
+        if self.moment_dtype == "8bit":
+            for key, none in (("optimizer", ("muon", "signum")), ("precision", ("float64",))):
+                if (given := getattr(self, key)) in none:
+                    raise ValueError(
+                        f"train.moment_dtype='8bit' is of adam and adamw in float32, not of "
+                        f"train.{key}={given!r}; drop one"
+                    )
+        return self
 
 
 class DeepSpeedTrainConfig(_DenseTrainConfig):

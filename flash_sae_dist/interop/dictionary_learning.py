@@ -1,7 +1,9 @@
 """dictionary_learning: `ae.pt`, a state_dict, and `config.json` of its trainer.
 
 Its TopK and BatchTopK SAEs have the same tensors; `dict_class` in config.json tells them apart. A
-BatchTopK SAE has one threshold for all latents, which its loader takes at inference.
+BatchTopK SAE has one threshold for all latents, which its loader takes at inference. Crosscoders
+are those of the fork that trains them (crosscoders.py): `ae.pt`, or as its classes save them for
+the hub.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from ..models.about import About
 from ..models.matryoshka import prefix_widths
-from . import files
+from . import crosscoders, files
 from .contents import (
     Contents,
     centred,
@@ -31,6 +33,7 @@ from .hook_names import layer_of
 
 logger = logging.getLogger(__name__)
 WEIGHTS_FILE, CONFIG_FILE = "ae.pt", "config.json"
+_HUB_FILE = "model.safetensors"
 _TOPK = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
 _JUMPRELU = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 _RELU = {**_TOPK, "bias": "b_dec"}
@@ -52,6 +55,7 @@ _CLASSES = {
     "AutoEncoder": "relu",
     "AutoEncoderNew": "relu",
     "GatedAutoEncoder": "gated",
+    **crosscoders.CLASSES,
 }
 
 
@@ -230,6 +234,8 @@ CONVERTERS: Converters = {
     "jumprelu": (_jumprelu_to, _jumprelu_from),
     "relu": (_relu_to, _relu_from),
     "gated": (_gated_to, _gated_from),
+    "relu_crosscoder": (crosscoders.relu_to, crosscoders.relu_from),
+    "batch_topk_crosscoder": (crosscoders.batch_topk_to, crosscoders.batch_topk_from),
 }
 
 
@@ -239,6 +245,8 @@ def write(sae: Contents, folder: Path) -> None:
     """
     weights, trainer = CONVERTERS[sae.architecture][0](sae)
     d_sae, d_in = sae.weights["W_dec"].shape
+    # Of a crosscoder's hookpoints, which are side by side, one.
+    d_in //= len(sae.keys.get("sources", (d_in,)))
     trainer |= {
         "activation_dim": d_in,
         "dict_size": d_sae,
@@ -266,19 +274,45 @@ def _config(file: Path) -> dict[str, Any]:
     )
 
 
+def _hub_config(folder: Path) -> dict[str, Any]:
+    """What config.json beside a crosscoder of the hub says, as a trainer would."""
+    config = files.read_config(folder / CONFIG_FILE)
+    if not {"activation_dim", "dict_size"} <= config.keys():
+        raise files.no_whole(folder, f"{CONFIG_FILE} is of no dictionary, but of something else")
+    files.check_keys(
+        folder / CONFIG_FILE, config, {"encoder_layers": None, "num_decoder_layers": None}
+    )
+    return config
+
+
+def _found(path: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The file of a path, its tensors, and what is told of its trainer."""
+    file = path / WEIGHTS_FILE if path.is_dir() else path
+    if file.suffix == ".safetensors" or (path.is_dir() and not file.is_file()):
+        file = path / _HUB_FILE if path.is_dir() else path
+        return file, dict(files.read_safetensors(file)), _hub_config(file.parent)
+    # Crosscoders' tensors tell all; the config of others must.
+    alone = crosscoders.holds(found := files.read_pt(file)) and not any(
+        (at / CONFIG_FILE).is_file() for at in (file.parent, file.parent.parent)
+    )
+    return file, found, {} if alone else _config(file)
+
+
 def read(path: Path, k: int | None = None) -> Contents:
-    """Reads what `write` or the library wrote: a folder, or one of its .pt files. Raises ValueError
+    """Reads what `write` or the library wrote: a folder, or one of its files. Raises ValueError
     for an architecture that is not read, or damage.
     """
     del k
-    file = path / WEIGHTS_FILE if path.is_dir() else path
-    files.check(file.parent)
-    trainer = _config(file)
-    found = files.read_pt(file)
+    files.check(path if path.is_dir() else path.parent)
+    file, found, trainer = _found(path)
     theirs = trainer.get("dict_class")
+    if crosscoders.holds(found):
+        theirs = crosscoders.class_of(found)
     name = _CLASSES.get(str(theirs))
     weights, keys = converter(file, CONVERTERS, name, theirs)(file, found, trainer)
     d_sae, d_in = trainer.get("dict_size"), trainer.get("activation_dim")
+    if isinstance(d_in, int):
+        d_in *= len(keys.get("sources", (d_in,)))
     check_told(file, weights, d_sae=d_sae, d_in=d_in)
     model, hookpoint = trainer.get("lm_name"), trainer.get("submodule_name")
     about = About(
@@ -300,6 +334,6 @@ FORMAT = Format(
     CONVERTERS,
     read,
     write,
-    lambda names: WEIGHTS_FILE in names,
+    lambda names: WEIGHTS_FILE in names or {_HUB_FILE, CONFIG_FILE} <= names,
     _is_file,
 )

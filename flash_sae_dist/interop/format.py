@@ -33,6 +33,7 @@ class Format(NamedTuple):
     file: Callable[[About], str] | None = None  # the name of one that is no folder
     layer_norm: bool = False  # whether it says that tokens are standardised
     transcoders: frozenset[str] = frozenset()  # architectures of transcoders that it holds
+    one_width: bool = True  # whether a crosscoder's hookpoints must be of one
 
     def check_holds(self, architecture: str, keys: Mapping[str, Any], what: str) -> None:
         """Raises ValueError where the format has no place for an SAE of those keys."""
@@ -50,6 +51,11 @@ class Format(NamedTuple):
             raise ValueError(
                 f"{what} is of architecture {architecture!r}, which {self.title} cannot hold as "
                 f"written here, only {', '.join(sorted(self.converters))}; name another format"
+            )
+        if self.one_width and len(set(widths := keys.get("sources", ()))) > 1:
+            raise ValueError(
+                f"{what} is a crosscoder of hookpoints of widths {list(widths)}, of which "
+                f"{self.title} can hold only one; name another format"
             )
 
 

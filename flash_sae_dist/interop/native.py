@@ -34,6 +34,7 @@ FORMAT = Format(
     write,
     lambda names: {CONFIG_FILE, WEIGHTS_FILE} <= names,
     layer_norm=True,
+    one_width=False,
     # A crosscoder gives the rows that it reads.
     transcoders=frozenset(
         n for n, kind in ARCHITECTURES.items() if not issubclass(kind, Crosscoder)

@@ -32,6 +32,7 @@ from ..models.multi_topk import MultiTopK, MultiTopKConfig
 from ..models.threshold import ThresholdCoder
 from ..models.topk import TopKSAE
 from ..training.defaults import with_defaults
+from ..training.eight_bit import BLOCK, check_eight_bit, wants_eight_bit
 from ..training.engine import choose_engine
 from ..training.engines.dead_step import MAX_BLOCK_BYTES
 from ..training.engines.density import BLOCK_ELEMENTS, SHARES
@@ -152,6 +153,7 @@ def work_of(name: str, config: Config, d_in: int, dtype: str, *, on_gpu: bool) -
     assert train is not None
     d_sae = sae.width(d_in)
     train = with_defaults(train, sae, d_in)
+    check_eight_bit(train, (1, d_in))
     device = torch.device("cuda" if on_gpu else "cpu")
     kind = ARCHITECTURES[sae.architecture]
     by_batch: Literal["threshold", "batch"] = (
@@ -215,7 +217,10 @@ def kept_bytes(work: Work, num_shards: int) -> dict[str, int]:
     if fused and work.compute.itemsize != work.master:
         kept["compute copies"] = matrices * work.compute.itemsize
     kept["moments"] = 2 * (matrices * work.moment + vectors * work.master) if fused else 2 * whole
-    if work.train.optimizer == "muon":
+    if wants_eight_bit(work.train):
+        # Two of one byte and their scales.
+        kept["moments"] = 2 * (matrices + matrices // BLOCK * 4 + vectors * 4)
+    elif work.train.optimizer == "muon":
         kept["moments"] -= matrices * work.master
     elif work.train.optimizer == "signum":
         kept["moments"] = whole

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..config.train import TrainConfig
 from ..models.base import SparseCoder
 from ..parallel.mesh import Mesh
+from .eight_bit import check_eight_bit, eight_bit_adam, is_eight_bit, names_of, wants_eight_bit
 from .muon import Muon
 from .schedule_free import ScheduleFreeSign
 
@@ -37,12 +38,17 @@ def make_optimizer(sae: SparseCoder, cfg: TrainConfig, lr: float) -> torch.optim
                 split = sae.roles[name] == "rows"
                 rows[param] = (sae.d_sae, sae.mesh) if split else (param.shape[0], None)
         return Muon(groups, lr, rows_of=rows, betas=betas, eps=eps, decay=decay)
+    if wants_eight_bit(cfg):
+        check_eight_bit(cfg, *(p.shape for p in sae.parameters() if p.ndim == 2))
+        return eight_bit_adam(groups, lr=lr, betas=betas, eps=eps)
     kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def moments_of(optimizer: torch.optim.Optimizer, param: Tensor) -> tuple[str, ...]:
-    """The names of what an optimizer keeps of a parameter, as large as it."""
+    """The names of what an optimizer keeps of a parameter, as large as it or as long."""
+    if is_eight_bit(optimizer):
+        return names_of(param)
     if isinstance(optimizer, ScheduleFreeSign):
         return ("z",)
     if isinstance(optimizer, Muon) and param in optimizer.rows_of:

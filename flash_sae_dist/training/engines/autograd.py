@@ -30,6 +30,7 @@ from ...models.sparsity import Batch
 from ...models.threshold import ThresholdCoder
 from ...parallel.collectives import all_reduce_
 from ...parallel.selection import global_limits
+from .. import eight_bit
 from ..dense_optimizers import make_optimizer, moments_of
 from ..metrics import PhaseTimer, StepMetrics
 from ..optim import (
@@ -102,6 +103,12 @@ class AutogradEngine(Engine):
         """See Engine."""
         return moments_of(self.optimizer, param)
 
+    def kept(self, param: Tensor, moment: str) -> Tensor | None:
+        """See Engine."""
+        if eight_bit.is_eight_bit(self.optimizer):
+            return eight_bit.kept(self.optimizer, param, moment)
+        return super().kept(param, moment)
+
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
         """The parameters, or of a schedule-free optimizer their average with decoder rows at unit
@@ -117,6 +124,11 @@ class AutogradEngine(Engine):
 
     def load_state(self, state: dict[str, Tensor], step: int) -> None:
         """See Engine."""
+        if eight_bit.is_eight_bit(self.optimizer):
+            for name, param in self.sae.named_parameters():
+                param.detach().copy_(state[name])
+            eight_bit.load_(self.optimizer, self.sae, state, step)
+            return
         super().load_state(state, step)
         if isinstance(self.optimizer, ScheduleFreeSign):
             self.optimizer.count = step

@@ -89,9 +89,14 @@ class Engine(ABC):
         return
 
     def moments_of(self, param: Tensor) -> tuple[str, ...]:
-        """Names of the optimizer's state of a parameter that is as large as it."""
+        """Names of the optimizer's state of a parameter that is as large as it, or as long."""
         del param
         return self.moments
+
+    def kept(self, param: Tensor, moment: str) -> Tensor | None:
+        """What the optimizer has of that name, by reference; None before its first step."""
+        found: Tensor | None = self.optimizer.state[param].get(moment)
+        return found
 
     def forget_(self, mask: Tensor) -> None:
         """Begins the optimizer's state of the latents in mask [d_sae_local] anew, whose parameters
@@ -99,8 +104,8 @@ class Engine(ABC):
         """
         for name, param in self.sae.named_parameters():
             for moment in set(self.moments_of(param)) - {"ema"}:
-                if self.sae.roles[name] == "rows" and moment in self.optimizer.state[param]:
-                    kept = self.optimizer.state[param][moment]
+                kept = self.kept(param, moment)
+                if self.sae.roles[name] == "rows" and kept is not None:
                     kept[mask] = param.detach()[mask].to(kept) if moment in COPIES else 0
 
     def weights(self) -> dict[str, Tensor]:
@@ -116,7 +121,8 @@ class Engine(ABC):
                 # torch's optimizers make them at their first step.
                 zero = param.detach().new_zeros(()).expand_as(param)
                 start = param.detach() if moment in COPIES else zero
-                out[f"{moment}.{name}"] = self.optimizer.state[param].get(moment, start)
+                kept = self.kept(param, moment)
+                out[f"{moment}.{name}"] = start if kept is None else kept
         return out
 
     @torch.no_grad()
