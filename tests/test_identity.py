@@ -23,12 +23,15 @@ from flash_sae_dist.activations.store import ActivationStore, make_geometry
 from flash_sae_dist.activations.writer import StoreWriter
 from flash_sae_dist.config.base import ConfigError, UserError, section_models
 from flash_sae_dist.config.data import ModelConfig
+from flash_sae_dist.config.train import TrainConfig
 from flash_sae_dist.evaluation.finished import finished_saes
 from flash_sae_dist.evaluation.runner import run_evaluation
 from flash_sae_dist.files import read_json, write_json
+from flash_sae_dist.grid.plan import jobs_of
 from flash_sae_dist.grid.runner import run_jobs
 from flash_sae_dist.training import made_of
 from flash_sae_dist.training.job import Config, parse_config, with_values
+from flash_sae_dist.training.optim import budget_lr, default_lr
 from flash_sae_dist.training.records import DamagedRecordError
 from flash_sae_dist.training.trainer import Trainer
 from tests.tiny_model import config_data, save_llama, save_text
@@ -271,6 +274,45 @@ def test_a_longer_run_goes_on_and_says_how(
     assert all(torch.equal(w, before[n]) for n, w in weights(data).items())
     with pytest.raises(ConfigError, match=rf"is {STEPS} steps, but .* trained for {2 * STEPS}"):
         train(data_in(base) | out)
+
+
+def test_a_run_keeps_the_learning_rate_that_it_began_with(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is left out goes with the number of tokens, or was another in an older version."""
+    out = {"output": str(tmp_path / "run")}
+    left_out = {"lr": None, "warmup_steps": None, "batch_tokens": 16}
+    caplog.set_level(logging.INFO)
+    store = ActivationStore.open(str(base / "store.zarr"))
+    first = data_in(base, **left_out, num_tokens=16 * 5000)
+    record = made_of.made_of(parse_config(first | out), store, CPU)
+    assert record["step"]["train.lr"] == pytest.approx(budget_lr(64, 5000))
+    assert record["step"]["train.warmup_steps"] is None
+    folder = tmp_path / "run" / JOB
+    folder.mkdir(parents=True)
+    made_of.write(folder, record)
+    longer = data_in(base, **left_out, num_tokens=16 * 10**5) | out
+
+    def begun(data: dict[str, Any]) -> TrainConfig:
+        (job,) = jobs_of(parse_config(data), store.hookpoints, grid=False)
+        job = made_of.as_begun(job, 16)
+        made_of.check_same_job(job, store, CPU)
+        assert job.config.train is not None
+        return job.config.train
+
+    assert begun(longer).lr == record["step"]["train.lr"]
+    assert "goes on at the learning rate that it began with" in caplog.text
+    with pytest.raises(ConfigError, match=r"train\.lr="):
+        begun(data_in(base, **left_out | {"lr_rule": "width"}, num_tokens=16 * 10**5) | out)
+    # A record of a version in which the rate did not go with the budget, and warm-up was 1000.
+    record["step"] |= {"train.lr": default_lr(64), "train.warmup_steps": 1000}
+    made_of.write(folder, record | {"digest": made_of._digest(record)})
+    kept = begun(longer)
+    assert (kept.lr, kept.warmup_steps) == (default_lr(64), 1000)
+    record["step"]["train.lr"] = 0.5
+    made_of.write(folder, record | {"digest": made_of._digest(record)})
+    with pytest.raises(ConfigError, match=r"train\.lr=.* differs from 0\.5"):
+        begun(longer)
 
 
 def test_other_versions_are_a_log_line(
@@ -584,7 +626,7 @@ def test_the_digest_covers_a_key_or_the_key_is_free(base: Path) -> None:
 def test_what_is_left_out_is_what_it_comes_to(base: Path) -> None:
     store = ActivationStore.open(str(base / "store.zarr"))
     plain = parse_config(data_in(base, lr=None))
-    values = {"train.lr": 2e-4 / (64 / 2**14) ** 0.5, "train.k_aux": 8, "train.engine": "fused"}
+    values = {"train.lr": 8 * 2e-4 / (64 / 2**14) ** 0.5, "train.k_aux": 8, "train.engine": "fused"}
     values |= {"train.precision": "float32", "sae.d_sae": None, "sae.expansion_factor": 4.0}
     digests = [
         made_of.made_of(c, store, CPU)["digest"] for c in (plain, with_values(plain, values))
@@ -596,7 +638,7 @@ def test_what_is_left_out_is_what_it_comes_to(base: Path) -> None:
             store,
             CPU,
         )
-        for rule in ({}, {"train.lr_rule": "budget"})
+        for rule in ({}, {"train.lr_rule": "width"})
     )
     with pytest.raises(ConfigError, match=r"train\.lr="):
         made_of.check_same("it", before, after)

@@ -208,7 +208,7 @@ def test_what_is_left_out_has_a_source() -> None:
     usual = {name: FusedTrainConfig(num_tokens=9, optimizer=name) for name in ("adam", "adamw")}
     usual |= {name: FusedTrainConfig(num_tokens=9, optimizer=name) for name in ("muon", "signum")}
     found = {name: with_defaults(cfg, sae, 8) for name, cfg in usual.items()}
-    rates = {"adam": 1e-4, "adamw": 1e-4, "muon": 2e-3, "signum": 2.5e-3}
+    rates = {"adam": 8e-4, "adamw": 8e-4, "muon": 2e-3, "signum": 2.5e-3}
     assert {name: cfg.lr for name, cfg in found.items()} == pytest.approx(rates)
     decays = {"adam": None, "adamw": 0.01, "muon": 0.0, "signum": None}
     assert {name: cfg.weight_decay for name, cfg in found.items()} == decays

@@ -16,7 +16,7 @@ from flash_sae_dist.models.crosscoder import TopKCrosscoderConfig
 from flash_sae_dist.models.relu import ReLUConfig
 from flash_sae_dist.models.topk import TopKConfig, TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh
-from flash_sae_dist.training.defaults import with_defaults
+from flash_sae_dist.training.defaults import usual_lr, with_defaults
 from flash_sae_dist.training.metrics import PhaseTimer
 from flash_sae_dist.training.optim import budget_lr, clip_grads_, default_lr, lr_at
 from flash_sae_dist.training.sparse_adam import SparseAdam
@@ -163,9 +163,8 @@ def test_ghost_gradients_train() -> None:
 
 def test_the_running_average_is_what_is_kept() -> None:
     t = training(ema_decay=0.9)
-    average = {n: p.detach().clone() for n, p in t.sae.named_parameters()}
     t.init_b_dec(batch(0))
-    average["b_dec"].copy_(t.sae.b_dec.detach())
+    average = {n: p.detach().clone() for n, p in t.sae.named_parameters()}
     for i in range(6):
         t.step(batch(i), PhaseTimer(CPU, enabled=False))
         if i == 0:
@@ -202,16 +201,25 @@ def test_the_learning_rate_of_a_budget() -> None:
     assert budget_lr(2**14, 75_000) == pytest.approx(4e-4)
     assert budget_lr(2**12, 75_000) == pytest.approx(8e-4)
     assert budget_lr(2**14, 10**6) == default_lr(2**14), "never less than the usual"
-    cfg = {"num_tokens": 3000 * BATCH, "batch_tokens": BATCH, "lr_rule": "budget"}
+    cfg = {"num_tokens": 3000 * BATCH, "batch_tokens": BATCH}
     t = SAETraining(TopKConfig(k=K, d_sae=2**14), FusedTrainConfig(**cfg), D_IN, Mesh.single(), CPU)
     assert t.peak_lr == pytest.approx(1.6e-3)
     rates = [lr_at(step, 3000, 1.0, t.cfg) for step in (74, 149, 2000)]
     assert rates == pytest.approx([0.5, 1, 1]), "a twentieth of the steps is warm-up"
     assert lr_at(500, 10**5, 1.0, t.cfg) == pytest.approx(0.501), "1000 steps at the most"
     with pytest.raises(ValueError, match="says nothing beside train.lr=0.1"):
-        FusedTrainConfig(**cfg, lr=0.1)
+        FusedTrainConfig(**cfg, lr=0.1, lr_rule="budget")
     with pytest.raises(ConfigError, match="with Adam, not of sae.architecture='relu'"):
-        with_defaults(FusedTrainConfig(**cfg), ReLUConfig(d_sae=D_SAE), D_IN)
+        with_defaults(FusedTrainConfig(**cfg, lr_rule="budget"), ReLUConfig(d_sae=D_SAE), D_IN)
+    for sae, more, rate in (
+        (TopKConfig(k=K, d_sae=2**14), {"lr_rule": "width"}, 2e-4),
+        (TopKConfig(k=K, d_sae=2**14), {"init_from": "x"}, 2e-4),
+        (TopKConfig(k=K, d_sae=2**14), {"init_from": "x", "lr_rule": "budget"}, 1.6e-3),
+        (TopKConfig(k=K, d_sae=2**14), {"target": "y"}, 2e-4),
+        (TopKCrosscoderConfig(k=K, d_sae=2**14), {}, 2e-4),
+        (ReLUConfig(d_sae=2**14), {}, 5e-5),
+    ):
+        assert usual_lr(FusedTrainConfig(**cfg, **more), sae, D_IN) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("engine", ["fused", "autograd"])

@@ -81,15 +81,16 @@ class TrainConfig(StrictModel):
     1 - lr * weight_decay; biases are not. Left out, 0.01 for adamw (torch's), 0 for muon
     (sparsify's)."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; left out, the architecture's: 2e-4 / sqrt(d_sae / 2**14) for those of the
-    TopK family (Gao et al. 2024), 7e-5 for jumprelu (its paper's), 5e-5 for gated
-    (dictionary_learning's) and relu (Anthropic's of April 2024). With other optimizers sparsify's:
-    2e-3 for muon, 5e-3 / sqrt(d_sae / 2**14) for signum."""
-    lr_rule: Literal["width", "budget"] = "width"
-    """What lr stands for where it is left out. width: see lr, the same for any number of steps.
-    budget: that of the TopK family times sqrt(300,000 / steps) in shorter runs, 8 at the most, with
-    a warm-up of a twentieth of the steps at the most: short runs end at a far lower error
-    (docs/notes/quality.md). A run that may be trained for longer needs lr itself."""
+    """Peak learning rate; left out, the architecture's: for those of the TopK family
+    2e-4 / sqrt(d_sae / 2**14) (Gao et al. 2024) times what lr_rule says, 7e-5 for jumprelu (its
+    paper's), 5e-5 for gated (dictionary_learning's) and relu (Anthropic's of April 2024). With
+    other optimizers sparsify's: 2e-3 for muon, 5e-3 / sqrt(d_sae / 2**14) for signum. A run that
+    goes on for longer keeps the rate that it began with."""
+    lr_rule: Literal["width", "budget"] | None = None
+    """How lr, where it is left out, goes with the length of a run. budget: in runs of fewer than
+    300,000 steps sqrt(300,000 / steps) times the TopK family's, 8 at the most; width: the same for
+    any number of steps. Left out, budget for SAEs of the TopK family that begin from random weights
+    with Adam, where short runs end at a far lower error (docs/notes/quality.md), else width."""
     schedule: Schedule = "warmup_stable_decay"
     """The learning rate after its warm-up, by the names of transformers: warmup_stable_decay stays
     and falls linearly to zero over the last part of the steps (decay_fraction); linear and cosine
@@ -100,8 +101,8 @@ class TrainConfig(StrictModel):
     """How many times the learning rate falls to zero (schedule cosine_with_restarts)."""
     min_lr_rate: float = Field(default=0.1, ge=0, lt=1)
     """Part of the peak that is left at the end (schedule cosine_with_min_lr)."""
-    warmup_steps: int = Field(default=1000, ge=0)
-    """Steps of linear warm-up."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps of linear warm-up; left out, 1,000 or a twentieth of all, whichever is fewer."""
     decay_fraction: float = Field(default=0.2, ge=0, le=1)
     """Last part of the steps over which the learning rate falls linearly to zero (schedule
     warmup_stable_decay)."""
@@ -152,10 +153,11 @@ class TrainConfig(StrictModel):
     replicas as go with them where num_replicas is left out, too."""
     num_replicas: int = Field(default=1, gt=0)
     """Copies of the sharded SAE that split each batch."""
-    encoder_scale: Literal["unit", "least_squares"] = "unit"
+    encoder_scale: Literal["unit", "least_squares"] | None = None
     """Norm of the encoder's rows at the start, for latents that are chosen by rank (the TopK
     family). unit: 1, as the decoder's. least_squares: the one at which the first batch's
-    reconstruction is neither too long nor too short, in the sense of least squares."""
+    reconstruction is neither too long nor too short, in the sense of least squares. Left out,
+    least_squares for SAEs of the TopK family that begin from random weights, else unit."""
     init_from: Folder | None = None
     """SAE to begin from in place of random weights: a file or folder of any format that
     `flash-sae convert` knows, or owner/name of the hub. The section sae says its architecture and

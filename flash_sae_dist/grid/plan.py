@@ -29,7 +29,7 @@ from ..training.defaults import with_defaults
 from ..training.engine import check_engine, check_installed
 from ..training.initial import read_initial
 from ..training.job import Config
-from ..training.made_of import check_same_job
+from ..training.made_of import as_begun, check_same_job
 from ..training.member import is_finished
 from ..training.optim import warmup_steps
 from ..training.records import Job, hookpoint_of, hookpoints_of, width_of
@@ -78,6 +78,8 @@ def make_plan(
     something does not fit.
     """
     jobs = jobs_of(config, rows.hookpoints, grid=grid, where=rows.where)
+    # What does not fit is told below, by names.
+    jobs = [as_begun(job, width_of(job, rows.widths)) for job in jobs]
     for job in jobs:
         check_installed(_train(job))
     check_fit(jobs, rows.widths, mesh)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from ..config.base import ConfigError, sources_of
 from ..config.sae import SAEConfig
@@ -47,8 +47,9 @@ def with_defaults(train: _Train, sae: SAEConfig, d_in: int) -> _Train:
     decay = {"adamw": 0.01, "muon": 0.0}.get(train.optimizer)
     return train.model_copy(
         update={
-            "lr": _usual_lr(train, usual.lr, sae.architecture, sae.width(d_in)),
+            "lr": usual_lr(train, sae, d_in),
             "weight_decay": decay if train.weight_decay is None else train.weight_decay,
+            "encoder_scale": train.encoder_scale or _usual_scale(train, kind),
             "adam_betas": usual.adam_betas if train.adam_betas is None else train.adam_betas,
             "dead_latents": usual.dead_latents if chosen is None else chosen,
         }
@@ -86,37 +87,48 @@ def _check_hookpoint(train: TrainConfig, sae: SAEConfig) -> None:
         )
 
 
-def _usual_lr(train: TrainConfig, own: float | None, architecture: str, d_sae: int) -> float:
+def usual_lr(train: TrainConfig, sae: SAEConfig, d_in: int) -> float:
     """train.lr, or what it stands for where it is left out: the optimizer's own, or else that of
-    the architecture.
+    the architecture. Raises ConfigError where train.lr_rule has no rate to go by.
     """
     if train.lr is not None:
         return train.lr
-    whose = f"sae.architecture={architecture!r}"
+    kind, d_sae = ARCHITECTURES[sae.architecture], sae.width(d_in)
+    own, whose = kind.defaults.lr, f"sae.architecture={sae.architecture!r}"
     if (rate := optimizer_lr(train.optimizer, d_sae)) is not None:
         own, whose = rate, f"train.optimizer={train.optimizer!r}"
-    if train.lr_rule == "budget":
-        if own is not None:
+    if own is not None:
+        if train.lr_rule == "budget":
             raise ConfigError(
                 f"train.lr_rule='budget' is of the TopK family with Adam, not of {whose}, whose "
                 f"rate is {own:g}; give train.lr, or drop it"
             )
-        return budget_lr(d_sae, -(-train.num_tokens // train.batch_tokens))
-    return default_lr(d_sae) if own is None else own
+        return own
+    tried = train.init_from is None and train.target is None and not issubclass(kind, Crosscoder)
+    if (train.lr_rule or ("budget" if tried else "width")) == "width":
+        return default_lr(d_sae)
+    return budget_lr(d_sae, -(-train.num_tokens // train.batch_tokens))
+
+
+def _usual_scale(train: TrainConfig, kind: type[SparseCoder]) -> Literal["unit", "least_squares"]:
+    return "unit" if _not_scaled(train, kind) else "least_squares"
+
+
+def _not_scaled(train: TrainConfig, kind: type[SparseCoder], architecture: str = "") -> str | None:
+    """What train.encoder_scale does not scale; None where it does."""
+    if train.init_from is not None:
+        return f"train.init_from={train.init_from!r}, whose encoder is given"
+    if train.target is not None:
+        return f"train.target={train.target!r}: a transcoder's decoder begins at zero"
+    if issubclass(kind, Crosscoder):
+        return f"crosscoders such as sae.architecture={architecture!r}"
+    if kind.is_pairwise:
+        return "latents that are active above a threshold, of which half are at the start"
+    return None
 
 
 def _check_start(train: TrainConfig, kind: type[SparseCoder], architecture: str) -> None:
     """Raises ConfigError where train.encoder_scale scales nothing."""
-    if train.encoder_scale == "unit":
-        return
-    what = None
-    if train.init_from is not None:
-        what = f"train.init_from={train.init_from!r}, whose encoder is given"
-    elif train.target is not None:
-        what = f"train.target={train.target!r}: a transcoder's decoder begins at zero"
-    elif issubclass(kind, Crosscoder):
-        what = f"crosscoders such as sae.architecture={architecture!r}"
-    elif kind.is_pairwise:
-        what = "latents that are active above a threshold, of which half are at the start"
-    if what is not None:
+    what = _not_scaled(train, kind, architecture)
+    if train.encoder_scale == "least_squares" and what is not None:
         raise ConfigError(f"train.encoder_scale={train.encoder_scale!r} is not for {what}; drop it")

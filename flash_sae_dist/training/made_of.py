@@ -27,7 +27,7 @@ from ..identity import (
     versions,
 )
 from . import checkpoint
-from .defaults import with_defaults
+from .defaults import usual_lr, with_defaults
 from .engine import choose_engine
 from .initial import digest_of
 from .job import Config
@@ -38,7 +38,7 @@ from .step import resolve_precision
 logger = logging.getLogger(__name__)
 MADE_OF = "made_of.json"
 # What jobs did that are older than a key whose default is another.
-_BEFORE = {"train.holdout": 0.0}
+_BEFORE = {"train.holdout": 0.0, "train.encoder_scale": "unit"}
 
 
 def step_values(config: Config, d_in: int, device: torch.device) -> dict[str, Any]:
@@ -182,6 +182,43 @@ def other_rows(was: dict[str, Any], now: dict[str, Any]) -> Difference | None:
     return difference(was_named, now_named)
 
 
+def as_begun(job: Job, d_in: int) -> Job:
+    """The job with what it began with for keys that are left out and whose defaults go with the
+    number of tokens, or were others in older versions; a log line tells the learning rate.
+    """
+    train, sae = job.config.train, job.config.sae
+    assert train is not None
+    assert sae is not None
+    if found := [record for _, record in records(job.folder)]:
+        was, num_tokens = _BEFORE | found[-1]["step"], int(found[-1]["num_tokens"])
+    elif (before := read_job(job.folder)) is not None and before.train is not None:
+        begun = _before(before.train)
+        was = {"train.lr": usual_lr(begun, sae, d_in)}
+        was |= {f"train.{key}": getattr(begun, key) for key in ("warmup_steps", "encoder_scale")}
+        num_tokens = begun.num_tokens
+    else:
+        return job
+    kept: dict[str, Any] = {}
+    if train.lr is None and (rate := was.get("train.lr")) != usual_lr(train, sae, d_in):
+        shorter = train.model_copy(update={"num_tokens": num_tokens})
+        if rate in (usual_lr(one, sae, d_in) for one in (shorter, _before(train))):
+            kept |= {"lr": rate, "lr_rule": None}
+            logger.info("%s goes on at the learning rate that it began with, %.3g", job.name, rate)
+    for key in ("warmup_steps", "encoder_scale"):
+        if getattr(train, key) is None and (value := was.get(f"train.{key}")) is not None:
+            kept[key] = value
+    changed = job.config.model_copy(update={"train": train.model_copy(update=kept)})
+    return job._replace(config=changed)
+
+
+def _before(train: TrainConfig) -> TrainConfig:
+    """What keys that are left out stood for before their defaults went with the run's length."""
+    old = {"lr_rule": "width", "warmup_steps": 1000, "encoder_scale": "unit"}
+    return train.model_copy(
+        update={key: value for key, value in old.items() if getattr(train, key) is None}
+    )
+
+
 def check_same(where: str, was: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises ConfigError where a record is of another job, or of more steps, than what is asked
     for.
@@ -222,7 +259,8 @@ def check_same_job(job: Job, rows: Rows, device: torch.device) -> None:
                 f"train.hookpoint={job.config.train.hookpoint!r} differs from {hookpoint!r} in "
                 f"{job.folder}/job.yaml; name another output folder, or remove that job's"
             )
-        was = made_of(before, rows, device)
+        old = before.model_copy(update={"train": _before(before.train)})
+        was = made_of(old, rows, device)
         if checkpoint.newest_info(job.folder / "checkpoints") or (job.folder / "sae").is_dir():
             # One without either has nothing to go on with.
             was["step"] |= _BEFORE

@@ -13,6 +13,7 @@ from ..parallel import collectives
 
 # The steps of Gao et al.'s larger runs, 40 billion tokens in batches of 131,072.
 _USUAL_STEPS = 300_000
+_USUAL_WARMUP = 1000
 # Beyond, latents die that short runs do not revive.
 _MOST_TIMES = 8
 
@@ -40,9 +41,9 @@ def budget_lr(d_sae: int, steps: int) -> float:
 
 
 def warmup_steps(total_steps: int, cfg: TrainConfig) -> int:
-    """Steps of linear warm-up: with train.lr_rule=budget a twentieth of all at the most."""
-    if cfg.lr_rule == "budget":
-        return min(cfg.warmup_steps, total_steps // 20)
+    """Steps of linear warm-up, train.warmup_steps or what is usual."""
+    if cfg.warmup_steps is None:
+        return min(_USUAL_WARMUP, total_steps // 20)
     return cfg.warmup_steps
 
 
