@@ -565,7 +565,7 @@ OTHER: dict[str, Any] = {
     "train.ema_decay": 0.9, "train.normalize": "unit_mean_square", "train.subtract_mean": True,
     "train.checkpoint_minutes": 5.0, "train.rendezvous_timeout_s": 30, "train.holdout": 0.5,
     "train.preload": "host", "train.heartbeat_s": 9, "train.source": "stream",
-    "train.buffer_tokens": 4096, "train.encoder_scale": "least_squares",
+    "train.buffer_tokens": 4096, "train.encoder_scale": "unit",
     "train.deepspeed_config": "other.json",
     "train.target": "model.layers.1.mlp", "sae.skip": True,
     "sae.threshold_decay": 0.5, "sae.threshold_start": 5, "sae.prefix_widths": [4, 9],

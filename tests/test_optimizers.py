@@ -126,7 +126,7 @@ def test_muon_steps_matrices_and_adam_the_rest() -> None:
 
 
 def test_signum_writes_its_average_at_unit_norm() -> None:
-    t = training(optimizer="signum", warmup_steps=0)
+    t = training(optimizer="signum", warmup_steps=0, encoder_scale="unit")
     optimizer = t.optimizer
     assert isinstance(optimizer, ScheduleFreeSign)
     assert t.peak_lr == pytest.approx(5e-3 / (D_SAE / 2**14) ** 0.5)
