@@ -584,7 +584,9 @@ NEEDED: dict[str, Any] = {
     **{f"sae.{key}": JUMP for key in ("tanh_scale", "bandwidth", "initial_threshold")},
     **{f"sae.{key}": JUMP for key in ("ste_to_input", "pre_act_coefficient")},
     "sae.target_l0": {**JUMP, "sae.sparsity": "target", "sae.target_l0": 8.0},
-    "train.target": {"train.engine": "autograd"},
+    # Both begin with unit rows where that is left out.
+    "train.target": {"train.engine": "autograd", "train.encoder_scale": "unit"},
+    "train.init_from": {"train.encoder_scale": "unit"},
     "sae.skip": {"train.target": "model.layers.1.mlp"},
     "sae.l1_coefficient": {"sae.architecture": "relu"},
     "sae.decoder_norms": {
