@@ -158,21 +158,24 @@ def test_gated_is_trained_by_autograd_and_says_so(caplog: pytest.LogCaptureFixtu
 
 def test_usual_values_come_with_the_architecture() -> None:
     lrs = {}
-    for case, betas, dead in (
-        ("topk", (0.9, 0.999), "auxk"),
-        ("matryoshka", (0.9, 0.999), "auxk"),
-        ("jumprelu", (0.0, 0.999), "none"),
-        ("gated", (0.0, 0.999), "none"),
-        ("relu", (0.9, 0.999), "none"),
+    for case, betas, dead, rule in (
+        ("topk", (0.9, 0.999), "auxk", "width"),
+        ("matryoshka", (0.9, 0.999), "auxk", None),
+        ("jumprelu", (0.0, 0.999), "none", "width"),
+        ("gated", (0.0, 0.999), "none", None),
+        ("relu", (0.9, 0.999), "none", None),
     ):
         architecture, keys = CASES[case]
         sae = ARCHITECTURES[architecture].Config(architecture=architecture, d_sae=2**16, **keys)
-        cfg = with_defaults(ENGINES["auto"](num_tokens=9), sae, 64)
+        cfg = with_defaults(ENGINES["auto"](num_tokens=9, lr_rule=rule), sae, 64)
         lrs[case] = cfg.lr
         assert (cfg.adam_betas, cfg.dead_latents) == (betas, dead)
-        own = ENGINES["auto"](num_tokens=9, lr=1.0, adam_betas=(0.5, 0.5), dead_latents="resample")
+        own = ENGINES["auto"](
+            num_tokens=9, lr=1.0, adam_betas=(0.5, 0.5), dead_latents="resample",
+            encoder_scale="unit",
+        )  # fmt: skip
         assert with_defaults(own, sae, 64) == own
-    want = {"topk": 1e-4, "matryoshka": 1e-4, "jumprelu": 7e-5, "gated": 5e-5, "relu": 5e-5}
+    want = {"topk": 1e-4, "matryoshka": 8e-4, "jumprelu": 7e-5, "gated": 5e-5, "relu": 5e-5}
     assert lrs == pytest.approx(want)
     with pytest.raises(ConfigError, match="train.dead_latents='auxk' does nothing for sae.arch"):
         with_defaults(ENGINES["auto"](num_tokens=9, dead_latents="auxk"), sae, 64)

@@ -13,6 +13,7 @@ from flash_sae_dist.config.train import ENGINES, FusedTrainConfig
 from flash_sae_dist.kernels import reference
 from flash_sae_dist.models import ARCHITECTURES
 from flash_sae_dist.models.crosscoder import TopKCrosscoderConfig
+from flash_sae_dist.models.jumprelu import JumpReLUConfig
 from flash_sae_dist.models.relu import ReLUConfig
 from flash_sae_dist.models.topk import TopKConfig, TopKSAE
 from flash_sae_dist.parallel.mesh import Mesh
@@ -218,8 +219,12 @@ def test_the_learning_rate_of_a_budget() -> None:
         (TopKConfig(k=K, d_sae=2**14), {"target": "y"}, 2e-4),
         (TopKCrosscoderConfig(k=K, d_sae=2**14), {}, 2e-4),
         (ReLUConfig(d_sae=2**14), {}, 5e-5),
+        (JumpReLUConfig(d_sae=2**14), {}, 1.6e-3),
+        (JumpReLUConfig(d_sae=2**14), {"lr_rule": "width"}, 7e-5),
+        (JumpReLUConfig(d_sae=2**14), {"num_tokens": 200_000 * BATCH}, 7e-5 * 10**0.5),
+        (JumpReLUConfig(d_sae=2**14), {"num_tokens": 10**7 * BATCH}, 7e-5),
     ):
-        assert usual_lr(FusedTrainConfig(**cfg, **more), sae, D_IN) == pytest.approx(rate)
+        assert usual_lr(FusedTrainConfig(**cfg | more), sae, D_IN) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("engine", ["fused", "autograd"])

@@ -82,15 +82,16 @@ class TrainConfig(StrictModel):
     (sparsify's)."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; left out, the architecture's: for those of the TopK family
-    2e-4 / sqrt(d_sae / 2**14) (Gao et al. 2024) times what lr_rule says, 7e-5 for jumprelu (its
-    paper's), 5e-5 for gated (dictionary_learning's) and relu (Anthropic's of April 2024). With
+    2e-4 / sqrt(d_sae / 2**14) (Gao et al. 2024) and 7e-5 for jumprelu (its paper's) times what
+    lr_rule says, 5e-5 for gated (dictionary_learning's) and relu (Anthropic's of April 2024). With
     other optimizers sparsify's: 2e-3 for muon, 5e-3 / sqrt(d_sae / 2**14) for signum. A run that
     goes on for longer keeps the rate that it began with."""
     lr_rule: Literal["width", "budget"] | None = None
     """How lr, where it is left out, goes with the length of a run. budget: in runs of fewer than
-    300,000 steps sqrt(300,000 / steps) times the TopK family's, 8 at the most; width: the same for
-    any number of steps. Left out, budget for SAEs of the TopK family that begin from random weights
-    with Adam, where short runs end at a far lower error (docs/notes/quality.md), else width."""
+    300,000 steps sqrt(300,000 / steps) times the TopK family's, 8 at the most; of jumprelu
+    sqrt(2,000,000 / steps) times its own, at most the TopK family's. width: the same for any number
+    of steps. Left out, budget for SAEs that begin from random weights with Adam, where short runs
+    end at a far lower error (docs/notes/quality.md), else width."""
     schedule: Schedule = "warmup_stable_decay"
     """The learning rate after its warm-up, by the names of transformers: warmup_stable_decay stays
     and falls linearly to zero over the last part of the steps (decay_fraction); linear and cosine

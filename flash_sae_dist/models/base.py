@@ -37,18 +37,11 @@ from .saved import (
     save_weights,
 )
 from .sparsity import Batch
+from .usual import TrainDefaults
 
 _NORM_EPS = 1e-5
 # rows: a row a latent, split over the shards; whole: the same on every shard.
 Role = Literal["rows", "whole"]
-
-
-class TrainDefaults(NamedTuple):
-    """What is usual with an architecture for keys of the section train that are left out."""
-
-    lr: float | None = None  # None is 2e-4 / sqrt(d_sae / 2**14)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    dead_latents: Literal["auxk", "ghost", "resample", "none"] = "auxk"
 
 
 class SAEOutput(NamedTuple):

@@ -14,11 +14,12 @@ from pydantic import model_validator
 from torch import Tensor
 
 from ..config.sae import SAEConfig
-from .base import Codes, SparseCoder, TrainDefaults
+from .base import Codes, SparseCoder
 from .batch_topk import BatchTopK, BatchTopKConfig
 from .relu import ReLU, ReLUConfig
 from .sparsity import Batch
 from .topk import TopKConfig, TopKSAE
+from .usual import TrainDefaults
 
 
 class CrosscoderConfig(SAEConfig):
@@ -158,7 +159,7 @@ class ReLUCrosscoder(Crosscoder, ReLU):
     Config: ClassVar[type[SAEConfig]] = ReLUCrosscoderConfig
     roles = ReLU.roles | Crosscoder.roles
     # The rate of the fork of dictionary_learning for its crosscoders with L1.
-    defaults = TrainDefaults(lr=1e-4, dead_latents="none")
+    defaults = TrainDefaults(lr=1e-4, lr_steps=None, dead_latents="none")
 
     @classmethod
     def autograd_reason(cls, config: SAEConfig) -> str | None:

@@ -11,9 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config.sae import SAEConfig
-from .base import Codes, TrainDefaults
+from .base import Codes
 from .sparsity import Batch
 from .threshold import ThresholdCoder
+from .usual import TrainDefaults
 
 
 class GatedConfig(SAEConfig):
@@ -42,7 +43,7 @@ class Gated(ThresholdCoder):
     in_data_units = ThresholdCoder.in_data_units | {"b_mag"}
     # dictionary_learning's: 5e-5 and no momentum.
     revivals = frozenset({"resample", "none"})
-    defaults = TrainDefaults(lr=5e-5, adam_betas=(0.0, 0.999), dead_latents="none")
+    defaults = TrainDefaults(lr=5e-5, lr_steps=None, adam_betas=(0.0, 0.999), dead_latents="none")
     config: GatedConfig
 
     def __init__(self, config: SAEConfig, d_in: int, **place: Any) -> None:

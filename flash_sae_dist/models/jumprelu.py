@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..config.sae import SAEConfig
-from .base import Codes, TrainDefaults
+from .base import Codes
 from .sparsity import Batch, jump, step
 from .threshold import NEVER, ThresholdCoder, encode_above
+from .usual import TrainDefaults
 
 
 class _Usual(NamedTuple):
@@ -106,8 +107,10 @@ class JumpReLU(ThresholdCoder):
     Config: ClassVar[type[SAEConfig]] = JumpReLUConfig
     roles = ThresholdCoder.roles | {"threshold": "rows"}
     in_data_units = ThresholdCoder.in_data_units | {"threshold"}
-    # The paper's: 7e-5 and no momentum.
-    defaults = TrainDefaults(lr=7e-5, adam_betas=(0.0, 0.999), dead_latents="none")
+    # The paper's: 7e-5, of 8 billion tokens in batches of 4096, and no momentum.
+    defaults = TrainDefaults(
+        lr=7e-5, lr_steps=2_000_000, adam_betas=(0.0, 0.999), dead_latents="none"
+    )
     revivals = frozenset({"auxk", "ghost", "resample", "none"})
     idle = -NEVER
     config: JumpReLUConfig

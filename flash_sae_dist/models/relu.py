@@ -8,9 +8,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ..config.sae import SAEConfig
-from .base import Codes, TrainDefaults
+from .base import Codes
 from .sparsity import Batch
 from .threshold import ThresholdCoder
+from .usual import TrainDefaults
 
 
 class ReLUConfig(SAEConfig):
@@ -36,7 +37,7 @@ class ReLU(ThresholdCoder):
 
     Config: ClassVar[type[SAEConfig]] = ReLUConfig
     # Anthropic's rate of April 2024; none of their dead latents are revived.
-    defaults = TrainDefaults(lr=5e-5, dead_latents="none")
+    defaults = TrainDefaults(lr=5e-5, lr_steps=None, dead_latents="none")
     config: ReLUConfig
 
     @classmethod

@@ -94,20 +94,22 @@ def usual_lr(train: TrainConfig, sae: SAEConfig, d_in: int) -> float:
     if train.lr is not None:
         return train.lr
     kind, d_sae = ARCHITECTURES[sae.architecture], sae.width(d_in)
-    own, whose = kind.defaults.lr, f"sae.architecture={sae.architecture!r}"
+    usual, whose = kind.defaults, f"sae.architecture={sae.architecture!r}"
+    own, lr_steps = usual.lr, usual.lr_steps
     if (rate := optimizer_lr(train.optimizer, d_sae)) is not None:
-        own, whose = rate, f"train.optimizer={train.optimizer!r}"
-    if own is not None:
+        own, lr_steps, whose = rate, None, f"train.optimizer={train.optimizer!r}"
+    if lr_steps is None:
+        assert own is not None
         if train.lr_rule == "budget":
             raise ConfigError(
-                f"train.lr_rule='budget' is of the TopK family with Adam, not of {whose}, whose "
-                f"rate is {own:g}; give train.lr, or drop it"
+                f"train.lr_rule='budget' is of the TopK family and jumprelu with Adam, not of "
+                f"{whose}, whose rate is {own:g}; give train.lr, or drop it"
             )
         return own
     tried = train.init_from is None and train.target is None and not issubclass(kind, Crosscoder)
     if (train.lr_rule or ("budget" if tried else "width")) == "width":
-        return default_lr(d_sae)
-    return budget_lr(d_sae, -(-train.num_tokens // train.batch_tokens))
+        return default_lr(d_sae) if own is None else own
+    return budget_lr(d_sae, -(-train.num_tokens // train.batch_tokens), own, lr_steps)
 
 
 def _usual_scale(train: TrainConfig, kind: type[SparseCoder]) -> Literal["unit", "least_squares"]:

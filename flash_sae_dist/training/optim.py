@@ -12,7 +12,7 @@ from ..models.base import SparseCoder
 from ..parallel import collectives
 
 # The steps of Gao et al.'s larger runs, 40 billion tokens in batches of 131,072.
-_USUAL_STEPS = 300_000
+_TOPK_STEPS = 300_000
 _USUAL_WARMUP = 1000
 # Beyond, latents die that short runs do not revive.
 _MOST_TIMES = 8
@@ -32,12 +32,17 @@ def optimizer_lr(optimizer: Optimizer, d_sae: int) -> float | None:
     return 2e-3 if optimizer == "muon" else None
 
 
-def budget_lr(d_sae: int, steps: int) -> float:
-    """`default_lr`, which is of runs of about 300,000 steps, times sqrt(300,000 / steps) in shorter
-    ones, 8 at the most: docs/notes/quality.md has the trials.
+def budget_lr(
+    d_sae: int, steps: int, lr: float | None = None, lr_steps: int = _TOPK_STEPS
+) -> float:
+    """lr (`default_lr` where it is left out), which is of runs of lr_steps, times
+    sqrt(lr_steps / steps) in shorter ones, at most 8 times the TopK family's and what that gets in
+    as many steps: docs/notes/quality.md has the trials.
     """
-    times = max(1.0, min(_MOST_TIMES, math.sqrt(_USUAL_STEPS / steps)))
-    return default_lr(d_sae) * times
+    most = default_lr(d_sae) * max(1.0, min(_MOST_TIMES, math.sqrt(_TOPK_STEPS / steps)))
+    if lr is None:
+        return most
+    return max(lr, min(most, lr * math.sqrt(lr_steps / steps)))
 
 
 def warmup_steps(total_steps: int, cfg: TrainConfig) -> int:
