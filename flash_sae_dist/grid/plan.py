@@ -78,12 +78,11 @@ def make_plan(
     something does not fit.
     """
     jobs = jobs_of(config, rows.hookpoints, grid=grid, where=rows.where)
-    # What does not fit is told below, by names.
-    jobs = [as_begun(job, width_of(job, rows.widths)) for job in jobs]
     for job in jobs:
         check_installed(_train(job))
     check_fit(jobs, rows.widths, mesh)
     check_writable("output", config.output)
+    jobs = [as_begun(job, width_of(job, rows.widths)) for job in jobs]
     for job in jobs:
         check_same_job(job, rows, device)
     unfinished = [job for job in jobs if not _is_intact(job)]

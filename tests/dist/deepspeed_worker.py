@@ -56,6 +56,7 @@ def make(kind: str, mesh: Mesh, option: str = "all") -> SAETraining:
         batch_tokens=BATCH,
         lr=3e-3,
         warmup_steps=10,
+        encoder_scale="unit",  # whose gradients are as long as clipping asks for
         num_replicas=mesh.num_replicas,
         seed=3,
     )
