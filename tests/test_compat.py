@@ -188,7 +188,8 @@ def test_scaled_rows_are_undone(tmp_path: Path) -> None:
 
 
 def test_what_is_not_covered_is_refused_by_name() -> None:
-    for name in ("JumpReluTrainer", "GatedSAETrainer", "StandardTrainer"):
+    names = ("JumpReluTrainer", "GatedSAETrainer", "PAnnealTrainer", "AutoEncoder", "evaluate")
+    for name in names:
         with pytest.raises(ImportError, match=f"{name} is not covered"):
             getattr(dl, name)
     with pytest.raises(AttributeError, match="no 'Nothing'"):
@@ -356,9 +357,15 @@ def test_sae_lens_batch_topk_ends_where_the_library_does(tmp_path: Path, norm: s
 
 
 def test_what_sae_lens_options_are_not_covered() -> None:
-    pytest.importorskip("sae_lens")
+    library = pytest.importorskip("sae_lens.llm_sae_training_runner")
     from flash_sae_dist.compat import sae_lens as lens
 
+    assert lens.SAETrainingRunner is library.SAETrainingRunner
+    assert library.SAETrainer is lens.SAETrainer, "whatever name the runner is asked for by"
+    # All that SAELens trains by is one of ours, or refused: none is silently its own.
+    for name in ("MultiSAETrainingRunner", "AbsTopKTrainingSAEConfig", "GatedTrainingSAE"):
+        with pytest.raises(ImportError, match=f"{name} is not covered"):
+            getattr(lens, name)
     cfg, width = sae_and_config(lens, logger=None)[1], {"d_in": 12, "d_sae": 40}
     matryoshka = {"k": 3, "matryoshka_widths": [10, 40], "use_matryoshka_aux_loss": True}
     for name, keys, told in (
