@@ -174,6 +174,50 @@ def test_trainers_save_as_they_go(tmp_path: Path, kind: Any) -> None:
     assert trainer.loss(x, step=30) == pytest.approx(found.losses["l2_loss"], rel=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kind", [dl.TopKTrainer, dl.BatchTopKTrainer, dl.MatryoshkaBatchTopKTrainer]
+)
+def test_trainers_on_a_gpu_end_as_on_the_cpu(kind: Any) -> None:
+    losses, thresholds = [], []
+    for device in ("cpu", "cuda"):
+        config = {
+            "trainer": kind, "steps": 60, "activation_dim": 12, "dict_size": 40, "k": 3,
+            "layer": 1, "lm_name": "m", "warmup_steps": 2, "threshold_start_step": 5,
+            "device": device, "lr": 3e-3, "seed": 0,
+        }  # fmt: skip
+        if kind is dl.MatryoshkaBatchTopKTrainer:
+            config["group_fractions"] = [0.25, 0.75]
+        (trainer,) = dl.trainSAE(rows(60), [config], 60, device=device)
+        losses.append(float(trainer.loss(torch.cat(list(rows(8, seed=5))))))
+        thresholds.append(float(trainer.ae.threshold))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert thresholds[1] == pytest.approx(thresholds[0], rel=0.02)
+
+
+@pytest.mark.gpu
+def test_sparse_coders_on_a_gpu(model: Path, tmp_path: Path) -> None:
+    """Schedule-free and in bfloat16; whatever precision products had, they have again."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(model)
+    ids = torch.randint(0, 54, (400, 32), generator=torch.Generator().manual_seed(1))
+    data = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+    found = []
+    for device in ("cpu", "cuda"):
+        cfg = sp.TrainConfig(
+            sp.SaeConfig(num_latents=256, k=8), batch_size=8, layers=[1], lr=2e-3,
+            log_to_wandb=False, save_dir=str(tmp_path / device),
+        )  # fmt: skip
+        trainer = sp.Trainer(cfg, data, lm.to(device))
+        trainer.fit()
+        (coder,), x = trainer.saes.values(), trainer._activations(ids[:8].to(device))["layers.1"]
+        found.append(float(coder(x.float()).fvu))
+    assert found[1] == pytest.approx(found[0], rel=0.03)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_scaled_rows_are_undone(tmp_path: Path) -> None:
     config = {
         "trainer": dl.TopKTrainer, "steps": 20, "activation_dim": 12, "dict_size": 40, "k": 3,
@@ -254,6 +298,25 @@ def test_a_sparsify_run_goes_on(model: Path, tmp_path: Path, optimizer: str) -> 
         torch.testing.assert_close(
             second.saes[name].encoder.weight, coder.encoder.weight, rtol=1e-4, atol=1e-6
         )
+
+
+def test_tokens_are_left_out_of_a_sparsify_run(model: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(model)
+    ids = torch.randint(0, 54, (8, 8), generator=torch.Generator().manual_seed(1))
+    data = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+    for excluded, kept in (([], 64), (list(range(20)), int((ids >= 20).sum()))):
+        cfg = sp.TrainConfig(
+            sp.SaeConfig(num_latents=64, k=4), batch_size=4, layers=[1], optimizer="adam",
+            exclude_tokens=excluded, log_to_wandb=False, save_dir=str(tmp_path),
+        )  # fmt: skip
+        trainer = sp.Trainer(cfg, data, lm)
+        trainer.fit()
+        (stepper,) = trainer.steppers.values()
+        assert isinstance(stepper, sp._Adam)
+        assert stepper.training.tokens == kept
 
 
 @pytest.fixture

@@ -326,6 +326,10 @@ class _Adam:
         return fvu
 
 
+def _rows(acts: Tensor, kept: Tensor | None) -> Tensor:  # [batch, sequence, d_in] -> [N, d_in]
+    return acts.flatten(0, 1) if kept is None else acts[kept]
+
+
 def _blocks(model: Any) -> str:
     """Name of the list of a model's layers."""
     count = model.config.num_hidden_layers
@@ -413,8 +417,10 @@ class Trainer:
         waiting: list[dict[str, Tensor]] = []
         with progress_bar("Training", self.num_batches - self.global_step, "batches", True) as bar:
             for ids in self._batches():
-                mask = torch.isin(ids, excluded, invert=True)
-                waiting.append({n: x[mask].float() for n, x in self._activations(ids).items()})
+                # Without a mask, whose rows the host would wait for, where all tokens are kept.
+                kept = torch.isin(ids, excluded, invert=True) if len(excluded) else None
+                seen = self._activations(ids).items()
+                waiting.append({n: _rows(x, kept).float() for n, x in seen})
                 if self.global_step == 0 and not self.cfg.finetune:
                     self._centre(waiting[0])
                 step, rest = divmod(self.global_step + 1, self.cfg.grad_acc_steps)
