@@ -21,6 +21,7 @@ from flash_sae_dist import interop
 from flash_sae_dist.compat import dictionary_learning as dl
 from flash_sae_dist.compat import sparsify as sp
 from flash_sae_dist.compat.recipe import FusedTraining, Recipe, Watched
+from tests.peers import speed
 from tests.tiny_model import save_llama
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,31 @@ def test_a_script_ends_where_its_library_does(
     names = ("ae.pt", "sae.safetensors", "sae_weights.safetensors")
     written = next(p for p in (tmp_path / "out").rglob("*") if p.name in names)
     assert interop.load(written.parent).d_sae == 256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["dictionary_learning", "sparsify", "sae_lens"])
+def test_the_scripts_are_timed(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/peers/speed.py, our half of it, on the CPU and small."""
+    if library == "sae_lens":
+        pytest.importorskip("sae_lens")
+    for name, value in (("VOCABULARY", 64), ("LAYERS", 2), ("LAYER", 1), ("WARM", 2)):
+        monkeypatch.setattr(speed, name, value)
+    monkeypatch.setattr(speed, "HOOKPOINT", "model.layers.1")
+    shape = speed.Shape(tokens=256, d_in=24, d_sae=96, k=4)
+    speed.save_model(tmp_path, shape)
+    job = speed.Job(library, True, shape, 8, str(tmp_path), "cpu")
+    found = {row["row"]: row for row in getattr(speed, library)(job)}
+    assert len(found) == (2 if library == "sparsify" else 4)
+    for name, row in found.items():
+        assert ("forward" in row) == name.startswith("script")
+        assert row["ms"] > 0
+        # Nothing is trained to its end.
+        assert 0 < row["fvu"] < 3
+    theirs = {**row, "ms": 4 * row["ms"], "forward": 0.0}
+    assert "| 4.00 |" in speed.shown(theirs, row | {"forward": 0.0})
 
 
 def rows(count: int, seed: int = 0) -> Iterator[torch.Tensor]:

@@ -89,7 +89,7 @@ def forward_ms(job: Job, call: Callable[[], Any], turns: int = 20) -> float:
 
 
 def fvu(x: Tensor, recon: Tensor) -> float:
-    x, recon = x.float(), recon.float()
+    x, recon = x.float(), recon.detach().float()
     return float((x - recon).square().sum() / (x - x.mean(0)).square().sum())
 
 
