@@ -21,6 +21,7 @@ from flash_sae_dist import interop
 from flash_sae_dist.compat import dictionary_learning as dl
 from flash_sae_dist.compat import sparsify as sp
 from flash_sae_dist.compat.recipe import FusedTraining, Recipe, Watched
+from tests.peers import speed
 from tests.tiny_model import save_llama
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,31 @@ def test_a_script_ends_where_its_library_does(
     names = ("ae.pt", "sae.safetensors", "sae_weights.safetensors")
     written = next(p for p in (tmp_path / "out").rglob("*") if p.name in names)
     assert interop.load(written.parent).d_sae == 256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["dictionary_learning", "sparsify", "sae_lens"])
+def test_the_scripts_are_timed(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/peers/speed.py, our half of it, on the CPU and small."""
+    if library == "sae_lens":
+        pytest.importorskip("sae_lens")
+    for name, value in (("VOCABULARY", 64), ("LAYERS", 2), ("LAYER", 1), ("WARM", 2)):
+        monkeypatch.setattr(speed, name, value)
+    monkeypatch.setattr(speed, "HOOKPOINT", "model.layers.1")
+    shape = speed.Shape(tokens=256, d_in=24, d_sae=96, k=4)
+    speed.save_model(tmp_path, shape)
+    job = speed.Job(library, True, shape, 8, str(tmp_path), "cpu")
+    found = {row["row"]: row for row in getattr(speed, library)(job)}
+    assert len(found) == (2 if library == "sparsify" else 4)
+    for name, row in found.items():
+        assert ("forward" in row) == name.startswith("script")
+        assert row["ms"] > 0
+        # Nothing is trained to its end.
+        assert 0 < row["fvu"] < 3
+    theirs = {**row, "ms": 4 * row["ms"], "forward": 0.0}
+    assert "| 4.00 |" in speed.shown(theirs, row | {"forward": 0.0})
 
 
 def rows(count: int, seed: int = 0) -> Iterator[torch.Tensor]:
@@ -174,6 +200,50 @@ def test_trainers_save_as_they_go(tmp_path: Path, kind: Any) -> None:
     assert trainer.loss(x, step=30) == pytest.approx(found.losses["l2_loss"], rel=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kind", [dl.TopKTrainer, dl.BatchTopKTrainer, dl.MatryoshkaBatchTopKTrainer]
+)
+def test_trainers_on_a_gpu_end_as_on_the_cpu(kind: Any) -> None:
+    losses, thresholds = [], []
+    for device in ("cpu", "cuda"):
+        config = {
+            "trainer": kind, "steps": 60, "activation_dim": 12, "dict_size": 40, "k": 3,
+            "layer": 1, "lm_name": "m", "warmup_steps": 2, "threshold_start_step": 5,
+            "device": device, "lr": 3e-3, "seed": 0,
+        }  # fmt: skip
+        if kind is dl.MatryoshkaBatchTopKTrainer:
+            config["group_fractions"] = [0.25, 0.75]
+        (trainer,) = dl.trainSAE(rows(60), [config], 60, device=device)
+        losses.append(float(trainer.loss(torch.cat(list(rows(8, seed=5))))))
+        thresholds.append(float(trainer.ae.threshold))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert thresholds[1] == pytest.approx(thresholds[0], rel=0.02)
+
+
+@pytest.mark.gpu
+def test_sparse_coders_on_a_gpu(model: Path, tmp_path: Path) -> None:
+    """Schedule-free and in bfloat16; whatever precision products had, they have again."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(model)
+    ids = torch.randint(0, 54, (400, 32), generator=torch.Generator().manual_seed(1))
+    data = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+    found = []
+    for device in ("cpu", "cuda"):
+        cfg = sp.TrainConfig(
+            sp.SaeConfig(num_latents=256, k=8), batch_size=8, layers=[1], lr=2e-3,
+            log_to_wandb=False, save_dir=str(tmp_path / device),
+        )  # fmt: skip
+        trainer = sp.Trainer(cfg, data, lm.to(device))
+        trainer.fit()
+        (coder,), x = trainer.saes.values(), trainer._activations(ids[:8].to(device))["layers.1"]
+        found.append(float(coder(x.float()).fvu))
+    assert found[1] == pytest.approx(found[0], rel=0.03)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_scaled_rows_are_undone(tmp_path: Path) -> None:
     config = {
         "trainer": dl.TopKTrainer, "steps": 20, "activation_dim": 12, "dict_size": 40, "k": 3,
@@ -188,7 +258,8 @@ def test_scaled_rows_are_undone(tmp_path: Path) -> None:
 
 
 def test_what_is_not_covered_is_refused_by_name() -> None:
-    for name in ("JumpReluTrainer", "GatedSAETrainer", "StandardTrainer"):
+    names = ("JumpReluTrainer", "GatedSAETrainer", "PAnnealTrainer", "AutoEncoder", "evaluate")
+    for name in names:
         with pytest.raises(ImportError, match=f"{name} is not covered"):
             getattr(dl, name)
     with pytest.raises(AttributeError, match="no 'Nothing'"):
@@ -253,6 +324,25 @@ def test_a_sparsify_run_goes_on(model: Path, tmp_path: Path, optimizer: str) -> 
         torch.testing.assert_close(
             second.saes[name].encoder.weight, coder.encoder.weight, rtol=1e-4, atol=1e-6
         )
+
+
+def test_tokens_are_left_out_of_a_sparsify_run(model: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(model)
+    ids = torch.randint(0, 54, (8, 8), generator=torch.Generator().manual_seed(1))
+    data = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+    for excluded, kept in (([], 64), (list(range(20)), int((ids >= 20).sum()))):
+        cfg = sp.TrainConfig(
+            sp.SaeConfig(num_latents=64, k=4), batch_size=4, layers=[1], optimizer="adam",
+            exclude_tokens=excluded, log_to_wandb=False, save_dir=str(tmp_path),
+        )  # fmt: skip
+        trainer = sp.Trainer(cfg, data, lm)
+        trainer.fit()
+        (stepper,) = trainer.steppers.values()
+        assert isinstance(stepper, sp._Adam)
+        assert stepper.training.tokens == kept
 
 
 @pytest.fixture
@@ -356,9 +446,15 @@ def test_sae_lens_batch_topk_ends_where_the_library_does(tmp_path: Path, norm: s
 
 
 def test_what_sae_lens_options_are_not_covered() -> None:
-    pytest.importorskip("sae_lens")
+    library = pytest.importorskip("sae_lens.llm_sae_training_runner")
     from flash_sae_dist.compat import sae_lens as lens
 
+    assert lens.SAETrainingRunner is library.SAETrainingRunner
+    assert library.SAETrainer is lens.SAETrainer, "whatever name the runner is asked for by"
+    # All that SAELens trains by is one of ours, or refused: none is silently its own.
+    for name in ("MultiSAETrainingRunner", "AbsTopKTrainingSAEConfig", "GatedTrainingSAE"):
+        with pytest.raises(ImportError, match=f"{name} is not covered"):
+            getattr(lens, name)
     cfg, width = sae_and_config(lens, logger=None)[1], {"d_in": 12, "d_sae": 40}
     matryoshka = {"k": 3, "matryoshka_widths": [10, 40], "use_matryoshka_aux_loss": True}
     for name, keys, told in (

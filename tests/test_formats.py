@@ -133,7 +133,7 @@ TRANSCODERS = [(n, kind) for n, f in FORMATS.items() for kind in sorted(f.transc
 @pytest.mark.parametrize(("name", "kind"), TRANSCODERS)
 @pytest.mark.parametrize("skip", [True, False])
 def test_transcoders(name: str, kind: str, skip: bool, tmp_path: Path) -> None:
-    d_out = D_IN if name == "sparsify" else 7
+    d_out = D_IN if name in ("sparsify", "llamascopium") else 7
     sae, x = made_of(kind, d_out=d_out), 2 * torch.randn(60, D_IN)
     if not skip:
         kept = {n: t for n, t in sae.state_dict().items() if n != "W_skip"}
@@ -145,21 +145,28 @@ def test_transcoders(name: str, kind: str, skip: bool, tmp_path: Path) -> None:
     about = ABOUT._replace(
         hookpoint="model.layers.3.mlp:input", output_hookpoint="model.layers.3.mlp"
     )
+    if skip and name == "llamascopium":
+        with pytest.raises(ValueError, match="no word for a transcoder's skip connection"):
+            interop.save(contents, tmp_path / "model.layers.3", name, about)
+        return
     back = interop.load(interop.save(contents, tmp_path / "model.layers.3", name, about))
     assert (back.transcodes, back.d_out, back.W_skip is not None) == (True, d_out, skip)
     if "topk" not in kind or name != "circuit_tracer" or kind == "batch_topk":
         torch.testing.assert_close(back(x).recon, sae(x).recon, rtol=1e-5, atol=1e-5)
-    if name in ("sae_lens", "gemma_scope_2"):
+    if name in ("sae_lens", "gemma_scope_2", "llamascopium"):
         assert back.about.output_hookpoint == "model.layers.3.mlp"
 
 
 def test_formats_without_a_word_for_transcoders_refuse_them(tmp_path: Path) -> None:
     sae = made_of("topk", d_out=7)
-    for name in ("sae_lens", "dictionary_learning", "gemma_scope", "qwen_scope", "llamascopium"):
+    for name in ("sae_lens", "dictionary_learning", "gemma_scope", "qwen_scope"):
         with pytest.raises(ValueError, match="is a transcoder of architecture 'topk'"):
             interop.save(sae, tmp_path, name, ABOUT)
-    with pytest.raises(ValueError, match="sparsify's are of one width"):
-        interop.save(sae, tmp_path, "sparsify", ABOUT)
+    narrow = interop.contents.contents_of(sae)
+    del narrow.weights["W_skip"]
+    for name in ("sparsify", "llamascopium"):
+        with pytest.raises(ValueError, match=f"{name}'s are of one width"):
+            interop.save(narrow, tmp_path, name, ABOUT._replace(output_hookpoint="model.layers.4"))
     with pytest.raises(ValueError, match="--output-hookpoint"):
         interop.save(made_of("jumprelu", d_out=7), tmp_path, "gemma_scope_2", ABOUT)
 
@@ -310,27 +317,62 @@ def test_qwen_scope_needs_k(tmp_path: Path) -> None:
     assert back.about.hookpoint == "model.layers.3"
 
 
-def test_llamascopium_of_scaled_rows(tmp_path: Path) -> None:
-    """Its own default: rows are scaled to a mean norm of sqrt(d), decoder norms included."""
+@pytest.mark.parametrize("transcodes", [False, True])
+def test_llamascopium_of_scaled_rows(transcodes: bool, tmp_path: Path) -> None:
+    """Its own default: rows are scaled to a mean norm of sqrt(d), decoder norms included; a
+    transcoder's output by its own norm."""
     sae = make("llamascopium")
     folder = interop.save(sae, tmp_path, "llamascopium", ABOUT)
     (folder / CHECKSUMS).unlink()
     config = json.loads((folder / "config.json").read_text())
     scaled = {"norm_activation": "dataset-wise", "sparsity_include_decoder_norm": True}
+    norms = {"model.layers.3": torch.tensor(7.0)}
+    if transcodes:
+        scaled["hook_point_out"], norms["out"] = "out", torch.tensor(5.0)
     (folder / "config.json").write_text(json.dumps(config | scaled))
     file = folder / "sae_weights.safetensors"
     with pytest.raises(ValueError, match="fold_activation_scale"):
         interop.load(folder)
     weights = {n: t.float() for n, t in load_file(file).items()}
-    norm = torch.tensor(7.0)
-    key = "dataset_average_activation_norm.model.layers.3"
-    save_file({**weights, key: norm}, file)
-    x, s = 2 * torch.randn(30, D_IN), D_IN**0.5 / norm
+    keys = {f"dataset_average_activation_norm.{hook}": norm for hook, norm in norms.items()}
+    save_file(weights | keys, file)
+    x = 2 * torch.randn(30, D_IN)
+    s, out = (D_IN**0.5 / norm for norm in (norms["model.layers.3"], list(norms.values())[-1]))
     pre = ((s * x) @ weights["W_E"] + weights["b_E"]) * weights["W_D"].norm(dim=1)
     top = pre.topk(K, dim=1)
     acts = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
-    want = ((acts / weights["W_D"].norm(dim=1)) @ weights["W_D"] + weights["b_D"]) / s
-    torch.testing.assert_close(interop.load(folder)(x).recon, want, rtol=1e-5, atol=2e-5)
+    want = ((acts / weights["W_D"].norm(dim=1)) @ weights["W_D"] + weights["b_D"]) / out
+    back = interop.load(folder)
+    assert back.transcodes == transcodes
+    torch.testing.assert_close(back(x).recon, want, rtol=1e-5, atol=2e-5)
+
+
+def test_openais_own_state_dict_tells_the_activation_twice(tmp_path: Path) -> None:
+    sae = make("openai")
+    path = interop.save(sae, tmp_path / "3.pt", "openai", ABOUT)
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"activation.k": K, "activation.postact_fn": "ReLU"}, path)
+    assert_same(interop.load(path), sae)
+
+
+def test_openais_relu_saes(tmp_path: Path) -> None:
+    """Its first ones: of ReLU, tokens as they are, the activation's name in the file or not."""
+    sae, x = made_of("relu"), 2 * torch.randn(30, D_IN)
+    path = interop.save(sae, tmp_path / "3.pt", "openai", ABOUT)
+    assert_same(interop.load(path), sae)
+    state = torch.load(path, weights_only=True)
+    assert state["activation"] == "ReLU"
+    pre = (x - state["pre_bias"]) @ state["encoder.weight"].T + state["latent_bias"]
+    want = pre.relu() @ state["decoder.weight"].T + state["pre_bias"]
+    torch.save({n: t for n, t in state.items() if n != "activation"}, path)
+    torch.testing.assert_close(interop.load(path)(x).recon, want, rtol=1e-5, atol=1e-5)
+    kind = ARCHITECTURES["relu"]
+    config = kind.Config.model_validate({"d_sae": D_SAE, "input_norm": "layer_norm"})
+    standardised = kind.from_config(config, D_IN)
+    with pytest.raises(ValueError, match="only of TopK does OpenAI's class standardise tokens"):
+        interop.save(standardised, tmp_path / "4.pt", "openai", ABOUT)
+    with pytest.raises(ValueError, match="standardises each token where the activation is TopK"):
+        interop.save(TopKSAE(D_IN, D_SAE, K), tmp_path / "4.pt", "openai", ABOUT)
 
 
 def _other(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:

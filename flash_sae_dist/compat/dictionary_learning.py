@@ -33,20 +33,31 @@ from .dictionaries import AutoEncoderTopK, BatchTopKSAE, Dictionary, MatryoshkaB
 from .recipe import FusedTraining, Recipe, missing, not_covered, refuse
 
 LossLog = namedtuple("LossLog", ["x", "x_hat", "f", "losses"])
+_BY_US = "train it by `flash-sae train` with sae.architecture="
+_READ = "flash_sae_dist.interop.load reads its file, as an SAE of this library"
 _ABSENT = {
-    name: f"train it by `flash-sae train` with sae.architecture={kind}"
-    for name, kind in (
-        ("JumpReluTrainer", "jumprelu"),
-        ("StandardTrainer", "relu"),
-        ("GatedSAETrainer", "gated"),
-    )
+    "JumpReluTrainer": f"{_BY_US}jumprelu",
+    "StandardTrainer": f"{_BY_US}relu",
+    "StandardTrainerAprilUpdate": f"{_BY_US}relu",
+    "PAnnealTrainer": "train it by dictionary_learning",
+    "GatedSAETrainer": f"{_BY_US}gated",
+    "GatedAnnealTrainer": f"{_BY_US}gated",
+    **dict.fromkeys(
+        ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder", "CrossCoder"),
+        _READ,
+    ),
+    "load_dictionary": f"AutoEncoderTopK.from_pretrained reads an ae.pt, and {_READ}",
+    "evaluate": "`flash-sae evaluate SAE=trainer_0/ae.pt` measures an SAE",
 }
+# The library's own loops over a language model.
+_BUFFERS = ("ActivationBuffer", "HeadActivationBuffer", "NNsightActivationBuffer")
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ActivationBuffer", "buffer"):
-        # The library's own loop over a language model.
-        return getattr(importlib.import_module("dictionary_learning"), name)
+    if name in _BUFFERS:
+        return getattr(importlib.import_module("dictionary_learning.buffer"), name)
+    if name == "buffer":
+        return importlib.import_module("dictionary_learning.buffer")
     raise missing("dictionary_learning", _ABSENT, name)
 
 

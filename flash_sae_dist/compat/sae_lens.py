@@ -35,35 +35,40 @@ from .recipe import FusedTraining, Recipe, missing, refuse
 from .sae_lens_architectures import MAKERS
 
 HAS_LIBRARY = importlib.util.find_spec("sae_lens") is not None
+_BY_US = "train it by `flash-sae train` with sae.architecture="
 _ABSENT = {
-    name: f"train it by `flash-sae train` with sae.architecture={kind}"
-    for name, kind in (
-        ("StandardTrainingSAE", "relu"),
-        ("StandardTrainingSAEConfig", "relu"),
-        ("GatedTrainingSAE", "gated"),
-        ("GatedTrainingSAEConfig", "gated"),
+    f"{theirs}{end}": instead
+    for theirs, instead in (
+        ("StandardTrainingSAE", f"{_BY_US}relu"),
+        ("GatedTrainingSAE", f"{_BY_US}gated"),
+        ("AbsTopKTrainingSAE", "train it by sae_lens"),
+        ("MatchingPursuitTrainingSAE", "train it by sae_lens"),
+        ("MultiSAETrainingRunner", "`flash-sae grid` trains many SAEs from one pass of a model"),
     )
+    for end in ("", "Config")
 }
+# The second is what older scripts call the first.
+_RUNNERS = ("LanguageModelSAETrainingRunner", "SAETrainingRunner")
 
 
 def __getattr__(name: str) -> Any:
     if name in _ABSENT or name.startswith("__"):
         raise missing("SAELens", _ABSENT, name)
-    if name == "LanguageModelSAETrainingRunner":
-        return _runner()
+    if name in _RUNNERS:
+        return _runner(name)
     if not HAS_LIBRARY:
         raise ImportError(f"SAELens's {name} runs on SAELens itself; pip install sae-lens")
     return getattr(importlib.import_module("sae_lens"), name)
 
 
-def _runner() -> type:
+def _runner(name: str) -> type:
     """SAELens's runner, with the trainer of this file."""
     if not HAS_LIBRARY:
-        raise ImportError("LanguageModelSAETrainingRunner runs on SAELens; pip install sae-lens")
+        raise ImportError(f"{name} runs on SAELens; pip install sae-lens")
     library: Any = importlib.import_module("sae_lens.llm_sae_training_runner")
     # It makes its trainer by this name.
     library.SAETrainer = SAETrainer
-    found: type = library.LanguageModelSAETrainingRunner
+    found: type = getattr(library, name)
     return found
 
 

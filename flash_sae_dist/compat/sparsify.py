@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -248,6 +248,28 @@ class SparseCoder(nn.Module):
         return {n: SparseCoder.load_from_disk(root / n, device) for n in ordered}
 
 
+def _compute_dtype(coder: SparseCoder) -> torch.dtype:
+    """The library's forward pass is in bfloat16 on GPUs."""
+    return torch.bfloat16 if coder.device.type == "cuda" else torch.float32
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Float32 products, which are the language model's, in TF32 as the library has them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class _Signum:
     """Dense gradients of the sparse forward pass, and the schedule-free sign descent."""
 
@@ -256,6 +278,7 @@ class _Signum:
         refuse("sparsify", vars(cfg), {"auxk_alpha": 0.0})
         self.coder, self.micro = coder, cfg.micro_acc_steps
         self.optimizer: Any = ScheduleFreeSign(coder.parameters(), lr)
+        self.dtype = _compute_dtype(coder)
 
     def step(self, x: Tensor) -> Tensor:
         """One step; the loss stays on the device."""
@@ -264,7 +287,9 @@ class _Signum:
         self.optimizer.zero_grad()
         total = x.new_zeros(())
         for part in x.chunk(self.micro):
-            loss = (part - self.coder.sae(part).recon).square().sum() / variance
+            with _autocast(x.device, self.dtype):
+                recon = self.coder.sae(part).recon
+            loss = (part - recon).square().sum() / variance
             loss.backward()
             total += loss.detach()
         self.coder.remove_gradient_parallel_to_decoder_directions()
@@ -281,9 +306,7 @@ class _Adam:
             aux_by_loss=True, dead_after_tokens=cfg.dead_feature_threshold,
             micro_batches=cfg.micro_acc_steps,
         )  # fmt: skip
-        # The library's forward pass is in bfloat16 on GPUs.
-        dtype = torch.bfloat16 if coder.device.type == "cuda" else torch.float32
-        self.training = FusedTraining(coder.sae, recipe, dtype)
+        self.training = FusedTraining(coder.sae, recipe, _compute_dtype(coder))
         self.optimizer: Any = self.training.optimizer
         warmup = cfg.lr_warmup_steps
 
@@ -301,6 +324,10 @@ class _Adam:
         fvu = self.training.step(x).fvu
         self.scheduler.step()
         return fvu
+
+
+def _rows(acts: Tensor, kept: Tensor | None) -> Tensor:  # [batch, sequence, d_in] -> [N, d_in]
+    return acts.flatten(0, 1) if kept is None else acts[kept]
 
 
 def _blocks(model: Any) -> str:
@@ -365,7 +392,8 @@ class Trainer:
                 module = self.model.base_model.get_submodule(name)
                 handle = module.register_forward_hook(taken(name))
                 hooks.callback(handle.remove)
-            self.model(ids)
+            # Without the head, whose logits nobody reads.
+            self.model.base_model(ids)
         return seen
 
     def _widths(self) -> dict[str, int]:
@@ -380,13 +408,19 @@ class Trainer:
 
     def fit(self) -> None:
         """Trains on the data set once, and saves."""
+        with _tensor_cores():
+            self._fit()
+
+    def _fit(self) -> None:
         log = self._logger()
         excluded = torch.tensor(self.cfg.exclude_tokens, device=self.model.device, dtype=torch.long)
         waiting: list[dict[str, Tensor]] = []
         with progress_bar("Training", self.num_batches - self.global_step, "batches", True) as bar:
             for ids in self._batches():
-                mask = torch.isin(ids, excluded, invert=True)
-                waiting.append({n: x[mask].float() for n, x in self._activations(ids).items()})
+                # Without a mask, whose rows the host would wait for, where all tokens are kept.
+                kept = torch.isin(ids, excluded, invert=True) if len(excluded) else None
+                seen = self._activations(ids).items()
+                waiting.append({n: _rows(x, kept).float() for n, x in seen})
                 if self.global_step == 0 and not self.cfg.finetune:
                     self._centre(waiting[0])
                 step, rest = divmod(self.global_step + 1, self.cfg.grad_acc_steps)

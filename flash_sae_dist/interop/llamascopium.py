@@ -1,4 +1,5 @@
-"""llamascopium: `config.json` and `sae_weights.safetensors`; its encoder reads x itself.
+"""llamascopium: `config.json` and `sae_weights.safetensors`; its encoder reads x itself. What reads
+one hook point and gives another is a transcoder, of one width, without a skip connection.
 
 Where it normalises by the data set's mean norm, weights are turned into those for rows as they are.
 """
@@ -16,9 +17,11 @@ from . import files
 from .contents import (
     Contents,
     centred,
+    check_output,
     check_told,
     check_weights,
     not_centred,
+    transcoder_keys,
     turned,
     whole_number,
     with_unit_rows,
@@ -33,7 +36,8 @@ _NORM = "dataset_average_activation_norm."
 
 def _to(sae: Contents) -> dict[str, Tensor]:
     weights = {theirs: sae.weights[ours] for theirs, ours in _NAMES.items()}
-    weights["b_E"] = not_centred(*(sae.weights[n] for n in ("W_enc", "b_enc", "b_dec")))
+    if not sae.transcodes:
+        weights["b_E"] = not_centred(*(sae.weights[n] for n in ("W_enc", "b_enc", "b_dec")))
     return {**weights, "W_E": weights["W_E"].T}
 
 
@@ -67,26 +71,35 @@ def _from(path: Path, found: dict[str, Any], config: dict[str, Any]) -> dict[str
     if config.get("sparsity_include_decoder_norm", True):
         # Its thresholds are those of pre-activations times the norms.
         weights = with_unit_rows(weights)
-    weights = _for_plain_rows(path, weights, config)
-    weights["b_enc"] = centred(*(weights[n] for n in ("W_enc", "b_enc", "b_dec")))
+    if config["norm_activation"] != "inference":
+        weights = _for_plain_rows(path, weights, config)
+    if not _transcodes(config):
+        weights["b_enc"] = centred(*(weights[n] for n in ("W_enc", "b_enc", "b_dec")))
     return weights
+
+
+def _transcodes(config: dict[str, Any]) -> bool:
+    return bool(config.get("hook_point_in") != config.get("hook_point_out"))
 
 
 def _for_plain_rows(
     path: Path, weights: dict[str, Tensor], config: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Weights for rows that are not scaled to the norm sqrt(d_in) in the mean."""
-    if config["norm_activation"] == "inference":
-        return weights
-    norm = config.get("_norm")
-    if not isinstance(norm, float) or not 0 < norm < math.inf:
-        raise ValueError(
-            f"{path}: norm_activation='dataset-wise', but {_NORM}{config.get('hook_point_in')} is "
-            f"{norm}; save it with fold_activation_scale=True"
-        )
-    scale = norm / math.sqrt(len(weights["b_dec"]))
-    scaled = ("b_enc", "b_dec", "threshold")
-    return {n: (t * scale if n in scaled else t) for n, t in weights.items()}
+    scales = []
+    for hook in (config.get("hook_point_in"), config.get("hook_point_out")):
+        norm = config["_norms"].get(f"{_NORM}{hook}")
+        number = float(norm) if norm is not None and norm.numel() == 1 else None
+        if number is None or not 0 < number < math.inf:
+            raise ValueError(
+                f"{path}: norm_activation='dataset-wise', but {_NORM}{hook} is {number}; save it "
+                "with fold_activation_scale=True"
+            )
+        scales.append(number / math.sqrt(len(weights["b_dec"])))
+    of_input, of_output = scales
+    by = dict.fromkeys(("b_enc", "threshold"), of_input)
+    by |= {"b_dec": of_output, "W_dec": of_output / of_input}
+    return {n: t * by.get(n, 1.0) for n, t in weights.items()}
 
 
 def _topk_from(
@@ -119,8 +132,18 @@ def write(sae: Contents, folder: Path) -> None:
     """Writes an SAE so that llamascopium's `SparseDictionary.from_pretrained(folder)` gives the
     same reconstruction of rows as they are.
     """
+    check_output(sae)
+    if "W_skip" in sae.weights:
+        raise ValueError(
+            "llamascopium has no word for a transcoder's skip connection; name another format"
+        )
     weights, own = CONVERTERS[sae.architecture][0](sae)
-    d_sae, d_in = sae.weights["W_dec"].shape
+    (d_sae, d_in), d_out = sae.weights["W_enc"].shape, len(sae.weights["b_dec"])
+    if d_in != d_out:
+        raise ValueError(
+            f"the transcoder is from width {d_in} to {d_out}, but llamascopium's are of one "
+            "width; name another format"
+        )
     hookpoint = sae.about.hookpoint or "unknown"
     config = {
         "sae_type": "sae",
@@ -128,7 +151,7 @@ def write(sae: Contents, folder: Path) -> None:
         # It takes int(d_model * expansion_factor): half a latent more is cut off.
         "expansion_factor": d_sae // d_in if d_sae % d_in == 0 else (d_sae + 0.5) / d_in,
         "hook_point_in": hookpoint,
-        "hook_point_out": hookpoint,
+        "hook_point_out": sae.about.output_hookpoint if sae.transcodes else hookpoint,
         "use_decoder_bias": True,
         **own,
         "norm_activation": "inference",
@@ -152,8 +175,6 @@ def read(folder: Path, k: int | None = None) -> Contents:
     theirs = str(config.get("act_fn", "relu"))
     if (kind := config.get("sae_type", "sae")) != "sae":
         theirs = str(kind)
-    elif config.get("hook_point_in") != config.get("hook_point_out"):
-        theirs = f"{theirs} transcoder"
     allowed = {
         "use_glu_encoder": False,
         "use_decoder_bias": True,
@@ -163,17 +184,19 @@ def read(folder: Path, k: int | None = None) -> Contents:
     files.check_keys(file, config, allowed)
     found: dict[str, Any] = dict(files.read_safetensors(folder / WEIGHTS_FILE))
     norms = {n: found.pop(n) for n in list(found) if n.startswith(_NORM)}
-    norm = norms.get(f"{_NORM}{config.get('hook_point_in')}")
-    own = {"norm_activation": "dataset-wise", **config}
-    own["_norm"] = float(norm) if norm is not None and norm.numel() == 1 else None
+    own = {"norm_activation": "dataset-wise", **config, "_norms": norms}
     weights, keys = read_as(folder, found, own)
     d_in, factor = config.get("d_model"), config.get("expansion_factor")
     told = None
     if isinstance(d_in, int) and isinstance(factor, int | float):
         told = int(d_in * factor)
     check_told(folder, weights, d_sae=told, d_in=d_in)
-    hook = config.get("hook_point_in")
-    return Contents(theirs, weights, keys, About(hook if isinstance(hook, str) else None))
+    hooks = [config.get(f"hook_point_{side}") for side in ("in", "out")]
+    about = About(hooks[0] if isinstance(hooks[0], str) else None)
+    if _transcodes(config):
+        keys |= transcoder_keys(weights)
+        about = about._replace(output_hookpoint=str(hooks[1]))
+    return Contents(theirs, weights, keys, about)
 
 
 FORMAT = Format(
@@ -183,4 +206,5 @@ FORMAT = Format(
     read,
     write,
     lambda names: {CONFIG_FILE, WEIGHTS_FILE} <= names and "cfg.json" not in names,
+    transcoders=frozenset(CONVERTERS),
 )

@@ -1,7 +1,7 @@
 """OpenAI's sparse_autoencoder: one `.pt` file, a state_dict with its activation's name.
 
 Its class standardises each token where the activation is TopK, so that is `sae.input_norm`
-layer_norm here.
+layer_norm here; its first SAEs, of ReLU, take tokens as they are.
 """
 
 from __future__ import annotations
@@ -28,21 +28,49 @@ _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_me
 _ACTIVATION = ("activation", "activation_state_dict")
 
 
-def _topk_to(sae: Contents) -> Written:
+def _to(sae: Contents) -> dict[str, Tensor]:
     weights = {theirs: sae.weights[ours] for theirs, ours in _NAMES.items()}
     weights["decoder.weight"] = weights["decoder.weight"].T
     zeros = torch.zeros(len(sae.weights["b_enc"]))
-    weights |= dict.fromkeys(_STATISTICS, zeros) | {_STATISTICS[0]: zeros.long()}
+    return weights | dict.fromkeys(_STATISTICS, zeros) | {_STATISTICS[0]: zeros.long()}
+
+
+def _from(path: Path, found: dict[str, Any]) -> dict[str, Tensor]:
+    tensors = files.tensors(path, found, _NAMES, _STATISTICS)
+    weights = {ours: tensors[theirs] for theirs, ours in _NAMES.items()}
+    return weights | {"W_dec": turned(weights["W_dec"])}
+
+
+def _topk_to(sae: Contents) -> Written:
+    if sae.keys.get("input_norm") != "layer_norm":
+        raise ValueError(
+            "OpenAI's class standardises each token where the activation is TopK, which this SAE "
+            "does not (sae.input_norm='none'); name another format"
+        )
     k = {"k": sae.keys["k"], "postact_fn": "ReLU"}
-    return weights, {"activation": "TopK", "activation_state_dict": k}
+    return _to(sae), {"activation": "TopK", "activation_state_dict": k}
+
+
+def _relu_to(sae: Contents) -> Written:
+    if sae.keys.get("input_norm", "none") != "none":
+        raise ValueError(
+            "only of TopK does OpenAI's class standardise tokens, which this SAE of ReLU does "
+            f"(sae.input_norm={sae.keys['input_norm']!r}); name another format"
+        )
+    return _to(sae), {"activation": "ReLU", "activation_state_dict": {}}
+
+
+def _relu_from(
+    path: Path, found: dict[str, Any], config: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    del config
+    return _from(path, found), {}
 
 
 def _topk_from(
     path: Path, found: dict[str, Any], config: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = files.tensors(path, found, _NAMES, _STATISTICS)
-    weights = {ours: tensors[theirs] for theirs, ours in _NAMES.items()}
-    weights["W_dec"] = turned(weights["W_dec"])
+    weights = _from(path, found)
     state = config.get("activation_state_dict")
     state = state if isinstance(state, dict) else {}
     # Stored as a class's name, which is ReLU in all that were published.
@@ -52,18 +80,17 @@ def _topk_from(
     return weights, {"k": k, "input_norm": "layer_norm"}
 
 
-CONVERTERS: Converters = {"topk": (_topk_to, _topk_from), "multi_topk": (_topk_to, None)}
+CONVERTERS: Converters = {
+    "topk": (_topk_to, _topk_from),
+    "multi_topk": (_topk_to, None),
+    "relu": (_relu_to, _relu_from),
+}
 
 
 def write(sae: Contents, path: Path) -> None:
     """Writes an SAE so that OpenAI's `Autoencoder.from_state_dict(torch.load(path))` gives the same
-    reconstruction. Raises ValueError for one that does not standardise its tokens.
+    reconstruction. Raises ValueError for one of TopK that does not standardise its tokens.
     """
-    if sae.keys.get("input_norm") != "layer_norm":
-        raise ValueError(
-            "OpenAI's class standardises each token where the activation is TopK, which this SAE "
-            "does not (sae.input_norm='none'); name another format"
-        )
     weights, config = CONVERTERS[sae.architecture][0](sae)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_pt(path, weights | config)
@@ -76,6 +103,8 @@ def read(path: Path, k: int | None = None) -> Contents:
     del k
     found = files.read_pt(path)
     config = {name: found.pop(name) for name in _ACTIVATION if name in found}
+    # Its `state_dict()` tells k and its function once more, under the submodule's name.
+    found = {name: value for name, value in found.items() if not name.startswith("activation.")}
     # Without the key its class takes ReLU.
     theirs = str(config.get("activation", "ReLU"))
     name = {"TopK": "topk", "ReLU": "relu"}.get(theirs)

@@ -30,10 +30,11 @@ class ScheduleFreeSign(torch.optim.Optimizer):
         for group in self.param_groups:
             for y in group["params"]:
                 z = self.state[y].setdefault("z", y.detach().clone())
-                x = y.lerp(z, 1 - 1 / self.momentum)
+                # In y's memory: back to x, x on towards z, and out to y again.
+                y.lerp_(z, 1 - 1 / self.momentum)
                 z.sub_(y.grad.sign(), alpha=group["lr"])
-                x.lerp_(z, 1 / self.count)
-                y.copy_(x.lerp_(z, 1 - self.momentum))
+                y.lerp_(z, 1 / self.count)
+                y.lerp_(z, 1 - self.momentum)
 
     def average(self, y: Tensor) -> Tensor:
         """x of a parameter that is at y; the same tensor before the first step."""

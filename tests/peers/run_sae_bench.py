@@ -1,11 +1,14 @@
-"""SAEBench's core evaluation and sae-probes on an SAE of this library, offline, on a small model.
+"""SAEBench's core evaluation and sae-probes on an SAE of this library, offline: on a small random
+model, and on a trained one, where DIR/model holds it in Hugging Face's form.
 
-PYTHONPATH=. ENVIRONMENT/bin/python tests/peers/sae_bench.py DIR
+PYTHONPATH=. ENVIRONMENT/bin/python tests/peers/run_sae_bench.py DIR
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -18,8 +21,10 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_probes.generate_model_activations import ensure_dataset_activations
 from sae_probes.run_sae_evals import run_sae_eval
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformers import PreTrainedTokenizerFast
+from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from flash_sae_dist import TopKSAE
 from flash_sae_dist.compat.sae_bench import BenchSAE
@@ -46,16 +51,57 @@ def small_model() -> HookedTransformer:
     return HookedTransformer(cfg, tokenizer=bytes_tokenizer())
 
 
-def trained(model: HookedTransformer) -> TopKSAE:
+def packaged_model(folder: Path) -> HookedTransformer:
+    """TransformerLens's form of a Llama, which it has by names of its hub alone."""
+    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    of = llama.config
+    cfg = HookedTransformerConfig(
+        n_layers=of.num_hidden_layers, d_model=of.hidden_size, n_ctx=128,
+        d_head=of.hidden_size // of.num_attention_heads, n_heads=of.num_attention_heads,
+        n_key_value_heads=of.num_key_value_heads, d_mlp=of.intermediate_size,
+        d_vocab=of.vocab_size, act_fn="silu", normalization_type="RMS", eps=of.rms_norm_eps,
+        positional_embedding_type="rotary", rotary_adjacent_pairs=False,
+        rotary_dim=of.hidden_size // of.num_attention_heads,
+        rotary_base=int(of.rope_parameters["rope_theta"]), final_rms=True, gated_mlp=True,
+        device="cpu",
+    )  # fmt: skip
+    model = HookedTransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder))
+    model.load_and_process_state_dict(
+        convert_llama_weights(llama, cfg), fold_ln=False, center_writing_weights=False,
+        center_unembed=False, fold_value_biases=False,
+    )  # fmt: skip
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), llama(ids).logits, rtol=1e-3, atol=1e-3)
+    return model
+
+
+def sequences(model: HookedTransformer, length: int) -> Tensor:
+    """Python's own manual pages as the model's tokens [S, length]; of bytes any."""
+    if model.cfg.d_vocab == 257:
+        return torch.randint(0, 256, (2000, length))
+    pages = (inspect.getdoc(value) or "" for module in (os, str, dict, json, inspect, torch)
+             for value in vars(module).values())  # fmt: skip
+    ids = model.to_tokens("\n\n".join(pages), truncate=False)[0]
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def trained(model: HookedTransformer, hook: str, ids: Tensor, steps: int) -> TopKSAE:
     """Least squares is enough: rows of the model as latents' directions."""
     from flash_sae_dist.compat.recipe import FusedTraining, Recipe
 
-    sae = TopKSAE(32, 256, 8)
+    sae = TopKSAE(model.cfg.d_model, 8 * model.cfg.d_model, 8)
     training = FusedTraining(sae, Recipe(2e-3, "fvu"), torch.float32)
-    for _ in range(300):
-        ids = torch.randint(0, 256, (16, 32))
-        _, cache = model.run_with_cache(ids, names_filter="blocks.1.hook_resid_post")
-        training.step(cache["blocks.1.hook_resid_post"].flatten(0, 1).detach())
+    at = int(hook.split(".")[1]) + 1
+    for step in range(steps):
+        part = ids[torch.arange(16 * step, 16 * step + 16) % len(ids)]
+        with torch.no_grad():
+            _, cache = model.run_with_cache(part, names_filter=hook, stop_at_layer=at)
+        # First tokens are so long that nothing else would be learnt from.
+        x = cache[hook][:, 1:].flatten(0, 1)
+        if step == 0:
+            sae.b_dec.data.copy_(x.mean(0))
+        training.step(x)
     return sae
 
 
@@ -77,15 +123,15 @@ def probe(wrapped: BenchSAE, model: HookedTransformer, out: Path) -> None:
     assert all(0 <= r["test_auc"] <= 1 for r in found)
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
-    model = small_model()
-    sae = trained(model)
-    wrapped = BenchSAE(sae, "small", 1)
-    data = Dataset.from_dict({"tokens": torch.randint(0, 256, (2000, 32)).tolist()})
+def core(model: HookedTransformer, layer: int, steps: int) -> BenchSAE:
+    """Trains an SAE, and compares what SAEBench's core evaluation says of it with what it is."""
+    hook, ids = f"blocks.{layer}.hook_resid_post", sequences(model, 32)
+    sae = trained(model, hook, ids, steps)
+    wrapped = BenchSAE(sae, "small", layer)
+    data = Dataset.from_dict({"tokens": ids.tolist()})
     store = ActivationsStore(
         model=model, dataset=data, streaming=False, hook_name=wrapped.cfg.hook_name,
-        hook_head_index=None, context_size=32, d_in=32, n_batches_in_buffer=16,
+        hook_head_index=None, context_size=32, d_in=sae.d_in, n_batches_in_buffer=16,
         total_training_tokens=10**9, store_batch_size_prompts=8, train_batch_size_tokens=256,
         prepend_bos=False, normalize_activations="none", device=torch.device("cpu"),
         dtype="float32",
@@ -97,9 +143,10 @@ def main() -> None:
     )  # fmt: skip
     metrics, _ = run_evals(wrapped, store, model, cfg)
     ids = torch.cat([store.get_batch_tokens(8) for _ in range(16)])
-    _, cache = model.run_with_cache(ids, prepend_bos=False)
-    x = cache["blocks.1.hook_resid_post"].flatten(0, 1)
-    recon = sae(x).recon
+    with torch.no_grad():
+        _, cache = model.run_with_cache(ids, prepend_bos=False, names_filter=hook)
+        x = cache[hook].flatten(0, 1)
+        recon = sae(x).recon
     # Its own is a token's squared error by the tokens of a batch.
     mse = float((x - recon).square().sum(dim=1).mean()) / (8 * 32)
     cosine = float(torch.cosine_similarity(x, recon, dim=1).mean())
@@ -111,8 +158,15 @@ def main() -> None:
     assert abs(told["cossim"] - cosine) < 0.01
     assert abs(metrics["sparsity"]["l0"] - 8) < 0.1
     assert metrics["model_performance_preservation"]["ce_loss_score"] is not None
-    probe(wrapped, model, out)
-    (out / "sae_bench.json").write_text(json.dumps(metrics))
+    return wrapped
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    model = small_model()
+    probe(core(model, 1, 300), model, out)
+    if (out / "model").is_dir():
+        core(packaged_model(out / "model"), 8, 60)
 
 
 if __name__ == "__main__":
