@@ -25,7 +25,7 @@ from flash_sae_dist import TopKSAE
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.importing import ImportOptions, run_import
 from flash_sae_dist.activations.language_model import capture_activations, load_language_model
-from flash_sae_dist.activations.sequential import row_blocks
+from flash_sae_dist.activations.sequential import batches_in_order
 from flash_sae_dist.activations.store import ActivationStore, as_float64
 from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.config.run import FeaturesConfig
@@ -34,6 +34,7 @@ from flash_sae_dist.features import runner
 from flash_sae_dist.features.directions import nearest_latents, output_tokens
 from flash_sae_dist.features.page import FeatureFiles
 from flash_sae_dist.features.pairs import ActivePairs, PairSpool, active_pairs
+from flash_sae_dist.features.records import LatentRecord
 from flash_sae_dist.features.runner import run_features
 from flash_sae_dist.features.running import ActivationCounts, TopRows, chance_keys, size_keys
 from flash_sae_dist.features.words import Words
@@ -277,14 +278,14 @@ def test_rows_come_in_their_order(tmp_path: Path, dtype: str) -> None:
     options = ImportOptions(dtype, 0, 128.0, None)
     run_import(str(tmp_path / "s.zarr"), [f"h={tmp_path / 'x.npy'}"], options)
     store = ActivationStore.open(str(tmp_path / "s.zarr"))
-    blocks = list(row_blocks(store, "h", stop=421, batch_tokens=70))
-    assert len(blocks) > 3
-    assert [b.first for b in blocks] == np.cumsum([0, *map(len, (b.rows for b in blocks))])[
-        :-1
-    ].tolist()
-    rows = torch.cat([block.rows for block in blocks]).double().numpy()
-    found = store.read("activations/h", 0, 421)
-    assert np.array_equal(rows, as_float64(found, "float32" if dtype == "int8" else dtype))
+    batches = list(batches_in_order(store, ["h"], stop=421, batch_tokens=70, device=CPU))
+    assert [len(batch.numbers) for batch in batches] == [70] * 6 + [1]
+    assert np.concatenate([batch.numbers for batch in batches]).tolist() == list(range(421))
+    rows = torch.cat([batch.rows[0] for batch in batches])
+    found = torch.from_numpy(as_float64(store.read("activations/h", 0, 421), "float32"))
+    if dtype != "int8":
+        found = torch.from_numpy(as_float64(store.read("activations/h", 0, 421), dtype))
+    assert torch.equal(rows.double(), found.to(rows.dtype).double())
 
 
 def random_pairs(rows: int, latents: int, seed: int) -> ActivePairs:
@@ -324,7 +325,7 @@ def test_samples_are_of_chance() -> None:
 def test_codes_become_pairs_in_order(tmp_path: Path) -> None:
     values = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.5]])
     latents = torch.tensor([[5, 2, 7], [1, 4, 0]], dtype=torch.int32)
-    pairs = active_pairs(Slots(values, latents), first_row=10)
+    pairs = active_pairs([Slots(values, latents)], torch.tensor([10, 11]))
     assert pairs.rows.tolist() == [10, 10, 11, 11]
     assert pairs.latents.tolist() == [2, 5, 0, 4]
     assert pairs.values.tolist() == [1.0, 2.0, 0.5, 3.0]
@@ -333,12 +334,14 @@ def test_codes_become_pairs_in_order(tmp_path: Path) -> None:
     listed = torch.tensor([5, 2, 7, 4, 0, 0], dtype=torch.int32)
     offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
     for part, other in zip(
-        active_pairs(Pairs(tokens, listed, flat, offsets), first_row=10), pairs, strict=True
+        active_pairs([Pairs(tokens, listed, flat, offsets)], torch.tensor([10, 11])),
+        pairs,
+        strict=True,
     ):
         assert torch.equal(part, other)
     with PairSpool(tmp_path) as spool:
-        spool.add(active_pairs(Slots(values[:0], latents[:0]), 0), 0, 0)
-        spool.add(active_pairs(Slots(values, latents), 0), 0, 2)
+        spool.add(active_pairs([Slots(values[:0], latents[:0])], torch.arange(0)), 0, 0)
+        spool.add(active_pairs([Slots(values, latents)], torch.arange(2)), 0, 2)
         spool.close()
         found = spool.values_at(np.array([0, 0, 1, 1, -1, 2]), np.array([5, 7, 4, 1, 5, 5]))
     np.testing.assert_array_equal(found, [2.0, 0.0, 3.0, 0.0, np.nan, np.nan])
@@ -391,13 +394,14 @@ def test_what_is_not_there_is_told(run: Run, values: dict[str, Any], told: str) 
 
 
 def test_the_page_is_there_only_where_all_is(tmp_path: Path) -> None:
-    record = {"index": 0, "density": 0.1, "max": 2.0, "mean": 1.0, "examples": []}
+    fields = {"index": 0, "density": 0.1, "max": 2.0, "mean": 1.0}
+    record = LatentRecord(fields, "[]", [], [])
     page, lines = tmp_path / "index.html", tmp_path / "features.jsonl.gz"
     with FeatureFiles(tmp_path, {}) as files:
         files.add(record)
         files.finish()
         assert page.is_file()
-        assert read_records(tmp_path) == [record]
+        assert read_records(tmp_path) == [fields | {"examples": []}]
 
     def stopped() -> None:
         with FeatureFiles(tmp_path, {}) as files:
