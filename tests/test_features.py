@@ -505,6 +505,7 @@ _TYPED = """<script>
 addEventListener("load", () => {
   get("search").value = WORD;
   get("search").dispatchEvent(new Event("input"));
+  document.body.dataset.beyond = document.documentElement.scrollWidth > innerWidth;
 });
 </script></body>"""
 
@@ -518,6 +519,7 @@ def test_the_page_works_from_the_disk_in_a_browser(run: Run, tmp_path: Path) -> 
     def opened(file: Path, fragment: str = "") -> str:
         command = [str(browser()), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
         command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000"]
+        command += ["--window-size=500,900"]
         done = subprocess.run(
             [*command, f"{file.as_uri()}{fragment}"], capture_output=True, text=True, timeout=60
         )
@@ -534,10 +536,12 @@ def test_the_page_works_from_the_disk_in_a_browser(run: Run, tmp_path: Path) -> 
     assert one.count("token centre") == len(record["examples"])
     assert 'class="token unstored"' in one
     assert "background: rgba" in one
+    assert "token centre strong" in one, "dark letters on what is bright"
     word = record["examples"][0]["tokens"][record["examples"][0]["at"]].strip()
     search = folder / "search.html"
     search.write_text(page.read_text().replace("</body>", _TYPED.replace("WORD", json.dumps(word))))
     found = opened(search)
     shown = found.count('<td class="n"><a href="#')
     assert 0 < shown < fired
+    assert 'data-beyond="false"' in found, "nothing is cut off on a narrow screen"
     assert f'<a href="#{record["index"]}">' in found

@@ -127,6 +127,7 @@ def test_the_report_works_from_the_disk_in_a_browser(grid: dict[str, Any], tmp_p
     assert body.count("<section>") == 2, "a row of charts a layer"
     assert body.count('class="sae"') == body.count('class="curve"') == 4
     assert body.count('class="density"') == 4
+    assert body.count('class="tick"') >= 6 * 2 * 3, "an axis has three numbers at least"
     assert f'href="{NAMES[1]}/features/index.html"' in body
     assert "nothing was measured</figcaption>" not in body
     assert "http" not in body.replace("http://www.w3.org/2000/svg", ""), "nothing from elsewhere"
