@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import subprocess
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ from flash_sae_dist.config.run import FeaturesConfig
 from flash_sae_dist.evaluation.finished import FinishedSAE
 from flash_sae_dist.features import runner
 from flash_sae_dist.features.directions import nearest_latents, output_tokens
+from flash_sae_dist.features.exchange import circuit_tracer_files, neuronpedia_batches
+from flash_sae_dist.features.folder import FeatureFolder
 from flash_sae_dist.features.page import FeatureFiles
 from flash_sae_dist.features.pairs import ActivePairs, PairSpool, active_pairs
 from flash_sae_dist.features.records import LatentRecord
@@ -476,23 +479,62 @@ def test_another_model_is_refused(run: Run, tmp_path: Path) -> None:
         run_features(parse_config(data), Accelerator(cpu=True))
 
 
-def test_the_conversions_of_the_docs_hold(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_tools_files_hold_the_same(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = (Path(__file__).parents[1] / "docs/features.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
     folder = Path(run.data["output"]) / JOB / "features"
-    names: dict[str, Any] = {}
-    exec(block.replace("runs/quickstart/model.layers.8/k=32/features", str(folder)), names)
-    assert len(names["batch"]["features"]) == len(names["pages"]) == 64
+    exec(block.replace("runs/quickstart/model.layers.8/k=32/features", str(folder)), {})
     record = max(run.records, key=lambda r: r["fired"])
-    first, page = record["examples"][0], names["pages"][record["index"]]
-    shown = page["examples_quantiles"][0]["examples"][0]
-    assert shown["tokens"][shown["train_token_ind"]] == first["tokens"][first["at"]]
-    assert max(shown["tokens_acts_list"]) <= page["act_max"] * 1.001
-    (feature,) = (f for f in names["batch"]["features"] if f["feature_index"] == record["index"])
-    assert feature["pos_str"] == page["top_logits"]
-    assert len(feature["freq_hist_data_bar_values"]) == len(feature["freq_hist_data_bar_heights"])
-    json.dumps(names["batch"], allow_nan=False)
-    json.dumps(names["pages"], allow_nan=False)
+    (batch,) = [json.loads(path.read_text()) for path in Path("batches").iterdir()]
+    assert (batch["model_id"], batch["layer"], batch["sae_set"]) == ("smollm2-135m", 8, "res-mine")
+    assert [feature["feature_index"] for feature in batch["features"]] == list(range(64))
+    feature = batch["features"][record["index"]]
+    assert sum(feature["freq_hist_data_bar_heights"]) == pytest.approx(record["fired"], abs=0.1)
+    assert [len(a["tokens"]) for a in feature["activations"]] == [
+        len(example["tokens"]) for example in record["examples"]
+    ]
+    for shown, example in zip(feature["activations"], record["examples"], strict=True):
+        at = shown["qualifying_token_index"]
+        assert shown["tokens"][at] == example["tokens"][example["at"]]
+        assert shown["values"][at] == pytest.approx(example["value"], rel=1e-3)
+        assert shown["bin_min"] <= example["value"] <= shown["bin_max"]
+    # circuit-tracer's page asks for a latent's bytes, of which the first four are their number.
+    index = json.loads(gzip.decompress(Path("pages/index.json.gz").read_bytes()))["8"]
+    data = (Path("pages") / index["filename"]).read_bytes()
+    assert len(index["offsets"]) == 65
+    start = index["offsets"][record["index"]]
+    length = int.from_bytes(data[start : start + 4], "little")
+    assert start + 4 + length == index["offsets"][record["index"] + 1]
+    page = json.loads(zlib.decompress(data[start + 4 : start + 4 + length]))
+    assert page["top_logits"] == feature["pos_str"] == [text for text, *_ in record["raised"]]
+    groups = {q["quantile_name"]: len(q["examples"]) for q in page["examples_quantiles"]}
+    assert sum(groups.values()) == len(record["examples"])
+    assert list(groups)[0] == "Top Activations"
+    assert page["histogram"] == feature["freq_hist_data_bar_heights"]
+    with pytest.raises(ValueError, match="batches is not empty; name a new folder"):
+        neuronpedia_batches(
+            FeatureFolder(folder), Path("batches"), model_id="", layer=0, sae_set=""
+        )
+
+
+def test_latents_that_were_not_looked_at_have_no_examples(run: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(Path(run.data["output"]) / JOB / "features", tmp_path / "features")
+    with gzip.open(folder / "features.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps(run.records[40]) + "\n")
+    circuit_tracer_files({0: FeatureFolder(folder)}, tmp_path / "pages")
+    data = (tmp_path / "pages/layer_0.bin").read_bytes()
+    offsets = json.loads(gzip.decompress((tmp_path / "pages/index.json.gz").read_bytes()))["0"][
+        "offsets"
+    ]
+    pages = [
+        json.loads(zlib.decompress(data[a + 4 : b]))
+        for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+    ]
+    assert [page["index"] for page in pages] == list(range(64))
+    assert [page["index"] for page in pages if page["examples_quantiles"]] == [40]
 
 
 def browser() -> str | None:
