@@ -259,7 +259,10 @@ def test_offline_and_refused_are_one_sentence(
             TopKSAE.from_pretrained("me/saes")
 
 
-_UNREACHABLE = "^cannot {} me/saes: the Hugging Face hub cannot be reached \\([^\n()']+\\); check the network.*$"
+_UNREACHABLE = (
+    r"^cannot {} me/saes: the Hugging Face hub cannot be reached \([^\n()']+\); "
+    "check the network.*$"
+)
 
 
 def test_nothing_is_sent_of_what_is_not_whole(output: Path, hub: HubServer, tmp_path: Path) -> None:
