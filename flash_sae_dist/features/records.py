@@ -239,8 +239,8 @@ def _example_texts(
         found.position.tolist(),
         firsts,
         stops,
-        words.as_json(found.windows.ids),
-        _values_as_json(found.values),
+        words.as_json(found.windows.ids).tolist(),
+        _values_as_json(found.values).tolist(),
         strict=True,
     )
     return [
