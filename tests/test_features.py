@@ -31,7 +31,7 @@ from flash_sae_dist.activations.store import ActivationStore, as_float64
 from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.config.run import FeaturesConfig
 from flash_sae_dist.evaluation.finished import FinishedSAE
-from flash_sae_dist.features import runner
+from flash_sae_dist.features import collect, runner
 from flash_sae_dist.features.directions import nearest_latents, output_tokens
 from flash_sae_dist.features.exchange import circuit_tracer_files, neuronpedia_batches
 from flash_sae_dist.features.folder import FeatureFolder
@@ -223,6 +223,27 @@ def test_rows_that_are_left_out_count_nowhere(tmp_path: Path) -> None:
         t for e in examples for t, v in zip(e["tokens"], e["values"], strict=True) if v is None
     }
     assert unknown - {" <s>", " </s>"}, "tokens of those rows are marked as not stored"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("cache", [{}, {"max_norm_ratio": 1.3}], ids=["all", "some-left-out"])
+def test_pairs_are_looked_at_in_any_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, cache: dict[str, Any]
+) -> None:
+    whole = make_run(tmp_path, **cache)
+    monkeypatch.setattr(collect, "_PAIRS_AT_ONCE", 700)
+    one: Any = SimpleNamespace(device=torch.device(device), process_index=0, num_processes=1)
+    one.is_main_process, one.wait_for_everyone = True, lambda: None
+    (folder,) = run_features(parse_config(whole.data), one)
+    found = read_records(folder)
+    if device == "cpu":
+        assert found == whole.records
+    for record, other in zip(found, whole.records, strict=True):
+        assert record["fired"] == other["fired"]
+        assert record["mean"] == pytest.approx(other["mean"], rel=1e-4)
+        for part in ("row", "tokens"):
+            shown = [[e[part] for e in r["examples"]] for r in (record, other)]
+            assert shown[0] == shown[1]
 
 
 def test_chosen_latents_and_fewer_rows(run: Run, tmp_path: Path) -> None:
