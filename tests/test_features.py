@@ -578,6 +578,10 @@ addEventListener("load", () => {
 def test_the_page_works_from_the_disk_in_a_browser(run: Run, tmp_path: Path) -> None:
     folder = shutil.copytree(Path(run.data["output"]) / JOB / "features", tmp_path / "features")
     page = folder / "index.html"
+    # As a crosscoder's have.
+    data = folder / "data/latents-0.js"
+    norms = '"decoder_norms":{"model.layers.1":0.5},"examples"'
+    data.write_text(data.read_text().replace('"examples"', norms))
 
     def opened(file: Path, fragment: str = "") -> str:
         command = [str(browser()), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
@@ -599,6 +603,7 @@ def test_the_page_works_from_the_disk_in_a_browser(run: Run, tmp_path: Path) -> 
     assert one.count("token centre") == len(record["examples"])
     assert 'class="token unstored"' in one
     assert "background: rgba" in one
+    assert "decoder norm, model.layers.1" in one
     assert "token centre strong" in one, "dark letters on what is bright"
     word = record["examples"][0]["tokens"][record["examples"][0]["at"]].strip()
     search = folder / "search.html"
