@@ -26,6 +26,7 @@ BENCHES = {
     "parity": "bench_parity",
     "shards": "bench_shards",
     "cache": "bench_cache",
+    "features": "bench_features",
     "load": "bench_load",
     "train": "bench_train",
     "stream": "bench_stream",

@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
+from accelerate import Accelerator
 
 from flash_sae_dist.activations.loader import ActivationLoader
 from flash_sae_dist.activations.store import ActivationStore
+from flash_sae_dist.grid.runner import run_jobs
 from flash_sae_dist.launch import bench_cache, bench_step, bench_stream
 from flash_sae_dist.launch.bench_against import compare
+from flash_sae_dist.launch.bench_features import prepare, rates
 from flash_sae_dist.launch.bench_load import HOOKPOINT, load, load_rate, make_store, read_rate
 from flash_sae_dist.launch.bench_peers import BY_ARCHITECTURE, sae_lens_step, sparsify_step
 from flash_sae_dist.launch.bench_step import EXACT, OURS, PEERS
@@ -236,3 +240,18 @@ def test_bench_stream_prints_rates_and_limit(
         assert row["x limit"] == pytest.approx(row["stream"] / row["limit"])
     assert "x limit" in capsys.readouterr().out
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"], "the rest is removed"
+
+
+def test_features_are_timed_beside_evaluate(tmp_path: Path) -> None:
+    """On rows whose latents are unequally often active."""
+    config, accelerator = prepare(tmp_path, 3000, (64, 256, 4), CPU), Accelerator(cpu=True)
+    run_jobs(config, accelerator, grid=False)
+    rows = config.features.num_tokens
+    found = rates(config, accelerator, rows)
+    assert [row["verb"] for row in found] == ["evaluate", "features"]
+    for row in found:
+        assert 0 < row["pass s"] < row["seconds"]
+        assert row["rows/s"] == pytest.approx(rows / row["pass s"])
+    density = np.load(tmp_path / "run/rows/densities.npy")
+    assert density.sum() == pytest.approx(4, rel=0.02)
+    assert density[:16].mean() > 3 * density[-16:].mean() > 0

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import subprocess
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -25,15 +26,18 @@ from flash_sae_dist import TopKSAE
 from flash_sae_dist.activations.harvest import run_cache
 from flash_sae_dist.activations.importing import ImportOptions, run_import
 from flash_sae_dist.activations.language_model import capture_activations, load_language_model
-from flash_sae_dist.activations.sequential import row_blocks
+from flash_sae_dist.activations.sequential import batches_in_order
 from flash_sae_dist.activations.store import ActivationStore, as_float64
 from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.config.run import FeaturesConfig
 from flash_sae_dist.evaluation.finished import FinishedSAE
-from flash_sae_dist.features import runner
+from flash_sae_dist.features import collect, runner
 from flash_sae_dist.features.directions import nearest_latents, output_tokens
+from flash_sae_dist.features.exchange import circuit_tracer_files, neuronpedia_batches
+from flash_sae_dist.features.folder import FeatureFolder
 from flash_sae_dist.features.page import FeatureFiles
 from flash_sae_dist.features.pairs import ActivePairs, PairSpool, active_pairs
+from flash_sae_dist.features.records import LatentRecord
 from flash_sae_dist.features.runner import run_features
 from flash_sae_dist.features.running import ActivationCounts, TopRows, chance_keys, size_keys
 from flash_sae_dist.features.words import Words
@@ -221,6 +225,27 @@ def test_rows_that_are_left_out_count_nowhere(tmp_path: Path) -> None:
     assert unknown - {" <s>", " </s>"}, "tokens of those rows are marked as not stored"
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("cache", [{}, {"max_norm_ratio": 1.3}], ids=["all", "some-left-out"])
+def test_pairs_are_looked_at_in_any_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, cache: dict[str, Any]
+) -> None:
+    whole = make_run(tmp_path, **cache)
+    monkeypatch.setattr(collect, "_PAIRS_AT_ONCE", 700)
+    one: Any = SimpleNamespace(device=torch.device(device), process_index=0, num_processes=1)
+    one.is_main_process, one.wait_for_everyone = True, lambda: None
+    (folder,) = run_features(parse_config(whole.data), one)
+    found = read_records(folder)
+    if device == "cpu":
+        assert found == whole.records
+    for record, other in zip(found, whole.records, strict=True):
+        assert record["fired"] == other["fired"]
+        assert record["mean"] == pytest.approx(other["mean"], rel=1e-4)
+        for part in ("row", "tokens"):
+            shown = [[e[part] for e in r["examples"]] for r in (record, other)]
+            assert shown[0] == shown[1]
+
+
 def test_chosen_latents_and_fewer_rows(run: Run, tmp_path: Path) -> None:
     shutil.copytree(run.data["output"], tmp_path / "run")
     data = run.data | {"output": str(tmp_path / "run")}
@@ -277,14 +302,14 @@ def test_rows_come_in_their_order(tmp_path: Path, dtype: str) -> None:
     options = ImportOptions(dtype, 0, 128.0, None)
     run_import(str(tmp_path / "s.zarr"), [f"h={tmp_path / 'x.npy'}"], options)
     store = ActivationStore.open(str(tmp_path / "s.zarr"))
-    blocks = list(row_blocks(store, "h", stop=421, batch_tokens=70))
-    assert len(blocks) > 3
-    assert [b.first for b in blocks] == np.cumsum([0, *map(len, (b.rows for b in blocks))])[
-        :-1
-    ].tolist()
-    rows = torch.cat([block.rows for block in blocks]).double().numpy()
-    found = store.read("activations/h", 0, 421)
-    assert np.array_equal(rows, as_float64(found, "float32" if dtype == "int8" else dtype))
+    batches = list(batches_in_order(store, ["h"], stop=421, batch_tokens=70, device=CPU))
+    assert [len(batch.numbers) for batch in batches] == [70] * 6 + [1]
+    assert np.concatenate([batch.numbers for batch in batches]).tolist() == list(range(421))
+    rows = torch.cat([batch.rows[0] for batch in batches])
+    found = torch.from_numpy(as_float64(store.read("activations/h", 0, 421), "float32"))
+    if dtype != "int8":
+        found = torch.from_numpy(as_float64(store.read("activations/h", 0, 421), dtype))
+    assert torch.equal(rows.double(), found.to(rows.dtype).double())
 
 
 def random_pairs(rows: int, latents: int, seed: int) -> ActivePairs:
@@ -324,7 +349,7 @@ def test_samples_are_of_chance() -> None:
 def test_codes_become_pairs_in_order(tmp_path: Path) -> None:
     values = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.5]])
     latents = torch.tensor([[5, 2, 7], [1, 4, 0]], dtype=torch.int32)
-    pairs = active_pairs(Slots(values, latents), first_row=10)
+    pairs = active_pairs([Slots(values, latents)], torch.tensor([10, 11]))
     assert pairs.rows.tolist() == [10, 10, 11, 11]
     assert pairs.latents.tolist() == [2, 5, 0, 4]
     assert pairs.values.tolist() == [1.0, 2.0, 0.5, 3.0]
@@ -333,12 +358,14 @@ def test_codes_become_pairs_in_order(tmp_path: Path) -> None:
     listed = torch.tensor([5, 2, 7, 4, 0, 0], dtype=torch.int32)
     offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
     for part, other in zip(
-        active_pairs(Pairs(tokens, listed, flat, offsets), first_row=10), pairs, strict=True
+        active_pairs([Pairs(tokens, listed, flat, offsets)], torch.tensor([10, 11])),
+        pairs,
+        strict=True,
     ):
         assert torch.equal(part, other)
     with PairSpool(tmp_path) as spool:
-        spool.add(active_pairs(Slots(values[:0], latents[:0]), 0), 0, 0)
-        spool.add(active_pairs(Slots(values, latents), 0), 0, 2)
+        spool.add(active_pairs([Slots(values[:0], latents[:0])], torch.arange(0)), 0, 0)
+        spool.add(active_pairs([Slots(values, latents)], torch.arange(2)), 0, 2)
         spool.close()
         found = spool.values_at(np.array([0, 0, 1, 1, -1, 2]), np.array([5, 7, 4, 1, 5, 5]))
     np.testing.assert_array_equal(found, [2.0, 0.0, 3.0, 0.0, np.nan, np.nan])
@@ -391,13 +418,14 @@ def test_what_is_not_there_is_told(run: Run, values: dict[str, Any], told: str) 
 
 
 def test_the_page_is_there_only_where_all_is(tmp_path: Path) -> None:
-    record = {"index": 0, "density": 0.1, "max": 2.0, "mean": 1.0, "examples": []}
+    fields = {"index": 0, "density": 0.1, "max": 2.0, "mean": 1.0}
+    record = LatentRecord(fields, "[]", [], [])
     page, lines = tmp_path / "index.html", tmp_path / "features.jsonl.gz"
     with FeatureFiles(tmp_path, {}) as files:
         files.add(record)
         files.finish()
         assert page.is_file()
-        assert read_records(tmp_path) == [record]
+        assert read_records(tmp_path) == [fields | {"examples": []}]
 
     def stopped() -> None:
         with FeatureFiles(tmp_path, {}) as files:
@@ -472,23 +500,62 @@ def test_another_model_is_refused(run: Run, tmp_path: Path) -> None:
         run_features(parse_config(data), Accelerator(cpu=True))
 
 
-def test_the_conversions_of_the_docs_hold(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_tools_files_hold_the_same(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = (Path(__file__).parents[1] / "docs/features.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
     folder = Path(run.data["output"]) / JOB / "features"
-    names: dict[str, Any] = {}
-    exec(block.replace("runs/quickstart/model.layers.8/k=32/features", str(folder)), names)
-    assert len(names["batch"]["features"]) == len(names["pages"]) == 64
+    exec(block.replace("runs/quickstart/model.layers.8/k=32/features", str(folder)), {})
     record = max(run.records, key=lambda r: r["fired"])
-    first, page = record["examples"][0], names["pages"][record["index"]]
-    shown = page["examples_quantiles"][0]["examples"][0]
-    assert shown["tokens"][shown["train_token_ind"]] == first["tokens"][first["at"]]
-    assert max(shown["tokens_acts_list"]) <= page["act_max"] * 1.001
-    (feature,) = (f for f in names["batch"]["features"] if f["feature_index"] == record["index"])
-    assert feature["pos_str"] == page["top_logits"]
-    assert len(feature["freq_hist_data_bar_values"]) == len(feature["freq_hist_data_bar_heights"])
-    json.dumps(names["batch"], allow_nan=False)
-    json.dumps(names["pages"], allow_nan=False)
+    (batch,) = [json.loads(path.read_text()) for path in Path("batches").iterdir()]
+    assert (batch["model_id"], batch["layer"], batch["sae_set"]) == ("smollm2-135m", 8, "res-mine")
+    assert [feature["feature_index"] for feature in batch["features"]] == list(range(64))
+    feature = batch["features"][record["index"]]
+    assert sum(feature["freq_hist_data_bar_heights"]) == pytest.approx(record["fired"], abs=0.1)
+    assert [len(a["tokens"]) for a in feature["activations"]] == [
+        len(example["tokens"]) for example in record["examples"]
+    ]
+    for shown, example in zip(feature["activations"], record["examples"], strict=True):
+        at = shown["qualifying_token_index"]
+        assert shown["tokens"][at] == example["tokens"][example["at"]]
+        assert shown["values"][at] == pytest.approx(example["value"], rel=1e-3)
+        assert shown["bin_min"] <= example["value"] <= shown["bin_max"]
+    # circuit-tracer's page asks for a latent's bytes, of which the first four are their number.
+    index = json.loads(gzip.decompress(Path("pages/index.json.gz").read_bytes()))["8"]
+    data = (Path("pages") / index["filename"]).read_bytes()
+    assert len(index["offsets"]) == 65
+    start = index["offsets"][record["index"]]
+    length = int.from_bytes(data[start : start + 4], "little")
+    assert start + 4 + length == index["offsets"][record["index"] + 1]
+    page = json.loads(zlib.decompress(data[start + 4 : start + 4 + length]))
+    assert page["top_logits"] == feature["pos_str"] == [text for text, *_ in record["raised"]]
+    groups = {q["quantile_name"]: len(q["examples"]) for q in page["examples_quantiles"]}
+    assert sum(groups.values()) == len(record["examples"])
+    assert list(groups)[0] == "Top Activations"
+    assert page["histogram"] == feature["freq_hist_data_bar_heights"]
+    with pytest.raises(ValueError, match="batches is not empty; name a new folder"):
+        neuronpedia_batches(
+            FeatureFolder(folder), Path("batches"), model_id="", layer=0, sae_set=""
+        )
+
+
+def test_latents_that_were_not_looked_at_have_no_examples(run: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(Path(run.data["output"]) / JOB / "features", tmp_path / "features")
+    with gzip.open(folder / "features.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps(run.records[40]) + "\n")
+    circuit_tracer_files({0: FeatureFolder(folder)}, tmp_path / "pages")
+    data = (tmp_path / "pages/layer_0.bin").read_bytes()
+    offsets = json.loads(gzip.decompress((tmp_path / "pages/index.json.gz").read_bytes()))["0"][
+        "offsets"
+    ]
+    pages = [
+        json.loads(zlib.decompress(data[a + 4 : b]))
+        for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+    ]
+    assert [page["index"] for page in pages] == list(range(64))
+    assert [page["index"] for page in pages if page["examples_quantiles"]] == [40]
 
 
 def browser() -> str | None:
@@ -501,6 +568,7 @@ _TYPED = """<script>
 addEventListener("load", () => {
   get("search").value = WORD;
   get("search").dispatchEvent(new Event("input"));
+  document.body.dataset.beyond = document.documentElement.scrollWidth > innerWidth;
 });
 </script></body>"""
 
@@ -510,10 +578,15 @@ addEventListener("load", () => {
 def test_the_page_works_from_the_disk_in_a_browser(run: Run, tmp_path: Path) -> None:
     folder = shutil.copytree(Path(run.data["output"]) / JOB / "features", tmp_path / "features")
     page = folder / "index.html"
+    # As a crosscoder's have.
+    data = folder / "data/latents-0.js"
+    norms = '"decoder_norms":{"model.layers.1":0.5},"examples"'
+    data.write_text(data.read_text().replace('"examples"', norms))
 
     def opened(file: Path, fragment: str = "") -> str:
         command = [str(browser()), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
         command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000"]
+        command += ["--window-size=500,900"]
         done = subprocess.run(
             [*command, f"{file.as_uri()}{fragment}"], capture_output=True, text=True, timeout=60
         )
@@ -530,10 +603,13 @@ def test_the_page_works_from_the_disk_in_a_browser(run: Run, tmp_path: Path) -> 
     assert one.count("token centre") == len(record["examples"])
     assert 'class="token unstored"' in one
     assert "background: rgba" in one
+    assert "decoder norm, model.layers.1" in one
+    assert "token centre strong" in one, "dark letters on what is bright"
     word = record["examples"][0]["tokens"][record["examples"][0]["at"]].strip()
     search = folder / "search.html"
     search.write_text(page.read_text().replace("</body>", _TYPED.replace("WORD", json.dumps(word))))
     found = opened(search)
     shown = found.count('<td class="n"><a href="#')
     assert 0 < shown < fired
+    assert 'data-beyond="false"' in found, "nothing is cut off on a narrow screen"
     assert f'<a href="#{record["index"]}">' in found

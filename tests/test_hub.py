@@ -260,7 +260,8 @@ def test_offline_and_refused_are_one_sentence(
 
 
 _UNREACHABLE = (
-    "^cannot {} me/saes: the Hugging Face hub cannot be reached [^\n]*; check the network.*$"
+    r"^cannot {} me/saes: the Hugging Face hub cannot be reached \([^\n()']+\); "
+    "check the network.*$"
 )
 
 

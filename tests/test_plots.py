@@ -96,6 +96,15 @@ def test_a_grid_over_learning_rates_is_drawn_along_them(drawn: dict[str, Any]) -
     assert "adam_betas=(0.9, 0.99), d_sae=64, dead_latents=auxk, lr=1e-05" in labels
 
 
+def test_curves_of_many_settings_are_told_apart(drawn: dict[str, Any]) -> None:
+    """Lines without markers, of one hookpoint and so of one colour."""
+    records = [record("h", f"k={k},lr={lr}", k, 64) for k in range(1, 7) for lr in (1, 2, 3, 4)]
+    metrics = {r["job"]: [{"tokens": n, "fvu": 1 / n} for n in (1, 2)] for r in records}
+    (axes,) = plots.curves(records, metrics).axes
+    looks = {(str(x._dash_pattern), x.get_linewidth()) for x in axes.lines}
+    assert len(looks) == len(axes.lines) == 24
+
+
 def test_long_names_stay_on_the_density_plot(drawn: dict[str, Any]) -> None:
     long = record(
         "model.language_model.encoder.layers.12.self_attn.output_projection",

@@ -158,7 +158,7 @@ class ActivationLoader:
         hookpoint: str,
         *,
         batch_tokens: int,
-        seed: int,
+        seed: int | None,
         start_step: int = 0,
         num_steps: int,
         rank: int = 0,
@@ -168,9 +168,10 @@ class ActivationLoader:
         only_held_out: bool = False,
         preload: Preload = "none",
     ) -> None:
-        """holdout: the share of rows, in whole documents, that the stream leaves out (see
-        `held_out`), or holds alone. Raises ValueError for a batch that the ranks cannot split and
-        for a stream without rows, UserError where rows that are to be preloaded do not fit.
+        """seed: None for rows in the order of their numbers. holdout: the share of rows, in whole
+        documents, that the stream leaves out (see `held_out`), or holds alone. Raises ValueError
+        for a batch that the ranks cannot split and for a stream without rows, UserError where rows
+        that are to be preloaded do not fit.
         """
         if batch_tokens % num_ranks:
             raise ValueError(

@@ -77,14 +77,18 @@ class BlockOrder:
     Rows inside a block keep the order in which they were shuffled when the store was written.
     """
 
-    def __init__(self, counts: Ints, seed: int) -> None:
-        """counts: the rows of each block that the stream holds, at least one in all."""
+    def __init__(self, counts: Ints, seed: int | None) -> None:
+        """counts: the rows of each block that the stream holds, at least one in all. Without a seed
+        blocks keep the order of their numbers.
+        """
         self.counts, self.seed = counts, seed
         self.rows, self.blocks_an_epoch = int(counts.sum()), int(np.count_nonzero(counts))
         self._epoch = lru_cache(maxsize=4)(self._make_epoch)
 
     def _make_epoch(self, epoch: int) -> tuple[Ints, Ints]:
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
+        order = np.arange(len(self.counts))
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, epoch]).permutation(order)
         order = order[self.counts[order] > 0]
         return order, np.cumsum(self.counts[order])
 

@@ -1,62 +1,51 @@
-"""A hookpoint's rows in the order of their numbers, read ahead by threads."""
+"""Rows of hookpoints in the order of their numbers, each once."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from .blocks import BlockReader
-from .loader import READERS, readers_of
+from .aligned import AlignedLoaders
+from .loader import ActivationLoader
+from .order import Ints
 from .store import ActivationStore
-from .stored_rows import StoredRows
-
-_AHEAD = 4
 
 
-class RowBlock(NamedTuple):
-    """Neighbouring rows of a store."""
+class RowBatch(NamedTuple):
+    """Rows that the store does not leave out, by rising number."""
 
-    first: int
-    rows: Tensor  # [n, D] in host memory, of the store's own float type, of int8 in float32
-
-
-def row_blocks(
-    store: ActivationStore, hookpoint: str, *, stop: int, batch_tokens: int
-) -> Iterator[RowBlock]:
-    """Rows 0 .. stop - 1, about batch_tokens at a time and never less than a chunk of the store.
-    Rows that the store leaves out are there, as zeros. Raises DamagedStoreError.
-    """
-    readers = readers_of(store, hookpoint)
-    chunk = store.geometry.chunk_rows
-    step = max(1, batch_tokens // chunk)
-    last = -(-stop // chunk)
-
-    def read(first: int) -> RowBlock:
-        blocks = range(first, min(first + step, last))
-        start = first * chunk
-        parts = [_rows(reader, blocks)[: stop - start] for reader in readers]
-        return RowBlock(start, StoredRows(*parts).tensor())
-
-    with ThreadPoolExecutor(READERS) as pool:
-        waiting: deque[Future[RowBlock]] = deque()
-        try:
-            for first in range(0, last, step):
-                waiting.append(pool.submit(read, first))
-                if len(waiting) > _AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-            for reader in readers:
-                reader.close()
+    numbers: Ints  # [n]
+    rows: tuple[Tensor, ...]  # [n, D] of each hookpoint, on the device
 
 
-def _rows(reader: BlockReader, blocks: range) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
-    return np.concatenate([reader.read(block) for block in blocks])
+def batches_in_order(
+    store: ActivationStore,
+    hookpoints: list[str],
+    *,
+    stop: int,
+    batch_tokens: int,
+    device: torch.device,
+) -> Iterator[RowBatch]:
+    """Rows 0 .. stop - 1, batch_tokens at a time. Raises DamagedStoreError."""
+    lost = store.left_out[store.left_out < stop]
+    # Rows that come before each of those that are left out.
+    before, left = lost - np.arange(len(lost)), stop - len(lost)
+    if not left:
+        return
+    size = min(batch_tokens, left)
+    loaders = AlignedLoaders(
+        lambda name: ActivationLoader(
+            store, name, batch_tokens=size, seed=None, num_steps=-(-left // size), device=device
+        ),
+        hookpoints,
+    )
+    with loaders:
+        for first, rows in zip(range(0, left, size), loaders, strict=True):
+            at = np.arange(first, min(first + size, left))
+            numbers = at + np.searchsorted(before, at, side="right")
+            # The last batch goes on with the first rows of the store.
+            yield RowBatch(numbers, tuple(part[: len(at)] for part in rows))

@@ -14,7 +14,13 @@ from ..files import replacing
 from .results import natural
 
 _MARKERS = "os^DvPX<>*"
-_LINES = ("-", "--", ":", "-.")
+# As many as tell apart, and not a multiple of the markers: so pairs of them come back late. Beyond
+# them lines without markers differ in width.
+_LINES: tuple[Any, ...] = (
+    *("-", "--", ":", "-."),
+    *((0, (8, 2)), (0, (1, 4)), (0, (3, 1, 1, 1, 1, 1)), (0, (9, 2, 2, 2))),
+)
+_WIDTHS = (1.2, 2.2, 0.7)
 # Inches: a legend's entry is as high as its text, and a column of it as wide as its longest name.
 _ENTRY_HEIGHT, _LETTER_WIDTH = 0.19, 0.075
 _ENTRIES_A_COLUMN = 40
@@ -194,9 +200,7 @@ def _draw(series: list[_Series], titles: _Axes) -> Any:
     )
     colours = dict(zip(hookpoints, _colours(len(hookpoints)), strict=True))
     joined = any(len(line.points) > 1 for line in series)
-    looks = {name: _look(n, joined) for n, name in enumerate(settings)}
-    if not titles.marked:
-        looks = {name: look | {"marker": "none", "linewidth": 1.2} for name, look in looks.items()}
+    looks = {name: _look(n, joined, titles.marked) for n, name in enumerate(settings)}
     for line in (line for line in series if line.points):
         how = looks[line.setting] | {"drawstyle": titles.style, "color": colours[line.hookpoint]}
         axes.plot(*zip(*line.points, strict=True), **how)
@@ -220,9 +224,11 @@ def _is_wide(values: list[float], axis: str, titles: _Axes) -> bool:
     return axis in titles.log or max(values) >= 10 * min(values)
 
 
-def _look(number: int, joined: bool) -> dict[str, Any]:
+def _look(number: int, joined: bool, marked: bool) -> dict[str, Any]:
     line = _LINES[number % len(_LINES)] if joined else "none"
-    return {"marker": _MARKERS[number % len(_MARKERS)], "linestyle": line, "markersize": 5}
+    if marked:
+        return {"marker": _MARKERS[number % len(_MARKERS)], "linestyle": line, "markersize": 5}
+    return {"linestyle": line, "linewidth": _WIDTHS[number // len(_LINES) % len(_WIDTHS)]}
 
 
 def _colours(count: int) -> list[Any]:

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..activations.sequential import row_blocks
+from ..activations.order import Ints
+from ..activations.passes import to_device
+from ..activations.sequential import batches_in_order
 from ..activations.store import ActivationStore
 from ..config.base import sources_of
 from ..config.run import FeaturesConfig
-from ..models.base import SparseCoder
+from ..models.base import Codes, SparseCoder
 from .pairs import ActivePairs, PairSpool, active_pairs
 from .running import ActivationCounts, TopRows, chance_keys, size_keys
 
 QUANTILE_GROUPS = 5
+# Slots of codes that are looked at together: on a GPU the host waits for it a dozen times for each.
+_PAIRS_AT_ONCE = 1 << 20
 
 
 class Collected(NamedTuple):
@@ -46,12 +51,6 @@ def add(found: Collected, pairs: ActivePairs, num_tokens: int) -> None:
     found.sample.add(pairs, chance_keys(pairs))
 
 
-def chosen_pairs(pairs: ActivePairs, place: Tensor) -> ActivePairs:
-    """The pairs of chosen latents, by their places [F] (-1: not chosen)."""
-    pairs = pairs._replace(latents=place[pairs.latents])
-    return pairs.at(pairs.latents >= 0)
-
-
 @torch.no_grad()
 def collect(
     sae: SparseCoder,
@@ -62,29 +61,45 @@ def collect(
     advance: Callable[[int], None] = lambda n: None,
 ) -> Collected:
     """Reads cfg.num_tokens rows, or all that there are, and puts their pairs into the spool."""
-    device = sae.W_dec.device
-    latents = _chosen(cfg.latents, sae.d_sae).to(device)
-    place = torch.full((sae.d_sae,), -1, device=device)
-    place[latents] = torch.arange(len(latents), device=device)
+    device, names = sae.W_dec.device, sources_of(hookpoint)
     stop = min(cfg.num_tokens, store.rows)
-    lost = torch.from_numpy(store.left_out)
-    names, size = sources_of(hookpoint), cfg.batch_tokens
     # A crosscoder's activations are of rows in units of their own.
     unit = (store.root_mean_square(hookpoint) if len(names) == 1 else 1.0) or 1.0
-    found = start(latents, cfg, unit)
-    blocks = [row_blocks(store, name, stop=stop, batch_tokens=size) for name in names]
-    for parts in zip(*blocks, strict=True):
-        first = parts[0].first
-        x = torch.cat([part.rows for part in parts], dim=1).to(device, sae.W_dec.dtype)
-        pairs = chosen_pairs(active_pairs(sae.encode(x), first), place)
-        absent = lost[(lost >= first) & (lost < first + len(x))].to(device)
-        if len(absent):
-            pairs = pairs.at(~torch.isin(pairs.rows, absent))
-        add(found, pairs, len(x) - len(absent))
-        spool.add(pairs, first, len(x))
+    found = start(_chosen(cfg.latents, sae.d_sae).to(device), cfg, unit)
+    place = None if cfg.latents is None else _places(found.latents, sae.d_sae)
+    waiting: list[tuple[Codes, Ints]] = []
+    first = 0
+
+    def flush(stop_row: int) -> None:
+        if not waiting:
+            return
+        numbers = np.concatenate([numbers for _, numbers in waiting])
+        pairs = active_pairs([codes for codes, _ in waiting], to_device(numbers, device))
+        waiting.clear()
+        if place is not None:
+            pairs = pairs._replace(latents=place[pairs.latents])
+            pairs = pairs.at(pairs.latents >= 0)
+        add(found, pairs, len(numbers))
+        spool.add(pairs, first, stop_row)
+
+    size = cfg.batch_tokens
+    for batch in batches_in_order(store, names, stop=stop, batch_tokens=size, device=device):
+        if sum(codes.values.numel() for codes, _ in waiting) >= _PAIRS_AT_ONCE:
+            flush(int(batch.numbers[0]))
+            first = int(batch.numbers[0])
+        x = batch.rows[0] if len(names) == 1 else torch.cat(batch.rows, dim=1)
+        waiting.append((sae.encode(x.to(sae.W_dec.dtype)), batch.numbers))
         advance(len(x))
+    flush(stop)
     spool.close()
     return found
+
+
+def _places(latents: Tensor, d_sae: int) -> Tensor:
+    """The place [F] of each latent among those that were chosen; -1 for the others."""
+    place = torch.full((d_sae,), -1, device=latents.device)
+    place[latents] = torch.arange(len(latents), device=latents.device)
+    return place
 
 
 def _chosen(latents: Iterable[int] | None, d_sae: int) -> Tensor:

@@ -10,18 +10,22 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..files import replacing, write_json, write_text
+from .records import LatentRecord
 
 LATENTS = "features.jsonl.gz"
 LATENTS_A_FILE = 64
 _DATA = "data"
-# Tokens of the largest example that the list shows.
-_BEFORE, _AFTER, _FOCUS = 8, 4, 6
+# Tokens of a latent that the list shows.
+_FOCUS = 6
+_WRITES_AHEAD = 2
 
 
 class FeatureFiles:
@@ -37,12 +41,15 @@ class FeatureFiles:
         (folder / _DATA).mkdir()
         self._rows: list[list[Any]] = []
         self._waiting: list[str] = []
+        self._under_way: deque[Future[None]] = deque()
         self._stack = ExitStack()
         partial = self._stack.enter_context(replacing(folder / LATENTS))
         # Without the time, the same latents are the same bytes.
         raw = self._stack.enter_context(partial.open("wb"))
         packed = gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0)
         self._lines = self._stack.enter_context(packed)
+        # Ended before what it writes to is closed.
+        self._thread = self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="page"))
 
     def __enter__(self) -> FeatureFiles:
         return self
@@ -50,25 +57,33 @@ class FeatureFiles:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: LatentRecord) -> None:
         """Adds the next latent."""
-        text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-        self._lines.write(f"{text}\n".encode())
+        fields = json.dumps(record.fields, ensure_ascii=False, separators=(",", ":"))
         self._rows.append(_row(record))
-        self._waiting.append(text)
+        self._waiting.append(f'{fields[:-1]},"examples":{record.examples}}}')
         if len(self._waiting) == LATENTS_A_FILE:
             self._flush()
 
     def _flush(self) -> None:
-        number = (len(self._rows) - 1) // LATENTS_A_FILE
-        script = f"page.latents({number},[\n" + ",\n".join(self._waiting) + "]);\n"
-        (self.folder / _DATA / f"latents-{number}.js").write_text(script, encoding="utf-8")
+        """Gives the latents that wait to a thread, which packs and writes them."""
+        number, latents = (len(self._rows) - 1) // LATENTS_A_FILE, self._waiting
         self._waiting = []
+        self._under_way.append(self._thread.submit(self._write, number, latents))
+        while len(self._under_way) > _WRITES_AHEAD:
+            self._under_way.popleft().result()
+
+    def _write(self, number: int, latents: list[str]) -> None:
+        script = f"page.latents({number},[\n" + ",\n".join(latents) + "]);\n"
+        (self.folder / _DATA / f"latents-{number}.js").write_text(script, encoding="utf-8")
+        self._lines.write("".join(f"{latent}\n" for latent in latents).encode())
 
     def finish(self) -> None:
         """Writes what is left, the page last: where it is, all is."""
         if self._waiting:
             self._flush()
+        while self._under_way:
+            self._under_way.popleft().result()
         summary = self.summary | {"latents_a_file": LATENTS_A_FILE}
         write_json(self.folder / "summary.json", summary, indent=1)
         data = json.dumps(summary | {"rows": self._rows}, ensure_ascii=False, separators=(",", ":"))
@@ -79,17 +94,11 @@ class FeatureFiles:
         write_text(self.folder / "index.html", template)
 
 
-def _row(record: dict[str, Any]) -> list[Any]:
+def _row(record: LatentRecord) -> list[Any]:
     """What the list shows and is searched by: number, density, largest and mean activation, tokens
     it raises, tokens it is active on, and the largest example in three parts.
     """
-    raised = [text for text, *_ in record.get("raised", [])[:_FOCUS]]
-    examples = record["examples"]
-    focus = dict.fromkeys(e["tokens"][e["at"]] for e in examples if e["group"] == "top")
-    parts = ["", "", ""]
-    if examples:
-        tokens, at = examples[0]["tokens"], examples[0]["at"]
-        before, after = tokens[max(0, at - _BEFORE) : at], tokens[at + 1 : at + 1 + _AFTER]
-        parts = ["".join(before), tokens[at], "".join(after)]
-    numbers = [float(f"{record[name]:.4g}") for name in ("density", "max", "mean")]
-    return [record["index"], *numbers, raised, list(focus)[:_FOCUS], parts]
+    raised = [text for text, *_ in record.fields.get("raised", [])[:_FOCUS]]
+    numbers = [float(f"{record.fields[name]:.4g}") for name in ("density", "max", "mean")]
+    parts = record.largest or ["", "", ""]
+    return [record.fields["index"], *numbers, raised, record.focus[:_FOCUS], parts]

@@ -4,6 +4,8 @@ a whole pass on disk.
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,48 +14,61 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..activations.loader import copied_event, is_async
 from ..models.base import Codes
 
 Array = npt.NDArray[Any]
 # What a killed pass leaves, as a pattern.
 LEFTOVERS = ".pairs-*.tmp"
+_WRITES_AHEAD = 2
 
 
 class ActivePairs(NamedTuple):
-    """Active latents of neighbouring rows of a store, ordered by row and then by latent."""
+    """Active latents of rows of a store, ordered by row and then by latent."""
 
     rows: Tensor  # [M] int64, numbers in the store
     latents: Tensor  # [M] int64
     values: Tensor  # [M] float32 > 0
-
-    def ordered(self) -> ActivePairs:
-        """The same pairs in their order."""
-        order = self.latents.argsort()
-        order = order[self.rows[order].argsort(stable=True)]
-        return ActivePairs(*(part[order] for part in self))
 
     def at(self, which: Tensor) -> ActivePairs:
         """Some of the pairs, by a mask or by their numbers."""
         return ActivePairs(*(part[which] for part in self))
 
 
-def active_pairs(codes: Codes, first_row: int) -> ActivePairs:
-    """What is active in the codes of the rows from first_row on."""
-    is_active = codes.values > 0
-    values, latents = codes.values[is_active], codes.latents[is_active]
-    # A rectangle's tokens are its rows.
-    token = is_active.nonzero()[:, 0] if codes.tokens is None else codes.tokens[is_active].long()
-    return ActivePairs(token + first_row, latents.long(), values.float()).ordered()
+def active_pairs(codes: list[Codes], numbers: Tensor) -> ActivePairs:
+    """What is active in the codes of neighbouring batches, whose rows have these numbers, on the
+    same device. The host waits for the device once, whatever the number of batches.
+    """
+    tokens, first = [], 0
+    for part in codes:
+        if part.tokens is None:
+            # A rectangle's tokens are its rows.
+            count = len(part.values)
+            token = torch.arange(count, device=numbers.device)[:, None].expand(part.values.shape)
+        else:
+            count, token = len(part.offsets) - 1, part.tokens.long()
+        tokens.append(token.reshape(-1) + first)
+        first += count
+    token = torch.cat(tokens)
+    latents = torch.cat([part.latents.reshape(-1) for part in codes]).long()
+    values = torch.cat([part.values.reshape(-1) for part in codes]).float()
+    active = (values > 0).nonzero()[:, 0]
+    token, latents = token[active], latents[active]
+    order = ((token << 32) + latents).argsort()
+    return ActivePairs(numbers[token[order]], latents[order], values[active[order]])
 
 
 class PairSpool:
     """The pairs of a pass, row after row in two files, so that memory does not grow with the store:
-    8 bytes a pair, and 8 a row in memory. A context manager that removes its files.
+    8 bytes a pair, and 8 a row in memory. A thread writes them. A context manager that removes its
+    files.
     """
 
     def __init__(self, folder: Path) -> None:
         self.paths = [folder / f".pairs-{name}.tmp" for name in ("latents", "values")]
         self.files = [path.open("wb") for path in self.paths]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pairs")
+        self._under_way: deque[Future[None]] = deque()
         self._counts: list[Array] = []
         self._maps: list[Array] = []
         self.offsets: Array = np.zeros(1, np.int64)
@@ -62,26 +77,41 @@ class PairSpool:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
         self._maps = []
         for file, path in zip(self.files, self.paths, strict=True):
             file.close()
             path.unlink(missing_ok=True)
 
-    def add(self, pairs: ActivePairs, first_row: int, num_rows: int) -> None:
-        """Adds the pairs of the rows behind those that were added before."""
-        counts = torch.bincount(pairs.rows - first_row, minlength=num_rows)
-        self._counts.append(counts.cpu().numpy())
-        for file, part in zip(self.files, (pairs.latents.int(), pairs.values), strict=True):
-            part.cpu().numpy().tofile(file)
+    def add(self, pairs: ActivePairs, first_row: int, stop_row: int) -> None:
+        """Adds the pairs of all rows from first_row to before stop_row; rows behind those that were
+        added before.
+        """
+        counts = torch.bincount(pairs.rows - first_row, minlength=stop_row - first_row)
+        parts = [_to_host(part) for part in (counts, pairs.latents.int(), pairs.values)]
+        copied = copied_event(counts.device) if is_async(counts.device) else None
+        self._under_way.append(self._thread.submit(self._write, parts, copied))
+        while len(self._under_way) > _WRITES_AHEAD:
+            self._under_way.popleft().result()
+
+    def _write(self, parts: list[Tensor], copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        counts, *columns = (part.numpy() for part in parts)
+        self._counts.append(counts)
+        for file, column in zip(self.files, columns, strict=True):
+            column.tofile(file)
 
     def close(self) -> None:
         """Ends writing; `values_at` may be asked from now on."""
+        while self._under_way:
+            self._under_way.popleft().result()
         for file in self.files:
             file.close()
-        self.offsets = np.concatenate([[0], np.cumsum(np.concatenate(self._counts))])
+        self.offsets = np.concatenate([np.zeros(1, np.int64), *self._counts]).cumsum()
         self._maps = [
-            # An empty file cannot be mapped.
-            np.memmap(path, dtype, "r") if self.offsets[-1] else np.empty(0, dtype)
+            # An empty file cannot be mapped. A plain array: slices of a memmap are slow.
+            np.asarray(np.memmap(path, dtype, "r")) if self.offsets[-1] else np.empty(0, dtype)
             for path, dtype in zip(self.paths, (np.int32, np.float32), strict=True)
         ]
 
@@ -112,3 +142,11 @@ class PairSpool:
         else:
             values = np.zeros(len(rows), np.float32)
         return np.where(known, values, np.float32(np.nan)).astype(np.float32)
+
+
+def _to_host(values: Tensor) -> Tensor:
+    """A copy that the host does not wait for, where the values are on a GPU."""
+    if not is_async(values.device):
+        return values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    return host.copy_(values, non_blocking=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 # SentencePiece's mark of a space.
 _SPACE = "\u2581"
@@ -15,6 +19,9 @@ class Words:
     def __init__(self, tokenizer: Any | None) -> None:
         self.tokenizer = tokenizer
         self._known: dict[int, str] = {-1: ""}
+        # By number, that of no token (-1) first; which of them were asked for.
+        self._json = np.full(1, "", dtype=object)
+        self._has = np.zeros(1, dtype=bool)
         self._joins_words = tokenizer is not None and _joins_words(tokenizer)
 
     def of(self, ids: Iterable[int]) -> list[str]:
@@ -24,6 +31,22 @@ class Words:
             if number not in known:
                 known[number] = self._text(number)
         return [known[number] for number in wanted]
+
+    def as_json(
+        self,
+        ids: npt.NDArray[np.integer[Any]],  # of any shape
+    ) -> npt.NDArray[np.object_]:
+        """The text of each id as JSON has it, quoted."""
+        places = ids + 1
+        most = int(places.max(initial=0))
+        if most >= len(self._json):
+            self._json = np.resize(self._json, 2 * most + 2)
+            self._has = np.append(self._has, np.zeros(len(self._json) - len(self._has), bool))
+        for place in set(places[~self._has[places]].tolist()):
+            self._json[place] = json.dumps(self.of([place - 1])[0], ensure_ascii=False)
+            self._has[place] = True
+        texts: npt.NDArray[np.object_] = self._json[places]
+        return texts
 
     def _text(self, number: int) -> str:
         if self.tokenizer is None:

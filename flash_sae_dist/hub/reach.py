@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..config.base import ConfigError, UserError
+from ..interop.hub import first_sentence
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -49,8 +50,8 @@ def reaching(repo: str, doing: str) -> Iterator[None]:
         raise UserError(f"cannot {doing} {repo}: the hub answers {_line(e)}; {cure}") from e
     except (broken, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as e:
         raise UserError(
-            f"cannot {doing} {repo}: the Hugging Face hub cannot be reached ({_line(e)}); check "
-            "the network, and that HF_HUB_OFFLINE is not set"
+            f"cannot {doing} {repo}: the Hugging Face hub cannot be reached "
+            f"({first_sentence(e)}); check the network, and that HF_HUB_OFFLINE is not set"
         ) from e
 
 

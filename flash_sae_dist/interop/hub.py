@@ -39,9 +39,14 @@ def local_copy(name: str | Path, subfolder: str = "", revision: str | None = Non
     try:
         root = snapshot_download(str(name), revision=revision, allow_patterns=wanted)
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as e:
-        reason = " ".join(str(e).split())[:200]
         raise ValueError(
             f"{name} is no local path and could not be downloaded from the Hugging Face hub "
-            f"({reason}); check the name, or download it"
+            f"({first_sentence(e)}); check the name, or download it"
         ) from e
     return Path(root) / subfolder
+
+
+def first_sentence(error: Exception) -> str:
+    """What an error of the hub's client begins with: what follows are guesses and advice."""
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return re.split(r"(?<=[a-z])\. (?=[A-Z])", line.strip())[0].rstrip(".")
