@@ -15,12 +15,13 @@ The encoder is a matmul whose epilogue keeps what passes a limit, and a selectio
 1. The first `sample` tiles are multiplied and written, [N, 256 sample] float32.
 2. Of each row the `rank`-th largest of these becomes its limit: k activations of the row pass it,
    whatever the values are (only ranks matter; equal values are ranked by latent), but in one row of
-   1e8. What of the sample passes is kept as keys.
+   1e8. What of the sample passes is kept as keys. Zeros never pass: most activations of a trained
+   SAE are, and where fewer than rank of the sample are positive, all positive ones pass.
 3. The other tiles are dealt out to `parts` programs a block of rows. Of a tile's row four threads
    hold 64 columns each and append pairs of neighbours, of which one passes, to lists of their own.
-4. A row's k largest are selected from its keys and lists. Where these hold fewer than k, or a list
-   was full, the row is computed anew: the result is exact in every case but for a row of NaN, which
-   gives NaN at some latents.
+4. A row's k largest are selected from its keys and lists, with zeros where all positive ones are
+   fewer. Where these hold fewer than k for another reason, or a list was full, the row is computed
+   anew: the result is exact in every case but for a row of NaN, which gives NaN at some latents.
 
 Glossary. Run: the 8 neighbours of a tile that are one of 32 parts' of the latents. Pair: two of
 them, which one thread holds. Limit: what a pre-activation has to exceed. Sort key: an activation's

@@ -69,12 +69,9 @@ def kth(bits, latent, k, slack, low=0):
 @triton.jit
 def near(bits, k):
     """A limit to begin with: two octaves under the largest of the bits if k of them reach that, as
-    most often, or eight, as in a trained SAE, else 0."""
+    most often, else 0."""
     limit = tl.maximum(tl.max(bits) - (2 << 23), 0)
-    if _reaching(bits, limit) < k:
-        limit = tl.maximum(limit - (6 << 23), 0)
-        limit = tl.where(_reaching(bits, limit) < k, 0, limit)
-    return limit
+    return tl.where(tl.sum((bits >= limit).to(tl.int32)) >= k, limit, 0)
 
 
 @triton.jit
