@@ -309,6 +309,10 @@ def test_a_run_keeps_the_learning_rate_that_it_began_with(
     made_of.write(folder, record | {"digest": made_of._digest(record)})
     kept = begun(longer)
     assert (kept.lr, kept.warmup_steps) == (default_lr(64), 1000)
+    record["step"]["train.lr"] = budget_lr(64, 5000)
+    made_of.write(folder, record | {"digest": made_of._digest(record)})
+    with pytest.raises(ConfigError, match=r"train\.warmup_steps=None differs from 1000"):
+        begun(data_in(base, **left_out | {"lr_rule": "budget"}, num_tokens=16 * 10**5) | out)
     record["step"]["train.lr"] = 0.5
     made_of.write(folder, record | {"digest": made_of._digest(record)})
     with pytest.raises(ConfigError, match=r"train\.lr=.* differs from 0\.5"):

@@ -123,7 +123,8 @@ def assert_same(got: Outcome, want: Outcome) -> None:
 )
 def test_a_factor_changes_nothing(options: dict[str, Any]) -> None:
     want = trained(1.0, **options)
-    assert want.curve[-1, 0] < 0.65 * want.curve[0, 0]
+    most = 0.65 if options.get("dead_latents") == "resample" else 0.6
+    assert want.curve[-1, 0] < most * want.curve[0, 0]
     if options.get("dead_latents") != "resample":
         assert (want.curve[:, 1] > 0).any(), "dead latents must have had work"
     for factor in FACTORS:

@@ -204,7 +204,9 @@ def as_begun(job: Job, d_in: int) -> Job:
         if rate in (usual_lr(one, sae, d_in) for one in (shorter, _before(train))):
             kept |= {"lr": rate, "lr_rule": None}
             logger.info("%s goes on at the learning rate that it began with, %.3g", job.name, rate)
-    for key in ("warmup_steps", "encoder_scale"):
+    # Older versions cut a warm-up of 1000 steps short beside lr_rule=budget: it is not 1000.
+    known = ("encoder_scale",) if train.lr_rule == "budget" else ("warmup_steps", "encoder_scale")
+    for key in known:
         if getattr(train, key) is None and (value := was.get(f"train.{key}")) is not None:
             kept[key] = value
     changed = job.config.model_copy(update={"train": train.model_copy(update=kept)})
