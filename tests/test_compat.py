@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from flash_sae_dist import interop
 from flash_sae_dist.compat import dictionary_learning as dl
@@ -497,3 +499,41 @@ def test_a_recipe_is_dense_adam_on_the_summed_error() -> None:
         adam.step()
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(sae.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_tokens_of_a_sae_lens_store(streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows are read at once; what comes is what SAELens's own store gives."""
+    theirs = pytest.importorskip("sae_lens.training.activations_store").ActivationsStore
+    from flash_sae_dist.compat import sae_lens_store
+
+    monkeypatch.setattr(sae_lens_store, "_ROWS_AT_ONCE", 4)
+    texts = {"text": ["unused"] * 10, "tokens": torch.arange(120).view(10, 12).tolist()}
+    data = Dataset.from_dict(texts)
+    found = []
+    for kind in (theirs, sae_lens_store.Store):
+        store = object.__new__(kind)
+        store.dataset = data.to_iterable_dataset() if streams else data
+        store.tokens_column, store.context_size, store.is_dataset_tokenized = "tokens", 8, True
+        store.n_dataset_processed, store.device, store.model = 0, "cpu", torch.nn.Linear(1, 1)
+        store.iterable_sequences = store._iterate_tokenized_sequences()
+        batches = [store.get_batch_tokens(3, move_to_model_device=False) for _ in range(5)]
+        found.append((torch.cat(batches), store.n_dataset_processed))
+    assert found[1][0].dtype == torch.long
+    assert found[1][0].tolist() == found[0][0].tolist()
+    assert found[1][1] == found[0][1]
+
+
+@pytest.mark.parametrize("form", [None, "torch", "numpy"])
+def test_tokens_of_a_sparsify_run(model: Path, tmp_path: Path, form: str | None) -> None:
+    ids = torch.arange(60).view(10, 6) % 50
+    data = Dataset.from_dict({"input_ids": ids.tolist()}).with_format(form)
+    cfg = sp.TrainConfig(
+        sp.SaeConfig(num_latents=16, k=2), batch_size=4, layers=[1], log_to_wandb=False,
+        save_dir=str(tmp_path),
+    )  # fmt: skip
+    trainer = sp.Trainer(cfg, data, AutoModelForCausalLM.from_pretrained(model))
+    assert torch.cat(list(trainer._batches())).tolist() == ids.tolist()
+    data.set_transform(lambda rows: {"input_ids": [[1, 2]] * len(rows["input_ids"])})
+    trainer.dataset = data
+    assert torch.cat(list(trainer._batches())).tolist() == [[1, 2]] * 10, "a user's own form"

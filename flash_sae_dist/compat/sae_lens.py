@@ -62,12 +62,13 @@ def __getattr__(name: str) -> Any:
 
 
 def _runner(name: str) -> type:
-    """SAELens's runner, with the trainer of this file."""
+    """SAELens's runner, with the trainer of this file, and a store that reads tokens faster."""
     if not HAS_LIBRARY:
         raise ImportError(f"{name} runs on SAELens; pip install sae-lens")
     library: Any = importlib.import_module("sae_lens.llm_sae_training_runner")
-    # It makes its trainer by this name.
+    # It makes its trainer and its store by these names.
     library.SAETrainer = SAETrainer
+    library.ActivationsStore = importlib.import_module(f"{__package__}.sae_lens_store").Store
     found: type = getattr(library, name)
     return found
 

@@ -401,10 +401,13 @@ class Trainer:
         return {name: acts.shape[-1] for name, acts in self._activations(ids).items()}
 
     def _batches(self) -> Iterator[Tensor]:
-        size = self.cfg.batch_size
-        for at in range(self.global_step * size, len(self.dataset), size):
-            ids = self.dataset[at : at + size]["input_ids"]
-            yield torch.as_tensor(ids).to(self.model.device)
+        size, data = self.cfg.batch_size, self.dataset
+        if getattr(data, "format", {}).get("type") in (None, "torch", "numpy"):
+            # Its own tensors are made row by row: milliseconds a batch.
+            data = data.with_format("numpy")
+        for at in range(self.global_step * size, len(data), size):
+            ids = data[at : at + size]["input_ids"]
+            yield torch.tensor(ids).to(self.model.device)
 
     def fit(self) -> None:
         """Trains on the data set once, and saves."""

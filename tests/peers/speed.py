@@ -4,7 +4,8 @@ import line changed, timed on one GPU.
     PYTHONPATH=. python tests/peers/speed.py [--shape N-D-F-k] [--steps 60] [--json FILE]
 
 Every library has to be installed. A row is a script (a small model of random bfloat16 weights
-included), or a trainer fed with rows from the GPU's memory; no latent is dead yet.
+included), or a trainer fed with rows from the GPU's memory; no latent is dead yet. Outside the
+model is a step's time but for the forward passes within it.
 """
 
 from __future__ import annotations
@@ -59,10 +60,12 @@ def sync(job: Job) -> None:
 
 
 class Clock:
-    """Times the steps behind the first ones, from tick to tick."""
+    """Times the steps behind the first ones, from tick to tick, and the language model's forward
+    passes among them.
+    """
 
     def __init__(self, job: Job) -> None:
-        self.job, self.count, self.marks = job, 0, []
+        self.job, self.count, self.marks, self.seconds = job, 0, [], 0.0
 
     def tick(self) -> None:
         if self.count in (WARM, WARM + self.job.steps):
@@ -75,17 +78,24 @@ class Clock:
         begin, end = self.marks
         return 1e3 * (end - begin) / self.job.steps
 
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward pass that is timed, the device idle before and after it: for all alike."""
 
-def forward_ms(job: Job, call: Callable[[], Any], turns: int = 20) -> float:
-    """The language model alone."""
-    with torch.no_grad():
-        call()
-        sync(job)
-        begin = time.perf_counter()
-        for _ in range(turns):
-            call()
-        sync(job)
-    return 1e3 * (time.perf_counter() - begin) / turns
+        def timed(*args: Any, **options: Any) -> Any:
+            sync(self.job)
+            begin = time.perf_counter()
+            found = call(*args, **options)
+            sync(self.job)
+            if len(self.marks) == 1:
+                self.seconds += time.perf_counter() - begin
+            return found
+
+        return timed
+
+    @property
+    def forward(self) -> float:
+        """ms a step."""
+        return 1e3 * self.seconds / self.job.steps
 
 
 def fvu(x: Tensor, recon: Tensor) -> float:
@@ -128,9 +138,10 @@ def in_memory(job: Job, source: Source, clock: Clock) -> Iterator[Tensor]:
 
 
 def streamed(job: Job, source: Source, clock: Clock) -> Iterator[Tensor]:
+    activations = clock.around(source.activations)
     while True:
         clock.tick()
-        yield source.activations(job.shape.tokens // CONTEXT)
+        yield activations(job.shape.tokens // CONTEXT)
 
 
 # --- a library's script, or ours
@@ -144,7 +155,6 @@ def dictionary_learning(job: Job) -> Iterator[dict[str, Any]]:
         top_k = importlib.import_module("dictionary_learning.trainers.top_k")
     source, shape = Source(job), job.shape
     held = source.activations(64).float()
-    alone = forward_ms(job, lambda: source.activations(shape.tokens // CONTEXT))
     for dtype in (torch.float32, torch.bfloat16):
         for feed in (in_memory, streamed):
             clock = Clock(job)
@@ -162,7 +172,7 @@ def dictionary_learning(job: Job) -> Iterator[dict[str, Any]]:
             row = {"ms": clock.ms, "fvu": fvu(held, ae.to(job.device)(held))}
             name = str(dtype).removeprefix("torch.")
             if feed is streamed:
-                yield {"row": f"script, {name}", "forward": alone, **row}
+                yield {"row": f"script, {name}", "forward": clock.forward, **row}
             else:
                 yield {"row": f"trainSAE fed from memory, {name}", **row}
 
@@ -184,14 +194,16 @@ def sparsify(job: Job) -> Iterator[dict[str, Any]]:
             save_dir=tempfile.mkdtemp(dir=job.model),
         )  # fmt: skip
         trainer = library.Trainer(cfg, data, source.model)
+        # Ours leaves the model's head out.
+        outer = base if job.ours else source.model
         handle = base.register_forward_pre_hook(lambda m, i, c=clock: c.tick())
+        forward, outer.forward = outer.forward, clock.around(outer.forward)
         trainer.fit()
+        outer.forward = forward
         handle.remove()
-        part = ids[:batch].to(job.device)
-        alone = forward_ms(job, lambda x=part: (base if job.ours else source.model)(x))
         (coder,) = trainer.saes.values()
-        found = fvu(held, coder(held).sae_out)
-        yield {"row": f"script, {optimizer}", "forward": alone, "ms": clock.ms, "fvu": found}
+        row = {"forward": clock.forward, "ms": clock.ms, "fvu": fvu(held, coder(held).sae_out)}
+        yield {"row": f"script, {optimizer}", **row}
 
 
 def sae_lens(job: Job) -> Iterator[dict[str, Any]]:
@@ -247,14 +259,15 @@ def _lens_script(job: Job, own: Any, library: Any, autocast: bool) -> dict[str, 
         return given(store)
 
     own.ActivationsStore.__next__ = counted
+    run_with_cache = runner.model.run_with_cache
+    runner.model.run_with_cache = clock.around(run_with_cache)
     sae = runner.run()
     own.ActivationsStore.__next__ = given
     part = ids[:batch].to(job.device)
     how = {"names_filter": [HOOKPOINT], "prepend_bos": False, "stop_at_layer": LAYER + 1}
-    alone = forward_ms(job, lambda: runner.model.run_with_cache(part, **how))
     with torch.no_grad():
-        held = runner.model.run_with_cache(part, **how)[1][HOOKPOINT].flatten(0, 1).float()
-        return {"forward": alone, "ms": clock.ms, "fvu": fvu(held, sae(held))}
+        held = run_with_cache(part, **how)[1][HOOKPOINT].flatten(0, 1).float()
+        return {"forward": clock.forward, "ms": clock.ms, "fvu": fvu(held, sae(held))}
 
 
 # --- the processes
