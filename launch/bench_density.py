@@ -23,6 +23,7 @@ from ..training.step import SAETraining
 from .bench_timing import print_table, write_json
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+_WARM_STEPS = 6
 _SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
 
 
@@ -43,18 +44,28 @@ def make_training(shape: tuple[int, int, int], share: float, device: torch.devic
 
 
 def step_ms(training: SAETraining, x: Tensor, *, dense: bool, repeats: int) -> float:
-    """Median time of a step in one form, the host waiting for its end; on a CPU the time that all
-    of the process's threads worked, so that others on the machine do not count.
+    """Time of a step in one form: on a CPU the median of the time that all of the process's threads
+    worked, so that others on the machine do not count; on a GPU the wall time of a loop, once a
+    graph is captured where one is.
     """
     engine, timer = training.engine, PhaseTimer(x.device, enabled=False)
     assert engine.density is not None
     engine.density.is_dense = dense
-    clock, times = (time.perf_counter if x.is_cuda else time.process_time), []
+    if x.is_cuda:
+        for _ in range(_WARM_STEPS):
+            engine.step(x, timer)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            engine.step(x, timer)
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - begin) / repeats
+    times = []
     for turn in range(repeats + 1):
-        begin = clock()
-        float(engine.step(x, timer).fvu)
+        begin = time.process_time()
+        engine.step(x, timer)
         if turn:
-            times.append(1e3 * (clock() - begin))
+            times.append(1e3 * (time.process_time() - begin))
     return statistics.median(times)
 
 
