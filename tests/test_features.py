@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import re
 import shutil
@@ -28,16 +29,17 @@ from flash_sae_dist.activations.importing import ImportOptions, run_import
 from flash_sae_dist.activations.language_model import capture_activations, load_language_model
 from flash_sae_dist.activations.sequential import batches_in_order
 from flash_sae_dist.activations.store import ActivationStore, as_float64
-from flash_sae_dist.config.base import ConfigError
+from flash_sae_dist.config.base import ConfigError, UserError
 from flash_sae_dist.config.run import FeaturesConfig
 from flash_sae_dist.evaluation.finished import FinishedSAE
-from flash_sae_dist.features import collect, runner
+from flash_sae_dist.features import collect, records, runner
 from flash_sae_dist.features.directions import nearest_latents, output_tokens
 from flash_sae_dist.features.exchange import circuit_tracer_files, neuronpedia_batches
 from flash_sae_dist.features.folder import FeatureFolder
+from flash_sae_dist.features.line_processes import line_processes, num_processes
+from flash_sae_dist.features.lines import Examples, Line, Part
 from flash_sae_dist.features.page import FeatureFiles
 from flash_sae_dist.features.pairs import ActivePairs, PairSpool, active_pairs
-from flash_sae_dist.features.records import LatentRecord
 from flash_sae_dist.features.runner import run_features
 from flash_sae_dist.features.running import ActivationCounts, TopRows, chance_keys, size_keys
 from flash_sae_dist.features.words import Words
@@ -45,6 +47,7 @@ from flash_sae_dist.files import json_text
 from flash_sae_dist.grid.runner import run_jobs
 from flash_sae_dist.models import ARCHITECTURES, load_sae
 from flash_sae_dist.models.base import Pairs, Slots, SparseCoder
+from flash_sae_dist.models.crosscoder import Crosscoder
 from flash_sae_dist.training.job import parse_config
 from tests.tiny_model import config_data, save_llama
 
@@ -265,6 +268,83 @@ def test_chosen_latents_and_fewer_rows(run: Run, tmp_path: Path) -> None:
     assert not list(folder.glob("*.tmp")), "the pass's own files are gone"
 
 
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """The files of what was found, by name."""
+    names = ("features.jsonl.gz", "data/latents-0.js", "data/summary.js")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize("left_out", [[], ["model", "text", "cache"]], ids=["words", "numbers"])
+def test_processes_make_the_same_lines(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_out: list[str]
+) -> None:
+    """Parts that either process may be asked for."""
+    shutil.copytree(run.data["output"], tmp_path / "run")
+    data = run.data | {"output": str(tmp_path / "run")}
+    if left_out:
+        data |= {"store": data["cache"]["store"]}
+    config = parse_config({key: value for key, value in data.items() if key not in left_out})
+    monkeypatch.setattr(records, "LATENTS_AT_ONCE", 7)
+    found = []
+    for count in (0, 2):
+        monkeypatch.setattr(runner, "num_processes", lambda *_, count=count: count)
+        (folder,) = run_features(config, Accelerator(cpu=True))
+        found.append(bytes_of(folder))
+    assert found[0] == found[1]
+
+
+def test_a_crosscoders_norms_are_shown(tmp_path: Path) -> None:
+    data = config_data(tmp_path, hookpoints=[JOB, "model.layers.1"])
+    run_cache(parse_config(data), Accelerator(cpu=True))
+    data["sae"] = {"architecture": "topk_crosscoder", "k": 4, "d_sae": 64}
+    data["train"] |= {"num_tokens": 640, "hookpoint": f"{JOB}+model.layers.1"}
+    config = parse_config(data | {"grid": None})
+    run_jobs(config, Accelerator(cpu=True), grid=False)
+    (folder,) = run_features(config, Accelerator(cpu=True))
+    sae = load_sae(folder.parent / "sae")
+    assert isinstance(sae, Crosscoder)
+    norms = sae.decoder_norms(sae.W_dec)
+    for record in read_records(folder):
+        assert list(record["decoder_norms"]) == [JOB, "model.layers.1"]
+        shown = torch.tensor(list(record["decoder_norms"].values()))
+        assert torch.allclose(shown, norms[record["index"]], atol=1e-4)
+
+
+def test_a_process_that_ends_is_told() -> None:
+    with line_processes(2) as processes:
+        processes.begin({5: " five"})
+        processes._started[0].kill()
+        # The second is asked what it cannot answer.
+        zeros: Any = [0] * 20
+        no_part = Part(*zeros[: len(Part._fields) - 1], Examples(*zeros[: len(Examples._fields)]))
+        for code in (-9, 1, -9):
+            with pytest.raises(UserError, match=f"of latents ended with code {code}; look above"):
+                processes.lines_of(no_part)
+
+
+def test_processes_end_with_the_one_that_started_them() -> None:
+    with line_processes(1) as processes:
+        (process,) = processes._started
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(60) == 0
+        process.stdin = None
+    with line_processes(1) as processes:
+        (process,) = processes._started
+    assert process.returncode == -9
+
+
+def test_processes_are_started_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores: set[int] = set()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    found = {}
+    for count in (1, 2, 3, 16, 64):
+        cores = set(range(count))
+        found[count] = [num_processes(n, 1) for n in (64, 4096, 24_576)]
+    assert found == {1: [0] * 3, 2: [0] * 3, 3: [0, 2, 2], 16: [0, 4, 8], 64: [0, 4, 8]}
+    assert num_processes(24_576, 8) == 7, "of eight launches with 64 cores"
+
+
 def test_imported_rows_have_the_text_of_their_documents(tmp_path: Path) -> None:
     """Without a model: neighbours in a document are neighbours in an example."""
     rng = np.random.default_rng(0)
@@ -418,20 +498,19 @@ def test_what_is_not_there_is_told(run: Run, values: dict[str, Any], told: str) 
 
 
 def test_the_page_is_there_only_where_all_is(tmp_path: Path) -> None:
-    fields = {"index": 0, "density": 0.1, "max": 2.0, "mean": 1.0}
-    record = LatentRecord(fields, "[]", [], [])
+    line = Line(b'{"index":0,"examples":[]}', [0])
     page, lines = tmp_path / "index.html", tmp_path / "features.jsonl.gz"
     with FeatureFiles(tmp_path, {}) as files:
-        files.add(record)
+        files.add(line)
         files.finish()
         assert page.is_file()
-        assert read_records(tmp_path) == [fields | {"examples": []}]
+        assert read_records(tmp_path) == [{"index": 0, "examples": []}]
 
     def stopped() -> None:
         with FeatureFiles(tmp_path, {}) as files:
             assert not page.exists()
             assert not lines.exists()
-            files.add(record)
+            files.add(line)
             raise RuntimeError
 
     with pytest.raises(RuntimeError):

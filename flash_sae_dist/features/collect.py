@@ -16,10 +16,10 @@ from ..activations.store import ActivationStore
 from ..config.base import sources_of
 from ..config.run import FeaturesConfig
 from ..models.base import Codes, SparseCoder
+from .lines import QUANTILE_GROUPS
 from .pairs import ActivePairs, PairSpool, active_pairs
 from .running import ActivationCounts, TopRows, chance_keys, size_keys
 
-QUANTILE_GROUPS = 5
 # Slots of codes that are looked at together: on a GPU the host waits for it a dozen times for each.
 _PAIRS_AT_ONCE = 1 << 20
 

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replacing, write_json, write_text
-from .records import LatentRecord
+from .lines import Line
 
 LATENTS = "features.jsonl.gz"
 LATENTS_A_FILE = 64
 _DATA = "data"
-# Tokens of a latent that the list shows.
-_FOCUS = 6
-_WRITES_AHEAD = 2
+# Of two threads.
+_WRITES_AHEAD = 4
 
 
 class FeatureFiles:
@@ -40,7 +39,7 @@ class FeatureFiles:
         shutil.rmtree(folder / _DATA, ignore_errors=True)
         (folder / _DATA).mkdir()
         self._rows: list[list[Any]] = []
-        self._waiting: list[str] = []
+        self._waiting: list[bytes] = []
         self._under_way: deque[Future[None]] = deque()
         self._stack = ExitStack()
         partial = self._stack.enter_context(replacing(folder / LATENTS))
@@ -49,7 +48,10 @@ class FeatureFiles:
         packed = gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0)
         self._lines = self._stack.enter_context(packed)
         # Ended before what it writes to is closed.
-        self._thread = self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="page"))
+        self._packing, self._writing = (
+            self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix=name))
+            for name in ("packing", "writing")
+        )
 
     def __enter__(self) -> FeatureFiles:
         return self
@@ -57,26 +59,28 @@ class FeatureFiles:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def add(self, record: LatentRecord) -> None:
+    def add(self, line: Line) -> None:
         """Adds the next latent."""
-        fields = json.dumps(record.fields, ensure_ascii=False, separators=(",", ":"))
-        self._rows.append(_row(record))
-        self._waiting.append(f'{fields[:-1]},"examples":{record.examples}}}')
+        self._rows.append(line.row)
+        self._waiting.append(line.json)
         if len(self._waiting) == LATENTS_A_FILE:
             self._flush()
 
     def _flush(self) -> None:
-        """Gives the latents that wait to a thread, which packs and writes them."""
+        """Gives the latents that wait to two threads: packing alone takes as long as all else."""
         number, latents = (len(self._rows) - 1) // LATENTS_A_FILE, self._waiting
         self._waiting = []
-        self._under_way.append(self._thread.submit(self._write, number, latents))
+        self._under_way.append(self._writing.submit(self._write, number, latents))
+        self._under_way.append(self._packing.submit(self._pack, latents))
         while len(self._under_way) > _WRITES_AHEAD:
             self._under_way.popleft().result()
 
-    def _write(self, number: int, latents: list[str]) -> None:
-        script = f"page.latents({number},[\n" + ",\n".join(latents) + "]);\n"
-        (self.folder / _DATA / f"latents-{number}.js").write_text(script, encoding="utf-8")
-        self._lines.write("".join(f"{latent}\n" for latent in latents).encode())
+    def _write(self, number: int, latents: list[bytes]) -> None:
+        script = b"page.latents(%d,[\n%b]);\n" % (number, b",\n".join(latents))
+        (self.folder / _DATA / f"latents-{number}.js").write_bytes(script)
+
+    def _pack(self, latents: list[bytes]) -> None:
+        self._lines.write(b"\n".join(latents) + b"\n")
 
     def finish(self) -> None:
         """Writes what is left, the page last: where it is, all is."""
@@ -92,13 +96,3 @@ class FeatureFiles:
         self._stack.close()
         template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
         write_text(self.folder / "index.html", template)
-
-
-def _row(record: LatentRecord) -> list[Any]:
-    """What the list shows and is searched by: number, density, largest and mean activation, tokens
-    it raises, tokens it is active on, and the largest example in three parts.
-    """
-    raised = [text for text, *_ in record.fields.get("raised", [])[:_FOCUS]]
-    numbers = [float(f"{record.fields[name]:.4g}") for name in ("density", "max", "mean")]
-    parts = record.largest or ["", "", ""]
-    return [record.fields["index"], *numbers, raised, record.focus[:_FOCUS], parts]

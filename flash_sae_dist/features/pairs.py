@@ -127,13 +127,14 @@ class PairSpool:
         known = (rows >= 0) & (rows < self.num_rows)
         row = np.where(known, rows, 0)
         low, end = self.offsets[row], self.offsets[row + 1]
-        high, latent_of, value_of = end.copy(), *self._maps
-        # Binary search among the latents of each row, for all rows at once.
-        while (open_ := low < high).any():
-            middle = (low + high) // 2
-            ahead = open_ & (latent_of[np.where(open_, middle, 0)] < latents)
-            low = np.where(ahead, middle + 1, low)
-            high = np.where(open_ & ~ahead, middle, high)
+        latent_of, value_of = self._maps
+        # Binary search among the latents of each row, for all rows at once, by steps that halve.
+        step = (1 << int((end - low).max(initial=0)).bit_length()) >> 1
+        while step:
+            behind = low + step
+            ahead = latent_of[np.minimum(behind, end) - 1] < latents
+            low += (ahead & (behind <= end)) * step
+            step >>= 1
         found = low < end
         place = np.where(found, low, 0)
         if len(latent_of):

@@ -1,37 +1,34 @@
-"""What is known of each latent as plain data, a latent after another."""
+"""What is known of each latent as lines of text, a latent after another."""
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .collect import QUANTILE_GROUPS, Collected
+from .collect import Collected
 from .directions import Ranked
+from .line_processes import LineProcesses
+from .lines import QUANTILE_GROUPS, QUANTILES, Examples, Line, Part, lines_of
 from .pairs import PairSpool
 from .running import NUM_BINS
-from .texts import Texts, Windows
+from .texts import Texts
 from .words import Words
 
 Array = npt.NDArray[Any]
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-# Latents whose examples are looked up together.
+_T = TypeVar("_T")
+# Latents that are looked up together.
 LATENTS_AT_ONCE = 256
-# That look up examples while the text of those before is made.
+# That look up latents while the text of those before is made.
 _THREADS = 4
-# Tokens of the largest example that a list of latents shows.
-BEFORE, AFTER = 8, 4
 # Bins of the pass in one of a record's: a quarter of an octave.
 _COARSE = 4
-# Significant digits of what is only shown; an example's own activation is exact.
-_DIGITS = 4
 
 
 class Directions(NamedTuple):
@@ -44,49 +41,47 @@ class Directions(NamedTuple):
     norms: Tensor | None = None  # [L, S], of each one's decoder rows
 
 
-class LatentRecord(NamedTuple):
-    """What is known of a latent."""
-
-    fields: dict[str, Any]  # all but its examples
-    examples: str  # as JSON text: they are nearly all of it, and slow to make as plain data
-    focus: list[str]  # tokens of its largest activations, each once
-    largest: list[str]  # text before the largest one's token, that token, text behind it, if any
-
-
-def latent_records(
+def latent_lines(
     found: Collected,
     directions: Directions,
     spool: PairSpool,
     texts: Texts,
     words: Words,
     context_tokens: int,
-) -> Iterator[LatentRecord]:
-    """A record of each latent, in order. Threads look up the examples of the next ones."""
+    processes: LineProcesses,
+) -> Iterator[Line]:
+    """A line of each latent, in order. Threads look up the next ones, and have processes make
+    their lines where there are any.
+    """
     parts = [
         slice(first, min(first + LATENTS_AT_ONCE, len(found.latents)))
         for first in range(0, len(found.latents), LATENTS_AT_ONCE)
     ]
     top, sample = (rows.rows.cpu().numpy() for rows in (found.top, found.sample))
 
-    def look_up(some: slice) -> _Examples:
-        return _examples_of(top[some], sample[some], some.start, spool, texts, context_tokens)
+    def look_up(some: slice) -> Part:
+        examples = _examples_of(top[some], sample[some], some.start, spool, texts, context_tokens)
+        return _part_of(found, directions, some, examples)
 
-    for some, examples in zip(parts, _in_threads(look_up, parts), strict=True):
-        pointing = _directions_of(directions, some, words)
-        numbers = _statistics(found, some)
-        shown = _shown(examples, words, context_tokens)
-        for fields, pointed, (text, focus, largest) in zip(numbers, pointing, shown, strict=True):
-            yield LatentRecord(fields | pointed, text, focus, largest)
+    if not processes:
+        for part in _in_threads(look_up, parts, _THREADS):
+            yield from lines_of(part, words)
+        return
+    ids = [texts.ids, *(r.indices.cpu().numpy() for r in directions[1:3] if r is not None)]
+    processes.begin(words.table(ids))
+    made = _in_threads(lambda some: processes.lines_of(look_up(some)), parts, len(processes))
+    for lines in made:
+        yield from lines
 
 
-def _in_threads(look_up: Callable[[slice], _Examples], parts: list[slice]) -> Iterator[_Examples]:
+def _in_threads(make: Callable[[slice], _T], parts: list[slice], threads: int) -> Iterator[_T]:
     """What it gives for each part, a few of them ahead."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        waiting: deque[Future[_Examples]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[_T]] = deque()
         try:
             for part in parts:
-                waiting.append(pool.submit(look_up, part))
-                if len(waiting) > _THREADS:
+                waiting.append(pool.submit(make, part))
+                if len(waiting) > threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -95,67 +90,32 @@ def _in_threads(look_up: Callable[[slice], _Examples], parts: list[slice]) -> It
                 future.cancel()
 
 
-def _statistics(found: Collected, some: slice) -> list[dict[str, Any]]:
-    counts = found.counts
+def _part_of(found: Collected, directions: Directions, some: slice, examples: Examples) -> Part:
+    counts, (nearest, raised, lowered, sources, norms) = found.counts, directions
     by_bin = counts.by_bin()[some]
-    fired, quantiles = by_bin.sum(dim=1).tolist(), counts.quantiles(QUANTILES, some).tolist()
-    largest = found.top.keys[some, 0].clamp_min(0).view(torch.float32).tolist()
-    sums, edges = counts.sums[some].tolist(), counts.edges()[::_COARSE].tolist()
-    bins = by_bin.view(-1, NUM_BINS // _COARSE, _COARSE).sum(dim=2).cpu().numpy()
-    records: list[dict[str, Any]] = []
-    for at, latent in enumerate(found.latents[some].tolist()):
-        n = fired[at]
-        record: dict[str, Any] = {"index": latent, "fired": n, "density": n / counts.tokens}
-        record |= {"max": largest[at], "mean": sums[at] / n if n else 0.0}
-        values = [min(float(f"{q:.{_DIGITS}g}"), largest[at]) for q in quantiles[at]] if n else []
-        record["quantiles"] = dict(zip(map(str, QUANTILES), values, strict=False))
-        (full,) = np.nonzero(bins[at])
-        low, high = (int(full[0]), int(full[-1]) + 1) if len(full) else (0, 0)
-        record["histogram"] = {
-            "edges": [float(f"{e:.{_DIGITS}g}") for e in edges[low : high + 1]] if n else [],
-            "counts": bins[at, low:high].tolist(),
-        }
-        records.append(record)
-    return records
+    return Part(
+        latents=_host(found.latents[some]),
+        tokens=counts.tokens,
+        fired=_host(by_bin.sum(dim=1)),
+        largest=_host(found.top.keys[some, 0].clamp_min(0).view(torch.float32)),
+        sums=_host(counts.sums[some]),
+        quantiles=_host(counts.quantiles(QUANTILES, some)),
+        bins=_host(by_bin.view(-1, NUM_BINS // _COARSE, _COARSE).sum(dim=2)),
+        edges=_host(counts.edges()[::_COARSE]),
+        cosines=_host(nearest.scores[some]),
+        nearest=_host(nearest.indices[some]),
+        raised_logits=None if raised is None else _host(raised.scores[some]),
+        raised=None if raised is None else _host(raised.indices[some]),
+        lowered_logits=None if lowered is None else _host(lowered.scores[some]),
+        lowered=None if lowered is None else _host(lowered.indices[some]),
+        sources=sources,
+        norms=None if norms is None else _host(norms[some]),
+        examples=examples,
+    )
 
 
-def _directions_of(found: Directions, some: slice, words: Words) -> Iterator[dict[str, Any]]:
-    def numbers(ranked: Ranked) -> tuple[list[list[int]], list[list[float]]]:
-        return ranked.indices[some].tolist(), ranked.scores[some].tolist()
-
-    near, cosines = numbers(found.nearest)
-    tokens = {
-        name: numbers(ranked)
-        for name, ranked in (("raised", found.raised), ("lowered", found.lowered))
-        if ranked is not None
-    }
-    norms = [] if found.norms is None else found.norms[some].tolist()
-    for at in range(len(near)):
-        record: dict[str, Any] = {
-            "nearest": [[n, round(c, _DIGITS)] for n, c in zip(near[at], cosines[at], strict=True)]
-        }
-        if norms:
-            of = zip(found.sources, norms[at], strict=True)
-            record["decoder_norms"] = {name: round(norm, _DIGITS) for name, norm in of}
-        for name, (ids, logits) in tokens.items():
-            texts = words.of(ids[at])
-            record[name] = [
-                [text, number, round(logit, _DIGITS)]
-                for text, number, logit in zip(texts, ids[at], logits[at], strict=True)
-            ]
-        yield record
-
-
-class _Examples(NamedTuple):
-    """Examples of neighbouring latents, one after another; W places each."""
-
-    ends: list[int]  # [latents], where each latent's end
-    group: Array  # [n], 0 the largest, then the fifths from the highest
-    row: Array  # [n]
-    document: Array  # [n]
-    position: Array  # [n]
-    values: Array  # [n, W] float32
-    windows: Windows
+def _host(values: Tensor) -> Array:
+    return values.detach().cpu().numpy()
 
 
 def _sampled(rows: Array, first: int, spool: PairSpool) -> tuple[Array, Array]:
@@ -171,14 +131,9 @@ def _sampled(rows: Array, first: int, spool: PairSpool) -> tuple[Array, Array]:
     return np.take_along_axis(rows, order, axis=1), np.arange(size) * QUANTILE_GROUPS // sizes
 
 
-def _group_names() -> list[str]:
-    step = 100 // QUANTILE_GROUPS
-    return ["top", *(f"{at - step}-{at}%" for at in range(100, 0, -step))]
-
-
 def _examples_of(
     top: Array, sample: Array, first: int, spool: PairSpool, texts: Texts, around: int
-) -> _Examples:
+) -> Examples:
     """The examples of the latents from first on, [L, ...] rows each: those of the largest
     activations, then the sample.
     """
@@ -190,71 +145,13 @@ def _examples_of(
     windows, places = texts.windows(flat, around, around), texts.place[flat]
     width = 2 * around + 1
     values = spool.values_at(windows.rows.reshape(-1), np.repeat(latent, width))
-    return _Examples(
-        np.cumsum(has.sum(axis=1)).tolist(),
+    return Examples(
+        np.cumsum(has.sum(axis=1)),
         groups[has],
         flat,
         texts.document[places],
         texts.position[places],
         values.reshape(-1, width),
-        windows,
+        windows.ids,
+        windows.inside,
     )
-
-
-def _shown(
-    found: _Examples, words: Words, around: int
-) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Of each latent the JSON text of its examples, and what LatentRecord has of them beside."""
-    firsts, stops = _insides(found.windows)
-    texts = _example_texts(found, firsts, stops, words, around)
-    ids, is_top = found.windows.ids, found.group == 0
-    first = 0
-    for stop in found.ends:
-        focus = dict.fromkeys(words.of(ids[first:stop, around][is_top[first:stop]].tolist()))
-        largest: list[str] = []
-        if stop > first:
-            a, b = max(firsts[first], around - BEFORE), min(stops[first], around + 1 + AFTER)
-            text, at = words.of(ids[first, a:b].tolist()), around - a
-            largest = ["".join(text[:at]), text[at], "".join(text[at + 1 :])]
-        yield f"[{','.join(texts[first:stop])}]", list(focus), largest
-        first = stop
-
-
-def _insides(windows: Windows) -> tuple[list[int], list[int]]:
-    """Where each window's sequence begins and ends in it: what is inside are neighbours."""
-    firsts = windows.inside.argmax(axis=1)
-    return firsts.tolist(), (firsts + windows.inside.sum(axis=1)).tolist()
-
-
-def _example_texts(
-    found: _Examples, firsts: list[int], stops: list[int], words: Words, around: int
-) -> list[str]:
-    """Each example as JSON text."""
-    names = [json.dumps(name) for name in _group_names()]
-    columns = zip(
-        found.group.tolist(),
-        found.values[:, around].tolist(),
-        found.row.tolist(),
-        found.document.tolist(),
-        found.position.tolist(),
-        firsts,
-        stops,
-        words.as_json(found.windows.ids).tolist(),
-        _values_as_json(found.values).tolist(),
-        strict=True,
-    )
-    return [
-        f'{{"group":{names[group]},"value":{value!r},"row":{row},"document":{document},'
-        f'"position":{position},"at":{around - a},"tokens":[{",".join(tokens[a:b])}],'
-        f'"values":[{",".join(values[a:b])}]}}'
-        for group, value, row, document, position, a, b, tokens, values in columns
-    ]
-
-
-def _values_as_json(values: Array) -> npt.NDArray[np.object_]:
-    """0 where a latent was not active, null where the activation was not stored."""
-    texts = np.full(values.shape, "0", dtype=object)
-    texts[np.isnan(values)] = "null"
-    active = values > 0
-    texts[active] = [repr(float(f"{v:.{_DIGITS}g}")) for v in values[active].tolist()]
-    return texts

@@ -23,15 +23,17 @@ from ..models.base import SparseCoder
 from ..models.crosscoder import Crosscoder
 from ..models.saved import read_spec
 from ..parallel import agree
+from ..parallel.mesh import local_processes
 from ..progress import progress_bar
 from ..training.job import Config
 from ..training.made_of import rows_made_of
 from ..training.metrics import read_metrics
 from .collect import Collected, collect
 from .directions import nearest_latents, output_tokens
+from .line_processes import line_processes, num_processes
 from .page import FeatureFiles
 from .pairs import LEFTOVERS, PairSpool
-from .records import Directions, latent_records
+from .records import Directions, latent_lines
 from .texts import Texts, open_texts
 from .words import Words
 
@@ -173,14 +175,17 @@ def _look_at(
     """Writes what is known of one SAE's latents."""
     folder = found.folder / FOLDER
     words = Words(model.tokenizer)
-    with locked(folder), PairSpool(folder) as spool:
+    latents = sae.d_sae if cfg.latents is None else len(set(cfg.latents))
+    count = num_processes(latents, local_processes())
+    with locked(folder), PairSpool(folder) as spool, line_processes(count) as processes:
         kept = collect(sae, store, found.hookpoint, cfg, spool, advance)
         directions = _directions(found, sae, kept, cfg, model)
         left_out = [] if directions.raised is not None else ["raised", "lowered"]
         summary = _summary(found, sae, store, kept, left_out)
         with FeatureFiles(folder, summary) as files:
-            for record in latent_records(kept, directions, spool, texts, words, cfg.context_tokens):
-                files.add(record)
+            around = cfg.context_tokens
+            for line in latent_lines(kept, directions, spool, texts, words, around, processes):
+                files.add(line)
             files.finish()
     return folder
 

@@ -11,14 +11,17 @@ import numpy.typing as npt
 
 # SentencePiece's mark of a space.
 _SPACE = "\u2581"
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Words:
-    """The text of token ids, each looked up once; without a tokenizer their numbers."""
+    """The text of token ids, each looked up once; without a tokenizer, and where another's table
+    does not tell it, their numbers.
+    """
 
-    def __init__(self, tokenizer: Any | None) -> None:
+    def __init__(self, tokenizer: Any | None, table: dict[int, str] | None = None) -> None:
         self.tokenizer = tokenizer
-        self._known: dict[int, str] = {-1: ""}
+        self._known: dict[int, str] = {-1: ""} | (table or {})
         # By number, that of no token (-1) first; which of them were asked for.
         self._json = np.full(1, "", dtype=object)
         self._has = np.zeros(1, dtype=bool)
@@ -36,17 +39,24 @@ class Words:
         self,
         ids: npt.NDArray[np.integer[Any]],  # of any shape
     ) -> npt.NDArray[np.object_]:
-        """The text of each id as JSON has it, quoted."""
+        """The text of each id as a list in JSON has it, quoted and with a comma behind it."""
         places = ids + 1
         most = int(places.max(initial=0))
         if most >= len(self._json):
             self._json = np.resize(self._json, 2 * most + 2)
             self._has = np.append(self._has, np.zeros(len(self._json) - len(self._has), bool))
-        for place in set(places[~self._has[places]].tolist()):
-            self._json[place] = json.dumps(self.of([place - 1])[0], ensure_ascii=False)
-            self._has[place] = True
+        fresh = np.unique(places[~self._has[places]])
+        self._json[fresh] = [f"{_quoted(text)}," for text in self.of((fresh - 1).tolist())]
+        self._has[fresh] = True
         texts: npt.NDArray[np.object_] = self._json[places]
         return texts
+
+    def table(self, ids: Iterable[npt.NDArray[np.integer[Any]]]) -> dict[int, str]:
+        """The text of all of them that has to be looked up, for Words elsewhere."""
+        if self.tokenizer is not None:
+            for some in ids:
+                self.of((np.flatnonzero(np.bincount(some.reshape(-1) + 1)) - 1).tolist())
+        return self._known
 
     def _text(self, number: int) -> str:
         if self.tokenizer is None:
