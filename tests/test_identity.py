@@ -29,7 +29,7 @@ from flash_sae_dist.evaluation.runner import run_evaluation
 from flash_sae_dist.files import read_json, write_json
 from flash_sae_dist.grid.plan import jobs_of
 from flash_sae_dist.grid.runner import run_jobs
-from flash_sae_dist.training import made_of
+from flash_sae_dist.training import made_of, member, optim
 from flash_sae_dist.training.job import Config, parse_config, with_values
 from flash_sae_dist.training.optim import budget_lr, default_lr
 from flash_sae_dist.training.records import DamagedRecordError
@@ -287,7 +287,7 @@ def test_a_run_keeps_the_learning_rate_that_it_began_with(
     first = data_in(base, **left_out, num_tokens=16 * 5000)
     record = made_of.made_of(parse_config(first | out), store, CPU)
     assert record["step"]["train.lr"] == pytest.approx(budget_lr(64, 5000))
-    assert record["step"]["train.warmup_steps"] is None
+    assert record["step"]["train.warmup_steps"] == 250
     folder = tmp_path / "run" / JOB
     folder.mkdir(parents=True)
     made_of.write(folder, record)
@@ -301,22 +301,65 @@ def test_a_run_keeps_the_learning_rate_that_it_began_with(
         return job.config.train
 
     assert begun(longer).lr == record["step"]["train.lr"]
+    assert begun(longer).warmup_steps == 250
     assert "goes on at the learning rate that it began with" in caplog.text
     with pytest.raises(ConfigError, match=r"train\.lr="):
         begun(data_in(base, **left_out | {"lr_rule": "width"}, num_tokens=16 * 10**5) | out)
     # A record of a version in which the rate did not go with the budget, and warm-up was 1000.
+    del record["begun_tokens"]
     record["step"] |= {"train.lr": default_lr(64), "train.warmup_steps": 1000}
     made_of.write(folder, record | {"digest": made_of._digest(record)})
     kept = begun(longer)
     assert (kept.lr, kept.warmup_steps) == (default_lr(64), 1000)
     record["step"]["train.lr"] = budget_lr(64, 5000)
     made_of.write(folder, record | {"digest": made_of._digest(record)})
-    with pytest.raises(ConfigError, match=r"train\.warmup_steps=None differs from 1000"):
+    with pytest.raises(ConfigError, match=r"train\.warmup_steps=250 differs from 1000"):
         begun(data_in(base, **left_out | {"lr_rule": "budget"}, num_tokens=16 * 10**5) | out)
     record["step"]["train.lr"] = 0.5
     made_of.write(folder, record | {"digest": made_of._digest(record)})
     with pytest.raises(ConfigError, match=r"train\.lr=.* differs from 0\.5"):
         begun(longer)
+
+
+def test_a_longer_run_goes_on_by_the_same_command(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record, which has the first run's rate and its own number of tokens, is not another's."""
+    monkeypatch.setattr(optim, "_TOPK_STEPS", 1000)  # so few steps are not all at the most
+    left_out = {"lr": None, "warmup_steps": None}
+    out = {"output": str(tmp_path / "run")}
+    train(data_in(base, **left_out) | out)
+    longer = data_in(base, **left_out, num_tokens=64 * STEPS * 2) | out
+    rates = [budget_lr(64, steps) for steps in (STEPS, 2 * STEPS)]
+    assert rates[0] > rates[1]
+    for _ in range(3):
+        train(longer)
+        record = made_of.read(tmp_path / "run" / JOB)
+        assert record is not None
+        assert (record["begun_tokens"], record["total_steps"]) == (64 * STEPS, 2 * STEPS)
+        assert record["step"]["train.lr"] == rates[0]
+        assert record["step"]["train.warmup_steps"] == STEPS // 20
+
+
+def test_a_run_that_was_killed_at_its_start_is_not_an_older_versions(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would begin at another rate, with a warm-up that is longer than it."""
+    data = data_in(base, lr=None, warmup_steps=None) | {"output": str(tmp_path / "run")}
+
+    def killed(*args: object) -> None:
+        raise Killed
+
+    for place, last in ((made_of, "write"), (member, "write_job")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, last, killed)
+            with pytest.raises(Killed):
+                train(data)
+    train(data)
+    record = made_of.read(tmp_path / "run" / JOB)
+    assert record is not None
+    assert record["step"]["train.lr"] == budget_lr(64, STEPS)
+    assert record["step"]["train.warmup_steps"] == STEPS // 20
 
 
 def test_other_versions_are_a_log_line(

@@ -103,7 +103,8 @@ class TrainConfig(StrictModel):
     min_lr_rate: float = Field(default=0.1, ge=0, lt=1)
     """Part of the peak that is left at the end (schedule cosine_with_min_lr)."""
     warmup_steps: int | None = Field(default=None, ge=0)
-    """Steps of linear warm-up; left out, 1,000 or a twentieth of all, whichever is fewer."""
+    """Steps of linear warm-up; left out, 1,000 or a twentieth of all, whichever is fewer. A run
+    that goes on for longer keeps those that it began with."""
     decay_fraction: float = Field(default=0.2, ge=0, le=1)
     """Last part of the steps over which the learning rate falls linearly to zero (schedule
     warmup_stable_decay)."""

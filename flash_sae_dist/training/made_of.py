@@ -31,7 +31,7 @@ from .defaults import usual_lr, with_defaults
 from .engine import choose_engine
 from .initial import digest_of
 from .job import Config
-from .optim import lr_at
+from .optim import lr_at, warmup_steps
 from .records import DamagedRecordError, Job, read_job, read_store_config
 from .step import resolve_precision
 
@@ -56,6 +56,7 @@ def step_values(config: Config, d_in: int, device: torch.device) -> dict[str, An
     flat |= {
         "sae.d_sae": d_sae,
         "train.k_aux": min(train.k_aux or max(1, d_in // 2), d_sae),
+        "train.warmup_steps": warmup_steps(_steps(train), train),
         "train.engine": choose_engine(train, sae).engine,
         "train.precision": str(resolve_precision(train.precision, device)).removeprefix("torch."),
     }
@@ -75,7 +76,7 @@ def _defaults() -> dict[str, Any]:
             for name, field in model.model_fields.items():
                 if not field.is_required():
                     found[f"{section}.{name}"] = plain(field.default)
-    for resolved in ("sae.d_sae", "train.lr", "train.k_aux"):
+    for resolved in ("sae.d_sae", "train.lr", "train.k_aux", "train.warmup_steps"):
         found.pop(resolved, None)
     # Those that an architecture decides were keys before it did.
     for resolved in ("train.adam_betas", "train.dead_latents"):
@@ -100,8 +101,12 @@ def rows_made_of(rows: _MadeOf, hookpoint: str) -> dict[str, Any]:
     return first | {"parts": parts, "rows": None if None in sums else digest(sums)}
 
 
-def made_of(config: Config, rows: Rows, device: torch.device) -> dict[str, Any]:
-    """What an SAE of a config and of the rows that it is trained on is made of."""
+def made_of(
+    config: Config, rows: Rows, device: torch.device, begun_tokens: int | None = None
+) -> dict[str, Any]:
+    """What an SAE of a config and of the rows that it is trained on is made of. begun_tokens: see
+    Job.
+    """
     assert config.train is not None
     hookpoint = str(config.train.hookpoint)
     names = sources_of(hookpoint)
@@ -116,7 +121,8 @@ def made_of(config: Config, rows: Rows, device: torch.device) -> dict[str, Any]:
     return record | {
         "digest": _digest(record),
         "num_tokens": train.num_tokens,
-        "total_steps": -(-train.num_tokens // train.batch_tokens),
+        "begun_tokens": begun_tokens or train.num_tokens,
+        "total_steps": _steps(train),
         "versions": versions(),
     }
 
@@ -189,28 +195,41 @@ def as_begun(job: Job, d_in: int) -> Job:
     train, sae = job.config.train, job.config.sae
     assert train is not None
     assert sae is not None
-    if found := [record for _, record in records(job.folder)]:
-        was, num_tokens = _BEFORE | found[-1]["step"], int(found[-1]["num_tokens"])
-    elif (before := read_job(job.folder)) is not None and before.train is not None:
-        begun = _before(before.train)
-        was = {"train.lr": usual_lr(begun, sae, d_in)}
-        was |= {f"train.{key}": getattr(begun, key) for key in ("warmup_steps", "encoder_scale")}
-        num_tokens = begun.num_tokens
-    else:
+    if (found := _begun(job, d_in)) is None:
         return job
+    was, tokens, is_older = found
+    shorter = train.model_copy(update={"num_tokens": tokens})
+    usual = [usual_lr(one, sae, d_in) for one in (train, shorter, _before(train))]
     kept: dict[str, Any] = {}
-    if train.lr is None and (rate := was.get("train.lr")) != usual_lr(train, sae, d_in):
-        shorter = train.model_copy(update={"num_tokens": num_tokens})
-        if rate in (usual_lr(one, sae, d_in) for one in (shorter, _before(train))):
-            kept |= {"lr": rate, "lr_rule": None}
-            logger.info("%s goes on at the learning rate that it began with, %.3g", job.name, rate)
-    # Older versions cut a warm-up of 1000 steps short beside lr_rule=budget: it is not 1000.
-    known = ("encoder_scale",) if train.lr_rule == "budget" else ("warmup_steps", "encoder_scale")
-    for key in known:
+    if train.lr is None and (rate := was.get("train.lr")) != usual[0] and rate in usual:
+        kept |= {"lr": rate, "lr_rule": None}
+        logger.info("%s goes on at the learning rate that it began with, %.3g", job.name, rate)
+    for key in ("warmup_steps", "encoder_scale"):
         if getattr(train, key) is None and (value := was.get(f"train.{key}")) is not None:
             kept[key] = value
+    if is_older and train.lr_rule == "budget" and "warmup_steps" in kept:
+        # They cut a warm-up of 1000 steps short beside it: it is not 1000.
+        kept["warmup_steps"] = min(kept["warmup_steps"], warmup_steps(_steps(shorter), train))
     changed = job.config.model_copy(update={"train": train.model_copy(update=kept)})
-    return job._replace(config=changed)
+    return job._replace(config=changed, begun_tokens=tokens)
+
+
+def _begun(job: Job, d_in: int) -> tuple[dict[str, Any], int, bool] | None:
+    """The step of a job's newest record, or what its job.yaml comes to where it is older than these
+    records; the number of tokens that it began with; whether a version began it whose defaults were
+    others. None of a new job.
+    """
+    if found := [record for _, record in records(job.folder)]:
+        newest = found[-1]
+        tokens = newest.get("begun_tokens", newest["num_tokens"])
+        return _BEFORE | newest["step"], int(tokens), "begun_tokens" not in newest
+    before = read_job(job.folder)
+    if before is None or before.train is None or job.config.sae is None:
+        return None
+    train = _before(before.train)
+    was = {f"train.{key}": getattr(train, key) for key in ("warmup_steps", "encoder_scale")}
+    was["train.lr"] = usual_lr(train, job.config.sae, d_in)
+    return was, train.num_tokens, True
 
 
 def _before(train: TrainConfig) -> TrainConfig:

@@ -39,7 +39,7 @@ class Member:
         hookpoint = self.cfg.hookpoint
         assert hookpoint is not None
         self.error: str | None = None
-        self.made_of = made_of.made_of(job.config, rows, device)
+        self.made_of = made_of.made_of(job.config, rows, device, job.begun_tokens)
         step = self.saved = checkpoint.newest_step(self.checkpoints, mesh)
         self.published = step or 0
         names, crosses = sources_of(hookpoint), len(sources_of(hookpoint)) > 1
@@ -63,8 +63,8 @@ class Member:
         curve = job.folder / "metrics.jsonl"
         self.log = MetricsLog(curve, step or 0, logged, enabled=mesh.is_lead)
         if mesh.is_lead:
+            made_of.write(job.folder, self.made_of)  # first: job.yaml alone is of older versions
             write_job(job, rows.config)
-            made_of.write(job.folder, self.made_of)
         self.write_status()
         self.writer = CheckpointWriter(
             job.name, self.checkpoints, None if self.done else self.training.state(), mesh, device,

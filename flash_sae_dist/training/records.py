@@ -30,6 +30,7 @@ class Job(NamedTuple):
     name: str
     folder: Path
     config: Config
+    begun_tokens: int | None = None  # train.num_tokens of its first launch; None is this one
 
 
 def hookpoint_of(job: Job) -> str:
