@@ -168,8 +168,9 @@ def pair_coefs(
 class Levels(NamedTuple):
     """Which pairs are of which level of nested reconstructions; a token's stand in its order."""
 
-    rows: Tensor  # [P] int32, each pair's row of [G, N, D]
+    rows: Tensor  # [P] int32, each pair's row of [G, tokens, D]
     ends: Tensor  # [N, G] int32, where a level's pairs end among a token's
+    tokens: int  # of a whole batch, of which these N may be a part
 
 
 class Nest(NamedTuple):
@@ -197,8 +198,8 @@ def by_level(
     top_idx: Tensor,  # likewise, int32
     offsets: Tensor | None,  # [N + 1] of a flat list
     number: int,  # of levels
-    first_row: int = 0,  # of the first token, in a batch of `stride` tokens; left out, its own
-    stride: int | None = None,
+    first: int,  # the first token of N
+    tokens: int,  # of the whole batch
 ) -> tuple[Tensor, Tensor, Levels]:  # as top_acts and top_idx
     """Activations and latents, each token's in the order of levels, else as they were."""
     N = len(levels) if offsets is None else len(offsets) - 1
@@ -212,10 +213,10 @@ def by_level(
     level = levels.flatten()
     order = torch.argsort(token * number + level.masked_fill(~used, 0), stable=True)
     acts, idx = (t.flatten()[order].masked_fill(~used, 0) for t in (top_acts, top_idx))
-    rows = level[order] * (N if stride is None else stride) + first_row + token
+    rows = level[order] * tokens + first + token
     of = token[used] * number + level[used]
     ends = torch.bincount(of, minlength=N * number).view(N, number).cumsum(1)
-    found = Levels(rows.masked_fill(~used, 0).int(), ends.int())
+    found = Levels(rows.masked_fill(~used, 0).int(), ends.int(), tokens)
     return acts.view_as(top_acts), idx.view_as(top_idx), found
 
 
@@ -234,7 +235,7 @@ def decode_coefs(
     its level's row of `nested_rows`.
     """
     wide = W_dec.to(accumulate_dtype(W_dec.dtype))
-    of_level = level_masks(top_idx, offsets, nest)
+    of_level = level_masks(top_idx, nest)
     parts = torch.stack(
         [sparse_decode(top_acts * own, top_idx, wide, tokens, offsets) for own in of_level]
     )
@@ -246,20 +247,13 @@ def decode_coefs(
     return Decoded(residual, squares, top_acts.to(dots.dtype) * scale, dots, rows)
 
 
-def level_masks(top_idx: Tensor, offsets: Tensor | None, nest: Nest) -> Tensor:  # [G, N, K] bool
+def level_masks(top_idx: Tensor, nest: Nest) -> Tensor:  # [G, N, K] bool
     """Which pairs are of each level, 1 and 0."""
     if nest.levels is None:
         return torch.ones((1, *top_idx.shape), dtype=torch.bool, device=top_idx.device)
-    G = len(nest.weights)
-    slots = torch.arange(top_idx.numel(), device=top_idx.device)
-    if offsets is None:
-        token = slots // top_idx.shape[1]
-        begin = token * top_idx.shape[1]
-    else:
-        token = torch.searchsorted(offsets[1:-1].long(), slots, right=True)
-        begin = offsets[token].long()
-    level = (slots[:, None] - begin[:, None] >= nest.levels.ends[token]).sum(dim=1)
-    return (level == torch.arange(G, device=slots.device)[:, None]).view(G, *top_idx.shape)
+    every = torch.arange(len(nest.weights), device=top_idx.device)
+    level = nest.levels.rows // nest.levels.tokens
+    return (level == every[:, None]).view(-1, *top_idx.shape)
 
 
 def in_band(pre: Tensor, threshold: Tensor, width: Tensor | float) -> Tensor:

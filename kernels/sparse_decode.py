@@ -404,8 +404,8 @@ def by_level(
     top_idx: Tensor,  # likewise, int32
     offsets: Tensor | None,  # [N + 1] of a flat list
     number: int,  # of levels
-    first_row: int = 0,
-    stride: int | None = None,
+    first: int,
+    tokens: int,
 ) -> tuple[Tensor, Tensor, Levels]:  # as top_acts and top_idx
     """`reference.by_level` in one launch."""
     N, K = _sizes(top_idx, offsets)
@@ -415,10 +415,10 @@ def by_level(
     if N:
         args = (levels.contiguous(), top_acts.contiguous(), top_idx.contiguous(), offsets)
         _by_level_kernel[(N,)](
-            *args, acts, idx, rows, ends, first_row, stride or N, rows.numel(), K,
-            G=number, BLOCK=128, num_warps=1,
+            *args, acts, idx, rows, ends, first, tokens, rows.numel(), K, G=number,
+            BLOCK=128, num_warps=1,
         )  # fmt: skip
-    return acts, idx, Levels(rows, ends)
+    return acts, idx, Levels(rows, ends, tokens)
 
 
 def decode_coefs(

@@ -196,7 +196,8 @@ class FusedEngine(Engine):
         captured.rows.copy_(rows)
         captured.graph.replay()
         if captured.number is not None:
-            number = HostCopy([captured.number])
+            with self.side.beside():
+                number = HostCopy([captured.number])
             captured.rest[0].replay()
             if not self._fits(int(number.read()[0])):
                 return self.shown(self._step(rows, revives, timer))
@@ -263,7 +264,8 @@ class FusedEngine(Engine):
             sae.select_within(xc, self.encoder_weights, sae.b_enc.detach(), self.room)
             for xc in batch.xc.chunk(self.micro_batches)
         ]
-        number = torch.stack([number for _, number in lists]).amax()
+        numbers = [number for _, number in lists]
+        number = torch.stack(numbers).amax() if len(numbers) > 1 else numbers[0]
         all_reduce_(number, mesh.member_group, mesh.members, dist.ReduceOp.MAX)
         self.side.meet()
         return Begun(batch, None, [found for found, _ in lists], True), number
@@ -392,9 +394,9 @@ class FusedEngine(Engine):
             l0 = l0.to(batch.scale.dtype)
             all_reduce_(l0, sae.mesh.member_group, sae.mesh.members)
             shared = shared._replace(l0=l0 / batch.tokens)
-        W_dec, scale, tokens = self.optimizer.compute_weights[1], batch.scale, len(batch.y)
+        W_dec = self.optimizer.compute_weights[1]
         return [
-            pair_forward(sae, W_dec, part, codes, nest, shared, scale, tokens, self.side)
+            pair_forward(sae, W_dec, part, codes, nest, shared, batch.scale, self.side)
             for part, (codes, nest) in zip(parts, found, strict=True)
         ]
 

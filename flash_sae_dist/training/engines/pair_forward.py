@@ -61,13 +61,16 @@ def _decoded(
         found: Decoded = implementation("decode_coefs", W_dec)(*pairs, b_dec, x, scale, *flat, nest)
         return found
     decode, dots_of = (implementation(n, W_dec) for n in ("sparse_decode", "gathered_dots"))
-    of_level = level_masks(codes.latents, codes.offsets, nest)
+    of_level = level_masks(codes.latents, nest)
     parts = [decode(codes.values * own, codes.latents, W_dec, *flat) for own in of_level]
     partial = torch.stack(parts).to(b_dec.dtype)
     all_reduce_(partial, sae.mesh.shard_group, sae.mesh.num_shards)
     rows, residual, squares = implementation("nested_rows", W_dec)(
         partial, b_dec, x, nest.weights, nest.main, W_dec.dtype
     )
+    if nest.levels is None and not nest.every:
+        dec, enc = implementation("pair_coefs", W_dec)(*pairs, residual, scale, *flat)
+        return Decoded(residual, squares, dec, enc, rows)
     dots = [own * dots_of(row, *pairs[1:], *flat) for row, own in zip(rows, of_level, strict=True)]
     enc = torch.stack(dots).sum(dim=0) * scale
     if not nest.every:
@@ -112,7 +115,6 @@ def pair_forward(
     nest: Nest,
     batch: Batch,
     scale: Tensor,  # scalar, 2 * batch.inverse
-    tokens: int,  # of all micro-batches
     side: SideStream,
 ) -> Forward:
     """Residuals and what each pair adds to gradients. Collective over the shards."""
@@ -140,7 +142,7 @@ def pair_forward(
     if nest.levels is not None:
         of_pairs = nest.levels.rows
         if nest.main < len(nest.weights) - 1:
-            beyond = of_pairs.view_as(active.latents) >= (nest.main + 1) * tokens
+            beyond = of_pairs.view_as(active.latents) >= (nest.main + 1) * nest.levels.tokens
             active = active._replace(values=active.values.masked_fill(beyond, 0))
     return Forward(whole, active, made, of_pairs, penalty, grads, edge)
 
