@@ -222,7 +222,7 @@ def threshold_encode(
     capacity: int,
 ) -> tuple[Pairs, Tensor]:  # of `capacity` slots; scalar int32, how many pairs there are
     """`reference.threshold_encode` on a GPU; no host sync."""
-    theta = threshold.float().clamp_min(0).contiguous()
+    theta = threshold.float().contiguous()
     found = _prepared(x, W_enc, b_enc.float() - theta, capacity / max(1, len(x)), capacity)
     return by_threshold(*found, theta, capacity)
 

@@ -260,7 +260,7 @@ def threshold_encode(
         )
     if capacity < 1 and len(x):
         raise ValueError(f"capacity={capacity} must be at least 1, the pairs that are kept")
-    limit = limit.detach()
+    limit = limit.detach().clamp_min(0)
     if eager.applies(x, W_enc, b_enc, b_dec):
         found = eager.encode("threshold_encode", x, W_enc, b_enc, b_dec, limit, capacity)
     else:

@@ -34,16 +34,23 @@ class LatentRows(NamedTuple):
 class PairGradients(NamedTuple):
     """A batch's (token, latent) pairs and what each adds to its latent's gradients: `dec_coef`
     times its token's row of dec_rows to W_dec's, `enc_coef` times that of enc_rows to W_enc's,
-    `enc_coef` to b_enc's. Pairs of coefficient 0 are none.
+    `enc_coef` to b_enc's. Pairs of coefficient 0 are none. With nested reconstructions dec_rows
+    are several a token, and `rows` says which is a pair's.
     """
 
     latents: Tensor  # [P] int32
     dec_coef: Tensor  # [P] float32/64
     enc_coef: Tensor  # [P]
-    dec_rows: Tensor  # [N, D] residual
+    dec_rows: Tensor  # [N, D] residual, or [G * N, D]
     enc_rows: Tensor  # [N, D] centred input
     k: int  # pairs of each token, one after another; without meaning where tokens are given
     tokens: Tensor | None = None  # [P] int32, of flat lists
+    rows: Tensor | None = None  # [P] int32, each pair's row of dec_rows where it is not its token's
+
+    @property
+    def of_dec(self) -> Tensor | None:
+        """Each pair's row of dec_rows; None for those of a rectangle's tokens."""
+        return self.tokens if self.rows is None else self.rows
 
 
 class DenseRows(NamedTuple):
@@ -177,9 +184,8 @@ def encoder_gradients(grads: Gradients, num_latents: int) -> tuple[Tensor, Tenso
 def decoder_gradient(grads: Gradients, num_latents: int) -> Tensor:  # [F, D]
     """`encoder_gradients` for W_dec."""
     pairs = grads.pairs
-    dec = scatter_rows(
-        pairs.dec_coef, pairs.latents, pairs.dec_rows, num_latents, tokens=_tokens(pairs)
-    )
+    rows = _tokens(pairs) if pairs.rows is None else pairs.rows
+    dec = scatter_rows(pairs.dec_coef, pairs.latents, pairs.dec_rows, num_latents, tokens=rows)
     _add_dense_(dec, grads, "dec")
     return dec
 

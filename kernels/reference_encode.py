@@ -248,14 +248,14 @@ def threshold_encode(
     threshold: Tensor,  # [F], or a scalar for all
     capacity: int,
 ) -> tuple[Pairs, Tensor]:  # of `capacity` slots; scalar int32, how many pairs there are
-    """All pairs whose `relu(x @ W_enc.T + b_enc)` is above their latent's threshold, and not 0, as
-    JumpReLU's Heaviside (Rajamanoharan et al. 2024, arXiv 2407.14435), SAELens and
-    dictionary_learning have it: strictly.
+    """All pairs whose `x @ W_enc.T + b_enc` is above their latent's threshold, as JumpReLU's
+    Heaviside (Rajamanoharan et al. 2024, arXiv 2407.14435), SAELens and dictionary_learning have
+    it: strictly.
 
     Where they are more than the capacity the number says so and the list has some of them: here the
     first.
     """
-    limit, number = threshold.to(accumulate_dtype(x.dtype)).clamp_min(0), 0
+    limit, number = threshold.to(accumulate_dtype(x.dtype)), 0
     found = _no_pairs(x)
     for first, pre in _blocks(x, W_enc, b_enc):
         more = _find(pre, limit, first)

@@ -165,6 +165,61 @@ def pair_coefs(
     return top_acts.to(dots.dtype) * scale, (dots * scale).masked_fill(top_acts == 0, 0)
 
 
+class Levels(NamedTuple):
+    """Which pairs are of which level of nested reconstructions; a token's stand in its order."""
+
+    rows: Tensor  # [P] int32, each pair's row of [G, tokens, D]
+    ends: Tensor  # [N, G] int32, where a level's pairs end among a token's
+    tokens: int  # of a whole batch, of which these N may be a part
+
+
+class Nest(NamedTuple):
+    """What `decode_coefs` computes."""
+
+    weights: tuple[float, ...] = (1.0,)  # of the levels' squared errors, see `nested_rows`
+    main: int = 0
+    every: bool = False  # dot products of pairs without an activation, too
+    levels: Levels | None = None  # of several levels, as `by_level` orders pairs
+
+
+class Decoded(NamedTuple):
+    """What a batch's pairs come to."""
+
+    residual: Tensor  # [N, D] recon - x of the main level, in W_dec's dtype
+    squares: Tensor  # [any] float32/64, of it before it is rounded; in parts that are to be added
+    dec_coef: Tensor  # [N, K] float32/64, of `pair_coefs`
+    enc_coef: Tensor  # [N, K]
+    rows: Tensor  # [G, N, D], of `nested_rows`
+
+
+def by_level(
+    levels: Tensor,  # [N, K] int32, or [C] of a flat list
+    top_acts: Tensor,  # as levels
+    top_idx: Tensor,  # likewise, int32
+    offsets: Tensor | None,  # [N + 1] of a flat list
+    number: int,  # of levels
+    first: int,  # the first token of N
+    tokens: int,  # of the whole batch
+) -> tuple[Tensor, Tensor, Levels]:  # as top_acts and top_idx
+    """Activations and latents, each token's in the order of levels, else as they were."""
+    N = len(levels) if offsets is None else len(offsets) - 1
+    if offsets is None:
+        token = torch.arange(N, device=levels.device).repeat_interleave(levels.shape[1])
+        used = torch.ones_like(token, dtype=torch.bool)
+    else:
+        slots = torch.arange(len(levels), device=levels.device)
+        used = slots < offsets[-1]
+        token = torch.searchsorted(offsets[1:].long(), slots, right=True)
+    level = levels.flatten()
+    order = torch.argsort(token * number + level.masked_fill(~used, 0), stable=True)
+    acts, idx = (t.flatten()[order].masked_fill(~used, 0) for t in (top_acts, top_idx))
+    rows = level[order] * tokens + first + token
+    of = token[used] * number + level[used]
+    ends = torch.bincount(of, minlength=N * number).view(N, number).cumsum(1)
+    found = Levels(rows.masked_fill(~used, 0).int(), ends.int(), tokens)
+    return acts.view_as(top_acts), idx.view_as(top_idx), found
+
+
 def decode_coefs(
     top_acts: Tensor,  # [N, K]
     top_idx: Tensor,  # [N, K]
@@ -174,16 +229,66 @@ def decode_coefs(
     scale: Tensor,  # scalar
     tokens: Tensor | None = None,  # [C], of a flat list
     offsets: Tensor | None = None,  # [N + 1]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N, D], [any] float32/64, [N, K] float32/64 x 2
-    """`recon - x`, its squares in parts that are to be added (taken before it is rounded), and its
-    `pair_coefs`.
+    nest: Nest = Nest(),  # noqa: B008
+) -> Decoded:
+    """`recon - x`, and its `pair_coefs`; with nested reconstructions a pair's dot product is with
+    its level's row of `nested_rows`.
     """
-    dtype = accumulate_dtype(W_dec.dtype)
-    recon = sparse_decode(top_acts, top_idx, W_dec.to(dtype), tokens, offsets)
-    residual = recon + b_dec.to(dtype) - x.to(dtype)
-    rounded, squares = residual.to(W_dec.dtype), residual.square().sum().view(1)
-    coefs = pair_coefs(top_acts, top_idx, W_dec, rounded, scale, tokens, offsets)
-    return rounded, squares, *coefs
+    wide = W_dec.to(accumulate_dtype(W_dec.dtype))
+    of_level = level_masks(top_idx, nest)
+    parts = torch.stack(
+        [sparse_decode(top_acts * own, top_idx, wide, tokens, offsets) for own in of_level]
+    )
+    rows, residual, squares = nested_rows(parts, b_dec, x, nest.weights, nest.main, W_dec.dtype)
+    found = (gathered_dots(row, top_idx, W_dec, tokens, offsets) for row in rows)
+    dots = sum(own * dots for own, dots in zip(of_level, found, strict=True)) * scale
+    if not nest.every:
+        dots = dots.masked_fill(top_acts == 0, 0)
+    return Decoded(residual, squares, top_acts.to(dots.dtype) * scale, dots, rows)
+
+
+def level_masks(top_idx: Tensor, nest: Nest) -> Tensor:  # [G, N, K] bool
+    """Which pairs are of each level, 1 and 0."""
+    if nest.levels is None:
+        return torch.ones((1, *top_idx.shape), dtype=torch.bool, device=top_idx.device)
+    every = torch.arange(len(nest.weights), device=top_idx.device)
+    level = nest.levels.rows // nest.levels.tokens
+    return (level == every[:, None]).view(-1, *top_idx.shape)
+
+
+def in_band(pre: Tensor, threshold: Tensor, width: Tensor | float) -> Tensor:
+    """The kernel of straight-through gradients: 1 / width within width / 2 of a threshold."""
+    return ((pre - threshold).abs() < width / 2).to(pre.dtype) / width
+
+
+def jump_acts(
+    pre: Tensor,  # [C]
+    latents: Tensor,  # [C]
+    threshold: Tensor,  # [F]
+    offsets: Tensor,  # [N + 1]
+) -> Tensor:  # [C]
+    """JumpReLU of a flat list's pre-activations."""
+    acts = pre * (pre > threshold[latents.long()])
+    return acts.masked_fill(_unused(acts, offsets), 0)
+
+
+def jump_grads(
+    pre: Tensor,  # [C]
+    latents: Tensor,  # [C]
+    threshold: Tensor,  # [F]
+    offsets: Tensor,  # [N + 1]
+    grad: Tensor,  # [C], by activations
+    cost: Tensor,  # scalar, which times factor is what a pair's being active costs
+    factor: float,
+    width: float,
+    to_input: bool,
+) -> tuple[Tensor, Tensor]:  # [C] x 2, by pre-activations and by each pair's threshold
+    """Gradients of `jump_acts` and of a cost of each active pair, as `models.sparsity` has them."""
+    own = threshold[latents.long()]
+    edge = (own * grad + cost * factor) * in_band(pre, own, width)
+    edge = edge.masked_fill(_unused(edge, offsets), 0)
+    to_pre = (grad * (pre > own)).masked_fill(_unused(edge, offsets), 0)
+    return to_pre + edge if to_input else to_pre, -edge
 
 
 class PairOrder(NamedTuple):

@@ -422,7 +422,7 @@ def _decoder(
     copy = rows.W_dec if rows.copies is None else rows.copies[1]
     kernel = _decoder_kernel if D <= _MAX_BLOCK else _wide_decoder_kernel
     kernel[(F,)](
-        order.order, order.offsets, pairs.dec_coef, pairs.dec_rows, pairs.tokens, sums.dec,
+        order.order, order.offsets, pairs.dec_coef, pairs.dec_rows, pairs.of_dec, sums.dec,
         sums.values,
         *_dense_args(rows, grads, decoder=True),
         rows.W_dec, rows.exp_avg[2], rows.exp_avg_sq[2], copy, squares,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import Decoded, Levels, Nest
 from .shapes import cdiv, next_power_of_2
 
 
@@ -31,14 +32,18 @@ def _span(offsets_ptr, token, K):
 
 
 @triton.jit
-def _latent_rows(acts_ptr, idx_ptr, w_ptr, first, start, cols, D, K, BLOCK_K: tl.constexpr):
+def _latent_rows(
+    acts_ptr, idx_ptr, w_ptr, first, start, cols, D, K, BLOCK_K: tl.constexpr,
+    EVERY: tl.constexpr = False,
+):  # fmt: skip
     """Activations [BLOCK_K] of a token, whose K pairs begin at `first`, from slot `start` on, and
     their latents' rows in some columns, float32."""
     slot = start + tl.arange(0, BLOCK_K)
     act = tl.load(acts_ptr + first + slot, mask=slot < K, other=0.0).to(tl.float32)
     latent = tl.load(idx_ptr + first + slot, mask=slot < K, other=0).to(tl.int64)
     # A zero activation loads nothing: on a shard most pairs belong to other shards.
-    mask = (act != 0)[:, None] & (cols < D)[None, :]
+    wanted = slot < K if EVERY else act != 0
+    mask = wanted[:, None] & (cols < D)[None, :]
     w = tl.load(w_ptr + latent[:, None] * D + cols[None, :], mask=mask, other=0.0)
     return act, w.to(tl.float32)
 
@@ -50,49 +55,137 @@ def _decode_kernel(
     w_ptr,  # [F, D]
     out_ptr,  # [N, D]
     offsets_ptr,  # [N + 1] of a flat list, or None
-    b_ptr,  # [D]
-    x_ptr,  # [N, D]; None for the reconstruction alone
-    sq_ptr,  # [N, blocks] sums of squares
-    dots_ptr,  # [N, blocks, K] float32, as many of each token as it has pairs
     D,
     K,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A token's reconstruction in a block of columns, or its residual and then its part of the dot
-    products with the same rows, which the caches still hold."""
+    """A token's reconstruction in a block of columns."""
     token = tl.program_id(0).to(tl.int64)
     first, k = _span(offsets_ptr, token, K)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = cols < D
     acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, k, BLOCK_K):
         act, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, first, start, cols, D, k, BLOCK_K)
         acc += act[:, None] * w
     row = tl.sum(acc, axis=0)
-    if x_ptr is None:
-        tl.store(out_ptr + token * D + cols, row.to(out_ptr.dtype.element_ty), mask=inside)
-    else:
-        x = tl.load(x_ptr + token * D + cols, mask=inside, other=0.0).to(tl.float32)
-        row += tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32) - x
-        row = tl.where(inside, row, 0.0)
-        at = token * tl.num_programs(1) + tl.program_id(1)
-        tl.store(sq_ptr + at, tl.sum(row * row, axis=0))
-        rounded = row.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + token * D + cols, rounded, mask=inside)
+    tl.store(out_ptr + token * D + cols, row.to(out_ptr.dtype.element_ty), mask=cols < D)
+
+
+@triton.jit
+def _decode_dots_kernel(
+    acts_ptr,  # [N, K]
+    idx_ptr,  # [N, K]
+    w_ptr,  # [F, D]
+    main_ptr,  # [N, D]
+    rows_ptr,  # [G, N, D]; that of a single level is main's
+    offsets_ptr,  # [N + 1] of a flat list, or None
+    ends_ptr,  # [N, G] of several levels, or None
+    b_ptr,  # [D]
+    x_ptr,  # [N, D]
+    sq_ptr,  # [N, blocks] sums of squares
+    dots_ptr,  # [N, blocks, K] float32, as many of each token as it has pairs
+    N,
+    D,
+    K,
+    WEIGHTS: tl.constexpr,
+    MAIN: tl.constexpr,
+    EVERY: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A token's residuals in a block of columns, level after level, whose pairs stand in their
+    order; then its part of the dot products with the same rows, which the caches still hold."""
+    G: tl.constexpr = len(WEIGHTS)
+    token = tl.program_id(0).to(tl.int64)
+    first, k = _span(offsets_ptr, token, K)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = cols < D
+    errors = ()
+    end = 0
+    for level in tl.static_range(G):
+        begin = end
+        end = k if ends_ptr is None else tl.load(ends_ptr + token * G + level)
+        acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+        for start in range(begin, end, BLOCK_K):
+            act, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, first, start, cols, D, end, BLOCK_K)
+            acc += act[:, None] * w
+        error = tl.sum(acc, axis=0)
+        if level == 0:
+            x = tl.load(x_ptr + token * D + cols, mask=inside, other=0.0).to(tl.float32)
+            error += tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32) - x
+            error = tl.where(inside, error, 0.0)
+        else:
+            error += errors[level - 1]
+        if level == MAIN:
+            at = token * tl.num_programs(1) + tl.program_id(1)
+            tl.store(sq_ptr + at, tl.sum(error * error, axis=0))
+            rounded = error.to(main_ptr.dtype.element_ty)
+            tl.store(main_ptr + token * D + cols, rounded, mask=inside)
+        errors = errors + (error,)  # type: ignore[assignment]
+    at = token * tl.num_programs(1) + tl.program_id(1)
+    to = at * K if offsets_ptr is None else first * tl.num_programs(1) + tl.program_id(1) * k
+    above = tl.zeros([BLOCK_D], tl.float32)
+    for back in tl.static_range(G):
+        above += errors[G - 1 - back] * WEIGHTS[G - 1 - back]
+        rounded = above.to(main_ptr.dtype.element_ty)
+        begin = 0
+        if ends_ptr is not None:
+            level = G - 1 - back
+            tl.store(rows_ptr + (level * N + token) * D + cols, rounded, mask=inside)
+            end = tl.load(ends_ptr + token * G + level)
+            begin = tl.load(ends_ptr + token * G + level - 1, mask=level > 0, other=0)
         grad = rounded.to(tl.float32)
-        begin = at * K if offsets_ptr is None else first * tl.num_programs(1) + tl.program_id(1) * k
-        for start in range(0, k, BLOCK_K):
+        for start in range(begin, end, BLOCK_K):
             slot = start + tl.arange(0, BLOCK_K)
-            _, w = _latent_rows(acts_ptr, idx_ptr, w_ptr, first, start, cols, D, k, BLOCK_K)
-            dots = tl.sum(grad[None, :] * w, axis=1)
-            tl.store(dots_ptr + begin + slot, dots, mask=slot < k)
+            _, w = _latent_rows(
+                acts_ptr, idx_ptr, w_ptr, first, start, cols, D, end, BLOCK_K, EVERY
+            )
+            tl.store(dots_ptr + to + slot, tl.sum(grad[None, :] * w, axis=1), mask=slot < end)
+
+
+@triton.jit
+def _by_level_kernel(
+    levels_ptr, acts_ptr, idx_ptr,  # [P]
+    offsets_ptr,  # [N + 1] of a flat list, or None
+    acts_out_ptr, idx_out_ptr, rows_ptr,  # [P]
+    ends_ptr,  # [N, G]
+    first_row,
+    stride,
+    P,
+    K,
+    G: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A token's pairs, those of the least level first. A slot that no token has gets a zero."""
+    token = tl.program_id(0).to(tl.int64)
+    first, k = _span(offsets_ptr, token, K)
+    done = tl.zeros([], tl.int32)
+    for level in tl.static_range(G):
+        for start in range(0, k, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            own = tl.load(levels_ptr + first + slot, mask=slot < k, other=G) == level
+            to = first + done + tl.cumsum(own.to(tl.int32), 0) - 1
+            tl.store(acts_out_ptr + to, tl.load(acts_ptr + first + slot, mask=own), mask=own)
+            tl.store(idx_out_ptr + to, tl.load(idx_ptr + first + slot, mask=own), mask=own)
+            row = tl.zeros([BLOCK], tl.int32) + (level * stride + first_row + token).to(tl.int32)
+            tl.store(rows_ptr + to, row, mask=own)
+            done += tl.sum(own.to(tl.int32), 0)
+        tl.store(ends_ptr + token * G + level, done)
+    if offsets_ptr is not None:
+        # Programs share what is behind the last token's.
+        there = tl.load(offsets_ptr + tl.num_programs(0))
+        for start in range(there + token * BLOCK, P, tl.num_programs(0) * BLOCK):
+            to = start + tl.arange(0, BLOCK)
+            tl.store(acts_out_ptr + to, tl.zeros([BLOCK], tl.float32), mask=to < P)
+            tl.store(idx_out_ptr + to, tl.zeros([BLOCK], tl.int32), mask=to < P)
+            tl.store(rows_ptr + to, tl.zeros([BLOCK], tl.int32), mask=to < P)
 
 
 @triton.jit
 def _coefs_kernel(
     acts_ptr,  # [P]
-    dots_ptr,  # of _decode_kernel
+    dots_ptr,  # of _decode_dots_kernel
     scale_ptr,  # scalar float32
     dec_ptr,  # [P] float32
     enc_ptr,  # [P] float32
@@ -102,6 +195,7 @@ def _coefs_kernel(
     P,
     K,
     blocks,
+    EVERY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -122,7 +216,10 @@ def _coefs_kernel(
     act = tl.load(acts_ptr + pair, mask=pair < P, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr)
     tl.store(dec_ptr + pair, act * scale, mask=pair < P)
-    tl.store(enc_ptr + pair, tl.where(act != 0, dots * scale, 0.0), mask=pair < P)
+    enc = dots * scale
+    if not EVERY:
+        enc = tl.where(act != 0, enc, 0.0)
+    tl.store(enc_ptr + pair, enc, mask=pair < P)
 
 
 @triton.jit
@@ -259,8 +356,7 @@ def sparse_decode(
         top_acts, top_idx, W_dec = top_acts.contiguous(), top_idx.contiguous(), W_dec.contiguous()
         blocks = _decode_blocks(D)
         grid = (N, cdiv(D, blocks["BLOCK_D"]))
-        args = (top_acts, top_idx, W_dec, out, offsets, None, None, None, None, D, K)
-        _decode_kernel[grid](*args, **blocks)
+        _decode_kernel[grid](top_acts, top_idx, W_dec, out, offsets, D, K, **blocks)
     return out
 
 
@@ -302,6 +398,29 @@ def pair_coefs(
     return dec, enc
 
 
+def by_level(
+    levels: Tensor,  # [N, K] int32, or [C] of a flat list
+    top_acts: Tensor,  # as levels
+    top_idx: Tensor,  # likewise, int32
+    offsets: Tensor | None,  # [N + 1] of a flat list
+    number: int,  # of levels
+    first: int,
+    tokens: int,
+) -> tuple[Tensor, Tensor, Levels]:  # as top_acts and top_idx
+    """`reference.by_level` in one launch."""
+    N, K = _sizes(top_idx, offsets)
+    acts, idx = torch.empty_like(top_acts), torch.empty_like(top_idx)
+    rows = levels.new_empty(levels.numel())
+    ends = levels.new_empty((N, number))
+    if N:
+        args = (levels.contiguous(), top_acts.contiguous(), top_idx.contiguous(), offsets)
+        _by_level_kernel[(N,)](
+            *args, acts, idx, rows, ends, first, tokens, rows.numel(), K, G=number,
+            BLOCK=128, num_warps=1,
+        )  # fmt: skip
+    return acts, idx, Levels(rows, ends, tokens)
+
+
 def decode_coefs(
     top_acts: Tensor,  # [N, K]
     top_idx: Tensor,  # [N, K]
@@ -311,25 +430,31 @@ def decode_coefs(
     scale: Tensor,  # scalar float32
     tokens: Tensor | None = None,  # [C], of a flat list
     offsets: Tensor | None = None,  # [N + 1]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N, D], [any, any] float32, [N, K] float32 x 2
+    nest: Nest = Nest(),  # noqa: B008
+) -> Decoded:
     """`reference.decode_coefs` with the rows of W_dec read once from memory: the dot products find
     them in the caches.
     """
     (N, K), D, P = _sizes(top_idx, offsets), W_dec.shape[1], top_idx.numel()
+    G = len(nest.weights)
     block = _decode_coefs_blocks(D, cdiv(P, max(N, 1)))
     blocks = cdiv(D, block["BLOCK_D"])
     out = W_dec.new_empty((N, D))
+    rows = out[None] if G == 1 else W_dec.new_empty((G, N, D))
     sq = W_dec.new_empty((N, blocks), dtype=torch.float32)
     dots = sq.new_empty(P * blocks)
     dec, enc = sq.new_empty((2, *top_idx.shape)).unbind()
     if N:
         top_acts, top_idx = top_acts.contiguous(), top_idx.contiguous()
-        args = (top_acts, top_idx, W_dec, out, offsets, b_dec, x.contiguous(), sq, dots, D, K)
-        _decode_kernel[(N, blocks)](*args, **block)
+        ends = None if nest.levels is None else nest.levels.ends
+        args = (top_acts, top_idx, W_dec, out, rows, offsets, ends, b_dec, x.contiguous(), sq, dots)
+        _decode_dots_kernel[(N, blocks)](
+            *args, N, D, K, nest.weights, nest.main, nest.every, **block
+        )
     if P:
         pairs = (top_acts, dots, scale, dec, enc, tokens, offsets, N, P, K, blocks)
-        _coefs_kernel[(cdiv(P, 512),)](*pairs, BLOCK=512)
-    return out, sq, dec, enc
+        _coefs_kernel[(cdiv(P, 512),)](*pairs, EVERY=nest.every, BLOCK=512)
+    return Decoded(out, sq, dec, enc, rows)
 
 
 def nested_rows(

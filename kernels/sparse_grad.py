@@ -43,6 +43,7 @@ def _heavy_kernel(
     enc_out_ptr,  # [P // HEAVY, D], BOTH only
     values_ptr,  # [P // HEAVY]
     tokens_ptr,  # [P] of a flat list, or None
+    dec_tokens_ptr,  # the same of dec_rows
     blocks,  # P // HEAVY
     F,
     D,
@@ -69,13 +70,14 @@ def _heavy_kernel(
             for start in range(0, HEAVY, BLOCK_P):
                 at = block * HEAVY + start + tl.arange(0, BLOCK_P)
                 pair = tl.load(order_ptr + at).to(tl.int32)
-                token = token_of(pair, tokens_ptr, pair >= 0, K)
+                token = token_of(pair, dec_tokens_ptr, pair >= 0, K)
                 coef = tl.load(dec_coef_ptr + pair).to(tl.float32)
                 rows = tl.load(
                     dec_rows_ptr + token[:, None] * D + cols[None, :], mask=inside, other=0.0
                 )
                 dec += coef[:, None] * rows.to(tl.float32)
                 if BOTH:
+                    token = token_of(pair, tokens_ptr, pair >= 0, K)
                     coef = tl.load(enc_coef_ptr + pair).to(tl.float32)
                     rows = tl.load(
                         enc_rows_ptr + token[:, None] * D + cols[None, :], mask=inside, other=0.0
@@ -168,20 +170,20 @@ def heavy_block(num_pairs: int, D: int, matrices: int) -> int:
 
 def heavy_sums(order: PairOrder, pairs: PairGradients, num_latents: int) -> HeavySums:
     """`reference.heavy_sums`: both gradients' in one pass, where their rows are as wide."""
-    widths, common = {pairs.dec_rows.shape[1], pairs.enc_rows.shape[1]}, (pairs.k, pairs.tokens)
+    widths = {pairs.dec_rows.shape[1], pairs.enc_rows.shape[1]}
     if len(widths) > 1:
         heavy = heavy_block(order.order.numel(), max(widths), 2)
         dec, enc = (
-            block_sums(order, coef, rows, num_latents, *common, heavy=heavy)
-            for coef, rows in (
-                (pairs.dec_coef, pairs.dec_rows),
-                (pairs.enc_coef, pairs.enc_rows),
+            block_sums(order, coef, rows, num_latents, pairs.k, of, heavy=heavy)
+            for coef, rows, of in (
+                (pairs.dec_coef, pairs.dec_rows, pairs.of_dec),
+                (pairs.enc_coef, pairs.enc_rows, pairs.tokens),
             )
         )
         return HeavySums(heavy, dec.dec, enc.dec, enc.values)
     return block_sums(
-        order, pairs.dec_coef, pairs.dec_rows, num_latents, pairs.k, pairs.tokens, pairs.enc_coef,
-        pairs.enc_rows,
+        order, pairs.dec_coef, pairs.dec_rows, num_latents, pairs.k, pairs.of_dec, pairs.enc_coef,
+        pairs.enc_rows, pairs.tokens,
     )  # fmt: skip
 
 
@@ -194,6 +196,7 @@ def block_sums(
     tokens: Tensor | None = None,  # [P], of a flat list
     enc_coef: Tensor | None = None,  # [P]
     enc_rows: Tensor | None = None,  # [N, D]
+    enc_tokens: Tensor | None = None,  # [P], of a flat list
     heavy: int | None = None,  # pairs a block
 ) -> HeavySums:
     """Adds the pairs of every aligned block that belongs to one latent, for one gradient or both
@@ -212,7 +215,7 @@ def block_sums(
         _heavy_kernel[(min(blocks, programs), shares)](
             order.order, order.latents, dec_coef, dec_coef if enc_coef is None else enc_coef,
             dec_rows, dec_rows if enc_rows is None else enc_rows, dec, dec if enc is None else enc,
-            values, tokens, blocks, num_latents, D, k,
+            values, enc_tokens, tokens, blocks, num_latents, D, k,
             BOTH=enc is not None, HEAVY=heavy, BLOCK_P=8, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return HeavySums(heavy, dec, enc, values)

@@ -36,7 +36,7 @@ from .saved import (
     read_spec,
     save_weights,
 )
-from .sparsity import Batch
+from .sparsity import Batch, Edges
 from .usual import TrainDefaults
 
 _NORM_EPS = 1e-5
@@ -255,6 +255,13 @@ class SparseCoder(Interventions):
         """
         del found, codes, batch
         return x.new_zeros(())
+
+    def edges(self, batch: Batch) -> Edges | None:
+        """What says the gradients of `activate` and `penalty` in closed form; None where autograd
+        takes them.
+        """
+        del batch
+        return None
 
     @property
     def penalises_dead(self) -> bool:

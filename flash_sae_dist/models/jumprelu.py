@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config.sae import SAEConfig
 from .base import Codes
-from .sparsity import Batch, jump, step
+from .sparsity import Batch, Edges, jump, step
 from .threshold import NEVER, ThresholdCoder, encode_above
 from .usual import TrainDefaults
 
@@ -183,6 +183,18 @@ class JumpReLU(ThresholdCoder):
     def bandwidth(self) -> float:
         """In the data's units."""
         return float(self.config.usual("bandwidth")) * self.unit
+
+    def edges(self, batch: Batch) -> Edges | None:
+        """See SparseCoder: of losses that are functions of a batch's L0."""
+        config, cost = self.config, batch.ramp
+        if config.sparsity == "target":
+            assert config.target_l0 is not None
+            assert batch.l0 is not None
+            cost = cost * 2 * (batch.l0 / config.target_l0 - 1) / config.target_l0
+        elif config.sparsity != "l0":
+            return None
+        factor, to_input = config.usual("coefficient") / batch.tokens, config.usual("to_input")
+        return Edges(self.threshold, cost, factor, self.bandwidth, to_input)
 
     def activate(self, found: Codes) -> Codes:
         """See SparseCoder."""

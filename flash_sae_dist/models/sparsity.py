@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.reference import in_band
+
 
 class Batch(NamedTuple):
     """What the losses of a step share, whatever the micro-batch, replica or shard."""
@@ -29,8 +31,16 @@ class Batch(NamedTuple):
         return self.inverse * self.unit**2
 
 
-def _in_band(pre: Tensor, threshold: Tensor, width: Tensor | float) -> Tensor:
-    return ((pre - threshold).abs() < width / 2).to(pre.dtype) / width
+class Edges(NamedTuple):
+    """JumpReLU whose penalty depends on the number of active pairs: its gradients are `jump_grads`
+    of the kernels.
+    """
+
+    threshold: Tensor  # [d_sae_local], the only parameter of its own
+    cost: Tensor  # scalar, which times factor is the penalty's gradient by a pair's being active
+    factor: float
+    width: float
+    to_input: bool
 
 
 class _Jump(torch.autograd.Function):
@@ -43,7 +53,7 @@ class _Jump(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         pre, threshold = ctx.saved_tensors
-        over_edge = threshold * _in_band(pre, threshold, ctx.width) * grads[0]
+        over_edge = threshold * in_band(pre, threshold, ctx.width) * grads[0]
         to_pre = grads[0] * (pre > threshold)
         return to_pre + over_edge if ctx.to_input else to_pre, -over_edge, None, None
 
@@ -58,7 +68,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         pre, threshold = ctx.saved_tensors
-        over_edge = _in_band(pre, threshold, ctx.width) * grads[0]
+        over_edge = in_band(pre, threshold, ctx.width) * grads[0]
         return over_edge if ctx.to_input else None, -over_edge, None, None
 
 

@@ -74,9 +74,8 @@ class _OfPairs(torch.autograd.Function):
         (latents,), grad = ctx.saved_tensors, grads[0].contiguous()
         # Most gradients are 0, those of slots that are unused too: a kernel leaves them out.
         sums = implementation("scatter_rows", grad)(
-            grad, latents, grad.new_ones(1, 1), ctx.num_latents, grad.dtype,
-            tokens=torch.zeros_like(latents),
-        )  # fmt: skip
+            grad[None], latents[None], grad.new_ones(1, 1), ctx.num_latents, grad.dtype
+        )
         return sums.squeeze(1), None
 
 
@@ -94,12 +93,6 @@ class ThresholdCoder(SparseCoder):
         it is trained; None is 0 for all.
         """
         return None
-
-    def shifted(self, found: Pairs, limits: Tensor | None) -> Pairs:
-        """Pre-activations of pairs that were found by how far they exceed their limits."""
-        if limits is None:
-            return found
-        return found._replace(values=found.values + self.of_pairs(limits, found, 0.0))
 
     def of_pairs(self, rows: Tensor, found: Codes, unused: float) -> Tensor:
         """Each pair's element of rows [d_sae_local], and a number for slots that are unused."""
@@ -134,7 +127,9 @@ class ThresholdCoder(SparseCoder):
             len(x),
             self,
         )
-        return self.shifted(found, limits)
+        if limits is None:
+            return found
+        return found._replace(values=found.values + self.of_pairs(limits, found, 0.0))
 
     def dense_candidates(self, x: Tensor) -> Dense:
         """`candidates` as all pairs of tokens x [N, d_in], differentiable."""
@@ -172,7 +167,7 @@ class ThresholdCoder(SparseCoder):
         Without a host sync.
         """
         limits = self.limits()
-        bias = b_enc if limits is None else b_enc - limits
-        none = torch.zeros((), dtype=b_enc.dtype, device=b_enc.device)
-        found, number = implementation("threshold_encode", W_enc)(xc, W_enc, bias, none, capacity)
-        return self.shifted(found, limits), number
+        limits = b_enc.new_zeros(()) if limits is None else limits
+        encode = implementation("threshold_encode", W_enc)
+        found: tuple[Pairs, Tensor] = encode(xc, W_enc, b_enc, limits, capacity)
+        return found

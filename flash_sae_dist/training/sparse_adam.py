@@ -30,7 +30,6 @@ class LatentGradients(NamedTuple):
     order: PairOrder
     b_dec: Tensor  # [D], the decoder's part; made beside the current stream
     dense: DenseRows | None = None  # of listed dead latents
-    decoder: PairGradients | None = None  # the pairs with other rows for W_dec's gradient
     own: tuple[Tensor, ...] = ()  # of an architecture's own parameters, over all replicas
 
 
@@ -205,15 +204,11 @@ class SparseAdam(torch.optim.Optimizer):
             raise RuntimeError("SparseAdam steps through FusedEngine, which gives it its gradients")
         given, self.gradients = self.gradients, None
         W_dec, rows, options = self._params[2], self._latent_rows(), self.options()
-        heavy_sums = implementation("heavy_sums", W_dec)
-        sums = heavy_sums(given.order, given.pairs, W_dec.shape[0])
-        grads = decoder = Gradients(given.pairs, given.order, given.dense, sums)
-        if given.decoder is not None:
-            sums = heavy_sums(given.order, given.decoder, W_dec.shape[0])
-            decoder = Gradients(given.decoder, given.order, given.dense, sums)
+        sums = implementation("heavy_sums", W_dec)(given.order, given.pairs, W_dec.shape[0])
+        grads = Gradients(given.pairs, given.order, given.dense, sums)
         grad_b_dec: Tensor | None = None
         if self.grad_clip is not None:
-            grad_b_dec = self._clip(rows, (grads, decoder), options, given)
+            grad_b_dec = self._clip(rows, grads, options, given)
         constants = (self._scalars, self._step, options, self._first_latent)
         weighted = implementation("adam_encoder_", W_dec)(rows, grads, *constants)
         with self.side.beside():
@@ -222,8 +217,8 @@ class SparseAdam(torch.optim.Optimizer):
                 if self._centres:
                     grad_b_dec = grad_b_dec - self._over_shards(weighted)
             self._update_b_dec(grad_b_dec, options)
-        implementation("adam_decoder_", W_dec)(rows, decoder, *constants)
-        self._update_own(given.own, options)
+            self._update_own(given.own, options)
+        implementation("adam_decoder_", W_dec)(rows, grads, *constants)
         self.side.meet()
         if self.ema_decay is not None:
             emas = [self.state[p]["ema"] for p in self._params]
@@ -238,7 +233,7 @@ class SparseAdam(torch.optim.Optimizer):
     def _clip(
         self,
         rows: LatentRows,
-        grads: tuple[Gradients, Gradients],  # for the encoder and the decoder
+        grads: Gradients,
         options: AdamOptions,
         given: LatentGradients,
     ) -> Tensor:
@@ -250,9 +245,9 @@ class SparseAdam(torch.optim.Optimizer):
         squares = self._scalars.new_empty(2)
         with self.side.beside():
             # Beside the encoder's: neither pass alone fills the memory's bandwidth.
-            found = implementation("decoder_squares", rows.W_dec)(rows, grads[1], options)
+            found = implementation("decoder_squares", rows.W_dec)(rows, grads, options)
             torch.sum(found, 0, out=squares[1])
-        parts, weighted = implementation("encoder_squares", rows.W_enc)(rows, grads[0], options)
+        parts, weighted = implementation("encoder_squares", rows.W_enc)(rows, grads, options)
         torch.sum(parts, 0, out=squares[0])
         over_encoder = torch.zeros_like(b_dec)
         if self._centres:

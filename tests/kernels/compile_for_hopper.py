@@ -262,13 +262,27 @@ def main() -> None:
             )  # fmt: skip
             report(f"adam-decoder-{D}{what}", kernel)
         for what, flat in (("", (None, None)), ("-flat", (i32, i32))):
-            kernel = sparse_decode._decode_kernel.warmup(
-                f32, i32, bf16, bf16, flat[1], f32, f32, f32, f32, D, 64,
-                **sparse_decode._decode_coefs_blocks(D, 64), grid=(1, 1),
-            )  # fmt: skip
-            report(f"decode-coefs-{D}{what}", kernel)
+            for levels in (1, 5):
+                kernel = sparse_decode._decode_dots_kernel.warmup(
+                    f32, i32, bf16, bf16, bf16, flat[1], i32 if levels > 1 else None, f32, f32,
+                    f32, f32, 1024, D, 64, (1.0 / levels,) * levels, levels - 1, levels == 1,
+                    **sparse_decode._decode_coefs_blocks(D, 64), grid=(1, 1),
+                )  # fmt: skip
+                report(f"decode-dots-{levels}-{D}{what}", kernel)
             kernel = sparse_decode._coefs_kernel.warmup(
-                f32, f32, f32, f32, f32, *flat, 1024, 65536, 64, 32, BLOCK=512, grid=(1,)
+                f32,
+                f32,
+                f32,
+                f32,
+                f32,
+                *flat,
+                1024,
+                65536,
+                64,
+                32,
+                EVERY=True,
+                BLOCK=512,
+                grid=(1,),
             )
             report(f"coefs-{D}{what}", kernel)
             kernel = sparse_decode._dots_kernel.warmup(

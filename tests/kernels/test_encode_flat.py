@@ -129,12 +129,11 @@ def test_the_threshold_rule_takes_all_strictly_above(
     monkeypatch.setattr(encode_flat, "_BLOCK_BYTES", 4 * F * 7)  # rows in three blocks
     x, W, b = make("normal", 20, 16, F, torch.float32, "cpu")
     theta = torch.rand(F) * 2 - 0.2
-    limit = theta.clamp_min(0)
     want = reference.threshold_encode(x, W, b, theta, 2800)[0]
     number = int(want.num_pairs)
     for capacity in (number + 3, number, number - 1):
         design = "plain" if plan else "rows"
-        got, there = encode_flat.by_threshold(x, W, b - limit, design, plan, limit, capacity)
+        got, there = encode_flat.by_threshold(x, W, b - theta, design, plan, theta, capacity)
         assert there == number
         assert there.dtype == torch.int32
         # The first where they are more.

@@ -198,7 +198,7 @@ def check_kernels(pairs: Pairs, W: Tensor, rows: Tensor) -> None:
     close(got[0], want[0], dtype)
     close(got[1].sum(), want[1].sum(), torch.float32)
     again = sparse_decode.pair_coefs(values, latents, W, got[0], scale, *flat)
-    for coefs in (got[2:], again):
+    for coefs in (got[2:4], again):
         expected = reference.pair_coefs(values, latents, W, got[0], scale, *flat)
         for one, other in zip(coefs, expected, strict=True):
             close(one, other, torch.float32)

@@ -101,7 +101,7 @@ def check_decode_coefs(n: int, d: int, f: int, k: int, dtype: torch.dtype) -> No
     acts, idx, W, x = pairs(n, d, f, k, dtype)
     b_dec, scale = torch.randn(d, device=DEVICE), torch.tensor(0.37, device=DEVICE)
     want, want_sum, *_ = reference.decode_coefs(acts, idx, W, b_dec, x, scale)
-    got, got_sum, *coefs = kernels.decode_coefs(acts, idx, W, b_dec, x, scale)
+    got, got_sum, *coefs, _ = kernels.decode_coefs(acts, idx, W, b_dec, x, scale)
     close(got, want, dtype)
     close(got_sum.sum(), want_sum.sum(), torch.float32)
     # The coefficients of the kernel's own residual, which may be a rounding away.
@@ -118,6 +118,57 @@ def test_residual_and_coefs_equal_the_reference(
     shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     check_decode_coefs(*shape, dtype)
+
+
+def check_levels(
+    n: int, d: int, f: int, k: int, dtype: torch.dtype, *, flat: bool, main: int, every: bool
+) -> None:
+    """A rectangle with levels, or the same pairs as a flat list with some tokens without any."""
+    acts, idx, W, x = pairs(n, d, f, k, dtype)
+    levels = torch.randint(0, 3, idx.shape, dtype=torch.int32).to(DEVICE)
+    tokens = offsets = None
+    if flat:
+        sizes = torch.arange(n, device=DEVICE) % 3 * k // 2
+        offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).int()
+        tokens = torch.arange(n, device=DEVICE).repeat_interleave(sizes).int()
+        tokens = torch.nn.functional.pad(tokens, (0, n * k - len(tokens)))
+        acts, idx, levels = acts.flatten(), idx.flatten(), levels.flatten()
+        unused = torch.arange(n * k, device=DEVICE) >= offsets[-1]
+        acts, idx = acts.masked_fill(unused, 0), idx.masked_fill(unused, 0)
+    want = reference.by_level(levels, acts, idx, offsets, 3, 2, n + 5)
+    got = kernels.by_level(levels, acts, idx, offsets, 3, 2, n + 5)
+    for ours, theirs in zip((*got[:2], *got[2][:2]), (*want[:2], *want[2][:2]), strict=True):
+        assert torch.equal(ours, theirs)
+    b_dec, scale = torch.randn(d, device=DEVICE), torch.tensor(0.37, device=DEVICE)
+    nest = reference.Nest((0.5, 1.0, 0.25), main, every, got[2])
+    args = (*got[:2], W, b_dec, x, scale, tokens, offsets, nest)
+    ours, theirs = kernels.decode_coefs(*args), reference.decode_coefs(*args)
+    close(ours.residual, theirs.residual, dtype)
+    close(ours.rows, theirs.rows, dtype)
+    close(ours.squares.sum(), theirs.squares.sum(), torch.float32)
+    close(ours.dec_coef, theirs.dec_coef, torch.float32)
+    dots = [
+        own * reference.gathered_dots(row, got[1], W, tokens, offsets) * scale
+        for row, own in zip(ours.rows, reference.level_masks(got[1], nest), strict=True)
+    ]
+    whole = sum(dots[1:], dots[0])
+    close(ours.enc_coef, whole if every else whole * (got[0] != 0), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(("main", "every"), [(2, False), (0, True)])
+def test_nested_reconstructions_equal_the_reference(
+    dtype: torch.dtype, flat: bool, main: int, every: bool
+) -> None:
+    for shape in SHAPES:
+        check_levels(*shape, dtype, flat=flat, main=main, every=every)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flat", [False, True])
+def test_nested_reconstructions_at_a_real_shape(flat: bool) -> None:
+    check_levels(512, 768, 24576, 32, torch.bfloat16, flat=flat, main=2, every=False)
 
 
 @pytest.mark.gpu

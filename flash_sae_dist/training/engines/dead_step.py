@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.dispatch import implementation
-from ...kernels.reference import DenseRows, PairGradients, accumulate_dtype
+from ...kernels.reference import DenseRows, accumulate_dtype
 from ...models.base import SparseCoder
 from ...models.dead_latents import DeadLatents
 from ...models.losses import inverse_variance, residual_sums
@@ -95,7 +95,8 @@ class DeadStep:
 
     def __call__(
         self,
-        local: PairGradients,  # this replica's, whose rows are read
+        residual: Tensor,  # [N, D], of this replica
+        xc: Tensor,  # [N, D]
         listed: Listed,
         inverse: Tensor,  # scalar, 1 / variance of the whole batch
         side: SideStream,
@@ -106,7 +107,7 @@ class DeadStep:
         the first product; ghost gradients by the variance of the batch. Collective over the
         members.
         """
-        mesh, residual = self.sae.mesh, local.dec_rows
+        mesh = self.sae.mesh
         with side.beside():
             if not self.by_loss:
                 tokens = len(residual) * mesh.num_replicas
@@ -114,13 +115,12 @@ class DeadStep:
             scale = 2 * self.coef * inverse
             scaled = side.mark()
         block = max(1, MAX_BLOCK_BYTES // (4 * max(1, len(listed.bias))))
-        blocks = zip(torch.split(local.enc_rows, block), torch.split(residual, block), strict=True)
         sums: list[Tensor] = []
         losses: list[Tensor] = []
-        for xc, e in blocks:
-            acts, recon = self._forward(xc, listed)
+        for part, e in zip(torch.split(xc, block), torch.split(residual, block), strict=True):
+            acts, recon = self._forward(part, listed)
             side.wait(scaled)
-            found, loss = self._backward(xc, e, listed, acts, recon, scale)
+            found, loss = self._backward(part, e, listed, acts, recon, scale)
             del acts, recon
             losses.append(loss)
             if sums:

@@ -78,7 +78,7 @@ class DenseStep:
             all_reduce_(total, mesh.replica_group, mesh.num_replicas)
         none, aux = self._no_pairs(found.residual, xc, found.bias.dtype), None
         if listed is not None:
-            dead, aux = self.dead_step(none, listed, shared.inverse, optimizer.side)
+            dead, aux = self.dead_step(found.residual, xc, listed, shared.inverse, optimizer.side)
             optimizer.side.meet()
             for total, part in zip((found.enc, found.dec, found.bias), dead[1:], strict=True):
                 total.index_add_(0, self.dead.rows, part.to(total.dtype))
@@ -93,7 +93,7 @@ class DenseStep:
         order = implementation("order_pairs", sae.W_dec)(
             none.latents, sae.d_sae_local, none.dec_coef
         )
-        return found, LatentGradients(none, order, b_dec, rows, None, found.own), aux
+        return found, LatentGradients(none, order, b_dec, rows, found.own), aux
 
     def _moved(self, found: DenseGradients, latents: Tensor) -> Tensor:
         """Each latent's row of the dense gradients, -1 for those that lazy Adam leaves alone."""

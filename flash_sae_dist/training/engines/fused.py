@@ -9,16 +9,16 @@ shard's rows from all of them. Dead latents' gradients come from dense products 
 rows (`dead_step.py`). On CUDA the step is captured in a graph, its collectives too. No host sync
 but after a capture, to hear whether all ranks made one.
 
-Lists of varied lengths (a selection by threshold) get a fixed room, and their step two graphs: one
-to the end of the selection, after which the host reads whether all pairs had room, and the rest.
-Where they had not, nothing was changed yet, and the step is made eagerly, with more room.
+Lists of varied lengths (a selection by threshold) get a fixed room, and their step three graphs: to
+the end of the selection, which tells whether all pairs had room; to the optimizer's step, meanwhile
+the host reads that; and the rest. Where they had no room, nothing was changed yet, and the step is
+made eagerly, with more.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -26,14 +26,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.dispatch import has_triton, implementation, on_device, use_kernels
-from ...kernels.reference import DenseRows, PairOrder
+from ...kernels.reference import DenseRows, Nest, PairGradients, PairOrder
 from ...models.base import Codes, SparseCoder
 from ...models.dead_latents import DeadLatents, padded
 from ...models.losses import inverse_variance, source_fvus, source_sums
 from ...models.sparsity import Batch
 from ...models.threshold import ThresholdCoder
 from ...parallel.collectives import all_gather, all_reduce_
-from ..metrics import PhaseTimer, StepMetrics
+from ..metrics import HostCopy, PhaseTimer, StepMetrics
 from ..sparse_adam import LatentGradients, SparseAdam
 from .base import Engine
 from .dead_step import AuxLoss, DeadStep, Listed, product
@@ -41,18 +41,19 @@ from .dense_step import DenseStep
 from .density import Density
 from .pair_forward import (
     Forward,
-    gather,
+    by_level,
     gather_pairs,
     has_gradient,
     is_general,
-    join,
     join_pairs,
     joined,
+    own_gradients,
     pair_forward,
     same_length,
+    used_slots,
     with_skip,
 )
-from .step_batch import Begun, Captured, Rows, StepBatch, Totals
+from .step_batch import Begun, Captured, Made, Rows, StepBatch, Totals
 
 logger = logging.getLogger(__name__)
 # Calls of one kind made eagerly before its graph is captured: kernels compile, libraries warm up.
@@ -194,11 +195,13 @@ class FusedEngine(Engine):
         captured = self._captured[key]
         captured.rows.copy_(rows)
         captured.graph.replay()
-        if captured.rest is not None:
-            assert captured.number is not None
-            if not self._fits(int(captured.number)):
+        if captured.number is not None:
+            with self.side.beside():
+                number = HostCopy([captured.number])
+            captured.rest[0].replay()
+            if not self._fits(int(number.read()[0])):
                 return self.shown(self._step(rows, revives, timer))
-            captured.rest.replay()
+            captured.rest[1].replay()
         timer.mark("fused_step")
         return self.shown(captured.metrics.clone())
 
@@ -212,16 +215,19 @@ class FusedEngine(Engine):
         try:
             # The loader's threads pin memory meanwhile, which a global capture takes for its own.
             timer = PhaseTimer(device, enabled=False)
-            rest, number = None, None
+            rest, number = [], None
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 if self.sae.varied_lengths:
                     begun, number = self._within(static)
                 else:
                     metrics = self._step(static, revives, timer)
             if number is not None:
-                rest = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(rest, graph.pool(), capture_error_mode="thread_local"):
-                    metrics = self._finish(begun, revives, timer)
+                rest = [torch.cuda.CUDAGraph() for _ in range(2)]
+                with torch.cuda.graph(rest[0], graph.pool(), capture_error_mode="thread_local"):
+                    made = self._made(begun, revives, timer)
+                    self.side.meet()
+                with torch.cuda.graph(rest[1], graph.pool(), capture_error_mode="thread_local"):
+                    metrics = self._apply(made, timer)
         except (RuntimeError, torch.OutOfMemoryError) as e:
             error = " ".join(str(e).split())[:200]
         failed = torch.tensor(float(bool(error)), device=device)
@@ -235,7 +241,7 @@ class FusedEngine(Engine):
                     error or "another process could not capture it",
                 )
             return False
-        self._captured[key] = Captured(graph, static, metrics, rest, number)
+        self._captured[key] = Captured(graph, static, metrics, tuple(rest), number)
         return True
 
     def _fits(self, longest: int) -> bool:
@@ -258,7 +264,8 @@ class FusedEngine(Engine):
             sae.select_within(xc, self.encoder_weights, sae.b_enc.detach(), self.room)
             for xc in batch.xc.chunk(self.micro_batches)
         ]
-        number = torch.stack([number for _, number in lists]).amax()
+        numbers = [number for _, number in lists]
+        number = torch.stack(numbers).amax() if len(numbers) > 1 else numbers[0]
         all_reduce_(number, mesh.member_group, mesh.members, dist.ReduceOp.MAX)
         self.side.meet()
         return Begun(batch, None, [found for found, _ in lists], True), number
@@ -272,16 +279,14 @@ class FusedEngine(Engine):
 
     def _work(self, rows: Rows, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
         if self.graph and self.sae.varied_lengths:
-            return self._finish(self._fitting(rows), revives, timer)
+            return self._apply(self._made(self._fitting(rows), revives, timer), timer)
         batch, ready = self._begin(rows)
-        found: list[Codes] = []
-        if self.is_general:
-            found = [
-                self.sae.select(xc, self.encoder_weights, self.sae.b_enc.detach())
-                for xc in batch.xc.chunk(self.micro_batches)
-            ]
-            timer.mark("encode")
-        return self._finish(Begun(batch, ready, found, False), revives, timer)
+        found = [
+            self.sae.select(xc, self.encoder_weights, self.sae.b_enc.detach())
+            for xc in batch.xc.chunk(self.micro_batches)
+        ]
+        timer.mark("encode")
+        return self._apply(self._made(Begun(batch, ready, found, False), revives, timer), timer)
 
     def _fitting(self, rows: Rows) -> Begun:
         """A step up to the selection in the room that a replay has: sums over lists of other
@@ -293,43 +298,70 @@ class FusedEngine(Engine):
             if self._fits(int(number)):
                 return begun
 
-    def _finish(self, begun: Begun, revives: bool, timer: PhaseTimer) -> Tensor:  # [4 + S]
-        """A step from the selection on."""
-        batch, ready, found, within = begun
-        if self.sae.varied_lengths:
-            self.optimizer.advance_()
+    def _made(self, begun: Begun, revives: bool, timer: PhaseTimer) -> Made:
+        """A step from the selection to the optimizer's, which changes nothing. The order of pairs
+        is made beside the decoder where these are all pairs of the step.
+        """
+        sae, mesh = self.sae, self.sae.mesh
+        batch, ready, selected, within = begun
+        found = by_level(sae, selected, len(batch.y))
+        alone = self.micro_batches == 1 and mesh.num_replicas == 1
+        order, ordered = None, None
+        if alone:
+            ((codes, _),) = found
+            with self.side.beside():
+                order = self._order(codes.latents, used_slots(sae, codes))
+                ordered = self.side.mark()
+        self.side.wait(ready)
         listed: Listed | None = None
         if revives:
             with self.side.beside():
                 listed = self.dead_step.begin(self.optimizer.compute_weights)
                 ready = self.side.mark()
-        parts, order, ordered = self._forward(batch, ready, found, timer)
-        local, more = join_pairs(parts, batch.xc), join(parts)
-        of_dead: tuple[DenseRows | None, AuxLoss | None] = (None, None)
+        parts = self._forward(batch, found)
+        timer.mark("decode")
+        local = join_pairs(parts, batch.xc)
+        dead: DenseRows | None = None
+        aux: AuxLoss | None = None
         if listed is not None:
-            of_dead = self.dead_step(local, listed, batch.inverse, self.side)
+            self.side.wait(ready)
+            residual = joined([part.made.residual for part in parts])
+            dead, aux = self.dead_step(residual, batch.xc, listed, batch.inverse, self.side)
             # The side stream's memory: what it is given next waits for the products that read it.
             del listed
             timer.mark("dead")
-        if self.sae.varied_lengths and not within:
-            local, more = same_length(local, more, self.sae.mesh)
-        pairs = gather_pairs(local, batch.xc_all, self.sae.mesh)
-        if more is not None:
-            more = gather(more, self.sae.mesh)
-            order = self._order(pairs.latents, has_gradient(pairs))
-            self._count_active(parts, batch.tokens)
-        elif order is None:
-            order = self._order(pairs.latents, pairs.dec_coef)
-            self._count_fired(pairs.latents, pairs.dec_coef, batch.tokens)
-        with self.side.beside():
-            given = pairs.dec_rows if more is None else more.first_rows
-            b_dec = given.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
-            metrics = self._metrics(self._totals(parts), of_dead[1], batch)
+        if sae.varied_lengths and not within:
+            local = same_length(local, mesh)
+        pairs = gather_pairs(local, batch.xc_all, mesh)
+        if order is None:
+            order = self._order(
+                pairs.latents, has_gradient(pairs) if self.is_general else pairs.dec_coef
+            )
         self.side.wait(ordered)
-        assert order is not None
-        decoder, grads = (None, ()) if more is None else (more.decoder(pairs), more.grads)
-        own = with_skip(self.sae, grads, given, pairs.enc_rows, batch.scale)
-        self._update(LatentGradients(pairs, order, b_dec, of_dead[0], decoder, own), parts)
+        return Made(batch, parts, pairs, order, dead, aux, alone)
+
+    def _apply(self, made: Made, timer: PhaseTimer) -> Tensor:  # [4 + S]
+        """The optimizer's step, and what else a step changes."""
+        batch, parts, pairs, order = made[:4]
+        with self.side.beside():
+            if self.sae.varied_lengths:
+                self.optimizer.advance_()
+            advanced = self.side.mark()
+            own = own_gradients(self.sae, parts, order if made.alone else None)
+            # Those of the first level: what the gradients of all reconstructions come to.
+            sizes = (self.sae.mesh.num_replicas, -1, len(batch.y), self.sae.d_out)
+            given = pairs.dec_rows.view(sizes)[:, 0].flatten(0, 1)
+            b_dec = given.sum(dim=0, dtype=batch.scale.dtype) * batch.scale
+            metrics = self._metrics(self._totals(parts), made.aux, batch)
+            self._count_active(parts, pairs, batch.tokens)
+            if not self.sae.sources:
+                self.sae.observe_([part.codes for part in parts])
+        self.side.wait(advanced)
+        own = with_skip(self.sae, own, given, pairs.enc_rows, batch.scale)
+        self._update(LatentGradients(pairs, order, b_dec, made.dead, own))
+        if self.sae.sources:
+            # A crosscoder's thresholds depend on decoder rows, which the step moves.
+            self.sae.observe_([part.codes for part in parts])
         timer.mark("optimizer")
         return metrics
 
@@ -348,71 +380,38 @@ class FusedEngine(Engine):
         timer.mark("optimizer")
         return metrics
 
-    def _update(self, gradients: LatentGradients, parts: Sequence[Forward] = ()) -> None:
+    def _update(self, gradients: LatentGradients) -> None:
         self.optimizer.gradients = gradients
         self.optimizer.step()
         self.sae.project_()
-        if parts:
-            self.sae.observe_([part.codes for part in parts])
-        self.side.meet()
 
-    def _forward(
-        self,
-        batch: StepBatch,
-        ready: torch.cuda.Event | None,
-        found: list[Codes],
-        timer: PhaseTimer,
-    ) -> tuple[list[Forward], PairOrder | None, torch.cuda.Event | None]:
-        """Encodes and decodes the micro-batches. The order of pairs is made beside the decoder
-        where these are all pairs of the step: one micro-batch, one replica.
-        """
-        sae, parts, order, ordered, at = self.sae, [], None, None, 0
-        if self.is_general:
-            self.side.wait(ready)
-            return self._forward_general(batch, found, timer), None, None
-        for part in batch.y.chunk(self.micro_batches):
-            xc = batch.xc[at : at + len(part)]
-            codes = sae.select(xc, self.encoder_weights, sae.b_enc.detach())
-            timer.mark("encode")
-            if self.micro_batches == 1 and sae.mesh.num_replicas == 1:
-                with self.side.beside():
-                    order = self._order(codes.latents, codes.values)
-                    ordered = self.side.mark()
-                    self._count_fired(codes.latents, codes.values, batch.tokens)
-            self.side.wait(ready)
-            parts.append(self._decode(part, codes, batch))
-            timer.mark("decode")
-            at += len(part)
-        return parts, order, ordered
-
-    def _forward_general(
-        self, batch: StepBatch, found: list[Codes], timer: PhaseTimer
-    ) -> list[Forward]:
-        """The same where pairs are more than selected pre-activations."""
-        sae, mesh, parts = self.sae, self.sae.mesh, batch.y.chunk(self.micro_batches)
+    def _forward(self, batch: StepBatch, found: list[tuple[Codes, Nest]]) -> list[Forward]:
+        """Decodes the micro-batches."""
+        sae, parts = self.sae, batch.y.chunk(self.micro_batches)
         shared = Batch(batch.inverse, batch.tokens, self.optimizer.unit, self.ramp)
         if sae.needs_l0:
-            l0 = torch.stack([(sae.activate(codes).values > 0).sum() for codes in found]).sum()
+            l0 = torch.stack([(sae.activate(codes).values > 0).sum() for codes, _ in found]).sum()
             l0 = l0.to(batch.scale.dtype)
-            all_reduce_(l0, mesh.member_group, mesh.members)
+            all_reduce_(l0, sae.mesh.member_group, sae.mesh.members)
             shared = shared._replace(l0=l0 / batch.tokens)
         W_dec = self.optimizer.compute_weights[1]
-        made = [
-            pair_forward(sae, W_dec, part, codes, shared)
-            for part, codes in zip(parts, found, strict=True)
+        return [
+            pair_forward(sae, W_dec, part, codes, nest, shared, batch.scale, self.side)
+            for part, (codes, nest) in zip(parts, found, strict=True)
         ]
-        timer.mark("decode")
-        return made
 
-    def _count_active(self, parts: list[Forward], tokens: int) -> None:
+    def _count_active(self, parts: list[Forward], pairs: PairGradients, tokens: int) -> None:
         """Counts which latents fire, of all replicas."""
-        active = [part.more.active for part in parts if part.more is not None]
-        values = joined([codes.values for codes in active])
-        latents = joined([codes.latents for codes in active])
+        values = joined([part.active.values for part in parts])
+        latents = joined([part.active.latents for part in parts])
+        count_fired_ = implementation("count_fired_", self.sae.W_dec)
+        since = self.dead.tokens_since_fired
         if self.sae.mesh.num_replicas == 1:
-            self._count_fired(latents, values, tokens)
-        else:
+            count_fired_(since, values, latents, tokens)
+        elif self.is_general:
             self.dead.update_(values, latents, tokens)
+        else:
+            count_fired_(since, pairs.dec_coef, pairs.latents, tokens)
 
     def _begin(self, rows: Rows) -> tuple[StepBatch, torch.cuda.Event | None]:
         """Centres the batch; its variance and Adam's scalars are made on the side stream."""
@@ -443,39 +442,12 @@ class FusedEngine(Engine):
         )
         return order
 
-    def _count_fired(self, latents: Tensor, acts: Tensor, tokens: int) -> None:
-        implementation("count_fired_", self.sae.W_dec)(
-            self.dead.tokens_since_fired, acts, latents, tokens
-        )
-
-    def _decode(self, y: Tensor, codes: Codes, batch: StepBatch) -> Forward:
-        """`recon - y`, and what each pair adds to its latent's rows of W_dec and W_enc."""
-        sae, W_dec = self.sae, self.optimizer.compute_weights[1]
-        b_dec = sae.b_dec.detach()
-        flat = (codes.tokens, codes.offsets)
-        if sae.mesh.num_shards == 1:
-            residual, squares, dec, enc = implementation("decode_coefs", W_dec)(
-                codes.values, codes.latents, W_dec, b_dec, y, batch.scale, *flat
-            )
-        else:
-            partial = implementation("sparse_decode", W_dec)(
-                codes.values, codes.latents, W_dec, *flat
-            ).to(b_dec.dtype)
-            all_reduce_(partial, sae.mesh.shard_group, sae.mesh.num_shards)
-            exact = partial + b_dec - y.to(b_dec.dtype)
-            residual, squares = exact.to(W_dec.dtype), exact.square().sum().view(1)
-            dec, enc = implementation("pair_coefs", W_dec)(
-                codes.values, codes.latents, W_dec, residual, batch.scale, *flat
-            )
-        return Forward(codes, dec, enc, residual, squares)
-
     def _totals(self, parts: list[Forward]) -> Totals:
-        squares = torch.stack([part.squares.sum() for part in parts]).sum()
-        codes = [part.codes if part.more is None else part.more.active for part in parts]
-        active = torch.stack([(found.values > 0).sum() for found in codes]).sum()
-        penalties = [part.more.penalty for part in parts if part.more is not None]
+        squares = torch.stack([part.made.squares.sum() for part in parts]).sum()
+        active = torch.stack([(part.active.values > 0).sum() for part in parts]).sum()
+        penalties = [part.penalty for part in parts if part.penalty is not None]
         penalty = torch.stack(penalties).sum() if penalties else torch.zeros_like(squares)
-        return Totals(squares, active, penalty, joined([part.residual for part in parts]))
+        return Totals(squares, active, penalty, joined([part.made.residual for part in parts]))
 
     def _metrics(self, totals: Totals, aux: AuxLoss | None, batch: StepBatch) -> Tensor:  # [4 + S]
         """FVU, the dead latents' loss, L0 and the penalty of the whole batch, and a crosscoder's

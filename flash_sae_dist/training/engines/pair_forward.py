@@ -1,14 +1,15 @@
-"""A micro-batch's pairs in the fused engine where activations are more than selected
-pre-activations: functions of each pair alone, with a penalty, or nested reconstructions.
+"""A micro-batch's pairs in the fused engine: what each adds to gradients.
 
-Legend: n tokens, D d_in, C pairs (K slots a token of a rectangle), G levels.
+Legend: n tokens, N of all micro-batches, D d_in, C pairs (K slots a token of a rectangle), G levels
+of nested reconstructions.
 
-What an architecture says of a pair is differentiated by autograd over lists of C numbers; products
-of matrices are the kernels'.
+What an architecture says of a pair beyond its activation is differentiated by autograd over lists
+of C numbers, or has a closed form (`Edges`); products of matrices are the kernels'.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.dispatch import implementation
-from ...kernels.reference import PairGradients
+from ...kernels.reference import Decoded, Dense, Nest, PairGradients, PairOrder, level_masks
 from ...models.base import Codes, SparseCoder
 from ...models.sparsity import Batch
 from ...parallel.collectives import all_gather, all_reduce_
 from ...parallel.mesh import Mesh
+from ..side_stream import SideStream
 from .dead_step import product
 
 # The parameters that the optimizer's passes over latents have.
@@ -31,39 +33,12 @@ class Forward(NamedTuple):
     """A micro-batch's pairs and metrics."""
 
     codes: Codes  # which the side stream reads
-    dec_coef: Tensor  # [n, K] or [C], as codes.values
-    enc_coef: Tensor
-    residual: Tensor  # [n, D] recon - x, in the compute dtype
-    squares: Tensor  # [any], of the residual
-    more: More | None = None
-
-
-class More(NamedTuple):
-    """What nested or pairwise architectures add."""
-
-    active: Codes  # those that count as active
-    rows: Tensor  # [G, n, D], what a level's pairs are multiplied by for W_dec's gradient
-    levels: Tensor | None  # as codes.values
-    penalty: Tensor  # scalar
+    active: Codes  # those of them that count as active
+    made: Decoded  # of which dec_coef and enc_coef are the pairs' gradients
+    of_pairs: Tensor | None  # [P] int32, each pair's row of the whole batch's [G, N, D]; of levels
+    penalty: Tensor | None  # scalar, made beside the current stream
     grads: tuple[Tensor, ...]  # of `own_parameters`
-
-
-class General(NamedTuple):
-    """What nested or pairwise architectures add to a batch's gradients."""
-
-    tokens: Tensor  # [P] int32, each pair's row of `rows`
-    rows: Tensor  # [R, G, N, D]
-    grads: tuple[Tensor, ...]  # of `own_parameters`
-
-    @property
-    def first_rows(self) -> Tensor:
-        """[R * N, D]: what the gradients of all reconstructions come to."""
-        return self.rows[:, 0].flatten(0, 1)
-
-    def decoder(self, pairs: PairGradients) -> PairGradients:
-        """The pairs with their rows for W_dec's gradient; tokens are of no others."""
-        rows = self.rows.flatten(0, 2)
-        return pairs._replace(dec_rows=rows, enc_rows=rows, tokens=self.tokens)
+    edges: Tensor | None  # [C], of each pair's threshold, which are to be added, in their place
 
 
 def own_parameters(sae: SparseCoder) -> dict[str, torch.nn.Parameter]:
@@ -72,50 +47,64 @@ def own_parameters(sae: SparseCoder) -> dict[str, torch.nn.Parameter]:
 
 
 def is_general(sae: SparseCoder) -> bool:
-    """Whether `pair_forward` is needed."""
+    """Whether pairs are more than selected pre-activations."""
     return sae.is_pairwise or len(sae.level_weights) > 1
 
 
-def _parts(sae: SparseCoder, W_dec: Tensor, codes: Codes, levels: Tensor | None) -> Tensor:
-    """What the pairs of each level reconstruct alone [G, n, D]."""
-    decode = implementation("sparse_decode", W_dec)
-    flat = (codes.tokens, codes.offsets)
-    if levels is None:
-        partial: Tensor = decode(codes.values, codes.latents, W_dec, *flat)[None]
-    else:
-        every = torch.arange(len(sae.level_weights), device=levels.device)
-        of_level = levels == every.view(-1, *(1 for _ in levels.shape))
-        values = codes.values * of_level
-        partial = torch.stack([decode(own, codes.latents, W_dec, *flat) for own in values])
-    if sae.mesh.num_shards > 1:
-        partial = partial.to(sae.b_dec.dtype)
-        all_reduce_(partial, sae.mesh.shard_group, sae.mesh.num_shards)
-    return partial
-
-
-def _dots(rows: Tensor, W_dec: Tensor, codes: Codes, levels: Tensor | None) -> Tensor:
-    """Each pair's gradient by its activation, not scaled: rows of its level times its W_dec row."""
-    dots_of = implementation("gathered_dots", W_dec)
-    if codes.tokens is not None:
-        tokens = codes.tokens if levels is None else codes.tokens + levels * rows.shape[1]
-        found: Tensor = dots_of(rows.flatten(0, 1), codes.latents, W_dec, tokens, codes.offsets)
+def _decoded(
+    sae: SparseCoder, W_dec: Tensor, codes: Codes, x: Tensor, scale: Tensor, nest: Nest
+) -> Decoded:
+    """`decode_coefs` of all shards' pairs. Collective over the shards."""
+    flat, b_dec = (codes.tokens, codes.offsets), sae.b_dec.detach()
+    pairs = (codes.values, codes.latents, W_dec)
+    if sae.mesh.num_shards == 1:
+        found: Decoded = implementation("decode_coefs", W_dec)(*pairs, b_dec, x, scale, *flat, nest)
         return found
-    dots: Tensor | None = None
-    for level, own in enumerate(rows):
-        found = dots_of(own, codes.latents, W_dec, codes.tokens, codes.offsets)
-        if levels is not None:
-            found = found * (levels == level)
-        dots = found if dots is None else dots + found
-    assert dots is not None
-    return dots
+    decode, dots_of = (implementation(n, W_dec) for n in ("sparse_decode", "gathered_dots"))
+    of_level = level_masks(codes.latents, nest)
+    parts = [decode(codes.values * own, codes.latents, W_dec, *flat) for own in of_level]
+    partial = torch.stack(parts).to(b_dec.dtype)
+    all_reduce_(partial, sae.mesh.shard_group, sae.mesh.num_shards)
+    rows, residual, squares = implementation("nested_rows", W_dec)(
+        partial, b_dec, x, nest.weights, nest.main, W_dec.dtype
+    )
+    if nest.levels is None and not nest.every:
+        dec, enc = implementation("pair_coefs", W_dec)(*pairs, residual, scale, *flat)
+        return Decoded(residual, squares, dec, enc, rows)
+    dots = [own * dots_of(row, *pairs[1:], *flat) for row, own in zip(rows, of_level, strict=True)]
+    enc = torch.stack(dots).sum(dim=0) * scale
+    if not nest.every:
+        enc = enc.masked_fill(codes.values == 0, 0)
+    return Decoded(residual, squares, codes.values.to(enc.dtype) * scale, enc, rows)
 
 
-def _unused(codes: Codes) -> Tensor:
-    """Slots without a pair; of a rectangle those of value 0."""
-    if codes.offsets is None:
-        return codes.values == 0
+def used_slots(sae: SparseCoder, codes: Codes) -> Tensor:
+    """As codes.values, 0 for pairs without a gradient: slots that are unused, or values of 0."""
+    if codes.offsets is None or not sae.is_pairwise:
+        return codes.values
     slots = torch.arange(len(codes.latents), device=codes.latents.device)
-    return slots >= codes.offsets[-1]
+    return (slots < codes.offsets[-1]).to(codes.values.dtype)
+
+
+def by_level(sae: SparseCoder, found: list[Codes], tokens: int) -> list[tuple[Codes, Nest]]:
+    """The codes of micro-batches of so many tokens in all, each token's pairs in the order of
+    levels. Collective over the shards.
+    """
+    weights, done = tuple(sae.level_weights), 0
+    made: list[tuple[Codes, Nest]] = []
+    for codes in found:
+        nest = Nest(weights, sae.main_level, sae.is_pairwise)
+        if len(weights) > 1:
+            levels = sae.levels(codes)
+            assert levels is not None
+            values, latents, of = implementation("by_level", sae.W_dec)(
+                levels, codes.values, codes.latents, codes.offsets, len(weights), done, tokens
+            )
+            assert not isinstance(codes, Dense)
+            codes, nest = codes._replace(values=values, latents=latents), nest._replace(levels=of)
+            done += len(of.ends)
+        made.append((codes, nest))
+    return made
 
 
 def pair_forward(
@@ -123,97 +112,93 @@ def pair_forward(
     W_dec: Tensor,  # [F, D] in the compute dtype
     x: Tensor,  # [n, D]
     found: Codes,  # candidates
+    nest: Nest,
     batch: Batch,
+    scale: Tensor,  # scalar, 2 * batch.inverse
+    side: SideStream,
 ) -> Forward:
     """Residuals and what each pair adds to gradients. Collective over the shards."""
-    leaf, own = found.values.detach().requires_grad_(), list(own_parameters(sae).values())
-    given = found._replace(values=leaf)
-    with torch.enable_grad():
-        codes = sae.activate(given)
-        penalty = sae.penalty(x.to(sae.b_dec.dtype), given, codes, batch)
-    active = codes._replace(values=codes.values.detach())
-    levels = sae.levels(active)
-    parts = _parts(sae, W_dec, active, levels)
-    rows, residual, squares = implementation("nested_rows", W_dec)(
-        parts, sae.b_dec.detach(), x, sae.level_weights, sae.main_level, W_dec.dtype
-    )
-    scale = 2 * batch.inverse
-    dots = _dots(rows, W_dec, active, levels) * scale
-    if not sae.is_pairwise:
-        dots = dots.masked_fill(active.values == 0, 0)
+    codes, edges = found, sae.edges(batch)
+    penalty = edge = of_pairs = None
+    if edges is not None:
+        args = (found.values, found.latents, edges.threshold.detach(), found.offsets)
+        codes = found._replace(values=implementation("jump_acts", W_dec)(*args))
+        with side.beside():
+            penalty = sae.penalty(x.to(sae.b_dec.dtype), found, codes, batch)
+    elif sae.is_pairwise:
+        found = found._replace(values=found.values.detach().requires_grad_())
+        with torch.enable_grad():
+            codes = sae.activate(found)
+            penalty = sae.penalty(x.to(sae.b_dec.dtype), found, codes, batch)
+    active = whole = codes._replace(values=codes.values.detach())
+    made = _decoded(sae, W_dec, whole, x, scale, nest)
+    grads: tuple[Tensor, ...] = ()
+    if edges is not None:
+        enc, edge = implementation("jump_grads", W_dec)(*args, made.enc_coef, *edges[1:])
+        made = made._replace(enc_coef=enc)
+    elif penalty is not None:
+        enc, grads = _by_autograd(sae, found, codes, penalty, made.enc_coef)
+        made, penalty = made._replace(enc_coef=enc), penalty.detach()
+    if nest.levels is not None:
+        of_pairs = nest.levels.rows
+        if nest.main < len(nest.weights) - 1:
+            beyond = of_pairs.view_as(active.latents) >= (nest.main + 1) * nest.levels.tokens
+            active = active._replace(values=active.values.masked_fill(beyond, 0))
+    return Forward(whole, active, made, of_pairs, penalty, grads, edge)
+
+
+def _by_autograd(
+    sae: SparseCoder, found: Codes, codes: Codes, penalty: Tensor, dots: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Gradients by candidates' values and by `own_parameters`, of those by activations."""
+    own = list(own_parameters(sae).values())
     outputs, grads_of = [codes.values], [dots.to(codes.values.dtype)]
     if penalty.requires_grad:
         outputs, grads_of = [*outputs, penalty], [*grads_of, torch.ones_like(penalty)]
-    grads = torch.autograd.grad(outputs, [leaf, *own], grads_of, allow_unused=True)
-    enc = torch.zeros_like(leaf) if grads[0] is None else grads[0]
-    made = [torch.zeros_like(p) if g is None else g for p, g in zip(own, grads[1:], strict=True)]
-    return Forward(
-        active,
-        active.values.to(scale.dtype) * scale,
-        enc.to(scale.dtype).masked_fill(_unused(found), 0),
-        residual,
-        squares,
-        More(sae.main_codes(active), rows, levels, penalty.detach(), tuple(made)),
+    grads = torch.autograd.grad(
+        outputs, [found.values, *own], grads_of, allow_unused=True, materialize_grads=True
     )
+    unused = used_slots(sae, found).detach() == 0
+    return grads[0].to(dots.dtype).masked_fill(unused, 0), grads[1:]
 
 
-def join(parts: list[Forward]) -> General | None:
-    """That of all micro-batches; None where there is none."""
-    more = [part.more for part in parts if part.more is not None]
-    if not more:
-        return None
-    rows = torch.cat([m.rows for m in more], dim=1) if len(more) > 1 else more[0].rows
-    tokens, first = [], 0
-    for part, own in zip(parts, more, strict=True):
-        of, latents = part.codes.tokens, part.codes.latents
-        if of is None:
-            of = torch.arange(len(latents), device=latents.device)[:, None].expand_as(latents)
-        if own.levels is not None:
-            of = of + own.levels * rows.shape[1]
-        tokens.append((of + first).flatten().int())
-        first += own.rows.shape[1]
-    grads = tuple(torch.stack(g).sum(dim=0) for g in zip(*(m.grads for m in more), strict=True))
-    return General(torch.cat(tokens) if len(tokens) > 1 else tokens[0], rows[None], grads)
+def own_gradients(
+    sae: SparseCoder, parts: list[Forward], order: PairOrder | None
+) -> tuple[Tensor, ...]:
+    """Gradients of `own_parameters` over all replicas, collective over them; order is that of the
+    parts' pairs where there is one.
+    """
+    grads = [torch.stack(g).sum(dim=0) for g in zip(*(p.grads for p in parts), strict=True)]
+    own = own_parameters(sae)
+    if not grads:
+        grads = [torch.zeros_like(p) for p in own.values()]
+    if parts[0].edges is not None:
+        edges = joined([part.edges for part in parts])
+        latents = joined([part.codes.latents for part in parts])
+        sums = implementation("scatter_rows", edges)(
+            edges[None], latents[None], edges.new_ones(1, 1), sae.d_sae_local, edges.dtype, order
+        )
+        grads[list(own).index("threshold")] = sums.squeeze(1)
+    for grad in grads:
+        all_reduce_(grad, sae.mesh.replica_group, sae.mesh.num_replicas)
+    return tuple(grads)
 
 
-def same_length(
-    pairs: PairGradients, general: General | None, mesh: Mesh
-) -> tuple[PairGradients, General | None]:
+def same_length(pairs: PairGradients, mesh: Mesh) -> PairGradients:
     """Lists that are as long on all replicas, unused slots behind. A host sync; collective over the
     replicas.
     """
     if mesh.num_replicas == 1:
-        return pairs, general
+        return pairs
     length = torch.tensor(len(pairs.latents), device=pairs.latents.device)
     all_reduce_(length, mesh.replica_group, mesh.num_replicas, dist.ReduceOp.MAX)
     more = int(length) - len(pairs.latents)
-
-    def longer(t: Tensor) -> Tensor:
-        return torch.nn.functional.pad(t, (0, more))
-
-    assert pairs.tokens is not None
-    pairs = pairs._replace(
-        latents=longer(pairs.latents),
-        dec_coef=longer(pairs.dec_coef),
-        enc_coef=longer(pairs.enc_coef),
-        tokens=longer(pairs.tokens),
+    latents, dec, enc, tokens = (
+        torch.nn.functional.pad(t, (0, more))
+        for t in (pairs.latents, pairs.dec_coef, pairs.enc_coef, pairs.tokens)
+        if t is not None
     )
-    if general is not None:
-        general = general._replace(tokens=longer(general.tokens))
-    return pairs, general
-
-
-def gather(general: General, mesh: Mesh) -> General:
-    """That of all replicas. Collective over them."""
-    if mesh.num_replicas == 1:
-        return general
-    group, size = mesh.replica_group, mesh.num_replicas
-    each = general.rows.shape[1] * general.rows.shape[2]
-    tokens = all_gather(general.tokens + mesh.replica * each, group, size).flatten()
-    rows = all_gather(general.rows[0], group, size)
-    for grad in general.grads:
-        all_reduce_(grad, group, size)
-    return General(tokens, rows, general.grads)
+    return pairs._replace(latents=latents, dec_coef=dec, enc_coef=enc, tokens=tokens)
 
 
 def gather_pairs(local: PairGradients, xc_all: Tensor, mesh: Mesh) -> PairGradients:
@@ -228,13 +213,18 @@ def gather_pairs(local: PairGradients, xc_all: Tensor, mesh: Mesh) -> PairGradie
     bits = torch.int64 if local.dec_coef.dtype == torch.float64 else torch.int32
     coefs = (local.dec_coef.view(bits), local.enc_coef.view(bits))
     tokens = local.tokens
-    flat = [] if tokens is None else [tokens + mesh.replica * len(local.dec_rows)]
+    xc = local.enc_rows
+    flat = [] if tokens is None else [tokens + mesh.replica * len(xc)]
+    if local.rows is not None:
+        flat.append(local.rows + mesh.replica * len(local.dec_rows))
     packed = torch.stack([*(t.to(bits) for t in (local.latents, *flat)), *coefs])
     gathered = all_gather(packed, group, size).transpose(0, 1).flatten(1).contiguous()
     latents, *flat = (row.to(torch.int32) for row in gathered[:-2])
     dec, enc = (row.view(local.dec_coef.dtype) for row in gathered[-2:])
-    residual = all_gather(local.dec_rows, group, size).flatten(0, 1)
-    return PairGradients(latents, dec, enc, residual, xc_all, local.k, *flat)
+    dec_rows = all_gather(local.dec_rows, group, size).flatten(0, 1)
+    rows = None if local.rows is None else flat.pop()
+    of = flat[0] if flat else None
+    return PairGradients(latents, dec, enc, dec_rows, xc_all, local.k, of, rows)
 
 
 def has_gradient(pairs: PairGradients) -> Tensor:
@@ -243,9 +233,10 @@ def has_gradient(pairs: PairGradients) -> Tensor:
     return used.to(pairs.dec_coef.dtype)
 
 
-def joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: Sequence[Tensor | None], dim: int = 0) -> Tensor:
     """One tensor of those of micro-batches."""
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    given = [part for part in parts if part is not None]
+    return torch.cat(given, dim) if len(given) > 1 else given[0]
 
 
 def join_pairs(parts: list[Forward], xc: Tensor) -> PairGradients:
@@ -254,16 +245,17 @@ def join_pairs(parts: list[Forward], xc: Tensor) -> PairGradients:
     for part in parts:
         if part.codes.tokens is not None:
             tokens.append(part.codes.tokens + first if first else part.codes.tokens)
-        first += len(part.residual)
+        first += len(part.made.residual)
     latents = joined([part.codes.latents for part in parts])
     return PairGradients(
         latents.flatten(),
-        joined([part.dec_coef for part in parts]).flatten(),
-        joined([part.enc_coef for part in parts]).flatten(),
-        joined([part.residual for part in parts]),
+        joined([part.made.dec_coef for part in parts]).flatten(),
+        joined([part.made.enc_coef for part in parts]).flatten(),
+        joined([part.made.rows for part in parts], dim=1).flatten(0, 1),
         xc,
         latents.shape[-1],
         joined(tokens) if tokens else None,
+        None if parts[0].of_pairs is None else joined([part.of_pairs for part in parts]),
     )
 
 
@@ -276,6 +268,6 @@ def with_skip(
     if sae.W_skip is None:
         return own
     grad = product(rows.T, x).mul_(scale)
-    names = list(own_parameters(sae))
-    found = own or (grad,) * len(names)
-    return tuple(grad if n == "W_skip" else g for n, g in zip(names, found, strict=True))
+    return tuple(
+        grad if n == "W_skip" else g for n, g in zip(own_parameters(sae), own, strict=True)
+    )

@@ -10,7 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.reference import DenseRows, PairGradients, PairOrder
 from ...models.base import Codes
+from .dead_step import AuxLoss
+from .pair_forward import Forward
 
 
 class Rows(NamedTuple):
@@ -35,7 +38,7 @@ class Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     rows: Rows
     metrics: Tensor  # as `_metrics`
-    rest: torch.cuda.CUDAGraph | None  # of lists of varied lengths, what follows the selection
+    rest: tuple[torch.cuda.CUDAGraph, ...]  # of lists of varied lengths, see the engine
     number: Tensor | None  # pairs of the longest list
 
 
@@ -44,7 +47,7 @@ class Begun(NamedTuple):
 
     batch: StepBatch
     ready: torch.cuda.Event | None
-    found: list[Codes]  # of an architecture that is_general
+    found: list[Codes]
     within: bool  # whether lists are of one length already
 
 
@@ -58,6 +61,18 @@ class StepBatch(NamedTuple):
     scale: Tensor  # scalar, 2 * inverse
     tokens: int  # N * R
     kept: tuple[Tensor, ...]  # read by the side stream: not freed before the streams meet
+
+
+class Made(NamedTuple):
+    """A step up to the optimizer's, which changes nothing yet."""
+
+    batch: StepBatch
+    parts: list[Forward]
+    pairs: PairGradients  # of all replicas
+    order: PairOrder
+    dead: DenseRows | None
+    aux: AuxLoss | None
+    alone: bool  # one micro-batch, one replica: its pairs are all pairs
 
 
 class Totals(NamedTuple):
