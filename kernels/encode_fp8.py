@@ -114,9 +114,9 @@ class _Quantised:
         self.matmul.inverse = scale.reciprocal()
         self.matmul.write(self.x, scratch)
 
-    def filter(self, x: Tensor, tau: Tensor, last: Tensor, scratch: Tensor, count: Tensor) -> None:
+    def filter(self, x: Tensor, limit: Tensor, scratch: Tensor, count: Tensor) -> None:
         """See `PlainFilter`."""
-        self.matmul.filter(self.x, tau, last, scratch, count)
+        self.matmul.filter(self.x, limit, scratch, count)
 
 
 def rescored(

@@ -113,7 +113,7 @@ def portable_encoder(say: Callable[[str, Any], None], num_stages: int, *, fp8: b
             say(f"pick-{scale is None}", kernel)
     for (what, operands, scale, d), write in itertools.product(filters, (True, False)):
         kernel = encode_filter.filter_kernel.warmup(
-            *operands, f32, i32, i32, i32, i32, scale, scale, 2928, 50, 4096, 24576, 768, 192, 7, 4,
+            *operands, f32, i32, i32, i32, scale, scale, 2928, 50, 4096, 24576, 768, 192, 7, 4,
             192, 4, write, m, n, d, "tf32", encode_plan.CELL, num_warps=8, num_stages=num_stages,
             grid=(132,),
         )  # fmt: skip
@@ -122,14 +122,14 @@ def portable_encoder(say: Callable[[str, Any], None], num_stages: int, *, fp8: b
         plan = encode_plan.make_plan(N, D, F, k)
         assert plan is not None
         kernel = encode_select.limit_kernel.warmup(
-            i32, i32, i32, i64, i32, plan.pitch, plan.whole, 7, plan.rank, plan.slack,
+            i32, i32, i64, i32, plan.pitch, plan.whole, 7, plan.rank, plan.slack,
             plan.sample_keys, plan.sample, encode_plan.next_power_of_2(plan.sample),
             encode_plan.next_power_of_2(plan.rank + plan.slack), plan.block_n, encode_plan.CELL,
             num_warps=encode.limit_warps(plan), grid=(1,),
         )  # fmt: skip
         say(f"limit-{plan.sample}", kernel)
         kernel = encode_select.select_kernel.warmup(
-            i32, i32, i64, i32, i32, i32, i32, f32, i32, plan.pitch, plan.sample_keys,
+            i32, i64, i32, i32, i32, i32, f32, i32, plan.pitch, plan.sample_keys,
             plan.capacity, F, k,
             **encode.select_sizes(plan, k), num_warps=encode.select_warps(plan), grid=(1,),
         )  # fmt: skip
@@ -199,7 +199,7 @@ def hopper_encoder() -> None:
         )  # fmt: skip
         for write in (True, False):
             kernel = h.hopper_kernel.warmup(
-                h.descriptor(W, 64, block_k), *weights, i32, i32, i32, i32, scale, 1600, 50,
+                h.descriptor(W, 64, block_k), *weights, i32, i32, i32, scale, 1600, 50,
                 256, 768, 2, 1, 1, 3, 4, write, encode_plan.BLOCK_M, n, block_k, h.STAGES,
                 h.LEAD, num_warps=4, grid=(132,),
             )  # fmt: skip

@@ -111,13 +111,14 @@ def redone(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("F", [301, 320])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_filter_equals_the_reference(kind: str, F: int, redone: list[int]) -> None:
-    """None of it by computing rows anew, with or without a ragged last tile."""
+    """None of it by computing rows anew but where all activations are equal, with or without a
+    ragged last tile."""
     x, W, b = make(kind, 20, 24, F, torch.float32, "cpu")
     values, indices = by_filter(x, W, b, 5, SMALL)
     want, want_indices = reference.topk_encode(x, W, b, 5)
     assert torch.equal(indices, want_indices)
     torch.testing.assert_close(values, want, rtol=1e-5, atol=1e-5)
-    assert not redone
+    assert len(redone) == (20 if kind == "equal" else 0)
 
 
 class Marks:
@@ -190,7 +191,7 @@ def test_what_does_not_pass_the_limit_does_not_count(redone: list[int]) -> None:
 
 @interpreted
 @pytest.mark.parametrize("seed", range(4))
-def test_of_equal_activations_the_lowest_latents_are_taken(seed: int, redone: list[int]) -> None:
+def test_of_equal_activations_the_lowest_latents_are_taken(seed: int) -> None:
     """Without weights activations are the bias alone: few different values, many of them equal to
     the limit, some beside a larger neighbour."""
     g = torch.Generator().manual_seed(seed)
@@ -201,7 +202,6 @@ def test_of_equal_activations_the_lowest_latents_are_taken(seed: int, redone: li
     want, want_indices = reference.topk_encode(x, W, b, k)
     assert torch.equal(indices, want_indices)
     assert torch.equal(values, want)
-    assert not redone
 
 
 @interpreted
@@ -311,7 +311,7 @@ def test_plans_keep_to_the_memory_bar(shape: tuple[int, int, int, int]) -> None:
         return
     scratch = torch.empty(plan.block_rows, plan.pitch, dtype=torch.int32, device="meta")
     kept = torch.empty(plan.block_rows, plan.sample_keys, dtype=torch.int64, device="meta")
-    small = 4 * plan.block_rows * (plan.lists + 4)
+    small = 4 * plan.block_rows * (plan.lists + 3)
     assert scratch.nbytes + kept.nbytes + small == plan.scratch_bytes() <= 64 << 20
     assert plan.rank > k * plan.sample / plan.whole
     sizes = encode.select_sizes(plan, k)
