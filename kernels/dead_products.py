@@ -175,16 +175,9 @@ def _select_kernel(
     keys_ptr,  # [N] int32, GIVEN only
     take_ptr,  # [N] int32, GIVEN only
     out_ptr,  # [N, M]
-    M,
-    k,
-    quantile,
-    margin,
-    SEARCH: tl.constexpr,
-    GIVEN: tl.constexpr,
-    RELU: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    M, k, quantile, margin, SEARCH: tl.constexpr, GIVEN: tl.constexpr, RELU: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first = _load_keys(pre_ptr, bias_ptr, row, tl.arange(0, BLOCK), M)
     limit = tl.full([], _LEAST, tl.int32)
@@ -227,10 +220,8 @@ def _digits_kernel(
     bias_ptr,  # [M] float32
     prefix_ptr,  # [N] int32
     out_ptr,  # [N, 256] int32
-    M,
-    SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    M, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     prefix = tl.load(prefix_ptr + row)
     counts = tl.zeros([256], tl.int32)
@@ -269,10 +260,8 @@ def _rows_kernel(
     scale_ptr,  # scalar float32
     out_ptr,  # [N, D]
     loss_ptr,  # [N] float32
-    D,
-    GHOST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    D, GHOST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     at = row * D + cols
@@ -297,13 +286,8 @@ def _mask_kernel(
     grad_ptr,  # [N, M], changed
     acts_ptr,  # [N, M]
     sums_ptr,  # [cdiv(N, TURNS * ROWS), M] float32
-    N,
-    M,
-    GHOST: tl.constexpr,
-    TURNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    N, M, GHOST: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     cols = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for turn in range(TURNS):

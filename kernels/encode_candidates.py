@@ -73,15 +73,8 @@ def limit_kernel(
     bias_ptr,  # [F] float32, of which each step-th is a sample's
     limit_ptr,  # [N] int32
     bins_ptr,  # [4096] int32, zeros
-    state_ptr,
-    N,
-    S,
-    step,
-    rank,
-    total,
-    GROUP: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    state_ptr, N, S, step, rank, total, GROUP: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """The limit that all rows share, below what the rank-th largest cell reaches, by 64 bins an
     octave from 2^-32 on."""
     lo = tl.full([], 95 << 23, tl.int32)
@@ -115,18 +108,9 @@ def collect_kernel(
     spans_ptr,  # [2, N] int32: where a row's keys begin, their number or -1
     dense_ptr,  # [N] int32
     bins_ptr,  # [4096] int32, COUNTED only
-    state_ptr,
-    pitch,
-    capacity,
-    room,
-    first_row,
-    N,
-    F,
-    LISTS: tl.constexpr,
-    LISTS_POW2: tl.constexpr,
-    SLOTS: tl.constexpr,
-    COUNTED: tl.constexpr,
-):
+    state_ptr, pitch, capacity, room, first_row, N, F, LISTS: tl.constexpr,
+    LISTS_POW2: tl.constexpr, SLOTS: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
     """Gathers a row's lists into the buffer of keys, which are the first to be counted in bins; or
     notes the row as a dense one."""
     at = tl.program_id(0).to(tl.int64)
@@ -310,9 +294,8 @@ def _dense_rows(
     x_ptr, w_ptr, bias_ptr, products_ptr, dense_ptr, parts_ptr, above_ptr, offsets_ptr, tokens_ptr,
     latents_ptr, values_ptr, theta_ptr, bins_ptr, worker, workers, number, first_row, stored,
     theta_step, lo, hi, shift, stale, every, N, F, D, capacity, MODE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    SPANS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GIVEN: tl.constexpr, SPANS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Dense rows, ROWS at once, one of SPANS parts of the latents after another."""
     groups = tl.cdiv(number, ROWS)
@@ -384,27 +367,15 @@ def flat_kernel(
     latents_ptr,  # [C] int32
     values_ptr,  # [C] float32
     bins_ptr,  # [4096] int32, zeros
-    state_ptr,
-    theta_step,
-    capacity,
+    state_ptr, theta_step, capacity,
     keyed,  # programs of rows that may have keys, TOKENS each
     number,  # GIVEN only: rows of this launch
-    first_row,
-    stored,
+    first_row, stored,
     programs,  # of all launches of a step
-    N,
-    F,
-    D,
-    MODE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SPANS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    N, F, D, MODE: tl.constexpr, GIVEN: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr,
+    SPANS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """One step over all candidates: a round of counts, counts a row, or the pairs."""
     pid = tl.program_id(0)
     lo, hi = tl.load(state_ptr + LO), tl.load(state_ptr + HI)

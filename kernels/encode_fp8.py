@@ -39,11 +39,8 @@ def quantise_kernel(
     rows_ptr,  # [M, D]
     out_ptr,  # [M, D] e4m3
     scale_ptr,  # [M] float32
-    D,
-    LARGEST: tl.constexpr,
-    LEAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    D, LARGEST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A row in e4m3, and its scale."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -71,10 +68,8 @@ def pick_kernel(
     scale_ptr,  # [F] float32, or None
     values_ptr,  # [N, K]
     indices_ptr,  # [N, K]
-    C,
-    k,
-    POW2: tl.constexpr,
-):
+    C, k, POW2: tl.constexpr,
+):  # fmt: skip
     """A row's k largest of its candidates."""
     row = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, POW2)

@@ -38,12 +38,8 @@ def _rows_kernel(
     keys_ptr,  # [N, KEYS] int64, scratch
     values_ptr,  # [N, K]
     indices_ptr,  # [N, K]
-    F,
-    k,
-    SORT: tl.constexpr,
-    KEYS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    F, k, SORT: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     stream_row(
         None, None, pre_ptr + row * F, bias_ptr, None, keys_ptr + row * KEYS, values_ptr + row * k,

@@ -183,18 +183,9 @@ def limit_kernel(
     limit_ptr,  # [N] int32
     keys_ptr,  # [N, most] int64
     num_keys_ptr,  # [N] int32
-    pitch,
-    whole,
-    spread,
-    rank,
-    slack,
-    most,
-    SAMPLE: tl.constexpr,
-    SAMPLE_POW2: tl.constexpr,
-    KEPT_POW2: tl.constexpr,
-    TILE: tl.constexpr,
-    CELL: tl.constexpr,
-):
+    pitch, whole, spread, rank, slack, most, SAMPLE: tl.constexpr, SAMPLE_POW2: tl.constexpr,
+    KEPT_POW2: tl.constexpr, TILE: tl.constexpr, CELL: tl.constexpr,
+):  # fmt: skip
     """A row's limit, below what the rank-th largest reaches of the largest activations of its
     sample's cells, CELL neighbours each. That many of the sample pass it at least, and hardly more,
     since few cells hold two. Cells that pass, at most rank + slack, are kept as keys; where more
@@ -274,18 +265,9 @@ def select_kernel(
     short_ptr,  # [N] int32
     values_ptr,  # [N, K]
     indices_ptr,  # [N, K]
-    pitch,
-    sample_keys,
-    capacity,
-    F,
-    k,
-    LISTS: tl.constexpr,
-    LISTS_POW2: tl.constexpr,
-    SAMPLE_POW2: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SORT: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+    pitch, sample_keys, capacity, F, k, LISTS: tl.constexpr, LISTS_POW2: tl.constexpr,
+    SAMPLE_POW2: tl.constexpr, SLOTS: tl.constexpr, SORT: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
     """A row's k largest of its keys and lists; or, where these overflowed or hold too few, a mark
     in `short`."""
     row = tl.program_id(0).to(tl.int64)
@@ -341,16 +323,9 @@ def mend_kernel(
     scratch_ptr,  # [N, pitch] int32
     values_ptr,  # [N, K]
     indices_ptr,  # [N, K]
-    pitch,
-    N,
-    F,
-    D,
-    k,
-    ROWS: tl.constexpr,
-    SORT: tl.constexpr,
-    CHUNK: tl.constexpr,
+    pitch, N, F, D, k, ROWS: tl.constexpr, SORT: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     """Computes the rows that are marked as short anew, as one in a hundred million is: they read
     all of W_enc."""
     first = tl.program_id(0).to(tl.int64) * ROWS
