@@ -32,6 +32,7 @@ order.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -146,19 +147,15 @@ def _overflow_chance(stride: float, rank: int, lists: int, capacity: int) -> flo
 def _capacity(stride: float, rank: int, parts: int, rest: int) -> int:
     """Entries that each of a row's lists has to have room for."""
     reach = rank + rank // 8
-    low, high = 4, 8
-    while _overflow_chance(stride, reach, 4 * parts, high) > _OVERFLOW_CHANCE:
-        low, high = high, 2 * high
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if _overflow_chance(stride, reach, 4 * parts, middle) > _OVERFLOW_CHANCE:
-            low = middle
-        else:
-            high = middle
+
+    def suffices(entries: int) -> bool:
+        return _overflow_chance(stride, reach, 4 * parts, entries) <= _OVERFLOW_CHANCE
+
+    entries = bisect_left(range(1 << 12), True, lo=5, key=suffices)
     # Sorted activations that pass are whole runs, a pair of each in each list of their tiles' part;
     # the last tile's are neighbours, which may all pass.
     ordered = cdiv(math.ceil((reach / 8 + 2) * stride), parts) + cdiv(rest, 8) + 2
-    return max(high, ordered) + ROOM
+    return max(entries, ordered) + ROOM
 
 
 def _parts(blocks: int, tiles: int, programs: int) -> int:
