@@ -159,8 +159,8 @@ def _encode_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     return *found, *(None for _ in needs[4:])
 
 
-for _encode in (_topk_encode, _batch_topk_encode, _threshold_encode):
-    _encode.register_autograd(_encode_backward, setup_context=_encode_setup)
+for _op_of_a_rule in (_topk_encode, _batch_topk_encode, _threshold_encode):
+    _op_of_a_rule.register_autograd(_encode_backward, setup_context=_encode_setup)
 _sparse_decode.register_autograd(
     lambda ctx, grad: decode_gradients(_CUSTOM, ctx.needs_input_grad, ctx.saved_tensors, grad),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
@@ -198,6 +198,12 @@ def _check_encode(
             )
 
 
+def _encode(op: Any, rule: str, *args: Any) -> tuple[Tensor, ...]:
+    """By autograd Functions, or where a compiler traces by the custom op."""
+    run = partial(eager.encode, rule) if eager.applies(*args[:4]) else op
+    return run(*args)
+
+
 def topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, b_dec: Tensor | None = None
 ) -> Slots:
@@ -211,9 +217,7 @@ def topk_encode(
     value passes no gradient. Raises ValueError on shapes, dtypes, devices or k that do not fit.
     """
     _check_encode(x, W_enc, b_enc, b_dec, k)
-    if eager.applies(x, W_enc, b_enc, b_dec):
-        return Slots(*eager.encode("topk_encode", x, W_enc, b_enc, b_dec, k))
-    return Slots(*_topk_encode(x, W_enc, b_enc, b_dec, k))
+    return Slots(*_encode(_topk_encode, "topk_encode", x, W_enc, b_enc, b_dec, k))
 
 
 def batch_topk_encode(
@@ -227,11 +231,9 @@ def batch_topk_encode(
     the list is shorter. NaN sorts above +inf.
     """
     _check_encode(x, W_enc, b_enc, b_dec, k)
-    if eager.applies(x, W_enc, b_enc, b_dec):
-        found = eager.encode("batch_topk_encode", x, W_enc, b_enc, b_dec, k)
-    else:
-        found = _batch_topk_encode(x, W_enc, b_enc, b_dec, k)
-    values, latents, tokens, offsets = found
+    values, latents, tokens, offsets = _encode(
+        _batch_topk_encode, "batch_topk_encode", x, W_enc, b_enc, b_dec, k
+    )
     return Pairs(tokens, latents, values, offsets)
 
 
@@ -260,12 +262,9 @@ def threshold_encode(
         )
     if capacity < 1 and len(x):
         raise ValueError(f"capacity={capacity} must be at least 1, the pairs that are kept")
-    limit = limit.detach()
-    if eager.applies(x, W_enc, b_enc, b_dec):
-        found = eager.encode("threshold_encode", x, W_enc, b_enc, b_dec, limit, capacity)
-    else:
-        found = _threshold_encode(x, W_enc, b_enc, b_dec, limit, capacity)
-    values, latents, tokens, offsets, number = found
+    values, latents, tokens, offsets, number = _encode(
+        _threshold_encode, "threshold_encode", x, W_enc, b_enc, b_dec, limit.detach(), capacity
+    )
     return Pairs(tokens, latents, values, offsets), number
 
 
