@@ -24,7 +24,6 @@ KERNEL_FILES: dict[str, str] = {
     "quantise_rows": "encode_fp8",
     "sparse_decode": "sparse_decode",
     "decode_coefs": "sparse_decode",
-    "decode_backward": "decode_backward",
     "gathered_dots": "sparse_decode",
     "pair_coefs": "sparse_decode",
     "nested_rows": "sparse_decode",

@@ -109,18 +109,6 @@ _scatter_rows = _op(
         (num_latents, rows.shape[1]), dtype=dtype
     ),
 )
-_decode_both = _op(
-    "decode_backward(Tensor top_acts, Tensor top_idx, Tensor W_dec, Tensor grad, Tensor[] order) "
-    "-> (Tensor, Tensor)",
-    lambda acts, idx, W, grad, order: compute(
-        "decode_backward", W, acts, idx, W, grad, _of_order(order)
-    ),
-    # Contiguous whatever W is.
-    lambda acts, idx, W, grad, order: (
-        W.new_empty(idx.shape, dtype=accumulate_dtype(W.dtype)),
-        W.new_empty(W.shape),
-    ),
-)
 
 
 def _encode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -147,9 +135,6 @@ _CUSTOM = Kit(
     ),
     sparse_decode=_sparse_decode,
     order_pairs=lambda idx, num_latents, coef: None,
-    decode_backward=lambda acts, idx, W, grad, order: _decode_both(
-        acts, idx, W, grad, _traced_order(idx, W.shape[0], W, acts)
-    ),
 )
 
 

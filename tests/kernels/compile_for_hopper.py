@@ -229,12 +229,9 @@ def main() -> None:
         i32, i32, i32, i32, i32, 65536, 65536, BLOCK=128, WIDTH=128, grid=(1,)
     )
     report("rank", kernel)
-    for name, dots, tokens in (
-        ("decode-backward", True, None), ("scatter-rows", False, None),
-        ("scatter-rows-flat", False, i32),
-    ):  # fmt: skip
+    for name, tokens in (("scatter-rows", None), ("scatter-rows-flat", i32)):
         kernel = dense_grad.latents_kernel.warmup(
-            i64, i32, f32, bf16, tokens, bf16, f32, f32, bf16, 65536, 4096, 65536, 64, dots, 64,
+            i64, i32, f32, bf16, tokens, f32, f32, bf16, 65536, 4096, 65536, 64, HEAVY=64,
             **dense_grad.latents_blocks(65536, 4096)[1], num_warps=1, grid=(1,),
         )  # fmt: skip
         report(name, kernel)
