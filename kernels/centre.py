@@ -23,12 +23,8 @@ def _centre_kernel(
     out_ptr,  # [N, D], CENTRE only
     sums_ptr,  # [row blocks, D]
     squares_ptr,  # [row blocks, col blocks]
-    N,
-    D,
-    CENTRE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    N, D, CENTRE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     mask = (row < N)[:, None] & (cols < D)[None, :]

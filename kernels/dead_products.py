@@ -75,16 +75,17 @@ def _count_four(
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Keys of a row that reach each of four ascending values, in one pass and a sum a chunk."""
-    packed = _packed(first, one, two, three, four)
-    n1, n2 = (packed & 0xFFFF).to(tl.int32), ((packed >> 16) & 0xFFFF).to(tl.int32)
-    n3, n4 = ((packed >> 32) & 0xFFFF).to(tl.int32), (packed >> 48).to(tl.int32)
-    for chunk in range(1, CHUNKS):
-        keys = _load_keys(pre_ptr, bias_ptr, row, chunk * BLOCK + tl.arange(0, BLOCK), M)
+    n1 = tl.zeros([], tl.int32)
+    n2, n3, n4 = n1, n1, n1
+    keys = first
+    for chunk in range(CHUNKS):
         packed = _packed(keys, one, two, three, four)
         n1 += (packed & 0xFFFF).to(tl.int32)
         n2 += ((packed >> 16) & 0xFFFF).to(tl.int32)
         n3 += ((packed >> 32) & 0xFFFF).to(tl.int32)
         n4 += (packed >> 48).to(tl.int32)
+        # Behind the last chunk there is nothing to load.
+        keys = _load_keys(pre_ptr, bias_ptr, row, (chunk + 1) * BLOCK + tl.arange(0, BLOCK), M)
     return n1, n2, n3, n4
 
 
@@ -114,18 +115,14 @@ def _search(
     in five, so that any data end within 64. It ends early where exactly k keys reach low.
     """
     finite = (first > _LEAST) & (first < 0x7F800000)
-    counts = tl.sum(finite.to(tl.int32) + ((first >= 1).to(tl.int32) << 16), 0)
     low = tl.full([], _LEAST, tl.int32)
     low_count = tl.full([], 1, tl.int32) * M
     if RELU:
         # What is not positive adds nothing: if no more than k are, all are taken.
-        positive = counts >> 16
-        for chunk in range(1, CHUNKS):
-            keys = _load_keys(pre_ptr, bias_ptr, row, chunk * BLOCK + tl.arange(0, BLOCK), M)
-            positive += tl.sum((keys >= 1).to(tl.int32), 0)
+        positive = _count(first, pre_ptr, bias_ptr, row, M, 1, BLOCK, CHUNKS)
         low = tl.full([], 1, tl.int32)
         low_count = tl.maximum(positive, k)
-    number = tl.maximum((counts & 0xFFFF).to(tl.float32), 1.0)
+    number = tl.maximum(tl.sum(finite.to(tl.float32), 0), 1.0)
     values = tl.where(finite, _value_of(first), 0.0)
     mean = tl.sum(values, 0) / number
     deviation = tl.sqrt(tl.maximum(tl.sum(values * values, 0) / number - mean * mean, 0.0))
@@ -175,16 +172,9 @@ def _select_kernel(
     keys_ptr,  # [N] int32, GIVEN only
     take_ptr,  # [N] int32, GIVEN only
     out_ptr,  # [N, M]
-    M,
-    k,
-    quantile,
-    margin,
-    SEARCH: tl.constexpr,
-    GIVEN: tl.constexpr,
-    RELU: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    M, k, quantile, margin, SEARCH: tl.constexpr, GIVEN: tl.constexpr, RELU: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first = _load_keys(pre_ptr, bias_ptr, row, tl.arange(0, BLOCK), M)
     limit = tl.full([], _LEAST, tl.int32)
@@ -227,10 +217,8 @@ def _digits_kernel(
     bias_ptr,  # [M] float32
     prefix_ptr,  # [N] int32
     out_ptr,  # [N, 256] int32
-    M,
-    SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    M, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     prefix = tl.load(prefix_ptr + row)
     counts = tl.zeros([256], tl.int32)
@@ -269,10 +257,8 @@ def _rows_kernel(
     scale_ptr,  # scalar float32
     out_ptr,  # [N, D]
     loss_ptr,  # [N] float32
-    D,
-    GHOST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    D, GHOST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     at = row * D + cols
@@ -297,13 +283,8 @@ def _mask_kernel(
     grad_ptr,  # [N, M], changed
     acts_ptr,  # [N, M]
     sums_ptr,  # [cdiv(N, TURNS * ROWS), M] float32
-    N,
-    M,
-    GHOST: tl.constexpr,
-    TURNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    N, M, GHOST: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     cols = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for turn in range(TURNS):

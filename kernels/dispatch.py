@@ -25,7 +25,6 @@ KERNEL_FILES: dict[str, str] = {
     "sparse_decode": "sparse_decode",
     "by_level": "sparse_decode",
     "decode_coefs": "sparse_decode",
-    "decode_backward": "decode_backward",
     "gathered_dots": "sparse_decode",
     "pair_coefs": "sparse_decode",
     "nested_rows": "sparse_decode",

@@ -39,7 +39,6 @@ DIRECT = Kit(
     order_pairs=lambda idx, num_latents, coef: (
         compute("order_pairs", coef, idx, num_latents, coef) if use_kernels(coef) else None
     ),
-    decode_backward=lambda acts, idx, W, *rest: compute("decode_backward", W, acts, idx, W, *rest),
 )
 
 

@@ -30,7 +30,7 @@ class Matmul(Protocol):
     def write(self, x: Tensor, scratch: Tensor) -> None:
         """The sample's pre-activations."""
 
-    def filter(self, x: Tensor, tau: Tensor, last: Tensor, scratch: Tensor, count: Tensor) -> None:
+    def filter(self, x: Tensor, limit: Tensor, scratch: Tensor, count: Tensor) -> None:
         """Lists of what passes of the other tiles."""
 
 
@@ -86,21 +86,21 @@ def filtered_topk(
     scratch = torch.empty(rows, plan.pitch, dtype=torch.int32, device=device)
     kept = torch.empty(rows, plan.sample_keys, dtype=torch.int64, device=device)
     count = torch.empty(rows, plan.lists, dtype=torch.int32, device=device)
-    tau, last, num_kept, short = torch.empty(4, rows, dtype=torch.int32, device=device).unbind()
+    limit, num_kept, short = torch.empty(3, rows, dtype=torch.int32, device=device).unbind()
     sizes = select_sizes(plan, k)
     for start in range(0, N, rows):
         part = x[start : start + rows]
         matmul.write(part, scratch)
         limit_kernel[(part.shape[0],)](
-            scratch, tau, last, kept, num_kept, plan.pitch, plan.whole, spread(plan.whole),
+            scratch, limit, kept, num_kept, plan.pitch, plan.whole, spread(plan.whole),
             plan.rank, plan.slack, plan.sample_keys, plan.sample, next_power_of_2(plan.sample),
             next_power_of_2(plan.rank + plan.slack), plan.block_n, CELL,
             num_warps=limit_warps(plan),
         )  # fmt: skip
-        matmul.filter(part, tau, last, scratch, count)
+        matmul.filter(part, limit, scratch, count)
         size, out = part.shape[0], (values[start:], indices[start:])
         select_kernel[(size,)](
-            tau, last, kept, num_kept, count, scratch, short, *out, plan.pitch, plan.sample_keys,
+            limit, kept, num_kept, count, scratch, short, *out, plan.pitch, plan.sample_keys,
             plan.capacity, F, k, **sizes,
             num_warps=select_warps(plan),
         )  # fmt: skip

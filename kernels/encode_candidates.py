@@ -17,8 +17,7 @@ from .encode_select import key_of, passing, relu_bits
 # are, programs that are done, pairs, the limit, whether a round of counts is behind.
 LO, HI, LEFT, KEYS, DENSE, ALL, DONE, PAIRS, TAU, STALE = map(tl.constexpr, range(10))
 BINS = tl.constexpr(4096)
-# A NaN's bits, which are above all others, and what stands for no limit on latents.
-NAN, EVERY = tl.constexpr(0x7FC00000), tl.constexpr(0x7FFFFFFF)
+NAN = tl.constexpr(0x7FC00000)  # its bits, which are above all others
 ROUND, COUNT, EMIT = map(tl.constexpr, range(3))
 
 
@@ -72,19 +71,12 @@ def _find(bins_ptr, left):
 def limit_kernel(
     pre_ptr,  # [N, S] float32
     bias_ptr,  # [F] float32, of which each step-th is a sample's
-    tau_ptr,  # [N] int32
+    limit_ptr,  # [N] int32
     bins_ptr,  # [4096] int32, zeros
-    state_ptr,
-    N,
-    S,
-    step,
-    rank,
-    total,
-    GROUP: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """The limit that all rows share: what the rank-th largest cell reaches, by 64 bins an octave
-    from 2^-32 on."""
+    state_ptr, N, S, step, rank, total, GROUP: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The limit that all rows share, below what the rank-th largest cell reaches, by 64 bins an
+    octave from 2^-32 on."""
     lo = tl.full([], 95 << 23, tl.int32)
     rows = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -104,44 +96,35 @@ def limit_kernel(
         tl.store(state_ptr + TAU, tau)
         for start in range(0, N, 1024):
             row = start + tl.arange(0, 1024)
-            tl.store(tau_ptr + row, tau + tl.zeros_like(row), mask=row < N)
+            tl.store(limit_ptr + row, tau - 1 + tl.zeros_like(row), mask=row < N)
 
 
 @triton.jit(do_not_specialize=["capacity", "room", "first_row"])
 def collect_kernel(
-    tau_ptr,  # [N] int32
+    limit_ptr,  # [N] int32
     count_ptr,  # [rows, LISTS] int32
     lists_ptr,  # [rows, pitch] int32
     keys_ptr,  # [room] int64
     spans_ptr,  # [2, N] int32: where a row's keys begin, their number or -1
     dense_ptr,  # [N] int32
     bins_ptr,  # [4096] int32, COUNTED only
-    state_ptr,
-    pitch,
-    capacity,
-    room,
-    first_row,
-    N,
-    F,
-    LISTS: tl.constexpr,
-    LISTS_POW2: tl.constexpr,
-    SLOTS: tl.constexpr,
-    COUNTED: tl.constexpr,
-):
+    state_ptr, pitch, capacity, room, first_row, N, F, LISTS: tl.constexpr,
+    LISTS_POW2: tl.constexpr, SLOTS: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
     """Gathers a row's lists into the buffer of keys, which are the first to be counted in bins; or
     notes the row as a dense one."""
     at = tl.program_id(0).to(tl.int64)
     row, entries = first_row + at, lists_ptr + at * pitch
     which = tl.arange(0, LISTS_POW2)[None, :]
     counts = tl.load(count_ptr + at * LISTS + which, mask=which < LISTS, other=0)
-    tau = tl.load(tau_ptr + row)
+    limit = tl.load(limit_ptr + row)
     longest = tl.max(counts)
     dense = longest > capacity
     longest = tl.where(dense, 0, longest)
     found = tl.zeros([], tl.int32)
     for start in range(0, longest, SLOTS):
         slot = start + tl.arange(0, SLOTS)[:, None]
-        _, _, _, one, two = passing(entries, slot, which, counts, tau, EVERY, F, LISTS)
+        _, _, _, one, two = passing(entries, slot, which, counts, limit, F, LISTS)
         found += tl.sum(one.to(tl.int32) + two.to(tl.int32))
     begin = tl.atomic_add(state_ptr + KEYS, found, sem="relaxed")
     dense = dense | (begin + found > room)
@@ -154,9 +137,7 @@ def collect_kernel(
     to = keys_ptr + begin
     for start in range(0, tl.where(dense, 0, longest), SLOTS):
         slot = start + tl.arange(0, SLOTS)[:, None]
-        first, second, latent, one, two = passing(
-            entries, slot, which, counts, tau, EVERY, F, LISTS
-        )
+        first, second, latent, one, two = passing(entries, slot, which, counts, limit, F, LISTS)
         each = one.to(tl.int32) + two.to(tl.int32)
         column = tl.sum(each, 0)
         place = (tl.cumsum(column, 0) - column)[None, :] + tl.cumsum(each, 0) - each
@@ -267,7 +248,7 @@ def _keyed_rows(
                 # Of equal ones those of the lowest latents.
                 for other in range(0, tl.max(count)):
                     their_bits, theirs = _unpack(keys_ptr, begin + other, other < count)
-                    theirs = tl.where((other < count) & (their_bits == lo), theirs, EVERY)
+                    theirs = tl.where((other < count) & (their_bits == lo), theirs, 0x7FFFFFFF)
                     rank += (theirs[:, None] < latent).to(tl.int32)
             keep = there & ((bits > lo) | ((bits == lo) & (rank < take[:, None])))
             to = above[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1
@@ -313,9 +294,8 @@ def _dense_rows(
     x_ptr, w_ptr, bias_ptr, products_ptr, dense_ptr, parts_ptr, above_ptr, offsets_ptr, tokens_ptr,
     latents_ptr, values_ptr, theta_ptr, bins_ptr, worker, workers, number, first_row, stored,
     theta_step, lo, hi, shift, stale, every, N, F, D, capacity, MODE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    SPANS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GIVEN: tl.constexpr, SPANS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Dense rows, ROWS at once, one of SPANS parts of the latents after another."""
     groups = tl.cdiv(number, ROWS)
@@ -387,27 +367,15 @@ def flat_kernel(
     latents_ptr,  # [C] int32
     values_ptr,  # [C] float32
     bins_ptr,  # [4096] int32, zeros
-    state_ptr,
-    theta_step,
-    capacity,
+    state_ptr, theta_step, capacity,
     keyed,  # programs of rows that may have keys, TOKENS each
     number,  # GIVEN only: rows of this launch
-    first_row,
-    stored,
+    first_row, stored,
     programs,  # of all launches of a step
-    N,
-    F,
-    D,
-    MODE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SPANS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    N, F, D, MODE: tl.constexpr, GIVEN: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr,
+    SPANS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """One step over all candidates: a round of counts, counts a row, or the pairs."""
     pid = tl.program_id(0)
     lo, hi = tl.load(state_ptr + LO), tl.load(state_ptr + HI)

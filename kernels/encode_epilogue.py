@@ -98,42 +98,27 @@ def _after(value, earlier):
 
 
 @gluon.jit
-def append_tile(
-    tile, entry, brim, limit, equal_runs, latent, apart, RUN: gl.constexpr,
-    LISTS: gl.constexpr, TIES: gl.constexpr,
-):  # fmt: skip
+def append_tile(tile, entry, brim, limit, latent, apart, RUN: gl.constexpr, LISTS: gl.constexpr):
     """Appends a tile's pairs of which one exceeds its row's limit; returns the lists' next entries,
     and the limits, which nothing exceeds where a list is full.
 
     entry, brim [64, 4]: addresses of each list's next entry of 12 bytes (a pair, its first latent),
-    which stand LISTS apart, and of where less than ROOM are left. limit [64, 4] int32 bits; with
-    TIES, in a row's first equal_runs [64, 1] runs, what equals the limit passes, too. latent [64,
-    4]: a pair's first latent in run 0; apart: how far the latents of neighbouring runs are from one
-    another.
+    which stand LISTS apart, and of where less than ROOM are left. limit [64, 4] int32 bits.
+    latent [64, 4]: a pair's first latent in run 0; apart: how far the latents of neighbouring runs
+    are from one another.
     """
     if tile.shape[1] > 8:
         if tile.shape[1] == 8 * ROOM:
             limit = gl.where(entry.to(gl.int64) > brim, 0x7FFFFFFF, limit)
         left, right = _halves(tile)
         HALF: gl.constexpr = tile.shape[1] // 16
-        entry, limit = append_tile(
-            left, entry, brim, limit, equal_runs, latent, apart, RUN, LISTS, TIES
-        )
-        entry, limit = append_tile(
-            right, entry, brim, limit, equal_runs, latent, apart, RUN + HALF, LISTS, TIES
-        )
+        entry, limit = append_tile(left, entry, brim, limit, latent, apart, RUN, LISTS)
+        entry, limit = append_tile(right, entry, brim, limit, latent, apart, RUN + HALF, LISTS)
     else:
         first, second = _pair(tile)
         first = first.to(gl.int32, bitcast=True)
         second = second.to(gl.int32, bitcast=True)
-        largest = _after(gl.maximum(first, second), entry.to(gl.int64))
-        if TIES:
-            # Where the limit is 0, what ReLU makes 0 equals it; INT_MAX stands for a full list.
-            equal = gl.where(limit == 0, -2147483648, limit - 1)
-            equal = gl.where(limit == 0x7FFFFFFF, limit, equal)
-            hit = largest > gl.where(equal_runs > RUN, equal, limit)
-        else:
-            hit = largest > limit
+        hit = _after(gl.maximum(first, second), entry.to(gl.int64)) > limit
         gl.store(entry, first, mask=hit)
         gl.store(entry + 1, second, mask=hit)
         gl.store(entry + 2, latent + RUN * apart, mask=hit)

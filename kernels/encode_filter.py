@@ -45,7 +45,7 @@ def _places(hit, length):
 
 @triton.jit
 def _append(
-    tile, out_ptr, entries, length, capacity, limit, equal_runs, latent, apart, RUN: tl.constexpr,
+    tile, out_ptr, entries, length, capacity, limit, latent, apart, RUN: tl.constexpr,
     LISTS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Appends the pairs of a tile of which one exceeds its row's limit, to one of four lists of a
@@ -58,22 +58,18 @@ def _append(
     if RUNS > MOST:
         left, right = _halves(tile)
         length = _append(
-            left, out_ptr, entries, length, capacity, limit, equal_runs, latent, apart, RUN, LISTS,
-            MOST,
-        )  # fmt: skip
+            left, out_ptr, entries, length, capacity, limit, latent, apart, RUN, LISTS, MOST
+        )
         length = _append(
-            right, out_ptr, entries, length, capacity, limit, equal_runs, latent, apart,
-            RUN + RUNS // 2, LISTS, MOST,
+            right, out_ptr, entries, length, capacity, limit, latent, apart, RUN + RUNS // 2, LISTS,
+            MOST,
         )  # fmt: skip
     else:
         first, second = tile.reshape(M, RUNS, 4, 2).split()
         first = first.to(tl.int32, bitcast=True)
         second = second.to(tl.int32, bitcast=True)
         run = RUN + tl.arange(0, RUNS)[None, :, None]
-        # Where the limit is 0, what ReLU makes 0 equals it.
-        equal = tl.where(limit == 0, -2147483648, limit - 1)[:, :, None]
-        bound = tl.where(equal_runs[:, :, None] > run, equal, limit[:, :, None])
-        hit = tl.maximum(first, second) > bound
+        hit = tl.maximum(first, second) > limit[:, :, None]
         place, length = _places(hit.to(tl.int32), length)
         # Negative where nothing is stored: one number to move from a thread to another less.
         entry = tl.where(hit & (place < capacity), entries[:, None, :] + place * (3 * LISTS), -1)
@@ -122,8 +118,8 @@ def _multiply(
 
 @triton.jit(do_not_specialize=["capacity", "spread", "begin", "end"])
 def filter_kernel(
-    x_desc, w_desc, rest_desc, bias_ptr, tau_ptr, last_ptr, out_ptr, count_ptr, inverse_ptr,
-    scale_ptr, pitch, capacity, N, F, D, whole, spread, begin, end, PARTS: tl.constexpr,
+    x_desc, w_desc, rest_desc, bias_ptr, limit_ptr, out_ptr, count_ptr, inverse_ptr, scale_ptr,
+    pitch, capacity, N, F, D, whole, spread, begin, end, PARTS: tl.constexpr,
     WRITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, CELL: tl.constexpr,
 ):  # fmt: skip
@@ -141,8 +137,7 @@ def filter_kernel(
         rows = m0 + tl.arange(0, BLOCK_M)
         row = rows.to(tl.int64)[:, None]
         there = row < N
-        limit = tl.load(tau_ptr + row, mask=there & (not WRITE), other=0x7FFFFFFF)
-        last = tl.load(last_ptr + row, mask=there & (not WRITE), other=-1)
+        limit = tl.load(limit_ptr + row, mask=there & (not WRITE), other=0x7FFFFFFF)
         entries = rows[:, None] * pitch + 3 * (part * 4 + quad)
         length = tl.zeros((BLOCK_M, 4), tl.int32)
         for position in range(begin + part, end, PARTS):
@@ -162,13 +157,10 @@ def filter_kernel(
             else:
                 first = tl.where(tile < whole, tile * 8, whole * BLOCK_N)
                 apart = tl.where(tile < whole, whole * 8, 8)
-                # Latents up to `last`: of this tile so many runs.
-                equal_runs = (tl.minimum(last, 0x3FFFFFFF) - first + apart) // apart
                 latent = first + 2 * quad + tl.zeros((BLOCK_M, 4), tl.int32)
                 length = _append(
-                    acc, out_ptr, entries, length, capacity, limit, equal_runs, latent, apart, 0,
-                    LISTS, MOST,
-                )  # fmt: skip
+                    acc, out_ptr, entries, length, capacity, limit, latent, apart, 0, LISTS, MOST
+                )
         if not WRITE:
             tl.store(count_ptr + row * LISTS + part * 4 + quad, length, mask=there)
 
@@ -198,24 +190,23 @@ class PlainFilter:
     def write(self, x: Tensor, scratch: Tensor) -> None:
         """The sample's pre-activations, to the front of each row of scratch [N, pitch] int32, and
         the bits of the largest of each CELL neighbours behind them."""
-        self._launch(x, scratch, scratch, scratch, scratch, 0, self.plan.sample, write=True)
+        self._launch(x, scratch, scratch, scratch, 0, self.plan.sample, write=True)
 
-    def filter(self, x: Tensor, tau: Tensor, last: Tensor, scratch: Tensor, count: Tensor) -> None:
-        """What passes of the other tiles, to the lists in each row of scratch, and their lengths,
-        to count [N, lists] int32."""
+    def filter(self, x: Tensor, limit: Tensor, scratch: Tensor, count: Tensor) -> None:
+        """What passes a row's limit (of int32 bits, which it exceeds) of the other tiles, to the
+        lists in each row of scratch, and their lengths, to count [N, lists] int32."""
         end = self.plan.positions(self.F)
-        self._launch(x, tau, last, scratch, count, self.plan.sample, end, write=False)
+        self._launch(x, limit, scratch, count, self.plan.sample, end, write=False)
 
     def _launch(
-        self, x: Tensor, tau: Tensor, last: Tensor, scratch: Tensor, count: Tensor, begin: int,
-        end: int, *, write: bool,
+        self, x: Tensor, limit: Tensor, scratch: Tensor, count: Tensor, begin: int, end: int, *,
+        write: bool,
     ) -> None:  # fmt: skip
         (N, D), plan, (m, n, k) = x.shape, self.plan, self.block
         parts = self.plan.sample if write else self.plan.parts
         filter_kernel[(num_programs(x.device),)](
-            TensorDescriptor.from_tensor(x, [m, k]), self.w, self.rest, self.bias, tau, last,
-            scratch, count, self.inverse, self.scale, scratch.stride(0), plan.capacity, N, self.F,
-            D, plan.whole, spread(plan.whole), begin, end, parts, write, m, n, k, self.precision,
-            CELL,
+            TensorDescriptor.from_tensor(x, [m, k]), self.w, self.rest, self.bias, limit, scratch,
+            count, self.inverse, self.scale, scratch.stride(0), plan.capacity, N, self.F, D,
+            plan.whole, spread(plan.whole), begin, end, parts, write, m, n, k, self.precision, CELL,
             num_warps=8 if m > 64 else 4, num_stages=self.stages,
         )  # fmt: skip

@@ -35,7 +35,6 @@ from .encode_candidates import (
     BINS,
     COUNT,
     EMIT,
-    EVERY,
     PAIRS,
     ROUND,
     collect_kernel,
@@ -105,15 +104,15 @@ class Flat:
         sample = sample_of(N, F, k)
         weights = self.W_enc[: sample.step * sample.size : sample.step]
         pre = _products(self.x, weights)
-        tau: Tensor = self.state.new_empty(N)
+        limit: Tensor = self.state.new_empty(N)
         cols = min(128, next_power_of_2(sample.size))
         limit_kernel[(cdiv(N, sample.group), cdiv(sample.size, cols))](
-            pre, self.bias, tau, self.bins, self.state, N, sample.size, sample.step, sample.rank,
+            pre, self.bias, limit, self.bins, self.state, N, sample.size, sample.step, sample.rank,
             N * k, sample.group, cols, num_warps=4,
         )  # fmt: skip
-        return tau
+        return limit
 
-    def collect(self, tau: Tensor, count_bins: bool) -> None:
+    def collect(self, limit: Tensor, count_bins: bool) -> None:
         """Keys of what passes the limits, row block after row block."""
         plan, N, F = self.plan, len(self.x), len(self.W_enc)
         assert plan is not None
@@ -121,14 +120,12 @@ class Flat:
         rows = min(N, plan.block_rows)
         scratch = self.state.new_empty(rows, plan.pitch)
         count = self.state.new_empty(rows, plan.lists)
-        # Of equal ones no latent is left out.
-        every = torch.full_like(tau[:rows], EVERY.value)
         pow2 = next_power_of_2(plan.lists)
         for start in range(0, N, rows):
             part = self.x[start : start + rows]
-            matmul.filter(part, tau[start:], every, scratch, count)
+            matmul.filter(part, limit[start:], scratch, count)
             collect_kernel[(len(part),)](
-                tau, count, scratch, self.keys, self.spans, self.dense, self.bins, self.state,
+                limit, count, scratch, self.keys, self.spans, self.dense, self.bins, self.state,
                 plan.pitch, plan.capacity, len(self.keys), start, N, F, plan.lists, pow2,
                 max(1, plan.keys // pow2), count_bins, num_warps=encode.select_warps(plan),
             )  # fmt: skip
@@ -207,9 +204,9 @@ def by_batch(
     if len(x) == 0:
         call.offsets.zero_()
         return call.pairs()
-    tau = call.limit(k)
+    limit = call.limit(k)
     if plan is not None:
-        call.collect(tau, True)
+        call.collect(limit, True)
     call.steps(ROUND, ROUND, ROUND, ROUND, COUNT, EMIT)
     return call.pairs()
 
@@ -237,6 +234,6 @@ def by_threshold(
         call.offsets.zero_()
     else:
         if plan is not None:
-            call.collect(torch.ones_like(call.dense), False)
+            call.collect(torch.zeros_like(call.dense), False)
         call.steps(COUNT, EMIT)
     return call.pairs(), call.state[PAIRS.value]

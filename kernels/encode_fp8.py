@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from .encode_hopper import HopperFilter
 
 logger = logging.getLogger(__name__)
-_BLOCK = 4096
 _BLOCK_K = 128
 
 
@@ -39,28 +38,18 @@ def quantise_kernel(
     rows_ptr,  # [M, D]
     out_ptr,  # [M, D] e4m3
     scale_ptr,  # [M] float32
-    D,
-    LARGEST: tl.constexpr,
-    LEAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    D, LARGEST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A row in e4m3, and its scale."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
-    largest = tl.zeros([BLOCK], tl.float32)
-    finite = tl.full([BLOCK], 1, tl.int32)
-    for start in range(0, D, BLOCK):
-        at = start + cols
-        part = tl.abs(tl.load(rows_ptr + row * D + at, mask=at < D, other=0.0).to(tl.float32))
-        finite = tl.where(part < float("inf"), finite, 0)
-        largest = tl.maximum(largest, part)
-    scale = tl.maximum(tl.max(largest, 0) / LARGEST, LEAST)
-    scale = tl.where(tl.min(finite, 0) > 0, scale, float("nan"))
+    at = row * D + cols
+    part = tl.load(rows_ptr + at, mask=cols < D, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(part), 0) / LARGEST, LEAST)
+    finite = tl.min((tl.abs(part) < float("inf")).to(tl.int32), 0) > 0
+    scale = tl.where(finite, scale, float("nan"))
     tl.store(scale_ptr + row, scale)
-    for start in range(0, D, BLOCK):
-        at = start + cols
-        part = tl.load(rows_ptr + row * D + at, mask=at < D, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row * D + at, (part / scale).to(tl.float8e4nv), mask=at < D)
+    tl.store(out_ptr + at, (part / scale).to(tl.float8e4nv), mask=cols < D)
 
 
 @triton.jit
@@ -71,10 +60,8 @@ def pick_kernel(
     scale_ptr,  # [F] float32, or None
     values_ptr,  # [N, K]
     indices_ptr,  # [N, K]
-    C,
-    k,
-    POW2: tl.constexpr,
-):
+    C, k, POW2: tl.constexpr,
+):  # fmt: skip
     """A row's k largest of its candidates."""
     row = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, POW2)
@@ -97,8 +84,9 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(M, D, dtype=torch.float8_e4m3fn, device=rows.device)
     scale = torch.empty(M, dtype=torch.float32, device=rows.device)
     if M:
-        block = min(_BLOCK, next_power_of_2(D))
-        quantise_kernel[(M,)](rows, out, scale, D, LARGEST, LEAST_SCALE, block, num_warps=4)
+        block = next_power_of_2(D)
+        warps = max(4, min(16, block // 1024))
+        quantise_kernel[(M,)](rows, out, scale, D, LARGEST, LEAST_SCALE, block, num_warps=warps)
     return out, scale
 
 
@@ -114,9 +102,9 @@ class _Quantised:
         self.matmul.inverse = scale.reciprocal()
         self.matmul.write(self.x, scratch)
 
-    def filter(self, x: Tensor, tau: Tensor, last: Tensor, scratch: Tensor, count: Tensor) -> None:
+    def filter(self, x: Tensor, limit: Tensor, scratch: Tensor, count: Tensor) -> None:
         """See `PlainFilter`."""
-        self.matmul.filter(self.x, tau, last, scratch, count)
+        self.matmul.filter(self.x, limit, scratch, count)
 
 
 def rescored(

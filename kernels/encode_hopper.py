@@ -148,8 +148,8 @@ def _multiply(
 
 @gluon.jit
 def _consume(
-    a_bufs, b_bufs, bias_bufs, scale_bufs, full, empty, lead, tau_ptr, last_ptr, out_ptr,
-    count_ptr, inverse_ptr, pitch, capacity, N, D, whole, spread, begin, end,
+    a_bufs, b_bufs, bias_bufs, scale_bufs, full, empty, lead, limit_ptr, out_ptr, count_ptr,
+    inverse_ptr, pitch, capacity, N, D, whole, spread, begin, end,
     GROUP: gl.constexpr, PARTS: gl.constexpr, WRITE: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
@@ -182,16 +182,12 @@ def _consume(
             two = gl.arange(0, 2, layout=gl.SliceLayout(0, CELL_LAYOUT))[None, :]
             cell_at = cell_row * pitch + (end - begin) * BLOCK_N + two
         else:
-            limit = gl.load(tau_ptr + row, mask=there, other=0x7FFFFFFF)
-            last = gl.load(last_ptr + row, mask=there, other=0x7FFFFFFF)
-            ties = gl.max(gl.max((last != 0x7FFFFFFF).to(gl.int32), 1), 0) > 0
-            # What equals the limit passes.
-            no_ties = gl.where(there, limit - 1, limit)
+            limit = gl.load(limit_ptr + row, mask=there, other=0x7FFFFFFF)
             zeros = gl.zeros([HALF, 4], gl.int32, layout=PAIR_LAYOUT)
             start = out_ptr + row * pitch + 3 * (part * 4 + quad) + zeros
             brim = (start + 3 * LISTS * (capacity - ROOM)).to(gl.int64)
             entry = start
-            bound = gl.where(ties, limit, no_ties) + zeros
+            bound = limit + zeros
         for position in range(begin + part, end, PARTS):
             acc, stage, phase = _multiply(
                 a_bufs, b_bufs, bias_bufs.index(slot), scale_bufs.index(slot), full, empty, lead,
@@ -211,27 +207,18 @@ def _consume(
                 apart = gl.where(position < whole, whole * 8, 8)
                 first = gl.where(position < whole, tile * 8, whole * BLOCK_N)
                 latent = first + 2 * quad + zeros
-                if ties:
-                    # Latents up to `last`: of this tile so many runs.
-                    equal_runs = (gl.minimum(last, 0x3FFFFFFF) - first + apart) // apart
-                    entry, bound = append_tile(
-                        acc, entry, brim, bound, equal_runs, latent, apart, 0, LISTS, True
-                    )
-                else:
-                    entry, bound = append_tile(
-                        acc, entry, brim, bound, last, latent, apart, 0, LISTS, False
-                    )
+                entry, bound = append_tile(acc, entry, brim, bound, latent, apart, 0, LISTS)
         if not WRITE:
             length = (entry.to(gl.int64) - start.to(gl.int64)).to(gl.int32) // (12 * LISTS)
-            # A row of NaN has that limit from the start.
+            # Of some rows nothing is to pass from the start.
             length = gl.where((bound == 0x7FFFFFFF) & (limit != bound), capacity + 1, length)
             gl.store(count_ptr + row * LISTS + part * 4 + quad, length, mask=there & (quad >= 0))
 
 
 @gluon.jit(do_not_specialize=["capacity", "spread", "begin", "end"])
 def hopper_kernel(
-    x_desc, w_desc, rest_desc, bias_desc, rest_bias_desc, scale_desc, rest_scale_desc, tau_ptr,
-    last_ptr, out_ptr, count_ptr, inverse_ptr, pitch, capacity, N, D, whole, spread, begin, end,
+    x_desc, w_desc, rest_desc, bias_desc, rest_bias_desc, scale_desc, rest_scale_desc, limit_ptr,
+    out_ptr, count_ptr, inverse_ptr, pitch, capacity, N, D, whole, spread, begin, end,
     PARTS: gl.constexpr, WRITE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
@@ -255,13 +242,13 @@ def hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                a_bufs, b_bufs, bias_bufs, scale_bufs, full, empty, lead, tau_ptr, last_ptr,
-                out_ptr, count_ptr, inverse_ptr, pitch, capacity, N, D, whole, spread, begin,
+                a_bufs, b_bufs, bias_bufs, scale_bufs, full, empty, lead, limit_ptr, out_ptr,
+                count_ptr, inverse_ptr, pitch, capacity, N, D, whole, spread, begin,
                 end, 0, PARTS, WRITE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
             )),
             (_consume, (
-                a_bufs, b_bufs, bias_bufs, scale_bufs, full, empty, lead, tau_ptr, last_ptr,
-                out_ptr, count_ptr, inverse_ptr, pitch, capacity, N, D, whole, spread, begin,
+                a_bufs, b_bufs, bias_bufs, scale_bufs, full, empty, lead, limit_ptr, out_ptr,
+                count_ptr, inverse_ptr, pitch, capacity, N, D, whole, spread, begin,
                 end, 1, PARTS, WRITE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, LEAD,
             )),
             (_produce, (
@@ -316,22 +303,22 @@ class HopperFilter:
 
     def write(self, x: Tensor, scratch: Tensor) -> None:
         """See `PlainFilter`."""
-        self._launch(x, scratch, scratch, scratch, scratch, 0, self.plan.sample, write=True)
+        self._launch(x, scratch, scratch, scratch, 0, self.plan.sample, write=True)
 
-    def filter(self, x: Tensor, tau: Tensor, last: Tensor, scratch: Tensor, count: Tensor) -> None:
+    def filter(self, x: Tensor, limit: Tensor, scratch: Tensor, count: Tensor) -> None:
         """See `PlainFilter`."""
         end = self.plan.positions(self.F)
-        self._launch(x, tau, last, scratch, count, self.plan.sample, end, write=False)
+        self._launch(x, limit, scratch, count, self.plan.sample, end, write=False)
 
     def _launch(
-        self, x: Tensor, tau: Tensor, last: Tensor, scratch: Tensor, count: Tensor, begin: int,
-        end: int, *, write: bool,
+        self, x: Tensor, limit: Tensor, scratch: Tensor, count: Tensor, begin: int, end: int, *,
+        write: bool,
     ) -> None:  # fmt: skip
         N, plan = x.shape[0], self.plan
         parts = plan.sample if write else plan.parts
         programs = min(num_programs(x.device), cdiv(N, BLOCK_M) * parts)
         hopper_kernel[(programs,)](
-            descriptor(x, BLOCK_M // 2, self.block_k), *self.weights, tau, last, scratch, count,
+            descriptor(x, BLOCK_M // 2, self.block_k), *self.weights, limit, scratch, count,
             self.inverse, scratch.stride(0), plan.capacity, N, self.D, plan.whole,
             spread(plan.whole), begin, end, parts, write, BLOCK_M, BLOCK_N, self.block_k, STAGES,
             LEAD, num_warps=4,

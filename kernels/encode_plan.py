@@ -13,15 +13,15 @@ The encoder is a matmul whose epilogue keeps what passes a limit, and a selectio
        +--------+--------+--------+--------+-- ... --+--------+---+
 
 1. The first `sample` tiles are multiplied and written, [N, 256 sample] float32.
-2. Of each row the `rank`-th largest of these becomes its limit: k activations of the row pass it,
-   whatever the values are (only ranks matter; equal values are ranked by latent), but in one row of
-   1e8. What of the sample passes is kept as keys. Zeros never pass: most activations of a trained
-   SAE are, and where fewer than rank of the sample are positive, all positive ones pass.
+2. Below the `rank`-th largest of these is the row's limit: k activations of the row pass it,
+   whatever the values are (only ranks matter), but in one row of 1e8. What of the sample passes is
+   kept as keys. Zeros never pass: most activations of a trained SAE are, and where fewer than rank
+   of the sample are positive, all positive ones pass.
 3. The other tiles are dealt out to `parts` programs a block of rows. Of a tile's row four threads
    hold 64 columns each and append pairs of neighbours, of which one passes, to lists of their own.
 4. A row's k largest are selected from its keys and lists, with zeros where all positive ones are
-   fewer. Where these hold fewer than k for another reason, or a list was full, the row is computed
-   anew: the result is exact in every case but for a row of NaN, which gives NaN at some latents.
+   fewer. Where these hold fewer than k for another reason (rows of NaN, or of more equal values
+   than the sample may keep), or a list was full, the row is computed anew: the result is exact.
 
 Glossary. Run: the 8 neighbours of a tile that are one of 32 parts' of the latents. Pair: two of
 them, which one thread holds. Limit: what a pre-activation has to exceed. Sort key: an activation's
@@ -32,6 +32,7 @@ order.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ class Plan(NamedTuple):
 
     def scratch_bytes(self) -> int:
         """Device memory of a call beyond inputs and outputs."""
-        return self.block_rows * (4 * self.pitch + 8 * self.sample_keys + 4 * self.lists + 16)
+        return self.block_rows * (4 * self.pitch + 8 * self.sample_keys + 4 * self.lists + 12)
 
 
 @lru_cache(maxsize=256)
@@ -146,19 +147,15 @@ def _overflow_chance(stride: float, rank: int, lists: int, capacity: int) -> flo
 def _capacity(stride: float, rank: int, parts: int, rest: int) -> int:
     """Entries that each of a row's lists has to have room for."""
     reach = rank + rank // 8
-    low, high = 4, 8
-    while _overflow_chance(stride, reach, 4 * parts, high) > _OVERFLOW_CHANCE:
-        low, high = high, 2 * high
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if _overflow_chance(stride, reach, 4 * parts, middle) > _OVERFLOW_CHANCE:
-            low = middle
-        else:
-            high = middle
+
+    def suffices(entries: int) -> bool:
+        return _overflow_chance(stride, reach, 4 * parts, entries) <= _OVERFLOW_CHANCE
+
+    entries = bisect_left(range(1 << 12), True, lo=5, key=suffices)
     # Sorted activations that pass are whole runs, a pair of each in each list of their tiles' part;
     # the last tile's are neighbours, which may all pass.
     ordered = cdiv(math.ceil((reach / 8 + 2) * stride), parts) + cdiv(rest, 8) + 2
-    return max(high, ordered) + ROOM
+    return max(entries, ordered) + ROOM
 
 
 def _parts(blocks: int, tiles: int, programs: int) -> int:

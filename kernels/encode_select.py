@@ -1,5 +1,5 @@
 """Selections of the encoder: a row's limit from its sample, and the exact k largest of its keys and
-lists; of their parts also those of whole rows (encode_rows.py).
+lists; or of all of its activations.
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k.  Activations are compared as the int32 bits
 of their fp32 value: those order non-negative floats, put NaN above +inf and negative ones, which
@@ -96,11 +96,12 @@ def key_of(bits, latent):
 
 @triton.jit
 def keep_largest(row_keys, num_keys, k, SORT: tl.constexpr, KEYS: tl.constexpr):
-    """Brings the k to SORT largest of a row's keys (all where there are fewer) to their front, and
-    returns how many these are. KEYS of them are held at a time."""
+    """Brings the k to SORT largest of a row's keys (all where there are fewer) to their front, KEYS
+    of them held at a time. Returns how many these are, and bits that at least k of them reach."""
     slot = tl.arange(0, KEYS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
     kept = tl.zeros([], tl.int32)
     at = tl.zeros([], tl.int32)
+    tau = tl.zeros([], tl.int32)
     while at < num_keys:
         # Those that were kept, and the next.
         place = tl.where(slot < kept, slot, at + slot - kept)
@@ -115,7 +116,7 @@ def keep_largest(row_keys, num_keys, k, SORT: tl.constexpr, KEYS: tl.constexpr):
         tl.store(row_keys + _places(keeps), keys, mask=keeps)
         tl.debug_barrier()
         kept = tl.sum(keeps.to(tl.int32))
-    return kept
+    return kept, tau
 
 
 @triton.jit
@@ -130,59 +131,66 @@ def best_keys(row_keys, values_row, indices_row, k, num_keys, POW2: tl.constexpr
 
 
 @triton.jit
-def stream_row(
-    x_row, w_ptr, bias_ptr, scale_ptr, row_keys, F, D, k,
-    KEYS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The exact slow path: all activations of one row in chunks, cut back to k whenever full.
-    Returns how many keys are left."""
+def _row_products(x_row, w_ptr, f, F, D, BLOCK_K: tl.constexpr):
+    """A row's products with the latents f."""
     depth = tl.arange(0, BLOCK_K)
+    w_rows = w_ptr + tl.minimum(f, F - 1).to(tl.int64)[:, None] * D
+    total = tl.zeros(f.shape, tl.float32)
+    for d0 in range(0, D, BLOCK_K):
+        inside = d0 + depth < D
+        x = tl.load(x_row + d0 + depth, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(w_rows + (d0 + depth)[None, :], mask=inside[None, :], other=0.0)
+        total += tl.sum(w.to(tl.float32) * x[None, :], 1)
+    return total
+
+
+@triton.jit
+def stream_row(
+    x_row, w_ptr, pre_row, bias_ptr, scale_ptr, row_keys, values_row, indices_row, F, D, k,
+    SORT: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Writes a row's list from all of its activations, one chunk after another: products with
+    W_enc, or those of pre_row. What may be among the k largest is kept as keys, which are cut back
+    whenever they are full; KEYS is at least SORT + CHUNK."""
     count = tl.zeros([], tl.int32)
+    limit = tl.full([], -1, tl.int32)
     for f0 in range(0, F, CHUNK):
-        if count + CHUNK > KEYS:
-            count = keep_largest(row_keys, count, k, k, KEYS)
         f = f0 + tl.arange(0, CHUNK)
-        w_rows = w_ptr + tl.minimum(f, F - 1).to(tl.int64)[:, None] * D
-        total = tl.zeros((CHUNK,), tl.float32)
-        for d0 in range(0, D, BLOCK_K):
-            inside = d0 + depth < D
-            x = tl.load(x_row + d0 + depth, mask=inside, other=0.0).to(tl.float32)
-            w = tl.load(w_rows + (d0 + depth)[None, :], mask=inside[None, :], other=0.0)
-            total += tl.sum(w.to(tl.float32) * x[None, :], 1)
+        if pre_row is None:
+            v = _row_products(x_row, w_ptr, f, F, D, BLOCK_K)
+        else:
+            # What is read once makes room for what is not read yet.
+            v = tl.load(pre_row + f, mask=f < F, other=0.0, eviction_policy="evict_first")
         if scale_ptr is not None:
-            total *= tl.load(scale_ptr + f, mask=f < F, other=1.0)
-        v = total + tl.load(bias_ptr + f, mask=f < F, other=0.0)
-        keys = tl.where(f < F, key_of(relu_bits(v), f), -1)
-        tl.store(row_keys + count + tl.arange(0, CHUNK), keys)
+            v *= tl.load(scale_ptr + f, mask=f < F, other=1.0)
+        v += tl.load(bias_ptr + f, mask=f < F, other=0.0)
+        bits = tl.where(f < F, relu_bits(v), -1)
+        if count + _reaching(bits, limit + 1) > KEYS:
+            count, limit = keep_largest(row_keys, count, k, SORT, KEYS)
+        # Of equal ones the lower latents are there already.
+        keeps = bits > limit
+        to = count + tl.cumsum(keeps.to(tl.int32), 0) - 1
+        tl.store(row_keys + to, key_of(bits, f), mask=keeps)
         tl.debug_barrier()
-        count += CHUNK
-    return keep_largest(row_keys, count, k, k, KEYS)
+        count += tl.sum(keeps.to(tl.int32), 0)
+    count, limit = keep_largest(row_keys, count, k, SORT, KEYS)
+    best_keys(row_keys, values_row, indices_row, k, count, SORT)
 
 
 @triton.jit(do_not_specialize=["spread", "rank", "slack", "most"])
 def limit_kernel(
     sample_ptr,  # [N, pitch] int32: bits of the sample, then of its cells' largest
-    tau_ptr,  # [N] int32
-    last_ptr,  # [N] int32
+    limit_ptr,  # [N] int32
     keys_ptr,  # [N, most] int64
     num_keys_ptr,  # [N] int32
-    pitch,
-    whole,
-    spread,
-    rank,
-    slack,
-    most,
-    SAMPLE: tl.constexpr,
-    SAMPLE_POW2: tl.constexpr,
-    KEPT_POW2: tl.constexpr,
-    TILE: tl.constexpr,
-    CELL: tl.constexpr,
-):
-    """A row's limit: what the rank-th largest reaches of the largest activations of its sample's
-    cells, CELL neighbours each. That many of the sample reach it at least, and hardly more, since
-    few cells hold two. It is these bits, of equal ones up to the latent `last`. Cells that reach
-    it, at most rank + slack, are kept as keys. Zeros are no candidates, since most activations of a
-    trained SAE are: where fewer than rank are positive, all of these reach the limit."""
+    pitch, whole, spread, rank, slack, most, SAMPLE: tl.constexpr, SAMPLE_POW2: tl.constexpr,
+    KEPT_POW2: tl.constexpr, TILE: tl.constexpr, CELL: tl.constexpr,
+):  # fmt: skip
+    """A row's limit, below what the rank-th largest reaches of the largest activations of its
+    sample's cells, CELL neighbours each. That many of the sample pass it at least, and hardly more,
+    since few cells hold two. Cells that pass, at most rank + slack, are kept as keys; where more
+    do, equal ones, nothing is to pass, so that the row is computed anew. Zeros are no candidates,
+    since most activations of a trained SAE are: where fewer than rank are positive, all pass."""
     CELLS: tl.constexpr = TILE // CELL
     row = tl.program_id(0).to(tl.int64)
     sample_row = sample_ptr + row * pitch
@@ -192,11 +200,10 @@ def limit_kernel(
     there = turn < SAMPLE
     largest = tl.load(sample_row + SAMPLE * TILE + turn * CELLS + cell, mask=there, other=-1)
     largest = tl.where(there, relu_of(largest), -1)
-    # A tile has 8 neighbours of each part of the latents. A cell's last latent stands for it.
-    latent = turn * spread % whole * 8 + cell * CELL // 8 * (whole * 8) + cell * CELL % 8 + CELL - 1
-    low = tl.maximum(near(largest, rank), 1)
-    tau, last, count = kth(largest, latent, rank, slack, low)
-    keeps = reaches(largest, latent, tau, last)
+    tau, last, _ = kth(largest, turn, rank, slack, tl.maximum(near(largest, rank), 1))
+    limit = tl.where(last == 0x7FFFFFFF, tau - 1, 0x7FFFFFFF)
+    keeps = largest > limit
+    count = tl.sum(keeps.to(tl.int32))
     # First the numbers of the cells that are kept, where their keys will be; then their keys.
     kept_ptr = row_keys.to(tl.pointer_type(tl.int32), bitcast=True)
     tl.store(kept_ptr + _places(keeps), turn * CELLS + cell, mask=keeps)
@@ -204,6 +211,7 @@ def limit_kernel(
     j = tl.arange(0, KEPT_POW2)
     kept = tl.load(kept_ptr + j, mask=j < count, other=0)
     tl.debug_barrier()
+    # A tile has 8 neighbours of each part of the latents.
     first = kept // CELLS * spread % whole * 8
     first += kept % CELLS * CELL // 8 * (whole * 8) + kept % CELLS * CELL % 8
     within = tl.arange(0, CELL)
@@ -212,15 +220,13 @@ def limit_kernel(
     key = key_of(relu_of(bits), first[:, None] + within[None, :])
     tl.store(row_keys + (j * CELL)[:, None] + within[None, :], key, mask=here)
     tl.store(num_keys_ptr + row, CELL * count)
-    # The NaN that a GPU's arithmetic makes, so that where none is to pass, none does.
-    tl.store(tau_ptr + row, tl.where(tau == 0x7FC00000, 0x7FFFFFFF, tau))
-    tl.store(last_ptr + row, last)
+    tl.store(limit_ptr + row, limit)
 
 
 @triton.jit
-def passing(entries, slot, which, counts, tau, last, F, LISTS: tl.constexpr):
+def passing(entries, slot, which, counts, limit, F, LISTS: tl.constexpr):
     """Entries `slot` of a row's lists `which`: bits of both of each pair, its first latent, and
-    whether either reaches the limit."""
+    whether either passes the limit."""
     there = (which < LISTS) & (slot < counts)
     # Entry s of list l is at s * LISTS + l.
     entry = entries + (slot * LISTS + which) * 3
@@ -228,8 +234,8 @@ def passing(entries, slot, which, counts, tau, last, F, LISTS: tl.constexpr):
     second = relu_of(tl.load(entry + 1, mask=there, other=0))
     latent = tl.load(entry + 2, mask=there, other=0)
     # What the last tile has behind the last latent is no activation.
-    one = there & (latent < F) & reaches(first, latent, tau, last)
-    two = there & (latent + 1 < F) & reaches(second, latent + 1, tau, last)
+    one = there & (latent < F) & (first > limit)
+    two = there & (latent + 1 < F) & (second > limit)
     return first, second, latent, one, two
 
 
@@ -251,8 +257,7 @@ def _fill_with_zeros(row_keys, found, k, POW2: tl.constexpr):
 
 @triton.jit(do_not_specialize=["sample_keys", "capacity", "k"])
 def select_kernel(
-    tau_ptr,  # [N] int32
-    last_ptr,  # [N] int32
+    limit_ptr,  # [N] int32
     sample_ptr,  # [N, sample_keys] int64
     num_sample_ptr,  # [N] int32
     count_ptr,  # [N, LISTS] int32
@@ -260,18 +265,9 @@ def select_kernel(
     short_ptr,  # [N] int32
     values_ptr,  # [N, K]
     indices_ptr,  # [N, K]
-    pitch,
-    sample_keys,
-    capacity,
-    F,
-    k,
-    LISTS: tl.constexpr,
-    LISTS_POW2: tl.constexpr,
-    SAMPLE_POW2: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SORT: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+    pitch, sample_keys, capacity, F, k, LISTS: tl.constexpr, LISTS_POW2: tl.constexpr,
+    SAMPLE_POW2: tl.constexpr, SLOTS: tl.constexpr, SORT: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
     """A row's k largest of its keys and lists; or, where these overflowed or hold too few, a mark
     in `short`."""
     row = tl.program_id(0).to(tl.int64)
@@ -279,47 +275,39 @@ def select_kernel(
     which = tl.arange(0, LISTS_POW2)[None, :]
     counts = tl.load(count_ptr + row * LISTS + which, mask=which < LISTS, other=0)
     longest = tl.max(counts)
-    tau, last = tl.load(tau_ptr + row), tl.load(last_ptr + row)
+    limit = tl.load(limit_ptr + row)
     short = longest > capacity
-    # The keys take the entries' place, or that behind the lists where equal values pass: then most
-    # pairs are two, and their keys are longer than they.
-    base = tl.where(last != 0x7FFFFFFF, (3 * LISTS * longest + 3) // 4 * 4, 0)
-    row_keys = (entries + base).to(tl.pointer_type(tl.int64), bitcast=True)
+    # The keys take the place of the entries that have been read.
+    row_keys = entries.to(tl.pointer_type(tl.int64), bitcast=True)
     found = tl.zeros([], tl.int32)
     for start in range(0, tl.where(short, 0, longest), SLOTS):
         slot = start + tl.arange(0, SLOTS)[:, None]
-        first, second, latent, keeps_first, keeps_second = passing(
-            entries, slot, which, counts, tau, last, F, LISTS
-        )
-        each = keeps_first.to(tl.int32) + keeps_second.to(tl.int32)
+        first, second, latent, one, two = passing(entries, slot, which, counts, limit, F, LISTS)
+        each = one.to(tl.int32) + two.to(tl.int32)
         column = tl.sum(each, 0)
         total = tl.sum(column, 0)
         # Where the keys do not fit, the row is left to be computed anew.
-        room = pitch - base - 2 * sample_keys
-        if base == 0:
-            room = tl.minimum(room, 3 * LISTS * (start + SLOTS))
+        room = tl.minimum(pitch - 2 * sample_keys, 3 * LISTS * (start + SLOTS))
         short = short | (2 * (found + total) > room)
         # Column after column, within which a thread counts alone.
         to = found + (tl.cumsum(column, 0) - column)[None, :] + tl.cumsum(each, 0) - each
         found += total
         tl.debug_barrier()
-        tl.store(row_keys + to, key_of(first, latent), mask=keeps_first & (not short))
-        to += keeps_first.to(tl.int32)
-        tl.store(row_keys + to, key_of(second, latent + 1), mask=keeps_second & (not short))
+        tl.store(row_keys + to, key_of(first, latent), mask=one & (not short))
+        to += one.to(tl.int32)
+        tl.store(row_keys + to, key_of(second, latent + 1), mask=two & (not short))
         tl.debug_barrier()
     num_sample = tl.load(num_sample_ptr + row)
     j = tl.arange(0, SAMPLE_POW2)
     sample = tl.load(sample_ptr + row * sample_keys + j, mask=j < num_sample, other=-1)
     # A cell's others may be below the limit, where not all of the row's activations are here.
-    own = 0x7FFFFFFF - (sample & 0x7FFFFFFF).to(tl.int32)
-    keeps = reaches((sample >> 32).to(tl.int32), own, tl.minimum(tau, 0x7FC00000), last)
-    keeps = keeps & (sample >= 0) & (not short)
+    keeps = ((sample >> 32).to(tl.int32) > limit) & (sample >= 0) & (not short)
     to = found + tl.cumsum(keeps.to(tl.int32), 0) - 1
     tl.store(row_keys + to, sample, mask=keeps)
     found += tl.sum(keeps.to(tl.int32), 0)
     tl.debug_barrier()
-    found = keep_largest(row_keys, tl.where(short, 0, found), k, SORT, KEYS)
-    if (found < k) & (tau == 1) & (last == 0x7FFFFFFF) & (not short):
+    found, _ = keep_largest(row_keys, tl.where(short, 0, found), k, SORT, KEYS)
+    if (found < k) & (limit == 0) & (not short):
         found = _fill_with_zeros(row_keys, found, k, SORT)
     tl.store(short_ptr + row, (found < k).to(tl.int32))
     best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, found, SORT)
@@ -335,16 +323,9 @@ def mend_kernel(
     scratch_ptr,  # [N, pitch] int32
     values_ptr,  # [N, K]
     indices_ptr,  # [N, K]
-    pitch,
-    N,
-    F,
-    D,
-    k,
-    ROWS: tl.constexpr,
-    SORT: tl.constexpr,
-    CHUNK: tl.constexpr,
+    pitch, N, F, D, k, ROWS: tl.constexpr, SORT: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     """Computes the rows that are marked as short anew, as one in a hundred million is: they read
     all of W_enc."""
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -355,8 +336,8 @@ def mend_kernel(
             row = first + i
             if tl.load(short_ptr + row, mask=row < N, other=0) > 0:
                 row_keys = (scratch_ptr + row * pitch).to(tl.pointer_type(tl.int64), bitcast=True)
-                x_row = x_ptr + row * D
                 stream_row(
-                    x_row, w_ptr, bias_ptr, scale_ptr, row_keys, F, D, k, 2 * SORT, CHUNK, BLOCK_K
+                    x_ptr + row * D, w_ptr, None, bias_ptr, scale_ptr, row_keys,
+                    values_ptr + row * k, indices_ptr + row * k, F, D, k, SORT, 2 * SORT, CHUNK,
+                    BLOCK_K,
                 )  # fmt: skip
-                best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, k, SORT)

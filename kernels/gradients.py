@@ -23,7 +23,6 @@ class Kit(NamedTuple):
     scatter_rows: Callable[..., Tensor]
     sparse_decode: Callable[..., Tensor]
     order_pairs: Callable[[Tensor, int, Tensor], PairOrder | None]
-    decode_backward: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 def centred(x: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -84,9 +83,6 @@ def decode_gradients(
     top_acts, top_idx, W_dec, tokens, offsets = saved
     grad = grad.contiguous()
     grad_acts = grad_W = None
-    if needs[0] and needs[2] and kit.decode_backward is not None and tokens is None:
-        grad_acts, grad_W = kit.decode_backward(top_acts, top_idx, W_dec, grad, order)
-        return grad_acts.to(top_acts.dtype), None, grad_W, None, None
     if needs[0]:
         grad_acts = kit.gathered_dots(grad, top_idx, W_dec, tokens, offsets).to(top_acts.dtype)
     if needs[2]:

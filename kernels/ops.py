@@ -109,18 +109,6 @@ _scatter_rows = _op(
         (num_latents, rows.shape[1]), dtype=dtype
     ),
 )
-_decode_both = _op(
-    "decode_backward(Tensor top_acts, Tensor top_idx, Tensor W_dec, Tensor grad, Tensor[] order) "
-    "-> (Tensor, Tensor)",
-    lambda acts, idx, W, grad, order: compute(
-        "decode_backward", W, acts, idx, W, grad, _of_order(order)
-    ),
-    # Contiguous whatever W is.
-    lambda acts, idx, W, grad, order: (
-        W.new_empty(idx.shape, dtype=accumulate_dtype(W.dtype)),
-        W.new_empty(W.shape),
-    ),
-)
 
 
 def _encode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -147,9 +135,6 @@ _CUSTOM = Kit(
     ),
     sparse_decode=_sparse_decode,
     order_pairs=lambda idx, num_latents, coef: None,
-    decode_backward=lambda acts, idx, W, grad, order: _decode_both(
-        acts, idx, W, grad, _traced_order(idx, W.shape[0], W, acts)
-    ),
 )
 
 
@@ -159,8 +144,8 @@ def _encode_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     return *found, *(None for _ in needs[4:])
 
 
-for _encode in (_topk_encode, _batch_topk_encode, _threshold_encode):
-    _encode.register_autograd(_encode_backward, setup_context=_encode_setup)
+for _op_of_a_rule in (_topk_encode, _batch_topk_encode, _threshold_encode):
+    _op_of_a_rule.register_autograd(_encode_backward, setup_context=_encode_setup)
 _sparse_decode.register_autograd(
     lambda ctx, grad: decode_gradients(_CUSTOM, ctx.needs_input_grad, ctx.saved_tensors, grad),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
@@ -198,6 +183,12 @@ def _check_encode(
             )
 
 
+def _encode(op: Any, rule: str, *args: Any) -> tuple[Tensor, ...]:
+    """By autograd Functions, or where a compiler traces by the custom op."""
+    run = partial(eager.encode, rule) if eager.applies(*args[:4]) else op
+    return run(*args)
+
+
 def topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, b_dec: Tensor | None = None
 ) -> Slots:
@@ -211,9 +202,7 @@ def topk_encode(
     value passes no gradient. Raises ValueError on shapes, dtypes, devices or k that do not fit.
     """
     _check_encode(x, W_enc, b_enc, b_dec, k)
-    if eager.applies(x, W_enc, b_enc, b_dec):
-        return Slots(*eager.encode("topk_encode", x, W_enc, b_enc, b_dec, k))
-    return Slots(*_topk_encode(x, W_enc, b_enc, b_dec, k))
+    return Slots(*_encode(_topk_encode, "topk_encode", x, W_enc, b_enc, b_dec, k))
 
 
 def batch_topk_encode(
@@ -227,11 +216,9 @@ def batch_topk_encode(
     the list is shorter. NaN sorts above +inf.
     """
     _check_encode(x, W_enc, b_enc, b_dec, k)
-    if eager.applies(x, W_enc, b_enc, b_dec):
-        found = eager.encode("batch_topk_encode", x, W_enc, b_enc, b_dec, k)
-    else:
-        found = _batch_topk_encode(x, W_enc, b_enc, b_dec, k)
-    values, latents, tokens, offsets = found
+    values, latents, tokens, offsets = _encode(
+        _batch_topk_encode, "batch_topk_encode", x, W_enc, b_enc, b_dec, k
+    )
     return Pairs(tokens, latents, values, offsets)
 
 
@@ -261,11 +248,9 @@ def threshold_encode(
     if capacity < 1 and len(x):
         raise ValueError(f"capacity={capacity} must be at least 1, the pairs that are kept")
     limit = limit.detach().clamp_min(0)
-    if eager.applies(x, W_enc, b_enc, b_dec):
-        found = eager.encode("threshold_encode", x, W_enc, b_enc, b_dec, limit, capacity)
-    else:
-        found = _threshold_encode(x, W_enc, b_enc, b_dec, limit, capacity)
-    values, latents, tokens, offsets, number = found
+    values, latents, tokens, offsets, number = _encode(
+        _threshold_encode, "threshold_encode", x, W_enc, b_enc, b_dec, limit, capacity
+    )
     return Pairs(tokens, latents, values, offsets), number
 
 

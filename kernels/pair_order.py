@@ -34,11 +34,8 @@ def _count_kernel(
     coef_ptr,  # [P], HAS_COEF only
     counts_ptr,  # [F] int32 zeros
     numbers_ptr,  # [P] int32, -1 where a pair's coefficient is 0
-    P,
-    F,
-    HAS_COEF: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    P, F, HAS_COEF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = at < P
     latent = tl.load(idx_ptr + at, mask=live, other=0)
@@ -54,10 +51,8 @@ def _count_kernel(
 def _sum_counts_kernel(
     counts_ptr,  # [F]
     offsets_ptr,  # [F + 1]
-    F,
-    SPAN: tl.constexpr,
-    BEFORE: tl.constexpr,
-):
+    F, SPAN: tl.constexpr, BEFORE: tl.constexpr,
+):  # fmt: skip
     """offsets[f] = the sum of the counts before f; a program adds what lies before its span by
     itself, which the L2 cache holds."""
     start = tl.program_id(0) * SPAN
@@ -78,9 +73,8 @@ def _place_kernel(
     numbers_ptr,  # [P]
     offsets_ptr,  # [F + 1]
     placed_ptr,  # [P] int32
-    P,
-    BLOCK: tl.constexpr,
-):
+    P, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     number = tl.load(numbers_ptr + at, mask=at < P, other=-1)
     live = number >= 0
@@ -96,11 +90,8 @@ def _rank_kernel(
     placed_ptr,  # [P] int32
     order_ptr,  # [P] int32
     latents_ptr,  # [P] int32
-    P,
-    F,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    P, F, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Each placed pair's rank among its latent's; places beyond all get pair 0 and latent F.
 
     A latent's pairs lie together, so a block looks at the places from its first latent's begin to

@@ -135,19 +135,6 @@ def scatter_rows(
     return grad if wanted is None else grad.to(wanted)
 
 
-def decode_backward(
-    top_acts: Tensor,  # [N, K]
-    top_idx: Tensor,  # [N, K]
-    W_dec: Tensor,  # [F, D]
-    grad: Tensor,  # [N, D]
-    order: PairOrder | None = None,
-) -> tuple[Tensor, Tensor]:  # [N, K] float32/64, [F, D] in W_dec's dtype
-    """`gathered_dots` and `scatter_rows`: the decoder's gradients. `order` as in `scatter_rows`."""
-    del order
-    grad_W = scatter_rows(top_acts, top_idx, grad, W_dec.shape[0], W_dec.dtype)
-    return gathered_dots(grad, top_idx, W_dec), grad_W
-
-
 def pair_coefs(
     top_acts: Tensor,  # [N, K]
     top_idx: Tensor,  # [N, K]

@@ -4,10 +4,10 @@ rows in the same pass: no dense gradient exists.
 Legend: N tokens, D d_in, F d_sae (of this shard), K k, P pairs.  A program adds a latent's pairs
 as sparse_grad.py says.  W_enc is done in narrow blocks of columns by one warp each, W_dec in whole
 rows, which its constraint needs (wide ones in several passes); apart they take fewer registers than
-together.  A step reads and
-writes each parameter and moment once: the floor is 24 bytes a parameter with float32 moments, and
-the compute copy.  DENSE adds the rows of listed dead latents, which dense products have formed;
-NORM forms the gradients for their squared norm alone, which clipping needs before any row moves.
+together.  A step reads and writes each parameter and moment once: the floor is 24 bytes a parameter
+with float32 moments, and the compute copy.  DENSE adds the rows of listed dead latents, which dense
+products have formed; NORM forms the gradients for their squared norm alone, which clipping needs
+before any row moves.
 """
 
 from __future__ import annotations
@@ -65,10 +65,16 @@ def adam(w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, ep
 
 
 @triton.jit
-def _decayed(w, scalars_ptr, weight_decay, DECAYS: tl.constexpr):
+def _step(
+    w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
+    SCALED: tl.constexpr, DECAYS: tl.constexpr,
+):  # fmt: skip
+    """`adam` of a matrix's row, clipped and decayed."""
+    if SCALED:
+        grad *= tl.load(scalars_ptr + 2)
     if DECAYS:
         w *= 1 - weight_decay * tl.load(scalars_ptr + 3)
-    return w
+    return adam(w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps)
 
 
 @triton.jit
@@ -84,12 +90,34 @@ def _store_moments(
 
 
 @triton.jit
-def _add_dense(grad, value, slot, dense_ptr, bias_ptr, cols, inside, D):
-    """Adds a listed latent's dense gradients; slot is -1 where it is not listed."""
-    if slot >= 0:
+def _slot_of(
+    slots_ptr, latent, has_pairs, LAZY: tl.constexpr, DENSE: tl.constexpr, NORM: tl.constexpr
+):
+    """Where a latent's dense gradients are, -1 if it is not listed; and whether its rows move."""
+    slot = -1
+    moves = (not (LAZY or NORM)) | has_pairs
+    if DENSE:
+        slot = tl.load(slots_ptr + latent)
+        moves = moves | (slot >= 0)
+    return slot, moves
+
+
+@triton.jit
+def _gradient(
+    pair, begin, end, slot, order_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr, values_ptr,
+    dense_ptr, bias_ptr, cols, inside, D, K, DENSE: tl.constexpr, HEAVY: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """`latent_gradient`, and a listed latent's dense gradients added."""
+    grad, value = latent_gradient(
+        pair, begin, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr, values_ptr, cols,
+        inside, D, K, HEAVY, PAIRS, BLOCK_D,
+    )  # fmt: skip
+    if DENSE:
         at = slot.to(tl.int64) * D + cols
-        grad += tl.load(dense_ptr + at, mask=inside, other=0.0)
-        value += tl.load(bias_ptr + slot)
+        if slot >= 0:
+            grad += tl.load(dense_ptr + at, mask=inside, other=0.0)
+            value += tl.load(bias_ptr + slot)
     return grad, value
 
 
@@ -126,36 +154,26 @@ def _encoder_kernel(
         # The next latent's pairs begin where this one's end: loaded a latent ahead.
         next_end = tl.load(offsets_ptr + tl.minimum(latent + 2, F))
         next_pair = first_pairs(end, order_ptr, P, PAIRS)
-        moves = (not (LAZY or NORM)) | (begin < end)
-        slot = -1
-        if DENSE:
-            slot = tl.load(slots_ptr + latent)
-            moves = moves | (slot >= 0)
+        slot, moves = _slot_of(slots_ptr, latent, begin < end, LAZY, DENSE, NORM)
         if moves:
             at = latent * D + cols
             w = tl.load(W_ptr + at, mask=inside, other=0.0)
             if not NORM:
                 m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
                 v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            grad, value = latent_gradient(
-                pair, begin, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr, values_ptr,
-                cols, inside, D, K, HEAVY, PAIRS, BLOCK_D,
+            grad, value = _gradient(
+                pair, begin, end, slot, order_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr,
+                values_ptr, dense_ptr, dense_bias_ptr, cols, inside, D, K, DENSE, HEAVY, PAIRS,
+                BLOCK_D,
             )  # fmt: skip
-            if DENSE:
-                grad, value = _add_dense(
-                    grad, value, slot, dense_ptr, dense_bias_ptr, cols, inside, D
-                )
             weighted += value * w
             if NORM:
                 own = tl.where(cols == 0, (value * unit) * (value * unit), 0.0)
                 squares += tl.where(inside, grad * grad, 0.0) + own
             else:
-                if SCALED:
-                    grad *= tl.load(scalars_ptr + 2)
-                    value *= tl.load(scalars_ptr + 2)
-                w = _decayed(w, scalars_ptr, weight_decay, DECAYS)
-                w, m, v = adam(
-                    w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
+                w, m, v = _step(
+                    w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps,
+                    weight_decay, SCALED, DECAYS,
                 )  # fmt: skip
                 tl.store(W_ptr + at, w, mask=inside)
                 if COPIES:
@@ -163,6 +181,8 @@ def _encoder_kernel(
                 row = latent + first_latent
                 _store_moments(m_ptr, v_ptr, at, inside, m, v, seed, step_ptr, 0, row, cols)
                 if tl.program_id(1) == 0:
+                    if SCALED:
+                        value *= tl.load(scalars_ptr + 2)
                     b, b_m, b_v = adam(
                         tl.load(b_ptr + latent), tl.load(b_m_ptr + latent),
                         tl.load(b_v_ptr + latent), value, scalars_ptr, one_minus_beta1, beta2,
@@ -176,6 +196,27 @@ def _encoder_kernel(
     if NORM:
         at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         tl.store(squares_ptr + at, tl.sum(squares, 0))
+
+
+@triton.jit
+def _one_over_norm(squares):
+    return 1.0 / tl.maximum(tl.sqrt(squares), 1.1754943508222875e-38)
+
+
+@triton.jit
+def _normalise(
+    W_ptr, copy_ptr, latent, squares, D, COPIES: tl.constexpr, BLOCK_D: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Scales a row of W_dec that was written with this sum of squares."""
+    for start in range(0, D, BLOCK_D):
+        cols = start + tl.arange(0, BLOCK_D)
+        inside = inside_of(cols, D, FULL)
+        at = latent * D + cols
+        w = tl.load(W_ptr + at, mask=inside, other=0.0) * _one_over_norm(squares)
+        tl.store(W_ptr + at, w, mask=inside)
+        if COPIES:
+            tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed", "first_latent"])
@@ -194,149 +235,81 @@ def _decoder_kernel(
     weight_decay,  # DECAYS only
     LAZY: tl.constexpr, SCALED: tl.constexpr, DENSE: tl.constexpr, NORM: tl.constexpr,
     DECAYS: tl.constexpr, UNIT_NORM: tl.constexpr, COPIES: tl.constexpr, HEAVY: tl.constexpr,
-    PAIRS: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A whole row of W_dec: the constraint needs its sums."""
-    latent = tl.program_id(0).to(tl.int64)
-    begin = tl.load(offsets_ptr + latent)
-    end = tl.load(offsets_ptr + latent + 1)
-    moves = (not (LAZY or NORM)) | (begin < end)
-    slot = -1
-    if DENSE:
-        slot = tl.load(slots_ptr + latent)
-        moves = moves | (slot >= 0)
-    square = tl.zeros([], tl.float32)
-    if moves:
-        cols = tl.arange(0, BLOCK_D)
-        inside = inside_of(cols, D, FULL)
-        at = latent * D + cols
-        # Before the gather, whose latency they share.
-        w = tl.load(W_ptr + at, mask=inside, other=0.0)
-        if not NORM:
-            m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        grad, value = latent_gradient(
-            first_pairs(begin, order_ptr, end, PAIRS), begin, end, order_ptr, coef_ptr, rows_ptr,
-            tokens_ptr, sums_ptr, values_ptr, cols, inside, D, K, HEAVY, PAIRS, BLOCK_D,
-        )  # fmt: skip
-        if DENSE:
-            grad, value = _add_dense(grad, value, slot, dense_ptr, dense_bias_ptr, cols, inside, D)
-        if UNIT_NORM:
-            grad -= tl.sum(grad * w, axis=0) * w
-        if NORM:
-            square = tl.sum(tl.where(inside, grad * grad, 0.0), axis=0)
-        else:
-            if SCALED:
-                grad *= tl.load(scalars_ptr + 2)
-            w = _decayed(w, scalars_ptr, weight_decay, DECAYS)
-            w, m, v = adam(
-                w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
-            )  # fmt: skip
-            if UNIT_NORM:
-                norm = tl.sqrt(tl.sum(tl.where(inside, w * w, 0.0), axis=0))
-                w *= 1.0 / tl.maximum(norm, 1.1754943508222875e-38)
-            tl.store(W_ptr + at, w, mask=inside)
-            if COPIES:
-                tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
-            row = latent + first_latent
-            _store_moments(m_ptr, v_ptr, at, inside, m, v, seed, step_ptr, 1, row, cols)
-    if NORM:
-        tl.store(squares_ptr + latent, square)
-
-
-@triton.jit(do_not_specialize=["seed", "first_latent"])
-def _wide_decoder_kernel(
-    order_ptr, offsets_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr, values_ptr,
-    slots_ptr, dense_ptr, dense_bias_ptr, W_ptr, m_ptr, v_ptr, copy_ptr, squares_ptr,
-    scalars_ptr, step_ptr, D, K, one_minus_beta1, beta2, one_minus_beta2, eps, seed, first_latent,
-    weight_decay, LAZY: tl.constexpr, SCALED: tl.constexpr, DENSE: tl.constexpr, NORM: tl.constexpr,
-    DECAYS: tl.constexpr, UNIT_NORM: tl.constexpr, COPIES: tl.constexpr, HEAVY: tl.constexpr,
-    PAIRS: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """`_decoder_kernel` of a row in blocks of columns. The gradient is formed twice: for its part
-    along the row, then for the update; a third pass scales the row.
+    """A whole row of W_dec: the constraint needs its sums. Of one that is wider than BLOCK_D the
+    gradient is formed twice, for its part along the row and for the update, and a third pass scales
+    the row.
     """
     latent = tl.program_id(0).to(tl.int64)
     begin = tl.load(offsets_ptr + latent)
     end = tl.load(offsets_ptr + latent + 1)
-    moves = (not (LAZY or NORM)) | (begin < end)
-    slot = -1
-    if DENSE:
-        slot = tl.load(slots_ptr + latent)
-        moves = moves | (slot >= 0)
+    slot, moves = _slot_of(slots_ptr, latent, begin < end, LAZY, DENSE, NORM)
     squares = tl.zeros([], tl.float32)
     if moves:
-        along = tl.zeros([], tl.float32)
         pair = first_pairs(begin, order_ptr, end, PAIRS)
-        if UNIT_NORM:
+        along = tl.zeros([], tl.float32)
+        if WIDE and UNIT_NORM:
             for start in range(0, D, BLOCK_D):
                 cols = start + tl.arange(0, BLOCK_D)
                 inside = inside_of(cols, D, FULL)
-                grad, value = latent_gradient(
-                    pair, begin, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr,
-                    values_ptr, cols, inside, D, K, HEAVY, PAIRS, BLOCK_D,
-                )  # fmt: skip
-                if DENSE:
-                    grad, value = _add_dense(
-                        grad, value, slot, dense_ptr, dense_bias_ptr, cols, inside, D
-                    )
                 w = tl.load(W_ptr + latent * D + cols, mask=inside, other=0.0)
+                grad, _ = _gradient(
+                    pair, begin, end, slot, order_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr,
+                    values_ptr, dense_ptr, dense_bias_ptr, cols, inside, D, K, DENSE, HEAVY, PAIRS,
+                    BLOCK_D,
+                )  # fmt: skip
                 along += tl.sum(grad * w, axis=0)
-        for start in range(0, D, BLOCK_D):
+        # The compiler makes no loop of a single block.
+        for start in range(0, D if WIDE else 1, BLOCK_D):
             cols = start + tl.arange(0, BLOCK_D)
             inside = inside_of(cols, D, FULL)
             at = latent * D + cols
+            # Before the gather, whose latency they share.
             w = tl.load(W_ptr + at, mask=inside, other=0.0)
-            grad, value = latent_gradient(
-                pair, begin, end, order_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr, values_ptr,
-                cols, inside, D, K, HEAVY, PAIRS, BLOCK_D,
+            if not NORM:
+                m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            grad, _ = _gradient(
+                pair, begin, end, slot, order_ptr, coef_ptr, rows_ptr, tokens_ptr, sums_ptr,
+                values_ptr, dense_ptr, dense_bias_ptr, cols, inside, D, K, DENSE, HEAVY, PAIRS,
+                BLOCK_D,
             )  # fmt: skip
-            if DENSE:
-                grad, value = _add_dense(
-                    grad, value, slot, dense_ptr, dense_bias_ptr, cols, inside, D
-                )
-            grad -= along * w
+            if UNIT_NORM:
+                if not WIDE:
+                    along = tl.sum(grad * w, axis=0)
+                grad -= along * w
             if NORM:
                 squares += tl.sum(tl.where(inside, grad * grad, 0.0), axis=0)
             else:
-                if SCALED:
-                    grad *= tl.load(scalars_ptr + 2)
-                m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                w = _decayed(w, scalars_ptr, weight_decay, DECAYS)
-                w, m, v = adam(
-                    w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps
+                w, m, v = _step(
+                    w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps,
+                    weight_decay, SCALED, DECAYS,
                 )  # fmt: skip
-                squares += tl.sum(tl.where(inside, w * w, 0.0), axis=0)
+                if UNIT_NORM:
+                    squares += tl.sum(tl.where(inside, w * w, 0.0), axis=0)
+                    if not WIDE:
+                        w *= _one_over_norm(squares)
                 tl.store(W_ptr + at, w, mask=inside)
+                if COPIES and not (WIDE and UNIT_NORM):
+                    tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
                 row = latent + first_latent
                 _store_moments(m_ptr, v_ptr, at, inside, m, v, seed, step_ptr, 1, row, cols)
-        if (UNIT_NORM or COPIES) and not NORM:
+        if WIDE and UNIT_NORM and not NORM:
             # What other threads of this program have stored is read.
             tl.debug_barrier()
-            scale = 1.0
-            if UNIT_NORM:
-                scale = 1.0 / tl.maximum(tl.sqrt(squares), 1.1754943508222875e-38)
-            for start in range(0, D, BLOCK_D):
-                cols = start + tl.arange(0, BLOCK_D)
-                inside = inside_of(cols, D, FULL)
-                at = latent * D + cols
-                w = tl.load(W_ptr + at, mask=inside, other=0.0) * scale
-                tl.store(W_ptr + at, w, mask=inside)
-                if COPIES:
-                    tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
+            _normalise(W_ptr, copy_ptr, latent, squares, D, COPIES, BLOCK_D, FULL)
     if NORM:
         tl.store(squares_ptr + latent, squares)
 
 
 def _decoder_blocks(D: int) -> dict[str, int]:
-    if D > _MAX_BLOCK:
-        full = D % _WIDE_BLOCK == 0
-        return {"BLOCK_D": _WIDE_BLOCK, "FULL": full, "PAIRS": 2, "num_warps": 16}
-    block_d = next_power_of_2(D)
+    wide = D > _MAX_BLOCK
+    block_d = _WIDE_BLOCK if wide else next_power_of_2(D)
     # 8 columns a thread: more threads in flight were faster than more columns each (seed shape).
-    warps = min(16, max(1, block_d // 256))
-    return {"BLOCK_D": block_d, "FULL": block_d == D, "PAIRS": 2, "num_warps": warps}
+    warps = 16 if wide else min(16, max(1, block_d // 256))
+    sizes = {"BLOCK_D": block_d, "FULL": D % block_d == 0, "WIDE": wide}
+    return sizes | {"PAIRS": 2, "num_warps": warps}
 
 
 def _encoder_blocks(F: int, D: int) -> dict[str, int]:
@@ -420,8 +393,7 @@ def _decoder(
     sums = _sums(rows, grads)
     squares = rows.W_dec.new_empty(F if norm else 0, dtype=torch.float32)
     copy = rows.W_dec if rows.copies is None else rows.copies[1]
-    kernel = _decoder_kernel if D <= _MAX_BLOCK else _wide_decoder_kernel
-    kernel[(F,)](
+    _decoder_kernel[(F,)](
         order.order, order.offsets, pairs.dec_coef, pairs.dec_rows, pairs.of_dec, sums.dec,
         sums.values,
         *_dense_args(rows, grads, decoder=True),

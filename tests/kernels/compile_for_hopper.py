@@ -113,7 +113,7 @@ def portable_encoder(say: Callable[[str, Any], None], num_stages: int, *, fp8: b
             say(f"pick-{scale is None}", kernel)
     for (what, operands, scale, d), write in itertools.product(filters, (True, False)):
         kernel = encode_filter.filter_kernel.warmup(
-            *operands, f32, i32, i32, i32, i32, scale, scale, 2928, 50, 4096, 24576, 768, 192, 7, 4,
+            *operands, f32, i32, i32, i32, scale, scale, 2928, 50, 4096, 24576, 768, 192, 7, 4,
             192, 4, write, m, n, d, "tf32", encode_plan.CELL, num_warps=8, num_stages=num_stages,
             grid=(132,),
         )  # fmt: skip
@@ -122,14 +122,14 @@ def portable_encoder(say: Callable[[str, Any], None], num_stages: int, *, fp8: b
         plan = encode_plan.make_plan(N, D, F, k)
         assert plan is not None
         kernel = encode_select.limit_kernel.warmup(
-            i32, i32, i32, i64, i32, plan.pitch, plan.whole, 7, plan.rank, plan.slack,
+            i32, i32, i64, i32, plan.pitch, plan.whole, 7, plan.rank, plan.slack,
             plan.sample_keys, plan.sample, encode_plan.next_power_of_2(plan.sample),
             encode_plan.next_power_of_2(plan.rank + plan.slack), plan.block_n, encode_plan.CELL,
             num_warps=encode.limit_warps(plan), grid=(1,),
         )  # fmt: skip
         say(f"limit-{plan.sample}", kernel)
         kernel = encode_select.select_kernel.warmup(
-            i32, i32, i64, i32, i32, i32, i32, f32, i32, plan.pitch, plan.sample_keys,
+            i32, i64, i32, i32, i32, i32, f32, i32, plan.pitch, plan.sample_keys,
             plan.capacity, F, k,
             **encode.select_sizes(plan, k), num_warps=encode.select_warps(plan), grid=(1,),
         )  # fmt: skip
@@ -140,14 +140,12 @@ def portable_encoder(say: Callable[[str, Any], None], num_stages: int, *, fp8: b
         num_warps=8, grid=(1,),
     )  # fmt: skip
     say("mend", kernel)
-    for F, k in ((16384, 20), (1 << 20, 64)):
-        sizes = encode_rows.group_sizes(F, k)
-        assert sizes is not None
-        kernel = encode_rows._groups_kernel.warmup(
-            f32, f32, i32, i32, i64, f32, i32, F, F // sizes.size, F, k, sizes.step,
-            sizes.groups_pow2, sizes.size, sizes.k_pow2, num_warps=sizes.num_warps, grid=(1,),
-        )  # fmt: skip
-        say(f"groups-{F}", kernel)
+    for k in (20, 64, 512):
+        sort, keys, chunk = encode_rows._sizes(1 << 20, k)
+        kernel = encode_rows._rows_kernel.warmup(
+            f32, f32, i64, f32, i32, 1 << 20, k, sort, keys, chunk, num_warps=8, grid=(1,)
+        )
+        say(f"rows-{k}", kernel)
 
 
 def flat_encoder(say: Callable[[str, Any], None]) -> None:
@@ -199,7 +197,7 @@ def hopper_encoder() -> None:
         )  # fmt: skip
         for write in (True, False):
             kernel = h.hopper_kernel.warmup(
-                h.descriptor(W, 64, block_k), *weights, i32, i32, i32, i32, scale, 1600, 50,
+                h.descriptor(W, 64, block_k), *weights, i32, i32, i32, scale, 1600, 50,
                 256, 768, 2, 1, 1, 3, 4, write, encode_plan.BLOCK_M, n, block_k, h.STAGES,
                 h.LEAD, num_warps=4, grid=(132,),
             )  # fmt: skip
@@ -231,12 +229,9 @@ def main() -> None:
         i32, i32, i32, i32, i32, 65536, 65536, BLOCK=128, WIDTH=128, grid=(1,)
     )
     report("rank", kernel)
-    for name, dots, tokens in (
-        ("decode-backward", True, None), ("scatter-rows", False, None),
-        ("scatter-rows-flat", False, i32),
-    ):  # fmt: skip
+    for name, tokens in (("scatter-rows", None), ("scatter-rows-flat", i32)):
         kernel = dense_grad.latents_kernel.warmup(
-            i64, i32, f32, bf16, tokens, bf16, f32, f32, bf16, 65536, 4096, 65536, 64, dots, 64,
+            i64, i32, f32, bf16, tokens, f32, f32, bf16, 65536, 4096, 65536, 64, HEAVY=64,
             **dense_grad.latents_blocks(65536, 4096)[1], num_warps=1, grid=(1,),
         )  # fmt: skip
         report(name, kernel)

@@ -9,7 +9,6 @@ import torch
 
 from flash_sae_dist.kernels import (
     dead_products,
-    decode_backward,
     dense_grad,
     encode,
     encode_flat,
@@ -130,7 +129,6 @@ def main() -> None:
     scale = torch.tensor(0.1, device="cuda")
     sparse_decode.decode_coefs(values, indices, W, b_dec, x.float(), scale)
     dense_grad.scatter_rows(values, indices, x, F)
-    decode_backward.decode_backward(values, indices, W, x)
     dead(72, 36)
     dead(1001, 36)
     # Several chunks, the last of them ragged.

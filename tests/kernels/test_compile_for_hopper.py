@@ -15,9 +15,8 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_for_hopper.py")
 # What a block of threads may have on a compute capability of 9.0.
 SHARED_BYTES = 232_448
-# The code for ties, a quarter of it, seldom runs: what does is within the 64 KiB that a
-# multiprocessor keeps.
-CODE_BYTES = 80 << 10
+# What a multiprocessor keeps.
+CODE_BYTES = 64 << 10
 
 
 @pytest.mark.slow

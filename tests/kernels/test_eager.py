@@ -83,7 +83,7 @@ def test_a_compiler_makes_one_order_for_both_gradients(monkeypatch: pytest.Monke
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)
     assert names.count("order_pairs") == 1
-    assert {"decode_backward", "scatter_rows"} <= set(names)
+    assert {"gathered_dots", "scatter_rows"} <= set(names)
 
 
 @pytest.mark.gpu

@@ -91,8 +91,7 @@ def test_compiles_without_graph_breaks() -> None:
         torch.testing.assert_close(got, expected)
 
 
-OPS = ["topk_encode", "sparse_decode", "scatter_rows", "gathered_dots", "order_pairs",
-       "decode_backward"]  # fmt: skip
+OPS = ["topk_encode", "sparse_decode", "scatter_rows", "gathered_dots", "order_pairs"]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -108,7 +107,6 @@ def test_opcheck(name: str, transposed: bool) -> None:
         "scatter_rows": (ops._scatter_rows, (acts, idx, x, 8, torch.float32, [], None)),
         "gathered_dots": (ops._gathered_dots, (x, idx, W)),
         "order_pairs": (ops._order_pairs, (idx, 8, None)),
-        "decode_backward": (ops._decode_both, (acts, idx, W, x, [])),
     }
     torch.library.opcheck(*calls[name])
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flash_sae_dist.kernels import reference
+from flash_sae_dist.kernels import ops, reference
 
 pytest.importorskip("triton")
 from flash_sae_dist.kernels import dense_grad
@@ -89,3 +89,19 @@ def test_scratch_is_bounded(num_pairs: int, D: int) -> None:
 @pytest.mark.parametrize("shape", [(512, 768, 24576, 32), (256, 2304, 65536, 64)])
 def test_real_shapes(shape: tuple[int, int, int, int], use: str) -> None:
     check(*shape, use, torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_the_decoders_gradients_equal_dense_autograd() -> None:
+    acts, _, grad = pairs(300, 776, 5000, 16, "uniform", torch.float32)
+    W = torch.randn(5000, 776, device="cuda").requires_grad_()
+    leaves = [acts.requires_grad_(), W]
+    idx = torch.stack([torch.randperm(5000, device="cuda")[:16] for _ in range(300)]).int()
+    idx[:, 0] = 4999  # twice where it is there already, which sums bear
+    for _ in range(3):  # the order of one call is not taken for the next
+        idx = idx.flip(0)
+        got = torch.autograd.grad(ops.sparse_decode(acts, idx, W), leaves, grad)
+        dense = acts.new_zeros(300, 5000).scatter_add(1, idx.long(), acts)
+        want = torch.autograd.grad(dense @ W, leaves, grad)
+        for g, w in zip(got, want, strict=True):
+            assert (g - w).norm() <= 1e-3 * w.norm()
