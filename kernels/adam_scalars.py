@@ -17,6 +17,7 @@ from .sparse_adam import adam
 def _adam_vector_kernel(
     param_ptr, m_ptr, v_ptr, grad_ptr, scalars_ptr, D,
     one_minus_beta1, beta2, one_minus_beta2, eps_of_unit, unit, BLOCK: tl.constexpr,
+    SIGN: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < D
@@ -24,7 +25,7 @@ def _adam_vector_kernel(
     w, m, v = adam(
         tl.load(param_ptr + at, mask=mask), tl.load(m_ptr + at, mask=mask),
         tl.load(v_ptr + at, mask=mask), grad, scalars_ptr, one_minus_beta1, beta2,
-        one_minus_beta2, eps_of_unit, unit,
+        one_minus_beta2, eps_of_unit, unit, SIGN,
     )  # fmt: skip
     tl.store(param_ptr + at, w, mask=mask)
     tl.store(m_ptr + at, m, mask=mask)
@@ -118,7 +119,9 @@ def adam_vector_(
     D, (beta1, beta2) = param.numel(), options.betas
     args = (param, exp_avg, exp_avg_sq, grad, scalars, D, 1 - beta1, beta2, 1 - beta2)
     unit = options.unit
-    _adam_vector_kernel[(cdiv(D, 256),)](*args, options.eps / unit, unit, BLOCK=256)
+    _adam_vector_kernel[(cdiv(D, 256),)](
+        *args, options.eps / unit, unit, BLOCK=256, SIGN=options.sign
+    )
 
 
 def count_fired_(

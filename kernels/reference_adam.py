@@ -93,6 +93,14 @@ class AdamOptions(NamedTuple):
     scaled: bool = False  # whether the last of the scalars, which scales gradients, is not 1
     unit: float = 1.0  # of b_enc and b_dec, which are in the data's units: its root mean square
     decay: float = 0.0  # AdamW's decoupled weight decay, of W_enc and W_dec alone
+    sign: bool = False  # `schedule_free_` in place of Adam, its momentum the first beta
+
+    @property
+    def renorm(self) -> bool:
+        """Whether a step leaves W_dec's rows at unit norm; a caller of `schedule_free_` scales them
+        before the next, as sparsify does.
+        """
+        return self.unit_norm and not self.sign
 
 
 def adam_scalars_(
@@ -196,6 +204,25 @@ def _blocks(rows: Tensor) -> list[slice]:
     return [slice(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
 
 
+def schedule_free_(
+    y: Tensor,
+    z: Tensor,
+    grad: Tensor,
+    lr: Tensor | float,
+    part: Tensor | float,  # 1 / steps, this one among them
+    momentum: float,
+) -> None:
+    """Sign descent, averaged in place of a schedule (Defazio et al. 2024, arXiv 2405.15682): z
+    moves by lr a step, x is the average of all z, and gradients are taken at y between them. In
+    place; x is `y.lerp(z, 1 - 1 / momentum)`.
+    """
+    # In y's memory: back to x, x on towards z, and out to y again.
+    y.lerp_(z, 1 - 1 / momentum)
+    z.sub_(grad.sign().mul_(lr))
+    y.lerp_(z, part)
+    y.lerp_(z, 1 - momentum)
+
+
 def _adam_(
     param: Tensor,  # [any, ...], as all below
     exp_avg: Tensor,
@@ -206,6 +233,10 @@ def _adam_(
     bits: Tensor | None = None,  # for bfloat16 moments
     unit: float = 1.0,  # of the parameter
 ) -> None:
+    if options.sign:
+        lr = scalars[3] * unit
+        schedule_free_(param, exp_avg, grad, lr, scalars[1], options.betas[0])
+        return
     m = exp_avg.to(param.dtype).lerp_(grad, 1 - options.betas[0])
     v = exp_avg_sq.to(param.dtype).mul_(options.betas[1])
     v.addcmul_(grad, grad, value=1 - options.betas[1])
@@ -260,7 +291,7 @@ def _step_rows_(
         if options.decay and i != 1:
             param.mul_(1 - options.decay * scalars[3])
         _adam_(param, exp_avg, exp_avg_sq, g, scalars, options, bits, unit)
-        if i == 2 and options.unit_norm:
+        if i == 2 and options.renorm:
             norm = param.norm(dim=1, keepdim=True)
             param /= norm.clamp_min_(torch.finfo(norm.dtype).tiny)
         if own is not None:

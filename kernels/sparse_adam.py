@@ -54,27 +54,40 @@ def _round_stochastic(x, bits):
 
 
 @triton.jit
-def adam(w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps, unit=1.0):
-    """eps is already divided by the parameter's unit."""
-    m += one_minus_beta1 * (grad - m)
-    v = beta2 * v + one_minus_beta2 * grad * grad
-    # step_size * m / (sqrt(v) / correction + eps), both sides times the correction: one division.
-    correction = tl.load(scalars_ptr + 1)
-    step_size = tl.load(scalars_ptr) * correction * unit
-    return w - step_size * (m / (tl.sqrt(v) + eps * correction)), m, v
+def adam(
+    w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps, unit=1.0,
+    SIGN: tl.constexpr = False,
+):  # fmt: skip
+    """eps is already divided by the parameter's unit. SIGN: `reference_adam.schedule_free_`."""
+    if SIGN:
+        w += (m - w) * (1 - 1 / (1 - one_minus_beta1))
+        sign = (grad > 0).to(tl.float32) - (grad < 0).to(tl.float32)
+        m -= tl.load(scalars_ptr + 3) * unit * sign
+        w += (m - w) * tl.load(scalars_ptr + 1)
+        w += (m - w) * one_minus_beta1
+        v = m
+    else:
+        m += one_minus_beta1 * (grad - m)
+        v = beta2 * v + one_minus_beta2 * grad * grad
+        # step_size * m / (sqrt(v) / correction + eps), both sides times the correction: one
+        # division.
+        correction = tl.load(scalars_ptr + 1)
+        step_size = tl.load(scalars_ptr) * correction * unit
+        w -= step_size * (m / (tl.sqrt(v) + eps * correction))
+    return w, m, v
 
 
 @triton.jit
 def _step(
     w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
-    SCALED: tl.constexpr, DECAYS: tl.constexpr,
+    SCALED: tl.constexpr, DECAYS: tl.constexpr, SIGN: tl.constexpr,
 ):  # fmt: skip
     """`adam` of a matrix's row, clipped and decayed."""
     if SCALED:
         grad *= tl.load(scalars_ptr + 2)
     if DECAYS:
         w *= 1 - weight_decay * tl.load(scalars_ptr + 3)
-    return adam(w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps)
+    return adam(w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps, SIGN=SIGN)
 
 
 @triton.jit
@@ -135,8 +148,8 @@ def _encoder_kernel(
     step_ptr, F, D, P, K, one_minus_beta1, beta2, one_minus_beta2, eps, seed, first_latent,
     unit, eps_of_unit, weight_decay,  # two of b_enc, DECAYS only
     LAZY: tl.constexpr, SCALED: tl.constexpr, DENSE: tl.constexpr, NORM: tl.constexpr,
-    DECAYS: tl.constexpr, COPIES: tl.constexpr, HEAVY: tl.constexpr, LATENTS: tl.constexpr,
-    PAIRS: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr,
+    DECAYS: tl.constexpr, SIGN: tl.constexpr, COPIES: tl.constexpr, HEAVY: tl.constexpr,
+    LATENTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """LATENTS rows of W_enc in a block of columns, one after another; the old rows times their
     bias gradients are summed on the way, for b_dec.
@@ -173,7 +186,7 @@ def _encoder_kernel(
             else:
                 w, m, v = _step(
                     w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps,
-                    weight_decay, SCALED, DECAYS,
+                    weight_decay, SCALED, DECAYS, SIGN,
                 )  # fmt: skip
                 tl.store(W_ptr + at, w, mask=inside)
                 if COPIES:
@@ -186,7 +199,7 @@ def _encoder_kernel(
                     b, b_m, b_v = adam(
                         tl.load(b_ptr + latent), tl.load(b_m_ptr + latent),
                         tl.load(b_v_ptr + latent), value, scalars_ptr, one_minus_beta1, beta2,
-                        one_minus_beta2, eps_of_unit, unit,
+                        one_minus_beta2, eps_of_unit, unit, SIGN,
                     )  # fmt: skip
                     tl.store(b_ptr + latent, b)
                     tl.store(b_m_ptr + latent, b_m)
@@ -234,8 +247,9 @@ def _decoder_kernel(
     step_ptr, D, K, one_minus_beta1, beta2, one_minus_beta2, eps, seed, first_latent,
     weight_decay,  # DECAYS only
     LAZY: tl.constexpr, SCALED: tl.constexpr, DENSE: tl.constexpr, NORM: tl.constexpr,
-    DECAYS: tl.constexpr, UNIT_NORM: tl.constexpr, COPIES: tl.constexpr, HEAVY: tl.constexpr,
-    PAIRS: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
+    DECAYS: tl.constexpr, SIGN: tl.constexpr, UNIT_NORM: tl.constexpr, RENORM: tl.constexpr,
+    COPIES: tl.constexpr, HEAVY: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
+    FULL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A whole row of W_dec: the constraint needs its sums. Of one that is wider than BLOCK_D the
     gradient is formed twice, for its part along the row and for the update, and a third pass scales
@@ -284,18 +298,18 @@ def _decoder_kernel(
             else:
                 w, m, v = _step(
                     w, m, v, grad, scalars_ptr, one_minus_beta1, beta2, one_minus_beta2, eps,
-                    weight_decay, SCALED, DECAYS,
+                    weight_decay, SCALED, DECAYS, SIGN,
                 )  # fmt: skip
-                if UNIT_NORM:
+                if RENORM:
                     squares += tl.sum(tl.where(inside, w * w, 0.0), axis=0)
                     if not WIDE:
                         w *= _one_over_norm(squares)
                 tl.store(W_ptr + at, w, mask=inside)
-                if COPIES and not (WIDE and UNIT_NORM):
+                if COPIES and not (WIDE and RENORM):
                     tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=inside)
                 row = latent + first_latent
                 _store_moments(m_ptr, v_ptr, at, inside, m, v, seed, step_ptr, 1, row, cols)
-        if WIDE and UNIT_NORM and not NORM:
+        if WIDE and RENORM and not NORM:
             # What other threads of this program have stored is read.
             tl.debug_barrier()
             _normalise(W_ptr, copy_ptr, latent, squares, D, COPIES, BLOCK_D, FULL)
@@ -344,7 +358,7 @@ def _flags(rows: LatentRows, grads: Gradients, options: AdamOptions) -> dict[str
     dense = grads.dense is not None
     copies = rows.copies is not None
     flags = {"LAZY": options.lazy, "SCALED": options.scaled, "DECAYS": options.decay > 0}
-    return flags | {"DENSE": dense, "COPIES": copies}
+    return flags | {"DENSE": dense, "COPIES": copies, "SIGN": options.sign}
 
 
 def _encoder(
@@ -399,8 +413,8 @@ def _decoder(
         *_dense_args(rows, grads, decoder=True),
         rows.W_dec, rows.exp_avg[2], rows.exp_avg_sq[2], copy, squares,
         scalars, step, D, pairs.k, *_constants(options, first_latent),
-        options.decay, NORM=norm, UNIT_NORM=options.unit_norm, HEAVY=sums.heavy,
-        **_flags(rows, grads, options), **blocks,
+        options.decay, NORM=norm, UNIT_NORM=options.unit_norm, RENORM=options.renorm,
+        HEAVY=sums.heavy, **_flags(rows, grads, options), **blocks,
     )  # fmt: skip
     return squares
 

@@ -33,6 +33,7 @@ class Recipe(NamedTuple):
     aux_by_loss: bool = False  # AuxK is normalised as the loss, and smaller with few dead latents
     dead_after_tokens: int = 10_000_000
     micro_batches: int = 1
+    sign: bool = False  # schedule-free sign descent, its momentum betas[0]
 
 
 class FusedTraining:
@@ -45,7 +46,7 @@ class FusedTraining:
         self.dead = DeadLatents(sae.d_sae, recipe.dead_after_tokens, sae.mesh, device)
         self.optimizer = SparseAdam(
             sae, recipe.lr, betas=recipe.betas, eps=ADAM_EPS, compute_dtype=compute_dtype,
-            grad_clip=recipe.grad_clip, unit_norm=recipe.unit_norm,
+            grad_clip=recipe.grad_clip, unit_norm=recipe.unit_norm, sign=recipe.sign,
         )  # fmt: skip
         self.k_aux = max(1, sae.d_in // 2)
         self.engine = FusedEngine(

@@ -2,9 +2,9 @@
 
     from flash_sae_dist.compat.sparsify import SaeConfig, Trainer, TrainConfig, SparseCoder
 
-The library need not be installed. optimizer="adam" is the fused engine (float32 moments, where the
-library takes bitsandbytes' 8 bits if they are installed); "signum", the default, is its
-schedule-free sign descent on dense gradients of the sparse kernels. AuxK trains the encoder, too,
+The library need not be installed. Both optimizers step on the fused engine: "signum", the default,
+is the library's schedule-free sign descent, "adam" has float32 moments where the library takes
+bitsandbytes' 8 bits if they are installed. AuxK trains the encoder, too,
 which the library's does not.
 
 Not covered, and refused by name: transcode, skip_connection, multi_topk, activation="groupmax",
@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,7 +33,6 @@ from ..models.base import Slots
 from ..models.topk import TopKSAE
 from ..progress import progress_bar
 from ..training.optim import project_decoder_grad_
-from ..training.schedule_free import ScheduleFreeSign
 from .recipe import FusedTraining, Recipe, missing, refuse
 
 _ABSENT = {
@@ -253,12 +252,6 @@ def _compute_dtype(coder: SparseCoder) -> torch.dtype:
     return torch.bfloat16 if coder.device.type == "cuda" else torch.float32
 
 
-def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
-
-
 @contextmanager
 def _tensor_cores() -> Iterator[None]:
     """Float32 products, which are the language model's, in TF32 as the library has them."""
@@ -270,47 +263,26 @@ def _tensor_cores() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-class _Signum:
-    """Dense gradients of the sparse forward pass, and the schedule-free sign descent."""
-
-    def __init__(self, coder: SparseCoder, cfg: TrainConfig) -> None:
-        lr = cfg.lr or 5e-3 / (coder.num_latents / 2**14) ** 0.5
-        refuse("sparsify", vars(cfg), {"auxk_alpha": 0.0})
-        self.coder, self.micro = coder, cfg.micro_acc_steps
-        self.optimizer: Any = ScheduleFreeSign(coder.parameters(), lr)
-        self.dtype = _compute_dtype(coder)
-
-    def step(self, x: Tensor) -> Tensor:
-        """One step; the loss stays on the device."""
-        self.coder.set_decoder_norm_to_unit_norm()
-        variance = (x - x.mean(0)).square().sum()
-        self.optimizer.zero_grad()
-        total = x.new_zeros(())
-        for part in x.chunk(self.micro):
-            with _autocast(x.device, self.dtype):
-                recon = self.coder.sae(part).recon
-            loss = (part - recon).square().sum() / variance
-            loss.backward()
-            total += loss.detach()
-        self.coder.remove_gradient_parallel_to_decoder_directions()
-        self.optimizer.step()
-        return total
-
-
-class _Adam:
-    """The fused engine."""
+class _Fused:
+    """The fused engine: Adam with the library's schedule, or its schedule-free sign descent."""
 
     def __init__(self, coder: SparseCoder, cfg: TrainConfig, total_steps: int) -> None:
+        scale, self.sign = (coder.num_latents / 2**14) ** 0.5, cfg.optimizer == "signum"
+        if self.sign:
+            refuse("sparsify", vars(cfg), {"auxk_alpha": 0.0})
         recipe = Recipe(
-            cfg.lr or 2e-4 / (coder.num_latents / 2**14) ** 0.5, "fvu", aux_coef=cfg.auxk_alpha,
+            cfg.lr or (5e-3 if self.sign else 2e-4) / scale, "fvu",
+            betas=(0.95 if self.sign else 0.9, 0.999), sign=self.sign, aux_coef=cfg.auxk_alpha,
             aux_by_loss=True, dead_after_tokens=cfg.dead_feature_threshold,
             micro_batches=cfg.micro_acc_steps,
         )  # fmt: skip
-        self.training = FusedTraining(coder.sae, recipe, _compute_dtype(coder))
-        self.optimizer: Any = self.training.optimizer
+        self.coder, self.training = coder, FusedTraining(coder.sae, recipe, _compute_dtype(coder))
+        self.optimizer = self.training.optimizer
         warmup = cfg.lr_warmup_steps
 
         def factor(step: int) -> float:
+            if self.sign:
+                return 1.0
             if step < warmup:
                 return step / max(1, warmup)
             return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
@@ -319,11 +291,24 @@ class _Adam:
 
     def step(self, x: Tensor) -> Tensor:
         """One step; the loss stays on the device."""
-        if self.training.steps == 0:
+        if self.sign:
+            self.coder.set_decoder_norm_to_unit_norm()
+        if self.sign or self.training.steps == 0:
             self.training.refresh()
         fvu = self.training.step(x).fvu
         self.scheduler.step()
         return fvu
+
+    def begin(self) -> None:
+        """Takes in weights that were changed before the first step."""
+        if self.sign:
+            for param, state in self.optimizer.state.items():
+                state["exp_avg"].copy_(param)
+
+    def swap(self, *, to_average: bool) -> None:
+        """Puts what is saved in the weights' place, and back; Adam saves them as they are."""
+        if self.sign:
+            self.optimizer.swap_(to_average=to_average)
 
 
 def _rows(acts: Tensor, kept: Tensor | None) -> Tensor:  # [batch, sequence, d_in] -> [N, d_in]
@@ -368,12 +353,7 @@ class Trainer:
         self.num_batches = len(dataset) // cfg.batch_size
         self.global_step = 0
         # Its schedules count batches, and move with each step.
-        self.steppers = {n: self._stepper(coder) for n, coder in self.saes.items()}
-
-    def _stepper(self, coder: SparseCoder) -> _Adam | _Signum:
-        if self.cfg.optimizer == "signum":
-            return _Signum(coder, self.cfg)
-        return _Adam(coder, self.cfg, self.num_batches)
+        self.steppers = {n: _Fused(c, cfg, self.num_batches) for n, c in self.saes.items()}
 
     @torch.no_grad()
     def _activations(self, ids: Tensor) -> dict[str, Tensor]:
@@ -445,6 +425,7 @@ class Trainer:
     def _centre(self, rows: dict[str, Tensor]) -> None:
         for name, coder in self.saes.items():
             coder.b_dec.copy_(rows[name.partition("/")[0]].mean(0))
+            self.steppers[name].begin()
 
     def _logger(self) -> Any:
         if not self.cfg.log_to_wandb:
@@ -466,16 +447,14 @@ class Trainer:
         folder = self._folder()
         for name, coder in self.saes.items():
             stepper = self.steppers[name]
-            if isinstance(stepper, _Signum):
-                stepper.optimizer.eval()
+            stepper.swap(to_average=True)
             coder.save_to_disk(folder / name)
-            state: dict[str, Any] = {"optimizer": stepper.optimizer.state_dict()}
-            if isinstance(stepper, _Signum):
-                stepper.optimizer.train()
-                state["count"] = stepper.optimizer.count
-            else:
-                state["lr_scheduler"] = stepper.scheduler.state_dict()
-                state["tokens_since_fired"] = stepper.training.dead.tokens_since_fired
+            stepper.swap(to_average=False)
+            state = {
+                "optimizer": stepper.optimizer.state_dict(),
+                "lr_scheduler": stepper.scheduler.state_dict(),
+                "tokens_since_fired": stepper.training.dead.tokens_since_fired,
+            }
             torch.save(state, folder / name / "optimizer.pt")
         (folder / "config.json").write_text(json.dumps(asdict(self.cfg), indent=4))
         torch.save({"global_step": self.global_step}, folder / "state.pt")
@@ -490,12 +469,9 @@ class Trainer:
             file, stepper = Path(path) / name / "optimizer.pt", self.steppers[name]
             state = torch.load(file, map_location=place, weights_only=True)
             stepper.optimizer.load_state_dict(state["optimizer"])
-            if isinstance(stepper, _Signum):
-                stepper.optimizer.count, stepper.optimizer.at_average = state["count"], True
-                stepper.optimizer.train()
-            else:
-                stepper.scheduler.load_state_dict(state["lr_scheduler"])
-                stepper.training.dead.tokens_since_fired.copy_(state["tokens_since_fired"])
+            stepper.swap(to_average=False)
+            stepper.scheduler.load_state_dict(state["lr_scheduler"])
+            stepper.training.dead.tokens_since_fired.copy_(state["tokens_since_fired"])
 
 
 Sae, SaeConfig, SaeTrainer = SparseCoder, SparseCoderConfig, Trainer

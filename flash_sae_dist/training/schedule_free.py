@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.reference import schedule_free_
+
 
 class ScheduleFreeSign(torch.optim.Optimizer):
     """Parameters are y while training; `eval()` puts x in their place, `train()` y again."""
@@ -30,11 +32,7 @@ class ScheduleFreeSign(torch.optim.Optimizer):
         for group in self.param_groups:
             for y in group["params"]:
                 z = self.state[y].setdefault("z", y.detach().clone())
-                # In y's memory: back to x, x on towards z, and out to y again.
-                y.lerp_(z, 1 - 1 / self.momentum)
-                z.sub_(y.grad.sign(), alpha=group["lr"])
-                y.lerp_(z, 1 / self.count)
-                y.lerp_(z, 1 - self.momentum)
+                schedule_free_(y, z, y.grad, group["lr"], 1 / self.count, self.momentum)
 
     def average(self, y: Tensor) -> Tensor:
         """x of a parameter that is at y; the same tensor before the first step."""

@@ -74,6 +74,10 @@ class SparseAdam(torch.optim.Optimizer):
     decay is AdamW's: the matrices are multiplied by 1 - lr * decay before each step, biases and
     what else is a vector are not.
 
+    sign: schedule-free sign descent in place of Adam, betas[0] its momentum
+    (`reference_adam.schedule_free_`): a parameter is y while it is trained, both moments are one z,
+    and `swap_` puts the average x in its place. Decoder rows are scaled by the caller.
+
     unit_norm=False leaves decoder rows and their gradients as they are, as transcoders do and some
     recipes.
 
@@ -100,15 +104,15 @@ class SparseAdam(torch.optim.Optimizer):
         unit: float = 1.0,
         unit_norm: bool = True,
         decay: float = 0.0,
+        sign: bool = False,
     ) -> None:
         if moment_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"moment_dtype={moment_dtype} is neither float32 nor bfloat16")
         self.lazy, self.seed, self.ema_decay, self.grad_clip = lazy, seed, ema_decay, grad_clip
-        self._lr_value, self.unit, self.decay = lr, unit, decay
+        self._lr_value, self.unit, self.decay, self.sign = lr, unit, decay, sign
+        self._centres, self.side = not sae.transcodes, SideStream(sae.W_dec.device)
         self.unit_norm = unit_norm and not sae.transcodes
-        self.side = SideStream(sae.W_dec.device)
-        self._mesh, self._first_latent = sae.mesh, sae.first_latent
-        self._own, self._centres = _own_of(sae), not sae.transcodes
+        self._mesh, self._first_latent, self._own = sae.mesh, sae.first_latent, _own_of(sae)
         matrices = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
         self._params = (*matrices, *(own.param for own in self._own))
         super().__init__(self._params, {"lr": lr, "betas": betas, "eps": eps})
@@ -136,6 +140,9 @@ class SparseAdam(torch.optim.Optimizer):
             }
             if self.ema_decay is not None:
                 self.state[param]["ema"] = param.detach().clone()
+            if self.sign:
+                z = param.detach().clone()
+                self.state[param] |= {"exp_avg": z, "exp_avg_sq": z}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Takes the one group made at construction. Raises ValueError on another."""
@@ -178,8 +185,9 @@ class SparseAdam(torch.optim.Optimizer):
         group, scaled = self.param_groups[0], self.grad_clip is not None
         seed, unit = self.seed % 2**31, self.unit
         return AdamOptions(
-            group["betas"], group["eps"], self.lazy, self.unit_norm, seed, scaled, unit, self.decay
-        )
+            group["betas"], group["eps"], self.lazy, self.unit_norm, seed, scaled, unit, self.decay,
+            self.sign,
+        )  # fmt: skip
 
     def _latent_rows(self) -> LatentRows:
         rows = self._params[:3]
@@ -194,6 +202,17 @@ class SparseAdam(torch.optim.Optimizer):
         implementation("adam_scalars_", self._params[2])(
             self._step, self._lr, self._betas, self._scalars
         )
+        if self.sign:
+            torch.reciprocal(self._step, out=self._scalars[1])
+
+    @torch.no_grad()
+    def swap_(self, *, to_average: bool) -> None:
+        """Puts the average in the parameters' place, or y again, of a descent by signs."""
+        momentum = self.param_groups[0]["betas"][0]
+        for param in self._params:
+            z = self.state[param]["exp_avg"]
+            param.lerp_(z, 1 - 1 / momentum if to_average else 1 - momentum)
+        self.refresh_copies_()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

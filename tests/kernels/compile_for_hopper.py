@@ -238,12 +238,15 @@ def main() -> None:
     constants = (0.1, 0.999, 0.001, 6e-10, 0, 0)
     step = torch.zeros(())
     for D in (768, 4096):
-        for what, scaled, dense, norm, tokens in (
-            ("", False, False, False, None), ("-dense-scaled", True, True, False, None),
-            ("-dense-norm", False, True, True, None), ("-flat", False, False, False, i32),
+        for what, scaled, dense, norm, tokens, sign in (
+            ("", False, False, False, None, False),
+            ("-dense-scaled", True, True, False, None, False),
+            ("-dense-norm", False, True, True, None, False),
+            ("-flat", False, False, False, i32, False),
+            ("-sign", False, False, False, None, True),
         ):  # fmt: skip
             flags = {"LAZY": False, "SCALED": scaled, "DENSE": dense, "NORM": norm}
-            flags |= {"COPIES": True, "HEAVY": 64, "DECAYS": scaled}
+            flags |= {"COPIES": True, "HEAVY": 64, "DECAYS": scaled, "SIGN": sign}
             kernel = sparse_adam._encoder_kernel.warmup(
                 i32, i32, f32, bf16, tokens, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32,
                 f32, f32, f32, f32, step, 24576, D, 131072, 32, *constants, 1.0, 1e-9, 0.01,
@@ -252,7 +255,7 @@ def main() -> None:
             report(f"adam-encoder-{D}{what}", kernel)
             kernel = sparse_adam._decoder_kernel.warmup(
                 i32, i32, f32, bf16, tokens, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32,
-                step, D, 32, *constants, 0.01, UNIT_NORM=True, **flags,
+                step, D, 32, *constants, 0.01, UNIT_NORM=True, RENORM=not sign, **flags,
                 **sparse_adam._decoder_blocks(D), grid=(1,),
             )  # fmt: skip
             report(f"adam-decoder-{D}{what}", kernel)

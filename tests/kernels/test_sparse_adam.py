@@ -21,6 +21,7 @@ from flash_sae_dist.kernels.reference import (
     PairGradients,
     PairOrder,
 )
+from flash_sae_dist.training.schedule_free import ScheduleFreeSign
 
 pytest.importorskip("triton")
 from flash_sae_dist.kernels import adam_scalars as small_kernels
@@ -207,6 +208,51 @@ def test_reference_equals_torch_adam_over_300_steps(M: int, scale: float, decay:
     assert rows.copies is not None
     assert torch.equal(rows.copies[0], rows.W_enc.bfloat16())
     assert torch.equal(rows.copies[1], rows.W_dec.bfloat16())
+
+
+def descended(ops: ModuleType, case: Case, steps: int, scale: float) -> list[Tensor]:
+    """Weights and z after steps of sign descent, decoder rows scaled before each."""
+    rows = make_rows(case.F, case.D, torch.float32)
+    z = tuple(t.clone() for t in rows[:3])
+    rows = rows._replace(exp_avg=z, exp_avg_sq=z)
+    options = AdamOptions((0.95, 0.999), scaled=scale != 1, sign=True)
+    for step in range(1, steps + 1):
+        rows.W_dec.div_(rows.W_dec.norm(dim=1, keepdim=True))
+        scalars = scalars_of(step, scale)
+        scalars[1] = 1 / step
+        args = (rows, make_grads(case, step), scalars, torch.tensor(float(step), device=DEVICE))
+        ops.adam_encoder_(*args, options)
+        ops.adam_decoder_(*args, options)
+    assert rows.copies is not None
+    for copy, own in zip(rows.copies, (rows.W_enc, rows.W_dec), strict=True):
+        torch.testing.assert_close(copy.float(), own, rtol=2.0**-7, atol=2.0**-20)
+    return [*rows[:3], *z]
+
+
+SIZES = [Case(21, 20, 9, 2), Case(21, 20, 9, 2, 4, "every-token")]
+SIZES += [pytest.param(Case(512, 768, 1024, 16, 30, "every-token"), marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("ops", [reference, kernels])
+@pytest.mark.parametrize("case", SIZES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_sign_descent_is_the_optimizers(ops: ModuleType, case: Case, scale: float) -> None:
+    """Beside schedule-free sign descent on dense gradients in float64."""
+    rows = make_rows(case.F, case.D, torch.float32)
+    params = [t.double().clone().requires_grad_() for t in rows[:3]]
+    optimizer, W = ScheduleFreeSign(params, LR), params[2].detach()
+    for step in range(1, 6):
+        W.div_(W.norm(dim=1, keepdim=True))
+        enc, bias, dec = dense_of(make_grads(case, step), case.F)
+        dec -= (dec * W).sum(1, keepdim=True) * W
+        for param, grad in zip(params, (enc, bias, dec), strict=True):
+            param.grad = grad
+        optimizer.step()
+    want = [*(p.detach() for p in params), *(optimizer.state[p]["z"] for p in params)]
+    for got, expected in zip(descended(ops, case, 5, scale), want, strict=True):
+        # A gradient near zero has no sign to rounding.
+        wrong = (got.double() - expected).abs() > 1e-5
+        assert wrong.double().mean() < (2e-5 if case.D > 20 else 1e-9)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
