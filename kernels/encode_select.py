@@ -1,5 +1,5 @@
 """Selections of the encoder: a row's limit from its sample, and the exact k largest of its keys and
-lists; or of all of its activations.
+lists; of their parts also those of whole rows (encode_rows.py).
 
 Legend: N tokens, D d_in, F d_sae (of this shard), K k.  Activations are compared as the int32 bits
 of their fp32 value: those order non-negative floats, put NaN above +inf and negative ones, which
@@ -96,12 +96,11 @@ def key_of(bits, latent):
 
 @triton.jit
 def keep_largest(row_keys, num_keys, k, SORT: tl.constexpr, KEYS: tl.constexpr):
-    """Brings the k to SORT largest of a row's keys (all where there are fewer) to their front, KEYS
-    of them held at a time. Returns how many these are, and bits that at least k of them reach."""
+    """Brings the k to SORT largest of a row's keys (all where there are fewer) to their front, and
+    returns how many these are. KEYS of them are held at a time."""
     slot = tl.arange(0, KEYS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
     kept = tl.zeros([], tl.int32)
     at = tl.zeros([], tl.int32)
-    tau = tl.zeros([], tl.int32)
     while at < num_keys:
         # Those that were kept, and the next.
         place = tl.where(slot < kept, slot, at + slot - kept)
@@ -116,7 +115,7 @@ def keep_largest(row_keys, num_keys, k, SORT: tl.constexpr, KEYS: tl.constexpr):
         tl.store(row_keys + _places(keeps), keys, mask=keeps)
         tl.debug_barrier()
         kept = tl.sum(keeps.to(tl.int32))
-    return kept, tau
+    return kept
 
 
 @triton.jit
@@ -131,50 +130,33 @@ def best_keys(row_keys, values_row, indices_row, k, num_keys, POW2: tl.constexpr
 
 
 @triton.jit
-def _row_products(x_row, w_ptr, f, F, D, BLOCK_K: tl.constexpr):
-    """A row's products with the latents f."""
-    depth = tl.arange(0, BLOCK_K)
-    w_rows = w_ptr + tl.minimum(f, F - 1).to(tl.int64)[:, None] * D
-    total = tl.zeros(f.shape, tl.float32)
-    for d0 in range(0, D, BLOCK_K):
-        inside = d0 + depth < D
-        x = tl.load(x_row + d0 + depth, mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(w_rows + (d0 + depth)[None, :], mask=inside[None, :], other=0.0)
-        total += tl.sum(w.to(tl.float32) * x[None, :], 1)
-    return total
-
-
-@triton.jit
 def stream_row(
-    x_row, w_ptr, pre_row, bias_ptr, scale_ptr, row_keys, values_row, indices_row, F, D, k,
-    SORT: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_row, w_ptr, bias_ptr, scale_ptr, row_keys, F, D, k,
+    KEYS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Writes a row's list from all of its activations, one chunk after another: products with
-    W_enc, or those of pre_row. What may be among the k largest is kept as keys, which are cut back
-    whenever they are full; KEYS is at least SORT + CHUNK."""
+    """The exact slow path: all activations of one row in chunks, cut back to k whenever full.
+    Returns how many keys are left."""
+    depth = tl.arange(0, BLOCK_K)
     count = tl.zeros([], tl.int32)
-    limit = tl.full([], -1, tl.int32)
     for f0 in range(0, F, CHUNK):
+        if count + CHUNK > KEYS:
+            count = keep_largest(row_keys, count, k, k, KEYS)
         f = f0 + tl.arange(0, CHUNK)
-        if pre_row is None:
-            v = _row_products(x_row, w_ptr, f, F, D, BLOCK_K)
-        else:
-            # What is read once makes room for what is not read yet.
-            v = tl.load(pre_row + f, mask=f < F, other=0.0, eviction_policy="evict_first")
+        w_rows = w_ptr + tl.minimum(f, F - 1).to(tl.int64)[:, None] * D
+        total = tl.zeros((CHUNK,), tl.float32)
+        for d0 in range(0, D, BLOCK_K):
+            inside = d0 + depth < D
+            x = tl.load(x_row + d0 + depth, mask=inside, other=0.0).to(tl.float32)
+            w = tl.load(w_rows + (d0 + depth)[None, :], mask=inside[None, :], other=0.0)
+            total += tl.sum(w.to(tl.float32) * x[None, :], 1)
         if scale_ptr is not None:
-            v *= tl.load(scale_ptr + f, mask=f < F, other=1.0)
-        v += tl.load(bias_ptr + f, mask=f < F, other=0.0)
-        bits = tl.where(f < F, relu_bits(v), -1)
-        if count + _reaching(bits, limit + 1) > KEYS:
-            count, limit = keep_largest(row_keys, count, k, SORT, KEYS)
-        # Of equal ones the lower latents are there already.
-        keeps = bits > limit
-        to = count + tl.cumsum(keeps.to(tl.int32), 0) - 1
-        tl.store(row_keys + to, key_of(bits, f), mask=keeps)
+            total *= tl.load(scale_ptr + f, mask=f < F, other=1.0)
+        v = total + tl.load(bias_ptr + f, mask=f < F, other=0.0)
+        keys = tl.where(f < F, key_of(relu_bits(v), f), -1)
+        tl.store(row_keys + count + tl.arange(0, CHUNK), keys)
         tl.debug_barrier()
-        count += tl.sum(keeps.to(tl.int32), 0)
-    count, limit = keep_largest(row_keys, count, k, SORT, KEYS)
-    best_keys(row_keys, values_row, indices_row, k, count, SORT)
+        count += CHUNK
+    return keep_largest(row_keys, count, k, k, KEYS)
 
 
 @triton.jit(do_not_specialize=["spread", "rank", "slack", "most"])
@@ -306,7 +288,7 @@ def select_kernel(
     tl.store(row_keys + to, sample, mask=keeps)
     found += tl.sum(keeps.to(tl.int32), 0)
     tl.debug_barrier()
-    found, _ = keep_largest(row_keys, tl.where(short, 0, found), k, SORT, KEYS)
+    found = keep_largest(row_keys, tl.where(short, 0, found), k, SORT, KEYS)
     if (found < k) & (limit == 0) & (not short):
         found = _fill_with_zeros(row_keys, found, k, SORT)
     tl.store(short_ptr + row, (found < k).to(tl.int32))
@@ -336,8 +318,8 @@ def mend_kernel(
             row = first + i
             if tl.load(short_ptr + row, mask=row < N, other=0) > 0:
                 row_keys = (scratch_ptr + row * pitch).to(tl.pointer_type(tl.int64), bitcast=True)
+                x_row = x_ptr + row * D
                 stream_row(
-                    x_ptr + row * D, w_ptr, None, bias_ptr, scale_ptr, row_keys,
-                    values_ptr + row * k, indices_ptr + row * k, F, D, k, SORT, 2 * SORT, CHUNK,
-                    BLOCK_K,
+                    x_row, w_ptr, bias_ptr, scale_ptr, row_keys, F, D, k, 2 * SORT, CHUNK, BLOCK_K
                 )  # fmt: skip
+                best_keys(row_keys, values_ptr + row * k, indices_ptr + row * k, k, k, SORT)

@@ -140,12 +140,14 @@ def portable_encoder(say: Callable[[str, Any], None], num_stages: int, *, fp8: b
         num_warps=8, grid=(1,),
     )  # fmt: skip
     say("mend", kernel)
-    for k in (64, 512):
-        sort, keys, chunk = encode_rows._sizes(1 << 20, k)
-        kernel = encode_rows._rows_kernel.warmup(
-            f32, f32, i64, f32, i32, 1 << 20, k, sort, keys, chunk, num_warps=8, grid=(1,)
-        )
-        say(f"rows-{k}", kernel)
+    for F, k in ((16384, 20), (1 << 20, 64)):
+        sizes = encode_rows.group_sizes(F, k)
+        assert sizes is not None
+        kernel = encode_rows._groups_kernel.warmup(
+            f32, f32, i32, i32, i64, f32, i32, F, F // sizes.size, F, k, sizes.step,
+            sizes.groups_pow2, sizes.size, sizes.k_pow2, num_warps=sizes.num_warps, grid=(1,),
+        )  # fmt: skip
+        say(f"groups-{F}", kernel)
 
 
 def flat_encoder(say: Callable[[str, Any], None]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from flash_sae_dist.kernels import encode_plan, ops, reference
 from flash_sae_dist.kernels.encode_plan import Plan
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 from flash_sae_dist.kernels import encode, encode_filter, encode_rows, encode_select  # noqa: E402
 
 KINDS = [
@@ -219,19 +219,18 @@ def test_nan_and_inf() -> None:
 @interpreted
 @pytest.mark.parametrize("kind", [*KINDS, "nan"])
 @pytest.mark.parametrize(("F", "k"), [(301, 5), (40, 40)])
-def test_selection_from_whole_rows(
-    kind: str, F: int, k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Equal activations, in one chunk and in several, go to the lowest latents."""
-    monkeypatch.setattr(encode_rows, "_CHUNK", 32)
+def test_selection_from_whole_rows(kind: str, F: int, k: int) -> None:
+    """Equal activations, in one group and in several, go to the lowest latents."""
     # A program a row.
     x, W, b = make(kind, 5, 24, F, torch.float32, "cpu")
     pre = x @ W.T
     if kind == "nan":
         pre[2, 7], pre[2, F - 1], pre[3, 30] = torch.nan, torch.inf, -torch.inf
     pre[4, ::3] = 2.5
+    sizes = encode_rows.group_sizes(F, k)
+    assert sizes is not None
     values, indices = torch.empty(5, k), torch.empty(5, k, dtype=torch.int32)
-    encode_rows.select_rows(pre, b, values, indices)
+    encode_rows.select_rows(pre, b, sizes._replace(step=4), values, indices)
     want, want_indices = encode_rows._select((pre + b).relu(), k)
     assert torch.equal(indices, want_indices)
     torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
@@ -239,7 +238,7 @@ def test_selection_from_whole_rows(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_equal_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode_rows, "_BLOCK_BYTES", 7 * (4 * 301 + 8 * 1024))
+    monkeypatch.setattr(encode_rows, "_BLOCK_BYTES", 16 * 301 * 7)
     x, W, b = make(kind, 20, 24, 301, torch.float32, "cpu")
     got, want = encode_rows.topk_encode(x, W, b, 5), reference.topk_encode(x, W, b, 5)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
@@ -257,6 +256,8 @@ class NoKernel:
 def test_rows_keep_to_the_memory_bar(F: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that a block of rows allocates, its kernels left out."""
     k, N = min(k, F), 60_000
+    if encode_rows.group_sizes(F, k) is None:
+        pytest.skip("torch's topk")
     blocks: list[list[int]] = []
     empty = torch.empty
 
@@ -271,13 +272,25 @@ def test_rows_keep_to_the_memory_bar(F: int, k: int, monkeypatch: pytest.MonkeyP
         blocks.append([])
         return counted(x.shape[0], W.shape[0], dtype=torch.float32, device="meta")
 
-    monkeypatch.setattr(encode_rows, "_rows_kernel", NoKernel())
+    monkeypatch.setattr(encode_rows, "_groups_kernel", NoKernel())
     monkeypatch.setattr(encode_rows, "_products", products)
     tensors = [empty(*size, dtype=torch.bfloat16, device="meta") for size in ((N, 64), (F, 64))]
     monkeypatch.setattr(torch, "empty", counted)
     encode_rows.topk_encode(*tensors, empty(F, device="meta"), k)
-    assert all(len(block) == 2 for block in blocks), "pre-activations, keys"
+    assert all(len(block) == 4 for block in blocks), "pre-activations, maxima, slots, keys"
     assert max(map(sum, blocks)) <= 64 << 20
+
+
+def test_sizes_of_the_group_selection() -> None:
+    for F in (1, 300, 2049, 16384, 100_000, 1_048_576):
+        for k in (1, 20, 64, 256, 512):
+            sizes = encode_rows.group_sizes(F, min(k, F))
+            if sizes is not None:
+                assert sizes.size * sizes.groups_pow2 >= F
+                assert sizes.k_pow2 >= min(k, F)
+                assert triton.cdiv(F, sizes.size) >= min(k, F)
+    assert encode_rows.group_sizes(16384, 20) is not None
+    assert encode_rows.group_sizes(1_048_576, 512) is None
 
 
 SHAPES = [
