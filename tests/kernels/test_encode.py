@@ -205,6 +205,23 @@ def test_of_equal_activations_the_lowest_latents_are_taken(seed: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("size", [0.0, 1.0, 1e-40], ids=["any", "equal", "denormal"])
+def test_rows_of_about_k_positive_activations(size: float) -> None:
+    """Fewer, as many and more, in the first latents, the last, or anywhere."""
+    g = torch.Generator().manual_seed(0)
+    F, k, numbers = 317, 5, [0, 1, 4, 5, 6, 11, 60, 317]
+    W = torch.full((F, 3 * len(numbers)), -1.0)
+    for row, number in enumerate(3 * numbers):
+        values = size * torch.randint(1, 3, (number,), generator=g) if size else torch.rand(number)
+        places = [torch.arange(number), torch.arange(F - number, F), torch.randperm(F)[:number]]
+        W[places[row // len(numbers)], row] = values
+    x, b = torch.eye(W.shape[1]), torch.zeros(F)
+    got, want = by_filter(x, W, b, k, SMALL), reference.topk_encode(x, W, b, k)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+
+
+@interpreted
 def test_nan_and_inf() -> None:
     x, W, b = make("normal", 4, 24, 301, torch.float32, "cpu")
     x[0, 0], b[7] = torch.nan, torch.inf

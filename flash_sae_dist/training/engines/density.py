@@ -19,11 +19,9 @@ logger = logging.getLogger(__name__)
 # Pre-activations of a block [n, F]: about ten such tensors of float32 are alive at once.
 BLOCK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 # Mean L0 as a share of the latents above which steps become dense, and below which sparse again.
-# CPU: both take as long at 5% (`flash-sae bench density --cpu`, docs/architectures.md). GPU: an
-# estimate, not measured. A pair is gathered four times (decode, its gradient, both weights'
-# gradients), 2 D bytes each at 4 TB/s; a dense one costs four more products of 2 D flops at 790
-# TFLOP/s and 50 bytes of [N, F] tensors: they meet at 0.5% + 6 / D, 0.7% at D = 4096, and lists
-# have to be ordered beside.
+# Measured by `flash-sae bench density` (docs/architectures.md): both take as long at 5% on a CPU,
+# at 2.7% and 1.2% on an H200 (D = 768 and 4096). A pair is gathered four times, 2 D bytes each; a
+# dense one costs four more products of 2 D flops and 50 bytes of [N, F] tensors.
 SHARES = {"cpu": (0.1, 0.05), "cuda": (0.02, 0.01)}
 # Steps between looks at L0 while steps are sparse; the host waits for the device there.
 LOOK_EVERY_STEPS = 100
