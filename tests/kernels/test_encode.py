@@ -212,8 +212,11 @@ def test_rows_of_about_k_positive_activations(size: float) -> None:
     F, k, numbers = 317, 5, [0, 1, 4, 5, 6, 11, 60, 317]
     W = torch.full((F, 3 * len(numbers)), -1.0)
     for row, number in enumerate(3 * numbers):
-        values = size * torch.randint(1, 3, (number,), generator=g) if size else torch.rand(number)
-        places = [torch.arange(number), torch.arange(F - number, F), torch.randperm(F)[:number]]
+        values = torch.rand(number, generator=g)
+        if size:
+            values = size * torch.randint(1, 3, (number,), generator=g)
+        anywhere = torch.randperm(F, generator=g)[:number]
+        places = [torch.arange(number), torch.arange(F - number, F), anywhere]
         W[places[row // len(numbers)], row] = values
     x, b = torch.eye(W.shape[1]), torch.zeros(F)
     got, want = by_filter(x, W, b, k, SMALL), reference.topk_encode(x, W, b, k)

@@ -1,7 +1,7 @@
 """The quick starts of tests/peers/scripts at a larger shape, each on its library and with one
 import line changed, timed on one GPU.
 
-    PYTHONPATH=. python tests/peers/speed.py [--shape N-D-F-k] [--steps 60] [--json FILE]
+    PYTHONPATH=. python tests/peers/speed.py [--shape N-D-F-k] [--steps 64] [--json FILE]
 
 Every library has to be installed. A row is a script (a small model of random bfloat16 weights
 included), or a trainer fed with rows from the GPU's memory; no latent is dead yet. Outside the
