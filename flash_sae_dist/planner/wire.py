@@ -46,16 +46,16 @@ def batch_sent(work: Work, num_shards: int, num_replicas: int) -> list[Sent]:
     return [Sent("batch", "all_gather", "shards", 1, rows * work.d_in * work.row_bytes)]
 
 
-def _selection(work: Work, n: int, P: int, passes: int) -> list[Sent]:
-    """Which candidates are active, in so many passes over n tokens."""
+def _selection(work: Work, n: int, P: int, passes: int, nested: int) -> list[Sent]:
+    """Which candidates are active, in so many passes over n tokens; nested is how often the token
+    rule looks among them where reconstructions are.
+    """
     wide, parts = work.master, work.train.micro_batches
     calls = passes * parts
     if work.rule == "threshold":
         return []
     if work.rule == "token":
-        # Of nested reconstructions the smaller is found among them again: in a step for its level
-        # and for what counts as active, before AuxK's loss for the latter.
-        times = passes if work.levels == 1 else 2 * passes + 1
+        times = passes if work.levels == 1 else nested
         # An index travels as wide as the value beside it.
         size = times * n * work.slots(P) * 2 * wide
         return [Sent("candidates", "all_gather", "shards", times * parts, size)]
@@ -69,21 +69,15 @@ def _selection(work: Work, n: int, P: int, passes: int) -> list[Sent]:
 
 def _pairs(work: Work, n: int, P: int, R: int) -> list[Sent]:
     """What each pair adds to its latent's gradients: its index and two coefficients, in a flat list
-    its token too; with nested reconstructions rows for each, and the row of each pair.
+    its token too, with nested reconstructions its row of their residuals.
     """
     wide, F = work.master, work.d_sae // P
     slots = n * work.slots(P, R)
-    size = slots * (3 if work.rule == "token" else 4) * wide
-    found = [Sent("pairs", "all_gather", "replicas", 1, size)]
+    columns = 3 + (work.rule != "token") + (work.levels > 1)
+    found = [Sent("pairs", "all_gather", "replicas", 1, slots * columns * wide)]
     if work.levels == 1 and not work.pairwise:
         return found
-    rows = work.levels * n * work.d_in * work.compute.itemsize
-    return [
-        *found,
-        Sent("pairs' rows", "all_gather", "replicas", 1, slots * _COUNT),
-        Sent("rows of nested residuals", "all_gather", "replicas", 1, rows),
-        Sent("latents that fired", "all_reduce", "replicas", 1, 4 * F),
-    ]
+    return [*found, Sent("latents that fired", "all_reduce", "replicas", 1, 4 * F)]
 
 
 def _fused(work: Work, P: int, R: int, M: int, selects: bool) -> list[Sent]:
@@ -91,12 +85,15 @@ def _fused(work: Work, P: int, R: int, M: int, selects: bool) -> list[Sent]:
     D, wide, narrow = work.d_in, work.master, work.compute.itemsize
     clips = work.train.grad_clip is not None
     found = [
-        *_selection(work, n, P, 1),
+        # A nested reconstruction's latents are found among the others'.
+        *_selection(work, n, P, 1, 2),
         Sent("reconstruction", "all_reduce", "shards", parts, work.levels * n * D * wide),
         Sent("gradient of b_dec, L0", "all_reduce", "shards", 2, (D + 1) * wide),
         Sent("norm of the gradient", "all_reduce", "shards", int(clips), 2 * wide * clips),
         *_pairs(work, n, P, R),
-        Sent("rows of x and of the residual", "all_gather", "replicas", 2, 2 * n * D * narrow),
+        Sent(
+            "rows of x, residuals", "all_gather", "replicas", 2, (1 + work.levels) * n * D * narrow
+        ),
         Sent("variance, metrics", "all_reduce", "replicas", 2, (D + 1 + 4) * wide),
     ]
     return found + _dead(work, n, M, selects) if M else found
@@ -136,7 +133,8 @@ def _autograd(work: Work, P: int, R: int, M: int, selects: bool) -> list[Sent]:
     passes, b_dec = 2 if M else 1, parts * D * wide
     recons = work.levels + passes - 1
     found = [
-        *_selection(work, n, P, passes),
+        # For the levels and for what counts as active; before AuxK's loss for the latter.
+        *_selection(work, n, P, passes, 2 * passes + 1),
         Sent("reconstruction", "all_reduce", "shards", recons * parts, recons * n * D * wide),
         Sent("gradient of b_dec", "all_reduce", "shards", passes * parts, passes * b_dec),
         Sent("L0", "all_reduce", "shards", 1, wide),
