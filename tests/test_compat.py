@@ -537,3 +537,21 @@ def test_tokens_of_a_sparsify_run(model: Path, tmp_path: Path, form: str | None)
     data.set_transform(lambda rows: {"input_ids": [[1, 2]] * len(rows["input_ids"])})
     trainer.dataset = data
     assert torch.cat(list(trainer._batches())).tolist() == [[1, 2]] * 10, "a user's own form"
+
+
+def test_sign_descent_begins_where_the_weights_are(model: Path, tmp_path: Path) -> None:
+    """Also where they are set after the trainer was made."""
+    data = Dataset.from_dict({"input_ids": (torch.arange(60).view(10, 6) % 50).tolist()})
+    cfg = sp.TrainConfig(
+        sp.SaeConfig(num_latents=16, k=2), batch_size=4, layers=[1], log_to_wandb=False,
+        save_dir=str(tmp_path), lr=1e-9,
+    )  # fmt: skip
+    trainer = sp.Trainer(cfg, data, AutoModelForCausalLM.from_pretrained(model))
+    (stepper,) = trainer.steppers.values()
+    (coder,) = trainer.saes.values()
+    with torch.no_grad():
+        coder.encoder.weight.add_(3.0)
+    want = coder.encoder.weight.clone()
+    for _ in range(5):
+        stepper.step(torch.randn(8, coder.d_in))
+    torch.testing.assert_close(coder.encoder.weight, want, rtol=0, atol=1e-5)

@@ -277,7 +277,7 @@ class _Fused:
             micro_batches=cfg.micro_acc_steps,
         )  # fmt: skip
         self.coder, self.training = coder, FusedTraining(coder.sae, recipe, _compute_dtype(coder))
-        self.optimizer = self.training.optimizer
+        self.optimizer, self.goes_on = self.training.optimizer, False
         warmup = cfg.lr_warmup_steps
 
         def factor(step: int) -> float:
@@ -293,17 +293,15 @@ class _Fused:
         """One step; the loss stays on the device."""
         if self.sign:
             self.coder.set_decoder_norm_to_unit_norm()
+            if self.training.steps == 0 and not self.goes_on:
+                # Weights may have been set since the optimizer was made.
+                for param, state in self.optimizer.state.items():
+                    state["exp_avg"].copy_(param)
         if self.sign or self.training.steps == 0:
             self.training.refresh()
         fvu = self.training.step(x).fvu
         self.scheduler.step()
         return fvu
-
-    def begin(self) -> None:
-        """Takes in weights that were changed before the first step."""
-        if self.sign:
-            for param, state in self.optimizer.state.items():
-                state["exp_avg"].copy_(param)
 
     def swap(self, *, to_average: bool) -> None:
         """Puts what is saved in the weights' place, and back; Adam saves them as they are."""
@@ -425,7 +423,6 @@ class Trainer:
     def _centre(self, rows: dict[str, Tensor]) -> None:
         for name, coder in self.saes.items():
             coder.b_dec.copy_(rows[name.partition("/")[0]].mean(0))
-            self.steppers[name].begin()
 
     def _logger(self) -> Any:
         if not self.cfg.log_to_wandb:
@@ -470,6 +467,7 @@ class Trainer:
             state = torch.load(file, map_location=place, weights_only=True)
             stepper.optimizer.load_state_dict(state["optimizer"])
             stepper.swap(to_average=False)
+            stepper.goes_on = True
             stepper.scheduler.load_state_dict(state["lr_scheduler"])
             stepper.training.dead.tokens_since_fired.copy_(state["tokens_since_fired"])
 
