@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from flash_sae_dist.config.base import ConfigError
@@ -19,7 +20,7 @@ from flash_sae_dist.models import ARCHITECTURES, load_sae
 from flash_sae_dist.models.base import SparseCoder
 from flash_sae_dist.models.batch_topk import BatchTopK
 from flash_sae_dist.models.crosscoder import CrosscoderConfig
-from flash_sae_dist.models.jumprelu import JumpReLU
+from flash_sae_dist.models.jumprelu import JumpReLU, JumpReLUConfig
 from flash_sae_dist.models.matryoshka import MatryoshkaConfig
 from flash_sae_dist.parallel.mesh import Mesh
 from flash_sae_dist.training.defaults import with_defaults
@@ -44,6 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gated": ("gated", {"l1_coefficient": 2.0}),
     "jumprelu": ("jumprelu", {"sparsity_coefficient": 0.05, **JUMP}),
     "jumprelu_target": ("jumprelu", {"sparsity": "target", "target_l0": 6.0, **JUMP}),
+    "jumprelu_start": ("jumprelu", {"sparsity": "target", "target_l0": 6.0, "bandwidth": 0.5}),
     "jumprelu_quadratic": (
         "jumprelu",
         {"sparsity": "quadratic", "target_l0": 6.0, "sparsity_coefficient": 0.01, **JUMP},
@@ -271,6 +273,52 @@ def test_a_stream_is_not_told_to_hold_rows_out(caplog: pytest.LogCaptureFixture)
     assert "train.holdout" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("keys", "count"),
+    [
+        ({"sparsity": "target", "target_l0": 5.0}, 10),
+        ({"sparsity": "quadratic", "target_l0": 5.0}, 10),
+        ({"initial_l0": 7.0}, 7),
+        ({"initial_l0": 7.0, "sparsity": "target", "target_l0": 5.0}, 7),
+        ({"initial_l0": 1e3}, None),  # more than there are above the least threshold
+        ({"initial_threshold": 0.01}, None),
+        ({"sparsity": "tanh", "initial_threshold": 0.01}, None),
+    ],
+)
+def test_jumprelu_begins_with_few_active_latents(keys: dict[str, Any], count: int | None) -> None:
+    sae = JumpReLUConfig(d_sae=D_SAE, **keys)
+    cfg = ENGINES["auto"](
+        num_tokens=BATCH, batch_tokens=BATCH, precision="float64", encoder_scale="unit"
+    )
+    t = started(sae, cfg, Mesh.single())
+    t.init_b_dec(batch(0))
+    threshold = t.sae.state_dict()["threshold"]
+    assert len(threshold.unique()) == 1
+    if count is None:
+        assert threshold[0].item() == pytest.approx(0.01 * 2)
+        return
+    reached = t.sae.dense_candidates(batch(0)).values >= threshold
+    assert reached.sum(dim=1).median() == count
+
+
+@pytest.mark.parametrize("case", ["jumprelu_start", "jumprelu"])
+def test_resampled_jumprelu_latents_begin_where_others_are(case: str) -> None:
+    sae = copy.deepcopy(trained(case, "fused")[0].sae)
+    assert isinstance(sae, JumpReLU)
+    mask = torch.zeros(D_SAE, dtype=torch.bool)
+    mask[[3, 40]] = True
+    living = sae.threshold.detach()[~mask].clone()
+    sae.restart_(mask)
+    want = living.mean() if case == "jumprelu_start" else torch.tensor(0.3 * 2.0)
+    assert sae.threshold[mask].tolist() == pytest.approx([float(want)] * 2)
+    assert torch.equal(sae.threshold[~mask], living)
+
+
+def test_both_starts_of_jumprelu_are_refused() -> None:
+    with pytest.raises(ValidationError, match="sae.initial_l0=5 and sae.initial_threshold=0.1"):
+        JumpReLUConfig(d_sae=D_SAE, initial_l0=5, initial_threshold=0.1)
+
+
 def test_jumprelu_thresholds_begin_in_the_datas_units_and_stay_positive() -> None:
     t = training("jumprelu")
     run(t, range(1))
@@ -289,7 +337,7 @@ def test_jumprelu_thresholds_begin_in_the_datas_units_and_stay_positive() -> Non
 
 def test_training_does_not_depend_on_the_datas_scale() -> None:
     """Coefficients, windows and thresholds are told in units of the data."""
-    for case in ("relu", "jumprelu", "jumprelu_tanh", "batch_topk"):
+    for case in ("relu", "jumprelu", "jumprelu_start", "jumprelu_tanh", "batch_topk"):
         t = training(case)
         small = SAETraining(t.sae.config, t.cfg, D_IN, Mesh.single(), CPU, rms=2.0 / 64)
         timer = PhaseTimer(CPU, enabled=False)

@@ -338,8 +338,8 @@ FIELDS = {
     "sae": (
         "architecture d_sae expansion_factor input_norm skip k search threshold_decay "
         "threshold_start prefix_widths prefix_losses sparsity sparsity_coefficient sparsity_warmup "
-        "target_l0 tanh_scale bandwidth initial_threshold ste_to_input pre_act_coefficient "
-        "l1_coefficient decoder_norms"
+        "target_l0 tanh_scale bandwidth initial_threshold initial_l0 ste_to_input "
+        "pre_act_coefficient l1_coefficient decoder_norms"
     ),
     "train": (
         "hookpoint target source loss fvu_coef buffer_tokens num_tokens batch_tokens optimizer "

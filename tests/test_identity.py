@@ -618,8 +618,8 @@ OTHER: dict[str, Any] = {
     "sae.threshold_decay": 0.5, "sae.threshold_start": 5, "sae.prefix_widths": [4, 9],
     "sae.prefix_losses": "sum", "sae.sparsity": "tanh", "sae.sparsity_coefficient": 0.5,
     "sae.sparsity_warmup": 0.5, "sae.target_l0": 9.0, "sae.tanh_scale": 2.0,
-    "sae.bandwidth": 0.5, "sae.initial_threshold": 0.5, "sae.ste_to_input": True,
-    "sae.pre_act_coefficient": 0.5, "sae.l1_coefficient": 0.5,
+    "sae.bandwidth": 0.5, "sae.initial_threshold": 0.5, "sae.initial_l0": 5.0,
+    "sae.ste_to_input": True, "sae.pre_act_coefficient": 0.5, "sae.l1_coefficient": 0.5,
     "sae.decoder_norms": "whole",
 }  # fmt: skip
 # What a key has to stand beside.
@@ -628,7 +628,9 @@ NEEDED: dict[str, Any] = {
     **{f"sae.threshold_{key}": {"sae.architecture": "batch_topk"} for key in ("decay", "start")},
     **{f"sae.prefix_{key}": {"sae.architecture": "matryoshka"} for key in ("widths", "losses")},
     **{f"sae.sparsity{key}": JUMP for key in ("", "_coefficient", "_warmup")},
-    **{f"sae.{key}": JUMP for key in ("tanh_scale", "bandwidth", "initial_threshold")},
+    **{
+        f"sae.{key}": JUMP for key in ("tanh_scale", "bandwidth", "initial_threshold", "initial_l0")
+    },
     **{f"sae.{key}": JUMP for key in ("ste_to_input", "pre_act_coefficient")},
     "sae.target_l0": {**JUMP, "sae.sparsity": "target", "sae.target_l0": 8.0},
     # Both begin with unit rows where that is left out.

@@ -228,7 +228,9 @@ def test_the_learning_rate_of_a_budget() -> None:
 
 
 @pytest.mark.parametrize("engine", ["fused", "autograd"])
-@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka", "multi_topk"])
+@pytest.mark.parametrize(
+    "architecture", ["topk", "batch_topk", "matryoshka", "multi_topk", "jumprelu"]
+)
 def test_the_encoder_starts_at_the_scale_of_least_squares(engine: str, architecture: str) -> None:
     made = []
     for scale in ("unit", "least_squares"):
@@ -236,8 +238,9 @@ def test_the_encoder_starts_at_the_scale_of_least_squares(engine: str, architect
             engine=engine, num_tokens=BATCH, batch_tokens=BATCH, precision="float64",
             encoder_scale=scale,
         )  # fmt: skip
-        kind = ARCHITECTURES[architecture]
-        t = SAETraining(kind.Config(k=K, d_sae=D_SAE), cfg, D_IN, Mesh.single(), CPU)
+        keys = {"initial_l0": K} if architecture == "jumprelu" else {"k": K}
+        sae = ARCHITECTURES[architecture].Config.model_validate({"d_sae": D_SAE, **keys})
+        t = SAETraining(sae, cfg, D_IN, Mesh.single(), CPU)
         t.init_b_dec(batch(0))
         made.append(t.sae)
     unit, scaled = made
@@ -245,6 +248,9 @@ def test_the_encoder_starts_at_the_scale_of_least_squares(engine: str, architect
     torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio))
     torch.testing.assert_close(scaled.W_dec, unit.W_dec)
     assert 0.1 < float(ratio[0, 0]) < 0.99, "unit rows of few dimensions overshoot"
+    if architecture == "jumprelu":
+        moved = scaled.state_dict()["threshold"] / unit.state_dict()["threshold"]
+        torch.testing.assert_close(moved, ratio[:, 0])
     # The best scale of least squares: the error is orthogonal to the reconstruction.
     x = batch(0)
     found = scaled.main_codes(scaled.activate(scaled.candidates(x)))
@@ -257,6 +263,7 @@ def test_an_encoder_that_cannot_be_scaled_is_refused() -> None:
     cfg = FusedTrainConfig(num_tokens=9, encoder_scale="least_squares")
     for config, given, word in (
         (ReLUConfig(d_sae=D_SAE), cfg, "active above a threshold"),
+        (JumpReLUConfig(d_sae=D_SAE, initial_threshold=0.1), cfg, "active above a threshold"),
         (TopKCrosscoderConfig(k=K, d_sae=D_SAE), cfg, "crosscoders such as"),
         (TopKConfig(k=K, d_sae=D_SAE), cfg.model_copy(update={"target": "y"}), "begins at zero"),
         (TopKConfig(k=K, d_sae=D_SAE), cfg.model_copy(update={"init_from": "x"}), "is given"),

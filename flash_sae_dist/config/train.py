@@ -156,10 +156,10 @@ class TrainConfig(StrictModel):
     num_replicas: int = Field(default=1, gt=0)
     """Copies of the sharded SAE that split each batch."""
     encoder_scale: Literal["unit", "least_squares"] | None = None
-    """Norm of the encoder's rows at the start, for latents that are chosen by rank (the TopK
-    family). unit: 1, as the decoder's. least_squares: the one at which the first batch's
-    reconstruction is neither too long nor too short, in the sense of least squares. Left out,
-    least_squares for SAEs of the TopK family that begin from random weights, else unit."""
+    """Norm of the encoder's rows at the start, where few latents are active then (the TopK family;
+    jumprelu by sae.initial_l0). unit: 1, as the decoder's. least_squares: the one at which the
+    first batch's reconstruction is neither too long nor too short, in the sense of least squares.
+    Left out, least_squares for such SAEs that begin from random weights, else unit."""
     init_from: Folder | None = None
     """SAE to begin from in place of random weights: a file or folder of any format that
     `flash-sae convert` knows, or owner/name of the hub. The section sae says its architecture and

@@ -22,7 +22,7 @@ from ..kernels.reference import Codes as Codes
 from ..kernels.reference import Pairs as Pairs
 from ..kernels.reference import Slots as Slots
 from ..parallel import agree
-from ..parallel.collectives import feed_shards, sum_over_shards
+from ..parallel.collectives import all_reduce_, feed_shards, sum_over_shards
 from ..parallel.mesh import Mesh
 from .about import About
 from .initial import unit_rows_
@@ -151,6 +151,12 @@ class SparseCoder(Interventions):
         """Why the fused engine cannot train it, to be logged; None where it can."""
         del config
         return None
+
+    @classmethod
+    def starts_dense(cls, config: SAEConfig) -> bool:
+        """Whether about half of its latents are active at the start."""
+        del config
+        return False
 
     @classmethod
     def scaled_penalty(cls, config: SAEConfig) -> str | None:
@@ -301,6 +307,11 @@ class SparseCoder(Interventions):
         self.b_dec.copy_(y.mean(dim=0))
         self.b_enc.copy_(-self.W_enc @ x.mean(dim=0))
 
+    @torch.no_grad()
+    def scale_encoder_(self, factor: Tensor) -> None:
+        """Multiplies the pre-activations of the start by a scalar."""
+        self.W_enc.mul_(factor)
+
     def set_unit(self, unit: float) -> None:
         """Tells the root mean square of the elements of the data that is trained on."""
 
@@ -320,9 +331,18 @@ class SparseCoder(Interventions):
     @torch.no_grad()
     def restart_(self, mask: Tensor) -> None:
         """Puts parameters of resampled latents [d_sae_local] bool, other than the matrices, back to
-        their start.
+        their start. Collective over the shards.
         """
         self.b_enc[mask] = 0
+
+    def mean_of_living(self, rows: Tensor, mask: Tensor) -> Tensor:
+        """The mean of rows [d_sae_local] over all latents that mask leaves out, 0 where there are
+        none. Collective over the shards.
+        """
+        living = ~mask
+        sums = torch.stack([rows[living].sum(), living.sum().to(rows.dtype)])
+        all_reduce_(sums, self.mesh.shard_group, self.mesh.num_shards)
+        return sums[0] / sums[1].clamp_min(1)
 
     def for_moved_input(self, weights: dict[str, Tensor], moved: Tensor) -> dict[str, Tensor]:
         """Weights of a transcoder that give for inputs x what these give for x - mean, where moved

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..config.sae import SAEConfig
+from ..kernels import ops
+from ..parallel.collectives import all_gather
 from .base import Codes
 from .sparsity import Batch, Edges, jump, step
 from .threshold import NEVER, ThresholdCoder, encode_above
@@ -38,6 +40,11 @@ _USUAL = {
 }
 
 
+# Trials: docs/notes/quality.md.
+_FIRST_L0 = 64.0
+_FIRST_TOKENS = 4096
+
+
 class JumpReLUConfig(SAEConfig):
     """JumpReLU sparse autoencoder."""
 
@@ -62,8 +69,12 @@ class JumpReLUConfig(SAEConfig):
     """Width of the window in which pre-activations give thresholds gradients, for rows of norm
     sqrt(d_in); left out 0.05 (SAELens's, near DeepMind's), with tanh 2 (Anthropic's)."""
     initial_threshold: float | None = Field(default=None, gt=0)
-    """Threshold at the start, for rows of norm sqrt(d_in); left out 0.01 (SAELens's), with tanh 0.1
-    (Anthropic's)."""
+    """Threshold at the start, for rows of norm sqrt(d_in); left out that of initial_l0, with tanh
+    0.1 (Anthropic's). SAELens's is 0.01, at which half of the latents are active."""
+    initial_l0: float | None = Field(default=None, ge=1)
+    """Active latents at the start of the first batch's median token, by one threshold for all
+    latents in place of initial_threshold; left out 2 target_l0, with l0 64. A short run that has
+    to come down from half of the latents ends with too many."""
     ste_to_input: bool | None = None
     """Whether pre-activations in the window get the opposite of the threshold's gradient; left out,
     with tanh alone (Anthropic's)."""
@@ -82,7 +93,19 @@ class JumpReLUConfig(SAEConfig):
                 f"sae.target_l0={self.target_l0} says nothing of sae.sparsity={self.sparsity!r}; "
                 "set sae.sparsity=target, or drop it"
             )
+        if self.initial_l0 is not None and self.initial_threshold is not None:
+            raise ValueError(
+                f"sae.initial_l0={self.initial_l0:g} and sae.initial_threshold="
+                f"{self.initial_threshold:g} both say where thresholds begin; drop one"
+            )
         return self
+
+    def l0_at_start(self) -> float | None:
+        """`initial_l0`, or what it stands for; None where thresholds begin at a given number."""
+        given = self.initial_l0
+        if given is not None or self.initial_threshold is not None or self.sparsity == "tanh":
+            return given
+        return _FIRST_L0 if self.target_l0 is None else 2 * self.target_l0
 
     def usual(self, key: str) -> Any:
         """A key's value, or what is usual with this sparsity loss."""
@@ -129,6 +152,12 @@ class JumpReLU(ThresholdCoder):
         return None
 
     @classmethod
+    def starts_dense(cls, config: SAEConfig) -> bool:
+        """See SparseCoder."""
+        assert isinstance(config, JumpReLUConfig)
+        return config.l0_at_start() is None
+
+    @classmethod
     def scaled_penalty(cls, config: SAEConfig) -> str | None:
         """See SparseCoder."""
         assert isinstance(config, JumpReLUConfig)
@@ -156,6 +185,24 @@ class JumpReLU(ThresholdCoder):
         """See SparseCoder."""
         super().begin_(x, y, unit)
         self.threshold.fill_(self.config.usual("threshold") * unit)
+        if (l0 := self.config.l0_at_start()) is not None:
+            self.threshold.clamp_(min=self._reached_by(round(l0), x[:_FIRST_TOKENS]))
+
+    def _reached_by(self, number: int, x: Tensor) -> Tensor:
+        """The pre-activation that so many latents of the median token of x reach. Collective over
+        the shards.
+        """
+        k, b_dec = min(number, self.d_sae), self.fed_centre()
+        own = min(k, self.d_sae_local)
+        found, _ = ops.topk_encode(x, self.compute(self.W_enc), self.b_enc, own, b_dec=b_dec)
+        everyone = all_gather(found, self.mesh.shard_group, self.mesh.num_shards)
+        return everyone.movedim(0, 1).flatten(1).topk(k, dim=1).values[:, -1].median()
+
+    @torch.no_grad()
+    def scale_encoder_(self, factor: Tensor) -> None:
+        """See SparseCoder: thresholds with it."""
+        super().scale_encoder_(factor)
+        self.threshold.mul_(factor)
 
     @torch.no_grad()
     def project_(self) -> tuple[str, ...]:
@@ -167,7 +214,11 @@ class JumpReLU(ThresholdCoder):
     def restart_(self, mask: Tensor) -> None:
         """See SparseCoder."""
         super().restart_(mask)
-        self.threshold[mask] = self.config.usual("threshold") * self.unit
+        first = self.threshold.new_tensor(self.config.usual("threshold") * self.unit)
+        if self.config.l0_at_start() is not None:
+            # Half of all tokens would exceed the least threshold.
+            first = torch.maximum(first, self.mean_of_living(self.threshold, mask))
+        self.threshold[mask] = first
 
     def encode_rows(self, x: Tensor) -> Codes:
         """See SparseCoder."""

@@ -8,7 +8,6 @@ from ..config.base import ConfigError, sources_of
 from ..config.sae import SAEConfig
 from ..config.train import TrainConfig
 from ..models import ARCHITECTURES
-from ..models.base import SparseCoder
 from ..models.crosscoder import Crosscoder, CrosscoderConfig
 from .optim import budget_lr, default_lr, optimizer_lr
 
@@ -43,13 +42,13 @@ def with_defaults(train: _Train, sae: SAEConfig, d_in: int) -> _Train:
         raise ConfigError(
             "sae.skip=True is of transcoders alone; name their target as train.target, or drop it"
         )
-    _check_start(train, kind, sae.architecture)
+    _check_start(train, sae)
     decay = {"adamw": 0.01, "muon": 0.0}.get(train.optimizer)
     return train.model_copy(
         update={
             "lr": usual_lr(train, sae, d_in),
             "weight_decay": decay if train.weight_decay is None else train.weight_decay,
-            "encoder_scale": train.encoder_scale or _usual_scale(train, kind),
+            "encoder_scale": train.encoder_scale or _usual_scale(train, sae),
             "adam_betas": usual.adam_betas if train.adam_betas is None else train.adam_betas,
             "dead_latents": usual.dead_latents if chosen is None else chosen,
         }
@@ -112,25 +111,26 @@ def usual_lr(train: TrainConfig, sae: SAEConfig, d_in: int) -> float:
     return budget_lr(d_sae, -(-train.num_tokens // train.batch_tokens), own, lr_steps)
 
 
-def _usual_scale(train: TrainConfig, kind: type[SparseCoder]) -> Literal["unit", "least_squares"]:
-    return "unit" if _not_scaled(train, kind) else "least_squares"
+def _usual_scale(train: TrainConfig, sae: SAEConfig) -> Literal["unit", "least_squares"]:
+    return "unit" if _not_scaled(train, sae) else "least_squares"
 
 
-def _not_scaled(train: TrainConfig, kind: type[SparseCoder], architecture: str = "") -> str | None:
+def _not_scaled(train: TrainConfig, sae: SAEConfig) -> str | None:
     """What train.encoder_scale does not scale; None where it does."""
+    kind = ARCHITECTURES[sae.architecture]
     if train.init_from is not None:
         return f"train.init_from={train.init_from!r}, whose encoder is given"
     if train.target is not None:
         return f"train.target={train.target!r}: a transcoder's decoder begins at zero"
     if issubclass(kind, Crosscoder):
-        return f"crosscoders such as sae.architecture={architecture!r}"
-    if kind.is_pairwise:
+        return f"crosscoders such as sae.architecture={sae.architecture!r}"
+    if kind.starts_dense(sae):
         return "latents that are active above a threshold, of which half are at the start"
     return None
 
 
-def _check_start(train: TrainConfig, kind: type[SparseCoder], architecture: str) -> None:
+def _check_start(train: TrainConfig, sae: SAEConfig) -> None:
     """Raises ConfigError where train.encoder_scale scales nothing."""
-    what = _not_scaled(train, kind, architecture)
+    what = _not_scaled(train, sae)
     if train.encoder_scale == "least_squares" and what is not None:
         raise ConfigError(f"train.encoder_scale={train.encoder_scale!r} is not for {what}; drop it")

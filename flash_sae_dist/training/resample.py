@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..models.base import SparseCoder
 from ..models.dead_latents import DeadLatents
 from ..parallel import collectives
 from .engines.base import Engine
@@ -57,16 +56,10 @@ def resample_(
     mine = chosen[before : before + int(counts[mesh.shard])].to(x.device)
     directions = torch.nn.functional.normalize(x[mine] - sae.b_dec, dim=1)
     sae.W_dec[mask] = directions
-    sae.W_enc[mask] = directions * (_ENCODER_SCALE * _mean_living_norm(sae, mask))
+    norm = sae.mean_of_living(sae.W_enc.norm(dim=1), mask)
+    sae.W_enc[mask] = directions * (_ENCODER_SCALE * norm)
     sae.restart_(mask)
     engine.forget_(mask)
     engine.refresh_()
     dead.tokens_since_fired.masked_fill_(mask, 0)
     return total
-
-
-def _mean_living_norm(sae: SparseCoder, mask: Tensor) -> Tensor:
-    living = ~mask
-    sums = torch.stack([sae.W_enc.norm(dim=1)[living].sum(), living.sum().to(sae.W_enc.dtype)])
-    collectives.all_reduce_(sums, sae.mesh.shard_group, sae.mesh.num_shards)
-    return sums[0] / sums[1].clamp_min(1)

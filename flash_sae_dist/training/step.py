@@ -196,7 +196,7 @@ class SAETraining:
 
     @torch.no_grad()
     def _scale_encoder(self, x: Tensor) -> None:
-        """Scales W_enc so that the reconstruction of the first batch is as long as fits best.
+        """Scales the encoder so that the reconstruction of the first batch is as long as fits best.
         Collective over the members.
         """
         sae, mesh = self.sae, self.mesh
@@ -205,7 +205,7 @@ class SAETraining:
         collectives.all_reduce_(sums, mesh.replica_group, mesh.num_replicas)
         scale = sums[0] / sums[1]
         # Rows that are all alike have no direction to reconstruct.
-        sae.W_enc.mul_(torch.where(scale.isfinite() & (scale > 0), scale, 1.0))
+        sae.scale_encoder_(torch.where(scale.isfinite() & (scale > 0), scale, 1.0))
 
     @torch.no_grad()
     def _into_units(self) -> None:

@@ -22,12 +22,14 @@ CASES = {
         *("relu_crosscoder-autograd-1", "batch_topk_crosscoder-autograd-2"),
         *("jumprelu_target-fused-1-dense", "gated-autograd-2-dense"),
         *("transcoder_jumprelu+adamw-fused-1-dense", "topk+adamw-fused-1"),
+        "jumprelu_start-fused-1",
         *("topk+muon-autograd-1", "gated+muon-autograd-2", "topk+signum-autograd-1"),
     ],
     4: [
         *("batch_topk-fused-2", "matryoshka-fused-4", "multi_topk-fused-2"),
         *("jumprelu_target-fused-2", "gated-autograd-2", "batch_topk_crosscoder-fused-2"),
         *("relu-fused-2-dense", "transcoder_topk-fused-2", "topk+muon-autograd-2"),
+        "jumprelu_start-fused-2",
     ],
 }
 
