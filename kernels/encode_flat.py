@@ -47,8 +47,9 @@ from .reference_encode import Pairs
 from .shapes import cdiv, next_power_of_2, num_programs
 
 _STATE = 16  # numbers on the device
-# Rows of a dense tile, its latents; parts of a row that programs share. Rows with keys a program.
-_ROWS, _COLS, _SPANS = 16, 32, 64
+# Rows of a dense tile, its latents, the width of its products; parts of a row that programs share,
+# and these a multiprocessor. Rows with keys a program.
+_ROWS, _COLS, _DEPTH, _SPANS, _WORKERS = 16, 64, 64, 128, 4
 _TOKENS = 8
 
 
@@ -155,14 +156,14 @@ class Flat:
         stored: int, launches: int,
     ) -> None:  # fmt: skip
         (N, D), F = self.x.shape, len(self.W_enc)
-        programs = keyed + 2 * num_programs(self.x.device)
+        programs = keyed + _WORKERS * num_programs(self.x.device)
         precision = "ieee" if self.x.element_size() == 4 else "tf32"
         flat_kernel[(programs,)](
             self.x, self.W_enc, self.bias, self.theta, self.keys, self.spans, self.dense, products,
             self.parts, self.above, self.offsets, *self.pairs()[:3], self.bins, self.state,
             int(self.theta.ndim > 0), self.capacity, keyed, number, first_row, stored,
             programs * launches, N, F, D, mode.value, self.plan is None, _TOKENS, 128, _SPANS,
-            _ROWS, _COLS, 64, precision, num_warps=4,
+            _ROWS, _COLS, _DEPTH, precision, num_warps=4,
         )  # fmt: skip
 
     def pairs(self) -> Pairs:

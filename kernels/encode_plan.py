@@ -233,7 +233,7 @@ def flat_plan(N: int, D: int, F: int, mean: float, room: int, programs: int = 13
         return None
     whole, rest = divmod(F, BLOCK_N)
     # Beside the lists there are keys and, a token, counts (encode_flat.Flat).
-    scratch = max(SCRATCH_BYTES // 2, SCRATCH_BYTES - 8 * room - 600 * N)
+    scratch = max(SCRATCH_BYTES // 2, SCRATCH_BYTES - 8 * room - 1112 * N)
     for chunks in range(1, cdiv(N, BLOCK_M) + 1):
         rows = cdiv(cdiv(N, chunks), BLOCK_M) * BLOCK_M
         tiles = whole + (rest > 0)

@@ -176,7 +176,7 @@ def flat_encoder(say: Callable[[str, Any], None]) -> None:
             kernel = c.flat_kernel.warmup(
                 bf16, bf16, f32, f32, i64, i32, i32, f32, i32, i32, i32, i32, i32, f32, i32, i32, 1,
                 N * k, 512, 0, 0, 500, 776, N, F, D, mode, given, f._TOKENS, 128, f._SPANS, f._ROWS,
-                f._COLS, 64, "tf32", num_warps=4, grid=(1,),
+                f._COLS, f._DEPTH, "tf32", num_warps=4, grid=(1,),
             )  # fmt: skip
             say(f"flat-{name}-{given}", kernel)
 

@@ -1,6 +1,6 @@
 """Whether a step of an architecture that selects by threshold is dense or sparse.
 
-At the start about half of all latents are above their thresholds: lists of pairs are then larger
+At the start about half of all latents may be above their thresholds: lists of pairs are then larger
 than the products that they stand for, and gathers far slower. So a step computes all pairs, in
 blocks of tokens, until few enough are active, and again where they become many.
 """
