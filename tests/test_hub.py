@@ -32,7 +32,7 @@ JOBS = ["model.layers.0", "model.layers.0/k=2", "model.layers.1.mlp/k=2"]
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with three finished SAEs, of which all are measured."""
     data = config_data(tmp_path_factory.mktemp("hub"))
-    data["train"] |= {"num_tokens": 640, "holdout": 0.1}
+    data["train"] |= {"num_tokens": 640, "holdout": 0.1, "lr": None}
     api.cache(data)
     api.train(data)
     api.train_grid(data, grid={"values": {"sae.k": [2]}})
@@ -169,6 +169,8 @@ def test_the_card_tells_what_the_saes_are_and_no_paths(output: Path, hub: HubSer
     ]
     assert "License: mit." in text
     assert "- model: model\n- text: files of its trainer\n- context: 24 tokens\n" in text
+    rate = json.loads((output / JOBS[1] / "sae/made_of.json").read_text())["step"]["train.lr"]
+    assert f", {rate:.3g} learning rate, seed 0, 10.0% of the documents held out\n" in text
     for name, content in files.items():
         if not name.endswith(".safetensors"):
             assert str(output.parent).encode() not in content, name

@@ -138,9 +138,10 @@ def _told(entry: CardEntry) -> tuple[str, ...]:
         lines.append(f"text: {_text(store, source)}")
     if entry.about.context_length is not None:
         lines.append(f"context: {entry.about.context_length} tokens")
+    rate = "the default" if train.lr is None else f"{train.lr:.3g}"
     lines.append(
         f"training: batches of {train.batch_tokens:,} tokens, "
-        f"{'the default' if train.lr is None else train.lr} learning rate, seed {train.seed}, "
+        f"{rate} learning rate, seed {train.seed}, "
         f"{train.holdout:.1%} of the documents held out"
     )
     return tuple(lines)

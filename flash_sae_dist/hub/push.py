@@ -12,6 +12,7 @@ from ..evaluation.finished import FinishedSAE, finished_saes, named_saes
 from ..exporting import about_of, begins_with_token
 from ..files import json_text, read_json
 from ..models.saved import CONFIG_FILE, WEIGHTS_FILE
+from ..training import made_of
 from ..training.records import read_job, read_store_config
 from .card import CardEntry, card_of, public_name
 from .reach import check_name, reaching
@@ -87,7 +88,10 @@ def _entry(found: FinishedSAE, place: str) -> CardEntry:
     # Of a store that knows its model the config of the run need not.
     name = about.model_name or store.get("model.name")
     about = about._replace(model_name=None if name is None else public_name(name))
-    return CardEntry(place, found.spec(), about, config.train, store, _evaluation(found))
+    # What it came to, where the config leaves it out.
+    step = (made_of.read(found.folder / "sae") or {}).get("step", {})
+    train = config.train.model_copy(update={"lr": step.get("train.lr", config.train.lr)})
+    return CardEntry(place, found.spec(), about, train, store, _evaluation(found))
 
 
 def _evaluation(found: FinishedSAE) -> dict[str, Any] | None:
