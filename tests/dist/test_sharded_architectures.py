@@ -12,7 +12,7 @@ import torch
 from tests.dist.architecture_worker import run
 from tests.dist.ranks import run_ranks
 
-STEPS = 20
+STEPS = 100
 # Names, engines and replicas by the number of processes.
 CASES = {
     2: [
