@@ -80,6 +80,7 @@ class Gradients(NamedTuple):
     order: PairOrder
     dense: DenseRows | None = None
     sums: HeavySums | None = None  # of heavy_sums; made anew where it is left out
+    bias: Tensor | None = None  # [F], of b_enc's what pre-activations do not have
 
 
 class AdamOptions(NamedTuple):
@@ -177,7 +178,8 @@ def _tokens(pairs: PairGradients) -> Tensor:  # [P]
 
 
 def encoder_gradients(grads: Gradients, num_latents: int) -> tuple[Tensor, Tensor]:
-    """The gradients of W_enc [F, D] and b_enc [F] that a step forms row by row."""
+    """The gradients of W_enc [F, D] and b_enc [F] through pre-activations, as a step forms them row
+    by row."""
     pairs = grads.pairs
     enc = scatter_rows(
         pairs.enc_coef, pairs.latents, pairs.enc_rows, num_latents, tokens=_tokens(pairs)
@@ -187,6 +189,11 @@ def encoder_gradients(grads: Gradients, num_latents: int) -> tuple[Tensor, Tenso
     _add_dense_(enc, grads, "enc")
     _add_dense_(bias, grads, "bias")
     return enc, bias
+
+
+def _whole(bias: Tensor, grads: Gradients) -> Tensor:
+    """b_enc's gradient from its part through pre-activations."""
+    return bias if grads.bias is None else bias + grads.bias
 
 
 def decoder_gradient(grads: Gradients, num_latents: int) -> Tensor:  # [F, D]
@@ -306,8 +313,9 @@ def encoder_squares(
     and the sums that `adam_encoder_` returns.
     """
     enc, bias = encoder_gradients(grads, rows.W_dec.shape[0])
-    squares = torch.stack([enc.square().sum(), (bias * options.unit).square().sum()])
-    return squares, bias[None] @ rows.W_enc.to(bias.dtype)
+    sums = bias[None] @ rows.W_enc.to(bias.dtype)
+    bias = _whole(bias, grads)
+    return torch.stack([enc.square().sum(), (bias * options.unit).square().sum()]), sums
 
 
 def decoder_squares(
@@ -348,8 +356,9 @@ def adam_encoder_(
     """One Adam step of W_enc's and b_enc's rows from a batch's gradients, in place; W_enc's copy
     is refreshed.
 
-    Returns the unscaled b_enc gradients times the rows of W_enc before the step, in parts that are
-    to be added: b_dec's gradient through the encoder is their negative. Exact Adam moves every
+    Returns the unscaled b_enc gradients through pre-activations (without grads.bias) times the rows
+    of W_enc before the step, in parts that are to be added: b_dec's gradient through the encoder is
+    their negative. Exact Adam moves every
     row; lazy Adam only latents with pairs in order and listed ones, with the bias correction of
     the global step count, as torch.optim.SparseAdam. Under x -> s x the gradients of W_enc and
     W_dec stay and b_enc's goes with 1/s: its step is lr * unit and its epsilon eps / unit, so that
@@ -360,7 +369,7 @@ def adam_encoder_(
     enc, bias = encoder_gradients(grads, rows.W_dec.shape[0])
     sums = bias[None] @ rows.W_enc.to(bias.dtype)
     moved = _moved(rows, grads, options)
-    for i, grad in enumerate((enc, bias)):
+    for i, grad in enumerate((enc, _whole(bias, grads))):
         _step_rows_(rows, i, grad, moved, scalars, step, options, first_latent)
     if rows.copies is not None:
         rows.copies[0].copy_(rows.W_enc)

@@ -142,6 +142,7 @@ def _encoder_kernel(
     slots_ptr, dense_ptr, dense_bias_ptr,  # [F] int32, [M, D] and [M], DENSE only
     W_ptr, m_ptr, v_ptr, copy_ptr,  # [F, D]
     b_ptr, b_m_ptr, b_v_ptr,  # [F]
+    bias_ptr,  # [F] float32 of Gradients, or None
     weighted_ptr,  # [cdiv(F, LATENTS), D]
     squares_ptr,  # [cdiv(F, LATENTS), blocks of columns], NORM only
     scalars_ptr,  # [4] of adam_scalars_
@@ -180,6 +181,8 @@ def _encoder_kernel(
                 BLOCK_D,
             )  # fmt: skip
             weighted += value * w
+            if bias_ptr is not None:
+                value += tl.load(bias_ptr + latent)
             if NORM:
                 own = tl.where(cols == 0, (value * unit) * (value * unit), 0.0)
                 squares += tl.where(inside, grad * grad, 0.0) + own
@@ -384,7 +387,7 @@ def _encoder(
         sums.values,
         *_dense_args(rows, grads, decoder=False),
         rows.W_enc, rows.exp_avg[0], rows.exp_avg_sq[0], copy,
-        rows.b_enc, rows.exp_avg[1], rows.exp_avg_sq[1], weighted, squares,
+        rows.b_enc, rows.exp_avg[1], rows.exp_avg_sq[1], grads.bias, weighted, squares,
         scalars, step, F, D, order.order.numel(), pairs.k, *_constants(options, first_latent),
         options.unit, options.eps / options.unit, options.decay,
         NORM=norm, HEAVY=sums.heavy, **_flags(rows, grads, options), **blocks,

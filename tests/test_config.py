@@ -461,11 +461,19 @@ def test_an_architecture_refuses_the_keys_of_others(sae: dict[str, Any], words: 
         ({}, "topk", "fused"),
         ({"engine": "fused", "adam_mode": "lazy"}, "topk", "fused"),
         ({"engine": "autograd"}, "topk", "autograd"),
-        ({}, "gated", "autograd"),
+        ({}, "gated", "fused"),
         ({}, "relu_crosscoder", "autograd"),
-        ({"engine": "fused"}, "gated", "train.engine='fused' needs the fused engine, but"),
-        ({"ema_decay": 0.9}, "gated", "train.ema_decay=0.9 needs the fused engine"),
-        ({"dead_latents": "ghost"}, "gated", "train.dead_latents='ghost' needs the fused engine"),
+        (
+            {"engine": "fused"},
+            "relu_crosscoder",
+            "train.engine='fused' needs the fused engine, but",
+        ),
+        ({"ema_decay": 0.9}, "relu_crosscoder", "train.ema_decay=0.9 needs the fused engine"),
+        (
+            {"dead_latents": "ghost"},
+            "relu_crosscoder",
+            "train.dead_latents='ghost' needs the fused engine",
+        ),
     ],
 )
 def test_the_engine_is_chosen_in_one_place(

@@ -17,7 +17,10 @@ from tests.test_architectures import AUTOGRAD, BATCH, SPARSE, run, training
 
 CASES = [
     *((case, "autograd", {}) for case in ("gated", "relu_crosscoder", "jumprelu_target")),
-    *((case, "fused", {}) for case in ("relu", "jumprelu", "jumprelu_quadratic", "jumprelu_tanh")),
+    *(
+        (case, "fused", {})
+        for case in ("relu", "gated", "jumprelu", "jumprelu_quadratic", "jumprelu_tanh")
+    ),
     ("jumprelu_target", "fused", {"grad_clip": 0.5}),
     ("jumprelu", "fused", {"adam_mode": "lazy"}),
     *(("jumprelu", engine, {"dead_latents": "auxk"}) for engine in ("fused", "autograd")),

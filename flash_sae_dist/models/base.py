@@ -88,6 +88,8 @@ class SparseCoder(Interventions):
     revivals: ClassVar[frozenset[str]] = frozenset({"auxk", "ghost", "resample", "none"})
     # Whether activations are a function of candidates' values, or there is a penalty.
     is_pairwise: ClassVar[bool] = False
+    # Whether activations depend on b_enc beside their pre-activations, as magnitudes of a gate do.
+    bias_apart: ClassVar[bool] = False
     # Whether lists differ in length, as those of a selection by threshold: `select` reads the host.
     varied_lengths: ClassVar[bool] = False
     sources: tuple[int, ...] = ()  # widths of a crosscoder's hookpoints

@@ -41,6 +41,7 @@ class Gated(ThresholdCoder):
     Config: ClassVar[type[SAEConfig]] = GatedConfig
     roles = ThresholdCoder.roles | {"r_mag": "rows", "b_mag": "rows"}
     in_data_units = ThresholdCoder.in_data_units | {"b_mag"}
+    bias_apart = True
     # dictionary_learning's: 5e-5 and no momentum.
     revivals = frozenset({"resample", "none"})
     defaults = TrainDefaults(lr=5e-5, lr_steps=None, adam_betas=(0.0, 0.999), dead_latents="none")
@@ -50,11 +51,6 @@ class Gated(ThresholdCoder):
         super().__init__(config, d_in, **place)
         self.r_mag = nn.Parameter(torch.zeros_like(self.b_enc))
         self.b_mag = nn.Parameter(torch.zeros_like(self.b_enc))
-
-    @classmethod
-    def autograd_reason(cls, config: SAEConfig) -> str | None:
-        """See SparseCoder."""
-        return "the gate's own reconstruction is a second pass of the decoder"
 
     @torch.no_grad()
     def restart_(self, mask: Tensor) -> None:
@@ -82,7 +78,8 @@ class Gated(ThresholdCoder):
 
     def penalty(self, x: Tensor, found: Codes, codes: Codes, batch: Batch) -> Tensor:
         """See SparseCoder."""
-        gate = self.combine(found, W_dec=self.W_dec.detach()) + self.b_dec.detach()
+        W_dec = self.W_dec if batch.W_dec is None else batch.W_dec
+        gate = self.combine(found, W_dec=W_dec.detach()) + self.b_dec.detach()
         wrong = (x - gate).square().sum() * batch.inverse
         summed = self.over_shards(found.values.sum()) / batch.unit
         return wrong + batch.ramp * self.config.l1_coefficient * batch.squared * summed

@@ -22,6 +22,7 @@ class Batch(NamedTuple):
     unit: float  # root mean square of the data's elements: rows / unit are of norm sqrt(d_in)
     ramp: Tensor  # scalar, part of a coefficient that its schedule gives by now
     l0: Tensor | None = None  # scalar, mean active latents a token, for `needs_l0`
+    W_dec: Tensor | None = None  # in the dtype of products, where the SAE's own is in another
 
     @property
     def squared(self) -> Tensor:

@@ -31,6 +31,7 @@ class LatentGradients(NamedTuple):
     b_dec: Tensor  # [D], the decoder's part; made beside the current stream
     dense: DenseRows | None = None  # of listed dead latents
     own: tuple[Tensor, ...] = ()  # of an architecture's own parameters, over all replicas
+    bias: Tensor | None = None  # [F], likewise: of b_enc's what pre-activations do not have
 
 
 class _Own(NamedTuple):
@@ -224,7 +225,7 @@ class SparseAdam(torch.optim.Optimizer):
         given, self.gradients = self.gradients, None
         W_dec, rows, options = self._params[2], self._latent_rows(), self.options()
         sums = implementation("heavy_sums", W_dec)(given.order, given.pairs, W_dec.shape[0])
-        grads = Gradients(given.pairs, given.order, given.dense, sums)
+        grads = Gradients(given.pairs, given.order, given.dense, sums, given.bias)
         grad_b_dec: Tensor | None = None
         if self.grad_clip is not None:
             grad_b_dec = self._clip(rows, grads, options, given)

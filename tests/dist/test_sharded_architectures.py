@@ -18,9 +18,9 @@ CASES = {
     2: [
         *("batch_topk-fused-1", "matryoshka-fused-2", "multi_topk-fused-1", "relu-fused-2"),
         *("jumprelu_target-autograd-2", "jumprelu_quadratic-fused-1", "jumprelu_tanh-fused-2"),
-        *("gated-autograd-1", "matryoshka-autograd-1", "topk_crosscoder-fused-1"),
+        *("gated-fused-2", "matryoshka-autograd-1", "topk_crosscoder-fused-1"),
         *("relu_crosscoder-autograd-1", "batch_topk_crosscoder-autograd-2"),
-        *("jumprelu_target-fused-1-dense", "gated-autograd-2-dense"),
+        *("jumprelu_target-fused-1-dense", "gated-fused-1-dense"),
         *("transcoder_jumprelu+adamw-fused-1-dense", "topk+adamw-fused-1"),
         "jumprelu_start-fused-1",
         *("topk+muon-autograd-1", "gated+muon-autograd-2", "topk+signum-autograd-1"),

@@ -251,7 +251,8 @@ def main() -> None:
             flags |= {"COPIES": True, "HEAVY": 64, "DECAYS": scaled, "SIGN": sign}
             kernel = sparse_adam._encoder_kernel.warmup(
                 i32, i32, f32, bf16, tokens, f32, f32, i32, f32, f32, f32, f32, f32, bf16, f32, f32,
-                f32, f32, f32, f32, step, 24576, D, 131072, 32, *constants, 1.0, 1e-9, 0.01,
+                f32, None if tokens is None else f32, f32, f32, f32, step, 24576, D, 131072, 32,
+                *constants, 1.0, 1e-9, 0.01,
                 **flags, **sparse_adam._encoder_blocks(24576, D), grid=(1, 1),
             )  # fmt: skip
             report(f"adam-encoder-{D}{what}", kernel)

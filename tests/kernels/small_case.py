@@ -73,7 +73,7 @@ def adam(F: int, D: int, K: int, M: int, *, flat: bool = False) -> None:
         scalars = torch.tensor([1e-3, 1.0, 0.5, 1e-3], device="cuda")
         for lazy in (False, True):
             options = AdamOptions(lazy=lazy, scaled=lazy)
-            for grads in (Gradients(pairs, order), Gradients(pairs, order, dense)):
+            for grads in (Gradients(pairs, order), Gradients(pairs, order, dense, bias=b)):
                 sparse_adam.encoder_squares(latents, grads, options)
                 sparse_adam.decoder_squares(latents, grads, options)
                 sparse_adam.adam_encoder_(latents, grads, scalars, step, options, 7)

@@ -284,6 +284,29 @@ def test_kernel_equals_the_reference(
         torch.testing.assert_close(a.float(), b.float(), rtol=tol, atol=2e-5)
 
 
+@pytest.mark.parametrize("ops", [reference, kernels])
+@pytest.mark.parametrize("M", [0, 4])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_part_of_the_biases_gradients_beside_pre_activations(
+    ops: ModuleType, M: int, lazy: bool
+) -> None:
+    """Of b_enc alone: neither of W_enc nor of what b_dec gets."""
+    grads, options = make_grads(Case(21, 20, 9, 2, M), 1), AdamOptions(lazy=lazy, scaled=True)
+    _, bias, _ = dense_of(grads, 9)
+    apart = (1 + torch.rand(9, device=DEVICE)) * (bias != 0)
+    both = grads._replace(bias=apart)
+    plain, got = (make_rows(9, 20, torch.float32) for _ in range(2))
+    squares, sums = (gradient_squares(ops, got, given, options)[0].sum() for given in (grads, both))
+    more = (bias + apart).square().sum() - bias.square().sum()
+    assert float(sums - squares) == pytest.approx(float(more), rel=1e-4)
+    b_dec = step_(ops, plain, grads, 1, options, 0.5)
+    assert torch.equal(step_(ops, got, both, 1, options, 0.5), b_dec)
+    torch.testing.assert_close(got.exp_avg[1].double(), 0.1 * 0.5 * (bias + apart).double())
+    assert not torch.equal(got.b_enc, plain.b_enc)
+    for a, b in zip(flat(got), flat(plain), strict=True):
+        assert a.ndim == 1 or torch.equal(a, b)
+
+
 def test_sums_made_ahead_are_used() -> None:
     """The same bits whether a step adds the heavy blocks itself or is handed their sums."""
     case = Case(130, 20, 9, 2, 3, "every-token")

@@ -23,7 +23,7 @@ from ...parallel.collectives import all_reduce_
 from ..sparse_adam import LatentGradients, SparseAdam
 from .dead_step import AuxLoss, DeadStep, product
 from .density import Density
-from .pair_forward import own_parameters, with_skip
+from .pair_forward import bias_apart, pair_parameters, with_skip
 
 
 class DenseGradients(NamedTuple):
@@ -32,7 +32,7 @@ class DenseGradients(NamedTuple):
     enc: Tensor  # [F, D] of W_enc
     dec: Tensor  # [F, D] of W_dec
     bias: Tensor  # [F] of b_enc
-    own: tuple[Tensor, ...]  # of `own_parameters`
+    own: tuple[Tensor, ...]  # of `pair_parameters`
     residual: Tensor  # [N, D] recon - x, in the compute dtype
     squares: Tensor  # scalar, of the residual
     penalty: Tensor  # scalar
@@ -72,9 +72,9 @@ class DenseStep:
             all_reduce_(l0, mesh.member_group, mesh.members)
             shared = shared._replace(l0=l0 / shared.tokens)
         found = self._sum(x, xc, weights, shared)
-        own = with_skip(sae, found.own, found.residual, xc, 2 * shared.inverse)
-        found = found._replace(own=own)
-        for total in (found.enc, found.dec, found.bias, *found.own):
+        own, bias = bias_apart(sae, found.own)
+        own = with_skip(sae, own, found.residual, xc, 2 * shared.inverse)
+        for total in (found.enc, found.dec, found.bias, *own, *(() if bias is None else (bias,))):
             all_reduce_(total, mesh.replica_group, mesh.num_replicas)
         none, aux = self._no_pairs(found.residual, xc, found.bias.dtype), None
         if listed is not None:
@@ -93,7 +93,7 @@ class DenseStep:
         order = implementation("order_pairs", sae.W_dec)(
             none.latents, sae.d_sae_local, none.dec_coef
         )
-        return found, LatentGradients(none, order, b_dec, rows, found.own), aux
+        return found, LatentGradients(none, order, b_dec, rows, own, bias), aux
 
     def _moved(self, found: DenseGradients, latents: Tensor) -> Tensor:
         """Each latent's row of the dense gradients, -1 for those that lazy Adam leaves alone."""
@@ -139,9 +139,10 @@ class DenseStep:
     ) -> DenseGradients:
         sae, b_dec, (W_enc, W_dec) = self.sae, self.sae.b_dec.detach(), weights
         given, kept = self._found(xc, W_enc)
-        leaf, own = given.values.requires_grad_(), list(own_parameters(sae).values())
+        leaf, own = given.values.requires_grad_(), pair_parameters(sae)
         with torch.enable_grad():
             codes = sae.activate(given)
+            shared = shared._replace(W_dec=W_dec)
             penalty = sae.penalty(x.to(b_dec.dtype), given, codes, shared)
         values = codes.values.detach()
         acts = values.to(W_dec.dtype)

@@ -41,6 +41,7 @@ from .dense_step import DenseStep
 from .density import Density
 from .pair_forward import (
     Forward,
+    bias_apart,
     by_level,
     gather_pairs,
     has_gradient,
@@ -347,7 +348,10 @@ class FusedEngine(Engine):
             if self.sae.varied_lengths:
                 self.optimizer.advance_()
             advanced = self.side.mark()
-            own = own_gradients(self.sae, parts, order if made.alone else None)
+            grads = own_gradients(self.sae, parts, order if made.alone else None)
+            own, bias = bias_apart(self.sae, grads)
+            if bias is not None:
+                advanced = self.side.mark()
             # Those of the first level: what the gradients of all reconstructions come to.
             sizes = (self.sae.mesh.num_replicas, -1, len(batch.y), self.sae.d_out)
             given = pairs.dec_rows.view(sizes)[:, 0].flatten(0, 1)
@@ -358,7 +362,7 @@ class FusedEngine(Engine):
                 self.sae.observe_([part.codes for part in parts])
         self.side.wait(advanced)
         own = with_skip(self.sae, own, given, pairs.enc_rows, batch.scale)
-        self._update(LatentGradients(pairs, order, b_dec, made.dead, own))
+        self._update(LatentGradients(pairs, order, b_dec, made.dead, own, bias))
         if self.sae.sources:
             # A crosscoder's thresholds depend on decoder rows, which the step moves.
             self.sae.observe_([part.codes for part in parts])

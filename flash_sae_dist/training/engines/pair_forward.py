@@ -37,13 +37,28 @@ class Forward(NamedTuple):
     made: Decoded  # of which dec_coef and enc_coef are the pairs' gradients
     of_pairs: Tensor | None  # [P] int32, each pair's row of the whole batch's [G, N, D]; of levels
     penalty: Tensor | None  # scalar, made beside the current stream
-    grads: tuple[Tensor, ...]  # of `own_parameters`
+    grads: tuple[Tensor, ...]  # of `pair_parameters`
     edges: Tensor | None  # [C], of each pair's threshold, which are to be added, in their place
 
 
 def own_parameters(sae: SparseCoder) -> dict[str, torch.nn.Parameter]:
     """The parameters that an architecture has beside the usual four."""
     return {name: p for name, p in sae.named_parameters() if name not in MATRICES}
+
+
+def pair_parameters(sae: SparseCoder) -> list[torch.nn.Parameter]:
+    """What activations of given pre-activations, and their penalty, depend on: `own_parameters`,
+    and b_enc where it is among these.
+    """
+    own = list(own_parameters(sae).values())
+    return [*own, sae.b_enc] if sae.bias_apart else own
+
+
+def bias_apart(
+    sae: SparseCoder, grads: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Gradients of `own_parameters`, and b_enc's, of those of `pair_parameters`."""
+    return (grads[:-1], grads[-1]) if sae.bias_apart else (grads, None)
 
 
 def is_general(sae: SparseCoder) -> bool:
@@ -129,7 +144,8 @@ def pair_forward(
         found = found._replace(values=found.values.detach().requires_grad_())
         with torch.enable_grad():
             codes = sae.activate(found)
-            penalty = sae.penalty(x.to(sae.b_dec.dtype), found, codes, batch)
+            shared = batch._replace(W_dec=W_dec)
+            penalty = sae.penalty(x.to(sae.b_dec.dtype), found, codes, shared)
     active = whole = codes._replace(values=codes.values.detach())
     made = _decoded(sae, W_dec, whole, x, scale, nest)
     grads: tuple[Tensor, ...] = ()
@@ -150,8 +166,8 @@ def pair_forward(
 def _by_autograd(
     sae: SparseCoder, found: Codes, codes: Codes, penalty: Tensor, dots: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Gradients by candidates' values and by `own_parameters`, of those by activations."""
-    own = list(own_parameters(sae).values())
+    """Gradients by candidates' values and by `pair_parameters`, of those by activations."""
+    own = pair_parameters(sae)
     outputs, grads_of = [codes.values], [dots.to(codes.values.dtype)]
     if penalty.requires_grad:
         outputs, grads_of = [*outputs, penalty], [*grads_of, torch.ones_like(penalty)]
@@ -165,7 +181,7 @@ def _by_autograd(
 def own_gradients(
     sae: SparseCoder, parts: list[Forward], order: PairOrder | None
 ) -> tuple[Tensor, ...]:
-    """Gradients of `own_parameters` over all replicas, collective over them; order is that of the
+    """Gradients of `pair_parameters` over all replicas, collective over them; order is that of the
     parts' pairs where there is one.
     """
     grads = [torch.stack(g).sum(dim=0) for g in zip(*(p.grads for p in parts), strict=True)]
