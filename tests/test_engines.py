@@ -286,7 +286,7 @@ def test_a_graph_equals_launches_with_the_fused_encoder(kind: Kind) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka", "jumprelu", "relu", "gated"])
 def test_architectures_in_a_graph_equal_launches(architecture: str) -> None:
     """To the bit; also where a list by threshold outgrows its room, or needs far less."""
     runs = []
