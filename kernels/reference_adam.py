@@ -95,13 +95,7 @@ class AdamOptions(NamedTuple):
     unit: float = 1.0  # of b_enc and b_dec, which are in the data's units: its root mean square
     decay: float = 0.0  # AdamW's decoupled weight decay, of W_enc and W_dec alone
     sign: bool = False  # `schedule_free_` in place of Adam, its momentum the first beta
-
-    @property
-    def renorm(self) -> bool:
-        """Whether a step leaves W_dec's rows at unit norm; a caller of `schedule_free_` scales them
-        before the next, as sparsify does.
-        """
-        return self.unit_norm and not self.sign
+    renorm: bool = True  # with unit_norm; False where the caller scales rows before a step
 
 
 def adam_scalars_(
@@ -298,7 +292,7 @@ def _step_rows_(
         if options.decay and i != 1:
             param.mul_(1 - options.decay * scalars[3])
         _adam_(param, exp_avg, exp_avg_sq, g, scalars, options, bits, unit)
-        if i == 2 and options.renorm:
+        if i == 2 and options.unit_norm and options.renorm:
             norm = param.norm(dim=1, keepdim=True)
             param /= norm.clamp_min_(torch.finfo(norm.dtype).tiny)
         if own is not None:

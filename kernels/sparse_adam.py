@@ -416,8 +416,9 @@ def _decoder(
         *_dense_args(rows, grads, decoder=True),
         rows.W_dec, rows.exp_avg[2], rows.exp_avg_sq[2], copy, squares,
         scalars, step, D, pairs.k, *_constants(options, first_latent),
-        options.decay, NORM=norm, UNIT_NORM=options.unit_norm, RENORM=options.renorm,
-        HEAVY=sums.heavy, **_flags(rows, grads, options), **blocks,
+        options.decay, NORM=norm, UNIT_NORM=options.unit_norm,
+        RENORM=options.unit_norm and options.renorm, HEAVY=sums.heavy,
+        **_flags(rows, grads, options), **blocks,
     )  # fmt: skip
     return squares
 

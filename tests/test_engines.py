@@ -260,8 +260,10 @@ def test_kernels_equal_the_reference(kind: Kind, compute: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["none", "auxk", "ghost"])
-def test_a_graph_equals_launches_with_the_fused_encoder(kind: Kind) -> None:
+@pytest.mark.parametrize(
+    ("kind", "sign"), [("none", False), ("auxk", False), ("ghost", False), ("auxk", True)]
+)
+def test_a_graph_equals_launches_with_the_fused_encoder(kind: Kind, sign: bool) -> None:
     """The whole step at a real width: fused encoder, second list, side stream, graph."""
     gen = torch.Generator().manual_seed(3)
     basis = torch.randn(8192, 768, generator=gen)
@@ -273,7 +275,8 @@ def test_a_graph_equals_launches_with_the_fused_encoder(kind: Kind) -> None:
         dead = DeadLatents(8192, 10**9, Mesh.single(), torch.device("cuda"))
         dead.tokens_since_fired[:800] = 2 * 10**9
         dead.list_(dead.mask())
-        step = FusedEngine(sae, SparseAdam(sae, 1e-3), dead, dead_latents=kind, graph=graph)
+        optimizer = SparseAdam(sae, 1e-3, sign=sign)
+        step = FusedEngine(sae, optimizer, dead, dead_latents=kind, graph=graph)
         metrics = [step.step(x.roll(i, 0)) for i in range(8)]
         assert bool(step._captured) == graph
         saes.append(sae)

@@ -19,6 +19,7 @@ from flash_sae_dist.training.metrics import PhaseTimer
 from flash_sae_dist.training.muon import Muon, orthogonalised
 from flash_sae_dist.training.optim import lr_at
 from flash_sae_dist.training.schedule_free import ScheduleFreeSign
+from flash_sae_dist.training.sparse_adam import SparseAdam
 from flash_sae_dist.training.step import SAETraining
 from tests import test_architectures, test_transcoders
 
@@ -128,7 +129,7 @@ def test_muon_steps_matrices_and_adam_the_rest() -> None:
 def test_signum_writes_its_average_at_unit_norm() -> None:
     t = training(optimizer="signum", warmup_steps=0, encoder_scale="unit")
     optimizer = t.optimizer
-    assert isinstance(optimizer, ScheduleFreeSign)
+    assert isinstance(optimizer, SparseAdam)
     assert t.peak_lr == pytest.approx(5e-3 / (D_SAE / 2**14) ** 0.5)
     first = {name: p.detach().clone() for name, p in t.sae.named_parameters()}
     run(t, range(1))
@@ -147,10 +148,53 @@ def test_signum_writes_its_average_at_unit_norm() -> None:
     assert run(t, range(30, 31))[0] < 0.9
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "signum"])
+@pytest.mark.parametrize("case", ["topk-auxk", "batch_topk-resample", "gated-none", "transcoder"])
+def test_signum_is_autograds_on_the_fused_engine(case: str) -> None:
+    """Losses, weights, what is written and z; and a run of the one goes on as the other's."""
+    name, _, dead = case.partition("-")
+
+    def steps(t: SAETraining, end: int) -> list[list[float]]:
+        losses = []
+        for step in range(t.step_index, end):
+            x, *y = test_transcoders.rows(step) if t.target else [test_architectures.batch(step)]
+            losses.append([float(m) for m in t.step(x, PhaseTimer(CPU, enabled=False), *y)])
+        return losses
+
+    def begun(engine: str) -> SAETraining:
+        keys: dict[str, Any] = {"optimizer": "signum", "micro_batches": 2 - (name == "batch_topk")}
+        if name == "transcoder":
+            t = test_transcoders.training("topk", True, engine, **keys)
+            # At the mean b_dec's gradient is rounding, which has no sign.
+            t.sae.begin_ = lambda *_: None  # type: ignore[method-assign]
+            return t
+        return test_architectures.training(name, engine, dead_latents=dead, **keys)
+
+    fused, dense, goes_on = begun("fused"), begun("autograd"), begun("fused")
+    assert isinstance(fused.optimizer, SparseAdam)
+    assert isinstance(dense.optimizer, ScheduleFreeSign)
+    for ours, theirs in zip(steps(fused, 25), steps(dense, 25), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-8, abs=1e-11)
+    goes_on.load_state(dense.state())
+    assert steps(goes_on, 30)[-1] == pytest.approx(steps(dense, 30)[-1], rel=1e-8, abs=1e-11)
+    for t in (fused, goes_on):
+        steps(t, 30)
+        for found, want in (
+            (t.engine.state(), dense.engine.state()),
+            (t.final_weights(), dense.final_weights()),
+        ):
+            assert found.keys() == want.keys()
+            for key, tensor in want.items():
+                torch.testing.assert_close(found[key], tensor, rtol=1e-8, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "engine"),
+    [("adamw", "auto"), ("muon", "auto"), ("signum", "auto"), ("signum", "autograd")],
+)
 @pytest.mark.parametrize("dead_latents", ["auxk", "resample"])
-def test_a_resumed_run_has_the_same_bits(optimizer: str, dead_latents: str) -> None:
+def test_a_resumed_run_has_the_same_bits(optimizer: str, engine: str, dead_latents: str) -> None:
     keys = {"optimizer": optimizer, "dead_latents": dead_latents, "precision": "float32"}
+    keys["engine"] = engine
     through, begun, resumed = (training(**keys) for _ in range(3))
     run(through, range(24))
     run(begun, range(13))
@@ -178,13 +222,14 @@ def test_resampled_latents_begin_anew() -> None:
 
 
 def test_which_engine_steps_them() -> None:
-    for optimizer, engine in (("adam", "fused"), ("adamw", "fused"), ("muon", "autograd")):
+    engines = {"adam": "fused", "adamw": "fused", "signum": "fused", "muon": "autograd"}
+    for optimizer, engine in engines.items():
         cfg = FusedTrainConfig(num_tokens=9, optimizer=optimizer)
         assert choose_engine(cfg).engine == engine
     with pytest.raises(ConfigError, match="train.engine='fused' needs the fused engine, but train"):
         choose_engine(FusedTrainConfig(num_tokens=9, optimizer="muon", engine="fused"))
     with pytest.raises(ConfigError, match="train.ema_decay=0.9 needs the fused engine"):
-        choose_engine(FusedTrainConfig(num_tokens=9, optimizer="signum", ema_decay=0.9))
+        choose_engine(FusedTrainConfig(num_tokens=9, optimizer="muon", ema_decay=0.9))
 
 
 @pytest.mark.parametrize(
@@ -193,6 +238,7 @@ def test_which_engine_steps_them() -> None:
         ({"weight_decay": 0.1}, "train.weight_decay=0.1 says nothing of train.optimizer='adam'"),
         ({"optimizer": "signum", "grad_clip": 1.0}, "train.grad_clip=1.0 says nothing of train.op"),
         ({"optimizer": "signum", "schedule": "linear"}, "train.schedule='linear' says nothing of"),
+        ({"optimizer": "signum", "ema_decay": 0.9}, "train.ema_decay=0.9 is of Adam, not of train"),
         ({"optimizer": "adamw", "adam_mode": "lazy"}, "which train.adam_mode='lazy' leaves alone"),
         ({"optimizer": "muon", "engine": "deepspeed"}, "train.optimizer='muon' is not of train.en"),
         ({"schedule_cycles": 2}, "train.schedule_cycles=2 says nothing of train.schedule="),

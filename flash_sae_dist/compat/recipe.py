@@ -47,6 +47,7 @@ class FusedTraining:
         self.optimizer = SparseAdam(
             sae, recipe.lr, betas=recipe.betas, eps=ADAM_EPS, compute_dtype=compute_dtype,
             grad_clip=recipe.grad_clip, unit_norm=recipe.unit_norm, sign=recipe.sign,
+            renorm=not recipe.sign,
         )  # fmt: skip
         self.k_aux = max(1, sae.d_in // 2)
         self.engine = FusedEngine(

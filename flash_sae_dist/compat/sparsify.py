@@ -295,8 +295,7 @@ class _Fused:
             self.coder.set_decoder_norm_to_unit_norm()
             if self.training.steps == 0 and not self.goes_on:
                 # Weights may have been set since the optimizer was made.
-                for param, state in self.optimizer.state.items():
-                    state["exp_avg"].copy_(param)
+                self.training.engine.begin_()
         if self.sign or self.training.steps == 0:
             self.training.refresh()
         fvu = self.training.step(x).fvu

@@ -75,7 +75,7 @@ class TrainConfig(StrictModel):
     """adam; adamw: Adam with decoupled weight decay of the matrices; muon: orthogonalised momentum
     for the matrices, Adam for the biases; signum: schedule-free sign descent with momentum 0.95,
     whose average is the SAE that is written, decoder rows at unit norm (sparsify's default until
-    1.3). muon and signum need dense gradients: engine auto is autograd with them."""
+    1.3). muon needs dense gradients: engine auto is autograd with it."""
     weight_decay: float | None = Field(default=None, ge=0)
     """Decoupled weight decay of the matrices (adamw, muon): before each step they are multiplied by
     1 - lr * weight_decay; biases are not. Left out, 0.01 for adamw (torch's), 0 for muon
@@ -304,12 +304,18 @@ class FusedTrainConfig(TrainConfig):
     then the average, its decoder rows at unit norm."""
 
     @model_validator(mode="after")
-    def _decays_all_rows(self) -> Self:
+    def _suits_the_optimizer(self) -> Self:
         if self.optimizer == "adamw" and self.adam_mode == "lazy":
             raise ValueError(
                 "train.optimizer='adamw' decays all rows at every step, which train.adam_mode="
                 "'lazy' leaves alone; drop one"
             )
+        for key in ("adam_mode", "moment_dtype", "ema_decay"):
+            if self.optimizer == "signum" and self._is_set(key):
+                raise ValueError(
+                    f"train.{key}={shown(getattr(self, key))} is of Adam, not of train.optimizer="
+                    "'signum', which keeps one moment and an average of its own; drop one"
+                )
         return self
 
 

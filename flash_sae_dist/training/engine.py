@@ -20,6 +20,7 @@ from ..parallel.mesh import Mesh
 from .engines.autograd import AutogradEngine
 from .engines.base import Engine
 from .engines.fused import FusedEngine
+from .schedule_free import MOMENTUM
 from .sparse_adam import SparseAdam
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def choose_engine(cfg: TrainConfig, sae: SAEConfig | None = None) -> EngineChoic
     if not isinstance(cfg, FusedTrainConfig):
         return EngineChoice("deepspeed" if isinstance(cfg, DeepSpeedTrainConfig) else "autograd")
     reason = None if sae is None else ARCHITECTURES[sae.architecture].autograd_reason(sae)
-    if cfg.optimizer not in ("adam", "adamw"):
+    if cfg.optimizer == "muon":
         reason = f"train.optimizer={cfg.optimizer!r} steps from dense gradients"
     if cfg.loss != "fvu":
         reason = f"the gradient of train.loss={cfg.loss!r} comes through the model"
@@ -132,8 +133,9 @@ def make_engine(
         return DeepSpeedEngine(sae, dead, cfg, lr=cfg.lr, k_aux=k_aux, compute_dtype=compute_dtype)
     if engine == "autograd" or not isinstance(cfg, FusedTrainConfig):
         return AutogradEngine(sae, dead, cfg, lr=cfg.lr, k_aux=k_aux, compute_dtype=compute_dtype)
+    sign = cfg.optimizer == "signum"
     optimizer = SparseAdam(
-        sae, cfg.lr, betas=cfg.adam_betas, eps=cfg.adam_eps,
+        sae, cfg.lr, betas=(MOMENTUM, 0.0) if sign else cfg.adam_betas, eps=cfg.adam_eps, sign=sign,
         lazy=cfg.adam_mode == "lazy",
         moment_dtype=getattr(torch, cfg.moment_dtype),
         compute_dtype=compute_dtype,

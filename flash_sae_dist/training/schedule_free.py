@@ -14,15 +14,17 @@ from torch import Tensor
 
 from ..kernels.reference import schedule_free_
 
+MOMENTUM = 0.95
+
 
 class ScheduleFreeSign(torch.optim.Optimizer):
-    """Parameters are y while training; `eval()` puts x in their place, `train()` y again."""
+    """On dense gradients. Parameters are y while training; `average` gives x."""
 
     def __init__(
-        self, params: Iterable[Tensor] | list[dict[str, Any]], lr: float, momentum: float = 0.95
+        self, params: Iterable[Tensor] | list[dict[str, Any]], lr: float, momentum: float = MOMENTUM
     ) -> None:
         super().__init__(params, {"lr": lr})
-        self.momentum, self.count, self.at_average = momentum, 0, False
+        self.momentum, self.count = momentum, 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -38,22 +40,3 @@ class ScheduleFreeSign(torch.optim.Optimizer):
         """x of a parameter that is at y; the same tensor before the first step."""
         state = self.state[y]
         return y.lerp(state["z"], 1 - 1 / self.momentum) if "z" in state else y
-
-    @torch.no_grad()
-    def eval(self) -> None:
-        """Puts the average in the parameters' place."""
-        self._swap(to_average=True, weight=1 - 1 / self.momentum)
-
-    @torch.no_grad()
-    def train(self) -> None:
-        """Undoes `eval`."""
-        self._swap(to_average=False, weight=1 - self.momentum)
-
-    def _swap(self, *, to_average: bool, weight: float) -> None:
-        if self.at_average == to_average:
-            return
-        self.at_average = to_average
-        for group in self.param_groups:
-            for p in group["params"]:
-                if "z" in self.state[p]:
-                    p.lerp_(self.state[p]["z"], weight)

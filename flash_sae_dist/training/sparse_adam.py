@@ -76,11 +76,12 @@ class SparseAdam(torch.optim.Optimizer):
     what else is a vector are not.
 
     sign: schedule-free sign descent in place of Adam, betas[0] its momentum
-    (`reference_adam.schedule_free_`): a parameter is y while it is trained, both moments are one z,
-    and `swap_` puts the average x in its place. Decoder rows are scaled by the caller.
+    (`reference_adam.schedule_free_`): a parameter is y while it is trained, its one moment is z,
+    `average` gives x, and `swap_` puts it in the parameter's place.
 
     unit_norm=False leaves decoder rows and their gradients as they are, as transcoders do and some
-    recipes.
+    recipes; renorm=False the rows alone, which the caller scales before each step, as sparsify
+    does.
 
     state_dict, param_groups and lr schedulers work as with torch.optim.Adam (the states bear its
     names); loading copies in place. All parameters share one group. The learning rate reaches the
@@ -104,6 +105,7 @@ class SparseAdam(torch.optim.Optimizer):
         seed: int = 0,
         unit: float = 1.0,
         unit_norm: bool = True,
+        renorm: bool = True,
         decay: float = 0.0,
         sign: bool = False,
     ) -> None:
@@ -112,7 +114,7 @@ class SparseAdam(torch.optim.Optimizer):
         self.lazy, self.seed, self.ema_decay, self.grad_clip = lazy, seed, ema_decay, grad_clip
         self._lr_value, self.unit, self.decay, self.sign = lr, unit, decay, sign
         self._centres, self.side = not sae.transcodes, SideStream(sae.W_dec.device)
-        self.unit_norm = unit_norm and not sae.transcodes
+        self.unit_norm, self.renorm = unit_norm and not sae.transcodes, renorm
         self._mesh, self._first_latent, self._own = sae.mesh, sae.first_latent, _own_of(sae)
         matrices = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
         self._params = (*matrices, *(own.param for own in self._own))
@@ -134,16 +136,21 @@ class SparseAdam(torch.optim.Optimizer):
         for param in self._params:
             rounded = param is self._params[0] or param is self._params[2]
             dtype = self.moment_dtype if rounded else param.dtype
-            self.state[param] = {
-                "step": self._step,
-                "exp_avg": torch.zeros_like(param, dtype=dtype, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(param, dtype=dtype, requires_grad=False),
-            }
+            self.state[param] = {"step": self._step}
+            if self.sign:
+                self.state[param]["z"] = param.detach().clone()
+            else:
+                for name in ("exp_avg", "exp_avg_sq"):
+                    zeros = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+                    self.state[param][name] = zeros
             if self.ema_decay is not None:
                 self.state[param]["ema"] = param.detach().clone()
-            if self.sign:
-                z = param.detach().clone()
-                self.state[param] |= {"exp_avg": z, "exp_avg_sq": z}
+
+    def _moments(self, param: Tensor) -> tuple[Tensor, Tensor]:
+        """Both of a parameter; of a descent by signs one, twice."""
+        state = self.state[param]
+        names = ("z", "z") if self.sign else ("exp_avg", "exp_avg_sq")
+        return state[names[0]], state[names[1]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Takes the one group made at construction. Raises ValueError on another."""
@@ -187,12 +194,12 @@ class SparseAdam(torch.optim.Optimizer):
         seed, unit = self.seed % 2**31, self.unit
         return AdamOptions(
             group["betas"], group["eps"], self.lazy, self.unit_norm, seed, scaled, unit, self.decay,
-            self.sign,
+            self.sign, self.renorm,
         )  # fmt: skip
 
     def _latent_rows(self) -> LatentRows:
         rows = self._params[:3]
-        m, v = (tuple(self.state[p][name] for p in rows) for name in ("exp_avg", "exp_avg_sq"))
+        m, v = zip(*map(self._moments, rows), strict=True)
         W_enc, b_enc, W_dec = (p.detach() for p in rows)
         return LatentRows(W_enc, b_enc, W_dec, (m[0], m[1], m[2]), (v[0], v[1], v[2]), self.copies)
 
@@ -204,14 +211,22 @@ class SparseAdam(torch.optim.Optimizer):
             self._step, self._lr, self._betas, self._scalars
         )
         if self.sign:
-            torch.reciprocal(self._step, out=self._scalars[1])
+            torch.reciprocal(self._step.to(self._scalars.dtype), out=self._scalars[1])
+
+    @torch.no_grad()
+    def average(self, param: Tensor) -> Tensor:
+        """What stands for a parameter in the end: a running average, x of a descent by signs."""
+        if self.sign:
+            return param.lerp(self.state[param]["z"], 1 - 1 / self.param_groups[0]["betas"][0])
+        kept: Tensor = self.state[param].get("ema", param)
+        return kept
 
     @torch.no_grad()
     def swap_(self, *, to_average: bool) -> None:
         """Puts the average in the parameters' place, or y again, of a descent by signs."""
         momentum = self.param_groups[0]["betas"][0]
         for param in self._params:
-            z = self.state[param]["exp_avg"]
+            z = self.state[param]["z"]
             param.lerp_(z, 1 - 1 / momentum if to_average else 1 - momentum)
         self.refresh_copies_()
 
@@ -291,8 +306,8 @@ class SparseAdam(torch.optim.Optimizer):
         for own, grad in zip(self._own, grads, strict=True):
             if options.decay and own.param.ndim == 2:
                 own.param.detach().mul_(1 - options.decay * self._scalars[3])
-            moments = (self.state[own.param][name] for name in ("exp_avg", "exp_avg_sq"))
-            whole = (t.detach().view(-1) for t in (own.param, *moments, grad.contiguous()))
+            moved = (own.param, *self._moments(own.param), grad.contiguous())
+            whole = (t.detach().view(-1) for t in moved)
             implementation("adam_vector_", own.param)(
                 *whole, self._scalars,
                 options._replace(unit=self._unit_of(own)),
@@ -300,9 +315,8 @@ class SparseAdam(torch.optim.Optimizer):
 
     def _update_b_dec(self, grad: Tensor, options: AdamOptions) -> None:
         b_dec = self._params[3]
-        moments = (self.state[b_dec]["exp_avg"], self.state[b_dec]["exp_avg_sq"])
         implementation("adam_vector_", b_dec)(
-            b_dec.detach(), *moments, grad, self._scalars, options
+            b_dec.detach(), *self._moments(b_dec), grad, self._scalars, options
         )
 
     @torch.no_grad()

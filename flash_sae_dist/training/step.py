@@ -189,10 +189,7 @@ class SAETraining:
         self.sae.begin_(rows, target, self._unit)
         if self.cfg.encoder_scale == "least_squares":
             self._scale_encoder(x.to(self.master_dtype))
-        if "ema" in self.engine.moments:
-            for param in self.sae.parameters():
-                self.optimizer.state[param]["ema"].copy_(param)
-        self.engine.refresh_()
+        self.engine.begin_()
 
     @torch.no_grad()
     def _scale_encoder(self, x: Tensor) -> None:
@@ -215,10 +212,7 @@ class SAETraining:
         found = self.normalization.unfolded(self.sae.state_dict(), self.sae)
         for name, own in self.sae.state_dict().items():
             own.copy_(found[name])
-        if "ema" in self.engine.moments:
-            for param in self.sae.parameters():
-                self.optimizer.state[param]["ema"].copy_(param)
-        self.engine.refresh_()
+        self.engine.begin_()
 
     def splice(self, model: SplicedModel) -> None:
         """Trains by what the model loses with reconstructions: `step` takes batches of

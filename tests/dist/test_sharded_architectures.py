@@ -24,6 +24,7 @@ CASES = {
         *("transcoder_jumprelu+adamw-fused-1-dense", "topk+adamw-fused-1"),
         "jumprelu_start-fused-1",
         *("topk+muon-autograd-1", "gated+muon-autograd-2", "topk+signum-autograd-1"),
+        *("topk+signum-fused-1", "gated+signum-fused-2"),
     ],
     4: [
         *("batch_topk-fused-2", "matryoshka-fused-4", "multi_topk-fused-2"),

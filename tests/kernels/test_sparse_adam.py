@@ -211,13 +211,15 @@ def test_reference_equals_torch_adam_over_300_steps(M: int, scale: float, decay:
 
 
 def descended(ops: ModuleType, case: Case, steps: int, scale: float) -> list[Tensor]:
-    """Weights and z after steps of sign descent, decoder rows scaled before each."""
+    """Weights and z after steps of sign descent, decoder rows scaled before each, or by each."""
     rows = make_rows(case.F, case.D, torch.float32)
     z = tuple(t.clone() for t in rows[:3])
     rows = rows._replace(exp_avg=z, exp_avg_sq=z)
-    options = AdamOptions((0.95, 0.999), scaled=scale != 1, sign=True)
+    by_step = scale != 1
+    options = AdamOptions((0.95, 0.999), scaled=by_step, sign=True, renorm=by_step)
     for step in range(1, steps + 1):
-        rows.W_dec.div_(rows.W_dec.norm(dim=1, keepdim=True))
+        if not by_step:
+            rows.W_dec.div_(rows.W_dec.norm(dim=1, keepdim=True))
         scalars = scalars_of(step, scale)
         scalars[1] = 1 / step
         args = (rows, make_grads(case, step), scalars, torch.tensor(float(step), device=DEVICE))
@@ -248,6 +250,8 @@ def test_sign_descent_is_the_optimizers(ops: ModuleType, case: Case, scale: floa
         for param, grad in zip(params, (enc, bias, dec), strict=True):
             param.grad = grad
         optimizer.step()
+        if scale != 1:
+            W.div_(W.norm(dim=1, keepdim=True))
     want = [*(p.detach() for p in params), *(optimizer.state[p]["z"] for p in params)]
     for got, expected in zip(descended(ops, case, 5, scale), want, strict=True):
         # A gradient near zero has no sign to rounding.

@@ -94,11 +94,6 @@ class AutogradEngine(Engine):
         for number, group in enumerate(self.optimizer.param_groups):
             group["lr"] = lr * self.unit if number == 1 else lr
 
-    @property
-    def averages(self) -> bool:
-        """See Engine."""
-        return isinstance(self.optimizer, ScheduleFreeSign)
-
     def moments_of(self, param: Tensor) -> tuple[str, ...]:
         """See Engine."""
         return moments_of(self.optimizer, param)
@@ -110,17 +105,11 @@ class AutogradEngine(Engine):
         return super().kept(param, moment)
 
     @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
-        """The parameters, or of a schedule-free optimizer their average with decoder rows at unit
-        norm.
-        """
-        if not isinstance(self.optimizer, ScheduleFreeSign):
-            return super().weights()
-        named = self.sae.named_parameters()
-        weights = {name: self.optimizer.average(p).detach() for name, p in named}
-        if not self.sae.transcodes:
-            weights["W_dec"] = torch.nn.functional.normalize(weights["W_dec"], dim=1)
-        return weights
+    def average(self, param: Tensor) -> Tensor:
+        """See Engine."""
+        if isinstance(self.optimizer, ScheduleFreeSign):
+            return self.optimizer.average(param)
+        return param
 
     def load_state(self, state: dict[str, Tensor], step: int) -> None:
         """See Engine."""

@@ -11,8 +11,8 @@ from ...models.base import SparseCoder
 from ..metrics import PhaseTimer, StepMetrics
 from .density import Density
 
-# State that begins as a copy of its parameter, not at zero.
-COPIES = ("z",)
+# State that begins as a copy of its parameter, not at zero: what `weights` are then made of.
+COPIES = frozenset({"z", "ema"})
 
 
 class Engine(ABC):
@@ -47,7 +47,7 @@ class Engine(ABC):
     @property
     def averages(self) -> bool:
         """Whether `weights` are an average, and not the parameters."""
-        return "ema" in self.moments
+        return not COPIES.isdisjoint(self.moments_of(self.sae.W_dec))
 
     @property
     def encoder_weights(self) -> Tensor:
@@ -88,6 +88,15 @@ class Engine(ABC):
         """Takes in parameters that others have changed."""
         return
 
+    @torch.no_grad()
+    def begin_(self) -> None:
+        """Takes in parameters that others have set before the first step."""
+        for param in self.sae.parameters():
+            for moment in COPIES.intersection(self.moments_of(param)):
+                if (kept := self.kept(param, moment)) is not None:
+                    kept.copy_(param)
+        self.refresh_()
+
     def moments_of(self, param: Tensor) -> tuple[str, ...]:
         """Names of the optimizer's state of a parameter that is as large as it, or as long."""
         del param
@@ -108,9 +117,19 @@ class Engine(ABC):
                 if self.sae.roles[name] == "rows" and kept is not None:
                     kept[mask] = param.detach()[mask].to(kept) if moment in COPIES else 0
 
+    def average(self, param: Tensor) -> Tensor:
+        """What is kept of a parameter."""
+        return param
+
     def weights(self) -> dict[str, Tensor]:
-        """The weights to keep, by name, this shard's rows."""
-        return {name: p.detach() for name, p in self.sae.named_parameters(remove_duplicate=False)}
+        """The weights to keep, by name, this shard's rows: the parameters, or an average of them,
+        an SAE's decoder rows at unit norm.
+        """
+        named = self.sae.named_parameters(remove_duplicate=False)
+        weights = {name: self.average(p).detach() for name, p in named}
+        if self.averages and not self.sae.transcodes:
+            weights["W_dec"] = torch.nn.functional.normalize(weights["W_dec"], dim=1)
+        return weights
 
     def state(self) -> dict[str, Tensor]:
         """Parameters by name and their moments as `MOMENT.NAME`, by reference."""

@@ -108,8 +108,7 @@ class FusedEngine(Engine):
         self._calls: dict[tuple[object, ...], int] = {}
         self._warm: set[tuple[object, ...]] = set()
         self._captured: dict[tuple[object, ...], Captured] = {}
-        if optimizer.ema_decay is not None:
-            self.moments = (*self.moments, "ema")
+        self.moments = tuple(name for name in optimizer.state[sae.W_dec] if name != "step")
 
     def _obstacle(self) -> str | None:
         """Why a step cannot be captured in a CUDA graph; None where it can."""
@@ -141,15 +140,9 @@ class FusedEngine(Engine):
         """See Engine."""
         self.optimizer.refresh_copies_()
 
-    def weights(self) -> dict[str, Tensor]:
-        """The parameters, or their running average, an SAE's decoder rows at unit norm."""
-        if self.optimizer.ema_decay is None:
-            return super().weights()
-        state = self.optimizer.state
-        weights: dict[str, Tensor] = {n: state[p]["ema"] for n, p in self.sae.named_parameters()}
-        if not self.sae.transcodes:
-            weights["W_dec"] = torch.nn.functional.normalize(weights["W_dec"], dim=1)
-        return weights
+    def average(self, param: Tensor) -> Tensor:
+        """See Engine."""
+        return self.optimizer.average(param)
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor], step: int) -> None:
