@@ -70,10 +70,10 @@ class Gated(ThresholdCoder):
 
     def activate(self, found: Codes) -> Codes:
         """See SparseCoder. Values that are found are the gate's."""
-        gate, scale, bias = (
-            self.of_pairs(rows, found, 0.0) for rows in (self.b_enc, self.r_mag.exp(), self.b_mag)
-        )
-        scaled = (found.values - gate) * scale + bias
+        scale = self.r_mag.exp()
+        rows = (scale, self.b_mag - self.b_enc * scale)
+        scale, bias = (self.of_pairs(row, found, 0.0) for row in rows)
+        scaled = found.values * scale + bias
         return found._replace(values=scaled.relu() * (found.values > 0))
 
     def penalty(self, x: Tensor, found: Codes, codes: Codes, batch: Batch) -> Tensor:
