@@ -352,13 +352,13 @@ def adam_encoder_(
 
     Returns the unscaled b_enc gradients through pre-activations (without grads.bias) times the rows
     of W_enc before the step, in parts that are to be added: b_dec's gradient through the encoder is
-    their negative. Exact Adam moves every
-    row; lazy Adam only latents with pairs in order and listed ones, with the bias correction of
-    the global step count, as torch.optim.SparseAdam. Under x -> s x the gradients of W_enc and
-    W_dec stay and b_enc's goes with 1/s: its step is lr * unit and its epsilon eps / unit, so that
-    b_enc / unit moves as at unit 1. With options.decay every row of W_enc that moves is first
-    multiplied by 1 - lr * decay, as by torch.optim.AdamW. first_latent is the index of the first
-    row over all shards, by which bfloat16 moments are rounded alike on any number of shards.
+    their negative. Exact Adam moves every row; lazy Adam only latents with pairs in order and
+    listed ones, with the bias correction of the global step count, as torch.optim.SparseAdam. Under
+    x -> s x the gradients of W_enc and W_dec stay and b_enc's goes with 1/s: its step is lr * unit
+    and its epsilon eps / unit, so that b_enc / unit moves as at unit 1. With options.decay every
+    row of W_enc that moves is first multiplied by 1 - lr * decay, as by torch.optim.AdamW.
+    first_latent is the index of the first row over all shards, by which bfloat16 moments are
+    rounded alike on any number of shards.
     """
     enc, bias = encoder_gradients(grads, rows.W_dec.shape[0])
     sums = bias[None] @ rows.W_enc.to(bias.dtype)

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config.file import parse
 from ..config.sae import SAEConfig
-from ..files import check_readable, write_json
+from ..files import write_json
 from ..kernels import ops
 from ..kernels.reference import Codes as Codes
 from ..kernels.reference import Pairs as Pairs
 from ..kernels.reference import Slots as Slots
 from ..parallel import agree
-from ..parallel.collectives import all_reduce_, feed_shards, sum_over_shards
+from ..parallel.collectives import feed_shards, sum_over_shards
 from ..parallel.mesh import Mesh
 from .about import About
 from .initial import unit_rows_
@@ -33,6 +33,7 @@ from .saved import (
     WEIGHTS_FILE,
     check_sae_folder,
     check_weights,
+    is_whole,
     read_spec,
     save_weights,
 )
@@ -337,15 +338,6 @@ class SparseCoder(Interventions):
         """
         self.b_enc[mask] = 0
 
-    def mean_of_living(self, rows: Tensor, mask: Tensor) -> Tensor:
-        """The mean of rows [d_sae_local] over all latents that mask leaves out, 0 where there are
-        none. Collective over the shards.
-        """
-        living = ~mask
-        sums = torch.stack([rows[living].sum(), living.sum().to(rows.dtype)])
-        all_reduce_(sums, self.mesh.shard_group, self.mesh.num_shards)
-        return sums[0] / sums[1].clamp_min(1)
-
     def for_moved_input(self, weights: dict[str, Tensor], moved: Tensor) -> dict[str, Tensor]:
         """Weights of a transcoder that give for inputs x what these give for x - mean, where moved
         [d_sae_local] is W_enc @ mean.
@@ -504,19 +496,4 @@ class SparseCoder(Interventions):
         sae.about = about
         return sae.to(device).eval()
 
-    @staticmethod
-    def is_whole(folder: str | Path) -> bool:
-        """Whether a folder holds what `save` writes, none of it cut short. Reads no weights: `load`
-        compares them with their checksum.
-
-        Raises UnreadableError where files are there and cannot be read now.
-        """
-        path = Path(folder)
-        if not all([check_readable(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]):
-            return False
-        try:
-            read_spec(path)
-            with safe_open(path / WEIGHTS_FILE, framework="pt"):
-                return True
-        except (OSError, ValueError, SafetensorError):
-            return False
+    is_whole = staticmethod(is_whole)

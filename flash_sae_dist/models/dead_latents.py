@@ -135,3 +135,17 @@ def padded(count: int) -> int:
     """
     step = max(_MULTIPLE, 1 << max(0, count.bit_length() - 5))
     return -(-max(count, 1) // step) * step
+
+
+def mean_of_living(
+    rows: Tensor,  # [d_sae_local]
+    mask: Tensor,  # [d_sae_local] bool, the dead ones
+    mesh: Mesh,
+) -> Tensor:  # scalar
+    """The mean over all latents that mask leaves out, 0 where there are none. Collective over the
+    shards.
+    """
+    living = ~mask
+    sums = torch.stack([rows[living].sum(), living.sum().to(rows.dtype)])
+    all_reduce_(sums, mesh.shard_group, mesh.num_shards)
+    return sums[0] / sums[1].clamp_min(1)

@@ -12,6 +12,7 @@ from ..config.sae import SAEConfig
 from ..kernels import ops
 from ..parallel.collectives import all_gather
 from .base import Codes
+from .dead_latents import mean_of_living
 from .sparsity import Batch, Edges, jump, step
 from .threshold import NEVER, ThresholdCoder, encode_above
 from .usual import TrainDefaults
@@ -217,7 +218,7 @@ class JumpReLU(ThresholdCoder):
         first = self.threshold.new_tensor(self.config.usual("threshold") * self.unit)
         if self.config.l0_at_start() is not None:
             # Half of all tokens would exceed the least threshold.
-            first = torch.maximum(first, self.mean_of_living(self.threshold, mask))
+            first = torch.maximum(first, mean_of_living(self.threshold, mask, self.mesh))
         self.threshold[mask] = first
 
     def encode_rows(self, x: Tensor) -> Codes:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files import check_readable, checksum, read_json, replacing
@@ -93,3 +94,20 @@ def check_weights(folder: Path, expected: str | None) -> None:
         logger.info("%s has no checksum, its weights are not compared", folder)
     elif checksum(folder / WEIGHTS_FILE) != expected:
         raise ValueError(f"{WEIGHTS_FILE} does not hold what was written: its crc32c changed")
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether a folder holds what an SAE's `save` writes, none of it cut short. Reads no weights:
+    `load` compares them with their checksum.
+
+    Raises UnreadableError where files are there and cannot be read now.
+    """
+    path = Path(folder)
+    if not all([check_readable(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]):
+        return False
+    try:
+        read_spec(path)
+        with safe_open(path / WEIGHTS_FILE, framework="pt"):
+            return True
+    except (OSError, ValueError, SafetensorError):
+        return False

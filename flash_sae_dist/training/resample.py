@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..models.dead_latents import DeadLatents
+from ..models.dead_latents import DeadLatents, mean_of_living
 from ..parallel import collectives
 from .engines.base import Engine
 
@@ -32,8 +32,7 @@ def resample_(
     sae, mesh = engine.sae, engine.sae.mesh
     # Calls are a window apart, to a batch: what has not fired since the last one is dead.
     mask = dead.mask(early=len(x) * mesh.num_replicas)
-    own = mask.sum().reshape(1)
-    counts = collectives.all_gather(own, mesh.shard_group, mesh.num_shards).flatten()
+    counts = collectives.all_gather(mask.sum().view(1), mesh.shard_group, mesh.num_shards).view(-1)
     total = int(counts.sum())
     if total == 0:
         return 0
@@ -56,7 +55,7 @@ def resample_(
     mine = chosen[before : before + int(counts[mesh.shard])].to(x.device)
     directions = torch.nn.functional.normalize(x[mine] - sae.b_dec, dim=1)
     sae.W_dec[mask] = directions
-    norm = sae.mean_of_living(sae.W_enc.norm(dim=1), mask)
+    norm = mean_of_living(sae.W_enc.norm(dim=1), mask, mesh)
     sae.W_enc[mask] = directions * (_ENCODER_SCALE * norm)
     sae.restart_(mask)
     engine.forget_(mask)

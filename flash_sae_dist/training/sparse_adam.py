@@ -116,8 +116,7 @@ class SparseAdam(torch.optim.Optimizer):
         self._centres, self.side = not sae.transcodes, SideStream(sae.W_dec.device)
         self.unit_norm, self.renorm = unit_norm and not sae.transcodes, renorm
         self._mesh, self._first_latent, self._own = sae.mesh, sae.first_latent, _own_of(sae)
-        matrices = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
-        self._params = (*matrices, *(own.param for own in self._own))
+        self._params = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, *(o.param for o in self._own))
         super().__init__(self._params, {"lr": lr, "betas": betas, "eps": eps})
         master, device = sae.W_dec.dtype, sae.W_dec.device
         self.moment_dtype = moment_dtype if master == torch.float32 else master
