@@ -44,6 +44,8 @@ CELL = 4
 # Entries of a list behind which there is no look at whether it is full.
 ROOM = 4
 SCRATCH_BYTES = 62 << 20
+# Counts and the like of the batch rule and the threshold rule, a token (encode_flat.Flat).
+FLAT_BYTES = 1112
 # Of each list that are read at once: the fewest registers. 2 and 8 take up to a third longer.
 _SLOTS = 4
 _MISS_CHANCE = 1e-8
@@ -233,7 +235,7 @@ def flat_plan(N: int, D: int, F: int, mean: float, room: int, programs: int = 13
         return None
     whole, rest = divmod(F, BLOCK_N)
     # Beside the lists there are keys and, a token, counts (encode_flat.Flat).
-    scratch = max(SCRATCH_BYTES // 2, SCRATCH_BYTES - 8 * room - 1112 * N)
+    scratch = max(SCRATCH_BYTES // 2, SCRATCH_BYTES - 8 * room - FLAT_BYTES * N)
     for chunks in range(1, cdiv(N, BLOCK_M) + 1):
         rows = cdiv(cdiv(N, chunks), BLOCK_M) * BLOCK_M
         tiles = whole + (rest > 0)

@@ -278,6 +278,7 @@ def test_a_stream_is_not_told_to_hold_rows_out(caplog: pytest.LogCaptureFixture)
     [
         ({"sparsity": "target", "target_l0": 5.0}, 10),
         ({"sparsity": "quadratic", "target_l0": 5.0}, 10),
+        ({"sparsity": "target", "target_l0": 0.2}, 1),
         ({"initial_l0": 7.0}, 7),
         ({"initial_l0": 7.0, "sparsity": "target", "target_l0": 5.0}, 7),
         ({"initial_l0": 1e3}, None),  # more than there are above the least threshold

@@ -29,10 +29,11 @@ from flash_sae_dist.evaluation.runner import run_evaluation
 from flash_sae_dist.files import read_json, write_json
 from flash_sae_dist.grid.plan import jobs_of
 from flash_sae_dist.grid.runner import run_jobs
+from flash_sae_dist.models.jumprelu import JumpReLUConfig
 from flash_sae_dist.training import made_of, member, optim
 from flash_sae_dist.training.job import Config, parse_config, with_values
 from flash_sae_dist.training.optim import budget_lr, default_lr
-from flash_sae_dist.training.records import DamagedRecordError
+from flash_sae_dist.training.records import DamagedRecordError, Job
 from flash_sae_dist.training.trainer import Trainer
 from tests.tiny_model import config_data, save_llama, save_text
 
@@ -319,6 +320,59 @@ def test_a_run_keeps_the_learning_rate_that_it_began_with(
     made_of.write(folder, record | {"digest": made_of._digest(record)})
     with pytest.raises(ConfigError, match=r"train\.lr=.* differs from 0\.5"):
         begun(longer)
+
+
+@pytest.mark.parametrize("sparsity", ["target", "tanh"])
+def test_jumprelu_goes_on_from_where_an_older_version_began(
+    base: Path, tmp_path: Path, sparsity: str
+) -> None:
+    data = data_in(base) | {"output": str(tmp_path / "run")}
+    aims = {"target_l0": 4.0} if sparsity == "target" else {}
+    data["sae"] = {"architecture": "jumprelu", "d_sae": 64, "sparsity": sparsity, **aims}
+    job, record = older(data, tmp_path, {"train.encoder_scale": "unit"})
+    assert record["step"].pop("sae.initial_l0", None) == ("usual" if aims else None)
+    record["step"]["sae.initial_threshold"] = None
+    made_of.write(job.folder, record | {"digest": made_of._digest(record)})
+    store = ActivationStore.open(str(base / "store.zarr"))
+    kept = made_of.as_begun(job, 16)
+    made_of.check_same_job(kept, store, CPU)
+    assert isinstance(kept.config.sae, JumpReLUConfig)
+    assert kept.config.train is not None
+    assert kept.config.sae.usual("threshold") == (0.01 if aims else 0.1)
+    assert kept.config.train.encoder_scale == "unit"
+    assert kept.config.sae.l0_at_start() is None
+    if aims:
+        with pytest.raises(ConfigError, match=r"sae\.initial_(l0|threshold)="):
+            made_of.check_same_job(job, store, CPU)
+
+
+@pytest.mark.parametrize("by", ["architecture", "optimizer"])
+def test_what_has_a_fused_form_since_goes_on_by_autograd(
+    base: Path, tmp_path: Path, by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = data_in(base, **({"optimizer": "signum"} if by == "optimizer" else {}))
+    data |= {"output": str(tmp_path / "run")}
+    if by == "architecture":
+        data["sae"] = {"architecture": "gated", "d_sae": 64}
+    job, record = older(data, tmp_path, {"train.engine": "autograd"})
+    made_of.write(job.folder, record)
+    caplog.set_level(logging.INFO)
+    kept = made_of.as_begun(job, 16)
+    made_of.check_same_job(kept, ActivationStore.open(str(base / "store.zarr")), CPU)
+    assert kept.config.train is not None
+    assert kept.config.train.engine == "autograd"
+    assert "goes on by train.engine=autograd, as it began" in caplog.text
+
+
+def older(data: dict[str, Any], tmp_path: Path, step: dict[str, Any]) -> tuple[Job, dict[str, Any]]:
+    """A job and its record, in which some values are an older version's."""
+    store = ActivationStore.open(str(Path(data["cache"]["store"])))
+    (job,) = jobs_of(parse_config(data), store.hookpoints, grid=False)
+    record = made_of.made_of(job.config, store, CPU)
+    assert record["step"].keys() >= step.keys()
+    record["step"] |= step
+    job.folder.mkdir(parents=True)
+    return job, record | {"digest": made_of._digest(record)}
 
 
 def test_a_longer_run_goes_on_by_the_same_command(

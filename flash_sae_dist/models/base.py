@@ -157,9 +157,11 @@ class SparseCoder(Interventions):
 
     @classmethod
     def starts_dense(cls, config: SAEConfig) -> bool:
-        """Whether about half of its latents are active at the start."""
+        """Whether W_enc is not scaled at the start: most latents may be active then, or activations
+        are no multiples of their pre-activations.
+        """
         del config
-        return False
+        return cls.is_pairwise
 
     @classmethod
     def scaled_penalty(cls, config: SAEConfig) -> str | None:

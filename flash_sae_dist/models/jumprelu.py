@@ -75,7 +75,8 @@ class JumpReLUConfig(SAEConfig):
     initial_l0: float | None = Field(default=None, ge=1)
     """Active latents at the start of the first batch's median token, by one threshold for all
     latents in place of initial_threshold; left out 2 target_l0, with l0 64. A short run that has
-    to come down from half of the latents ends with too many."""
+    to come down from half of the latents ends with too many. SAEs of train.init_from have theirs.
+    """
     ste_to_input: bool | None = None
     """Whether pre-activations in the window get the opposite of the threshold's gradient; left out,
     with tanh alone (Anthropic's)."""
@@ -107,6 +108,12 @@ class JumpReLUConfig(SAEConfig):
         if given is not None or self.initial_threshold is not None or self.sparsity == "tanh":
             return given
         return _FIRST_L0 if self.target_l0 is None else 2 * self.target_l0
+
+    def from_a_threshold(self) -> Self:
+        """This, its start that of versions without `initial_l0` where that is left out."""
+        if self.initial_l0 is not None or self.l0_at_start() is None:
+            return self
+        return self.model_copy(update={"initial_threshold": self.usual("threshold")})
 
     def usual(self, key: str) -> Any:
         """A key's value, or what is usual with this sparsity loss."""
@@ -187,7 +194,7 @@ class JumpReLU(ThresholdCoder):
         super().begin_(x, y, unit)
         self.threshold.fill_(self.config.usual("threshold") * unit)
         if (l0 := self.config.l0_at_start()) is not None:
-            self.threshold.clamp_(min=self._reached_by(round(l0), x[:_FIRST_TOKENS]))
+            self.threshold.clamp_(min=self._reached_by(max(1, round(l0)), x[:_FIRST_TOKENS]))
 
     def _reached_by(self, number: int, x: Tensor) -> Tensor:
         """The pre-activation that so many latents of the median token of x reach. Collective over

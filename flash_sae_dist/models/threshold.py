@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..config.sae import SAEConfig
 from ..kernels import ops
 from ..kernels.dispatch import implementation
 from ..kernels.reference import Dense
@@ -88,11 +87,6 @@ class ThresholdCoder(SparseCoder):
     revivals = frozenset({"ghost", "resample", "none"})
     # A value that has no activation, no penalty and no gradient.
     idle: ClassVar[float] = 0.0
-
-    @classmethod
-    def starts_dense(cls, config: SAEConfig) -> bool:
-        """See SparseCoder."""
-        return True
 
     def limits(self) -> Tensor | None:
         """Pre-activations [d_sae_local] above which a latent has an activation or a gradient while

@@ -23,6 +23,7 @@ from ..activations.stored_rows import float_dtype
 from ..config.deepspeed import ZeroOptimization, zero_of
 from ..config.sae import SAEConfig
 from ..config.train import DeepSpeedTrainConfig, TrainConfig
+from ..kernels.encode_plan import FLAT_BYTES
 from ..kernels.reference import num_candidates
 from ..models import ARCHITECTURES
 from ..models.crosscoder import Crosscoder
@@ -274,7 +275,7 @@ def _encoder_bytes(work: Work, F: int, n: int, slots: int) -> int:
         more = _fp8_bytes(work, F, n) if work.searches_fp8 else 0
         if work.rule != "token":
             # Keys, counts a token, a sample's products (kernels/encode_flat.py).
-            more += 8 * (6 * n * slots + 4096) + (600 + 4 * 512) * n
+            more += 8 * (6 * n * slots + 4096) + (FLAT_BYTES + 4 * 512) * n
         return _ENCODER_BYTES + more
     # The reference multiplies in float32.
     copy = F * work.d_in * work.master if work.compute.itemsize < work.master else 0

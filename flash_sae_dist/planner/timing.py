@@ -90,10 +90,12 @@ def compute_ms(
 
 
 def _parameter_bytes(work: Work, num_shards: int) -> float:
-    """What Adam reads and writes: 26 bytes a parameter in float32 with bfloat16 copies."""
-    wide = work.master
+    """What Adam reads and writes, 26 bytes a parameter in float32 with bfloat16 copies; signum has
+    one moment.
+    """
+    wide, moments = work.master, 1 if work.train.optimizer == "signum" else 2
     copies = work.compute.itemsize if work.compute.itemsize != wide else 0
-    each = float(2 * wide + 4 * work.moment + copies)
+    each = float(2 * wide + 2 * moments * work.moment + copies)
     each += 3 * wide * work.averages + wide * (work.train.grad_clip is not None)
     if work.engine != "fused":
         each *= _AUTOGRAD_PASSES

@@ -15,7 +15,8 @@ import torch
 
 from ..activations.stream import Rows
 from ..config.base import ConfigError, section_models, sources_of
-from ..config.train import TrainConfig
+from ..config.sae import SAEConfig
+from ..config.train import AutogradTrainConfig, TrainConfig
 from ..files import read_json, write_json
 from ..identity import (
     FREE_KEYS,
@@ -26,6 +27,7 @@ from ..identity import (
     tell_other_versions,
     versions,
 )
+from ..models.jumprelu import JumpReLUConfig
 from . import checkpoint
 from .defaults import usual_lr, with_defaults
 from .engine import choose_engine
@@ -60,6 +62,11 @@ def step_values(config: Config, d_in: int, device: torch.device) -> dict[str, An
         "train.engine": choose_engine(train, sae).engine,
         "train.precision": str(resolve_precision(train.precision, device)).removeprefix("torch."),
     }
+    if isinstance(sae, JumpReLUConfig):
+        # Older records are without it.
+        flat["sae.initial_l0"] = "usual" if sae.initial_l0 is None else sae.initial_l0
+        if sae.l0_at_start() is None:
+            del flat["sae.initial_l0"]
     if train.init_from is not None:
         # The same weights under another path are the same.
         flat["train.init_from"] = digest_of(train.init_from)
@@ -79,7 +86,7 @@ def _defaults() -> dict[str, Any]:
     for resolved in ("sae.d_sae", "train.lr", "train.k_aux", "train.warmup_steps"):
         found.pop(resolved, None)
     # Those that an architecture decides were keys before it did.
-    for resolved in ("train.adam_betas", "train.dead_latents"):
+    for resolved in ("train.adam_betas", "train.dead_latents", "sae.initial_l0"):
         found.pop(resolved, None)
     return found | _BEFORE
 
@@ -210,8 +217,23 @@ def as_begun(job: Job, d_in: int) -> Job:
     if is_older and train.lr_rule == "budget" and "warmup_steps" in kept:
         # They cut a warm-up of 1000 steps short beside it: it is not 1000.
         kept["warmup_steps"] = min(kept["warmup_steps"], warmup_steps(_steps(shorter), train))
-    changed = job.config.model_copy(update={"train": train.model_copy(update=kept)})
+    train = train.model_copy(update=kept)
+    if train.engine == "auto" and was.get("train.engine") == "autograd":
+        train = _by_autograd(train, sae, job.name)
+    if isinstance(sae, JumpReLUConfig) and "sae.initial_l0" not in was:
+        sae = sae.from_a_threshold()
+    changed = job.config.model_copy(update={"train": train, "sae": sae})
     return job._replace(config=changed, begun_tokens=tokens)
+
+
+def _by_autograd(train: TrainConfig, sae: SAEConfig, name: str) -> TrainConfig:
+    """What began on the autograd engine goes on there: gated and signum had no fused form once."""
+    if choose_engine(train, sae).engine == "autograd":
+        return train
+    logger.info("%s goes on by train.engine=autograd, as it began: fused is faster", name)
+    own = AutogradTrainConfig.model_fields
+    given = {key: value for key, value in train.model_dump().items() if key in own}
+    return AutogradTrainConfig.model_validate(given | {"engine": "autograd"})
 
 
 def _begun(job: Job, d_in: int) -> tuple[dict[str, Any], int, bool] | None:
@@ -240,12 +262,21 @@ def _before(train: TrainConfig) -> TrainConfig:
     )
 
 
+def _resolved(step: dict[str, Any]) -> dict[str, Any]:
+    """A record's step, where it is older than sae.initial_l0 with the threshold that was meant."""
+    if step.get("sae.architecture") != "jumprelu" or step["sae.sparsity"] == "tanh":
+        return step
+    if "sae.initial_l0" in step or step["sae.initial_threshold"] is not None:
+        return step
+    return step | {"sae.initial_threshold": 0.01}
+
+
 def check_same(where: str, was: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises ConfigError where a record is of another job, or of more steps, than what is asked
     for.
     """
     cure = "name another output folder, or remove that job's"
-    if found := difference(was["step"], now["step"], defaults=_defaults()):
+    if found := difference(_resolved(was["step"]), now["step"], defaults=_defaults()):
         go_on = f"set {found.part}={found.was} to go on, " if found.part in _BEFORE else ""
         raise ConfigError(f"{found} in {where}; {go_on}{cure}")
     if found := other_rows(was["store"], now["store"]):

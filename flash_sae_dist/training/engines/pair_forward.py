@@ -187,7 +187,7 @@ def own_gradients(
     grads = [torch.stack(g).sum(dim=0) for g in zip(*(p.grads for p in parts), strict=True)]
     own = own_parameters(sae)
     if not grads:
-        grads = [torch.zeros_like(p) for p in own.values()]
+        grads = [torch.zeros_like(p) for p in pair_parameters(sae)]
     if parts[0].edges is not None:
         edges = joined([part.edges for part in parts])
         latents = joined([part.codes.latents for part in parts])
