@@ -157,9 +157,7 @@ class SparseCoder(Interventions):
 
     @classmethod
     def starts_dense(cls, config: SAEConfig) -> bool:
-        """Whether W_enc is not scaled at the start: most latents may be active then, or activations
-        are no multiples of their pre-activations.
-        """
+        """Whether W_enc is not scaled at the start, as where most latents may be active."""
         del config
         return cls.is_pairwise
 
