@@ -156,10 +156,10 @@ class SparseCoder(Interventions):
         return None
 
     @classmethod
-    def starts_dense(cls, config: SAEConfig) -> bool:
-        """Whether W_enc is not scaled at the start, as where most latents may be active."""
+    def scales_encoder(cls, config: SAEConfig) -> bool:
+        """Whether train.encoder_scale is of use: few latents are active at the start."""
         del config
-        return cls.is_pairwise
+        return not cls.is_pairwise
 
     @classmethod
     def scaled_penalty(cls, config: SAEConfig) -> str | None:

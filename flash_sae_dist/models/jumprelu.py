@@ -160,10 +160,10 @@ class JumpReLU(ThresholdCoder):
         return None
 
     @classmethod
-    def starts_dense(cls, config: SAEConfig) -> bool:
+    def scales_encoder(cls, config: SAEConfig) -> bool:
         """See SparseCoder."""
         assert isinstance(config, JumpReLUConfig)
-        return config.l0_at_start() is None
+        return config.l0_at_start() is not None
 
     @classmethod
     def scaled_penalty(cls, config: SAEConfig) -> str | None:

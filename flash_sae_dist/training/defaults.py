@@ -124,7 +124,7 @@ def _not_scaled(train: TrainConfig, sae: SAEConfig) -> str | None:
         return f"train.target={train.target!r}: a transcoder's decoder begins at zero"
     if issubclass(kind, Crosscoder):
         return f"crosscoders such as sae.architecture={sae.architecture!r}"
-    if kind.starts_dense(sae):
+    if not kind.scales_encoder(sae):
         return "latents that are active above a threshold, of which half are at the start"
     return None
 

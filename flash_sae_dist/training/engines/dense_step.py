@@ -23,7 +23,7 @@ from ...parallel.collectives import all_reduce_
 from ..sparse_adam import LatentGradients, SparseAdam
 from .dead_step import AuxLoss, DeadStep, product
 from .density import Density
-from .pair_forward import bias_apart, pair_parameters, with_skip
+from .pair_forward import pair_parameters, split_bias, with_skip
 
 
 class DenseGradients(NamedTuple):
@@ -72,7 +72,7 @@ class DenseStep:
             all_reduce_(l0, mesh.member_group, mesh.members)
             shared = shared._replace(l0=l0 / shared.tokens)
         found = self._sum(x, xc, weights, shared)
-        own, bias = bias_apart(sae, found.own)
+        own, bias = split_bias(sae, found.own)
         own = with_skip(sae, own, found.residual, xc, 2 * shared.inverse)
         for total in (found.enc, found.dec, found.bias, *own, *(() if bias is None else (bias,))):
             all_reduce_(total, mesh.replica_group, mesh.num_replicas)
@@ -142,7 +142,6 @@ class DenseStep:
         leaf, own = given.values.requires_grad_(), pair_parameters(sae)
         with torch.enable_grad():
             codes = sae.activate(given)
-            shared = shared._replace(W_dec=W_dec)
             penalty = sae.penalty(x.to(b_dec.dtype), given, codes, shared)
         values = codes.values.detach()
         acts = values.to(W_dec.dtype)

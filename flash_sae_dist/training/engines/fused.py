@@ -41,7 +41,6 @@ from .dense_step import DenseStep
 from .density import Density
 from .pair_forward import (
     Forward,
-    bias_apart,
     by_level,
     gather_pairs,
     has_gradient,
@@ -51,6 +50,7 @@ from .pair_forward import (
     own_gradients,
     pair_forward,
     same_length,
+    split_bias,
     used_slots,
     with_skip,
 )
@@ -342,7 +342,7 @@ class FusedEngine(Engine):
                 self.optimizer.advance_()
             advanced = self.side.mark()
             grads = own_gradients(self.sae, parts, order if made.alone else None)
-            own, bias = bias_apart(self.sae, grads)
+            own, bias = split_bias(self.sae, grads)
             if bias is not None:
                 advanced = self.side.mark()
             # Those of the first level: what the gradients of all reconstructions come to.
@@ -368,7 +368,7 @@ class FusedEngine(Engine):
         self.side.meet()
         self.optimizer.advance_()
         assert self.dense_step is not None
-        shared = Batch(batch.inverse, batch.tokens, self.optimizer.unit, self.ramp)
+        shared = self._shared(batch)
         found, gradients, aux = self.dense_step(batch.y, batch.xc, shared, revives, self.optimizer)
         timer.mark("forward")
         totals = Totals(found.squares, found.active, found.penalty, found.residual)
@@ -376,6 +376,10 @@ class FusedEngine(Engine):
         self._update(gradients)
         timer.mark("optimizer")
         return metrics
+
+    def _shared(self, batch: StepBatch) -> Batch:
+        W_dec = self.optimizer.compute_weights[1]
+        return Batch(batch.inverse, batch.tokens, self.optimizer.unit, self.ramp, W_dec=W_dec)
 
     def _update(self, gradients: LatentGradients) -> None:
         self.optimizer.gradients = gradients
@@ -385,7 +389,7 @@ class FusedEngine(Engine):
     def _forward(self, batch: StepBatch, found: list[tuple[Codes, Nest]]) -> list[Forward]:
         """Decodes the micro-batches."""
         sae, parts = self.sae, batch.y.chunk(self.micro_batches)
-        shared = Batch(batch.inverse, batch.tokens, self.optimizer.unit, self.ramp)
+        shared = self._shared(batch)
         if sae.needs_l0:
             l0 = torch.stack([(sae.activate(codes).values > 0).sum() for codes, _ in found]).sum()
             l0 = l0.to(batch.scale.dtype)

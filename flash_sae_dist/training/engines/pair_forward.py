@@ -54,7 +54,7 @@ def pair_parameters(sae: SparseCoder) -> list[torch.nn.Parameter]:
     return [*own, sae.b_enc] if sae.bias_apart else own
 
 
-def bias_apart(
+def split_bias(
     sae: SparseCoder, grads: tuple[Tensor, ...]
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Gradients of `own_parameters`, and b_enc's, of those of `pair_parameters`."""
@@ -144,8 +144,7 @@ def pair_forward(
         found = found._replace(values=found.values.detach().requires_grad_())
         with torch.enable_grad():
             codes = sae.activate(found)
-            shared = batch._replace(W_dec=W_dec)
-            penalty = sae.penalty(x.to(sae.b_dec.dtype), found, codes, shared)
+            penalty = sae.penalty(x.to(sae.b_dec.dtype), found, codes, batch)
     active = whole = codes._replace(values=codes.values.detach())
     made = _decoded(sae, W_dec, whole, x, scale, nest)
     grads: tuple[Tensor, ...] = ()
