@@ -23,6 +23,7 @@ from flash_sae_dist.activations.language_model import model_without_weights
 from flash_sae_dist.activations.stream_order import BufferShape
 from flash_sae_dist.config.base import ConfigError
 from flash_sae_dist.grid import plan
+from flash_sae_dist.kernels.encode_plan import FLAT_BYTES
 from flash_sae_dist.launch.bench_wire import measure_sent
 from flash_sae_dist.launch.cli import build
 from flash_sae_dist.parallel.mesh import Mesh, end_groups, make_mesh
@@ -109,6 +110,27 @@ def test_a_search_by_fp8_is_planned_with_its_copy_of_the_encoder() -> None:
     )
     copies = (131_072 + 4096) * 768
     assert copies < fp8 - exact < 1.2 * copies
+
+
+def test_what_the_batch_rule_keeps_of_a_token_is_planned() -> None:
+    flat = pytest.importorskip("flash_sae_dist.kernels.encode_flat")
+
+    def kept(tokens: int) -> int:
+        x, W = torch.zeros(tokens, 8), torch.zeros(16, 8)
+        call = flat.Flat(x, W, W[:, 0], torch.zeros(()), 4, 4, "rows", None)
+        made = {k: t for k, t in vars(call).items() if k not in ("x", "W_enc", "bias", "theta")}
+        storages = [t.untyped_storage() for t in made.values() if isinstance(t, torch.Tensor)]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+    limit = 4
+    assert 0.9 * FLAT_BYTES <= (kept(2000) - kept(1000)) / 1000 + limit <= FLAT_BYTES
+
+
+@pytest.mark.parametrize(("optimizer", "each"), [("adam", 26), ("signum", 18)])
+def test_bytes_that_a_step_moves_of_a_parameter(optimizer: str, each: int) -> None:
+    one = work(4096, 768, 24576, 32, optimizer=optimizer)
+    assert one.engine == "fused"
+    assert timing._parameter_bytes(one, 1) == each * 2 * 768 * 24576
 
 
 def test_steps_by_threshold_are_planned_dense_and_for_lists_that_are_not() -> None:
